@@ -1,0 +1,48 @@
+# The two commands: `make train` runs the main job, `make test` runs the test suite.
+# Both set up everything in .venv first, on any machine with Python 3.11 or newer.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+FLAGS ?=
+
+.PHONY: train test install native lint types bench format
+
+train: install
+	$(BIN)/python -m safer_fast.train --amp bf16 $(FLAGS)
+
+test: install
+	$(BIN)/python -m pytest $(FLAGS)
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/*/*.cpp kernels/csrc/*)
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel cmake ninja
+	$(BIN)/python -m pip install --quiet torch torchvision
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps torchattacks
+	touch $@
+
+native: install
+	$(BIN)/python setup.py --quiet build_ext --inplace
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror kernels/csrc/* kernels/*/*.cpp
+
+# mypy follows no package_dir map: it checks a tree of links in which kernels lies where it is imported
+types: install
+	rm -rf build/types && mkdir -p build/types
+	cp -rs "$(CURDIR)/safer_fast" build/types/ && cp -rs "$(CURDIR)/kernels" build/types/safer_fast/
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p safer_fast
+
+bench: install
+	$(BIN)/python -m bench.ops
+	$(BIN)/python -m bench.step
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i kernels/csrc/* kernels/*/*.cpp

@@ -1,0 +1,1 @@
+"""Measurements: every speed is a ratio from one run on one machine."""

@@ -1,0 +1,29 @@
+"""The tensor operations that plain PyTorch does in several passes and these do in one.
+
+Every operation has one schema and up to three implementations: plain PyTorch (`reference.py`), C++
+for the CPU (`cpu.cpp`) and Triton for CUDA (`cuda.py`). The PyTorch dispatcher chooses;
+`native_status` says what it can choose from.
+"""
+
+if __name__ != "safer_fast.kernels":
+    raise ImportError(
+        f"this package is safer_fast.kernels, not {__name__}: install the project "
+        "(pip install --no-build-isolation -e .) and import safer_fast.kernels"
+    )
+
+from ._library import NativeStatus, native_status
+from .attack import l2_step_, linf_step_
+from .sam import perturb_, restore_, sum_squares
+
+# A library that was built for another torch has to fail here, not in the middle of a run.
+native_status()
+
+__all__ = [
+    "NativeStatus",
+    "l2_step_",
+    "linf_step_",
+    "native_status",
+    "perturb_",
+    "restore_",
+    "sum_squares",
+]

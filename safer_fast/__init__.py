@@ -1,0 +1,39 @@
+"""Fast adversarial training of vision transformers with SAFER; see `python -m safer_fast.train`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from safer_fast.attack import pgd
+    from safer_fast.model import build_model
+    from safer_fast.sam import SharpnessAware
+    from safer_fast.selection import rank_layers, select_layers
+    from safer_fast.train import train_model
+
+__version__ = "0.1.0"
+__all__ = [
+    "SharpnessAware",
+    "build_model",
+    "pgd",
+    "rank_layers",
+    "select_layers",
+    "train_model",
+]
+
+_HOMES = {
+    "SharpnessAware": "sam",
+    "build_model": "model",
+    "pgd": "attack",
+    "rank_layers": "selection",
+    "select_layers": "selection",
+    "train_model": "train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when first used, so that `--help` does not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,140 @@
+"""Projected gradient descent: adversarial examples that differentiate nothing but the pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from safer_fast import kernels
+
+Norm = Literal["linf", "l2"]
+AttackLoss = Callable[[Tensor, Tensor], Tensor]
+"""(logits [B, K], labels) -> the 0-d loss that the attack raises, a sum over images."""
+
+
+def pgd(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    epsilon: float | Tensor,
+    step_size: float | Tensor,
+    steps: int,
+    norm: Norm = "linf",
+    start: Tensor | None = None,
+    objective: AttackLoss | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Adversarial examples [B, C, H, W] within `epsilon` of `images` and within [0, 1].
+
+    PGD (Madry et al., 2018): from `start`, `steps` times
+    x <- clamp(project(x + step_size * sign(g))), g the gradient of the loss at x; for l2, g divided
+    by its norm for each image. `steps=1` with `step_size=1.25 * epsilon` is FGSM-RS (Wong et al.,
+    2020).
+
+    Args:
+        model: takes pixels in [0, 1], gives logits [B, K]. It runs in eval mode without weight
+            gradients and is given back as it was, also after an exception.
+        images: float [B, C, H, W], each value in [0, 1]; not changed.
+        labels: int64 [B], or class probabilities [B, K].
+        epsilon, step_size: radii in units of pixels in [0, 1], at least 0; tensors must be 0-d, on
+            the images' device.
+        steps: number of iterations, at least 0.
+        start: full starting point [B, C, H, W]; default: `random_start`.
+        objective: sum-reduced loss of (logits, labels) to be raised; default: cross-entropy.
+        generator: source of the random start, on the images' device; default: torch's own.
+
+    Raises:
+        ValueError: images that are no float [B, C, H, W], another norm, negative radii or steps.
+    """
+    _check(images, norm, epsilon, step_size, steps)
+    radius, step = (_as_scalar(value, images) for value in (epsilon, step_size))
+    if start is None:
+        start = random_start(images, radius, norm, generator)
+    objective = cross_entropy if objective is None else objective
+    move_ = kernels.linf_step_ if norm == "linf" else kernels.l2_step_
+    adversarial = start.detach().clone()
+    with frozen(model):
+        for _ in range(steps):
+            gradient = pixel_gradient(model, adversarial, labels, objective)
+            move_(adversarial, images, gradient, step, radius)
+    return adversarial
+
+
+def random_start(
+    images: Tensor,
+    epsilon: Tensor,
+    norm: Norm = "linf",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Images plus noise uniform in the ball of radius `epsilon` (0-d), clamped to [0, 1]."""
+    if norm == "linf":
+        noise = torch.rand(images.shape, device=images.device, generator=generator) * 2 - 1
+    else:
+        noise = torch.randn(images.shape, device=images.device, generator=generator)
+        lengths = torch.rand(images.shape[0], device=images.device, generator=generator)
+        lengths = lengths ** (1 / images[0].numel()) / noise.flatten(1).norm(dim=1)
+        noise = noise * lengths.view(-1, 1, 1, 1)
+    return (images + noise.to(images.dtype) * epsilon).clamp_(0, 1)
+
+
+def pixel_gradient(
+    model: nn.Module, images: Tensor, labels: Tensor, objective: AttackLoss
+) -> Tensor:
+    """Gradient [B, C, H, W] of the objective with respect to the images."""
+    pixels = images.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = objective(model(pixels), labels)
+    return torch.autograd.grad(loss, pixels)[0]
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy summed over images: no image's gradient depends on how many there are."""
+    return functional.cross_entropy(logits, labels, reduction="sum")
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, no parameter requiring gradients; afterwards as it was before."""
+    modes = [module for module in model.modules() if module.training]
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for module in modes:
+        module.training = False
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module in modes:
+            module.training = True
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+def default_step_size(epsilon: float, steps: int) -> float:
+    """1.25 epsilon for a single step (FGSM-RS), 2.5 epsilon / steps for more (Madry et al.)."""
+    return 1.25 * epsilon if steps == 1 else 2.5 * epsilon / max(steps, 1)
+
+
+def _as_scalar(value: float | Tensor, images: Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    return torch.full((), value, dtype=torch.float32, device=images.device)
+
+
+def _check(
+    images: Tensor, norm: str, epsilon: float | Tensor, step_size: float | Tensor, steps: int
+) -> None:
+    if images.ndim != 4 or not images.is_floating_point():
+        shape = list(images.shape)
+        raise ValueError(f"images: expected float [B, C, H, W], got {images.dtype} {shape}")
+    if norm not in ("linf", "l2"):
+        raise ValueError(f"norm: expected linf or l2, got {norm!r}")
+    for name, value in (("epsilon", epsilon), ("step_size", step_size), ("steps", steps)):
+        if not isinstance(value, Tensor) and not value >= 0:
+            raise ValueError(f"{name}: expected at least 0, got {value}")

@@ -1,0 +1,69 @@
+"""What a run says of itself: its machine, model and data at the start, a line for every epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from safer_fast import __version__
+from safer_fast.config import Config
+from safer_fast.data import Data
+from safer_fast.model import RobustModel
+from safer_fast.runtime import Runtime
+
+
+def describe_run(
+    config: Config, runtime: Runtime, model: RobustModel, data: Data
+) -> dict[str, Any]:
+    """Facts by name; `notes` is a list with one line for every fast path that is not live."""
+    device = "CPU"
+    if runtime.device.type == "cuda":
+        device = torch.cuda.get_device_name(runtime.device)
+    num_weights = sum(parameter.numel() for parameter in model.parameters())
+    num_test = 0 if data.test is None else data.test.num_images
+    notes = list(runtime.notes)
+    if model.num_blocks == 0:
+        notes.append(f"prefix reuse: off ({config.model.name} cannot be cut into blocks)")
+    return {
+        "safer_fast": __version__,
+        "torch": torch.__version__,
+        "timm": version("timm"),
+        "device": f"{runtime.device.type} ({device}, {torch.get_num_threads()} threads)",
+        "precision": "bf16 matrices, fp32 masters" if config.amp == "bf16" else "fp32",
+        "model": f"{config.model.name}, {num_weights:,} weights, {len(model.layers)} layers",
+        "data": f"{data.name}, {data.num_classes} classes, {data.train.num_images} training, "
+        f"{data.validation.num_images} validation, {num_test} test images of "
+        f"{data.num_channels}x{data.image_size}x{data.image_size}",
+        "notes": notes,
+    }
+
+
+def banner(facts: Mapping[str, Any]) -> str:
+    """The facts as lines of text."""
+    lines = [f"{name + ':':<11} {value}" for name, value in facts.items() if name != "notes"]
+    return "\n".join([*lines, *(f"note:       {note}" for note in facts["notes"])])
+
+
+def epoch_line(
+    epoch: int,
+    epochs: int,
+    stage: str,
+    figures: Mapping[str, float],
+    accuracies: Mapping[str, float | None],
+) -> str:
+    """One line on an epoch: training figures, and validation accuracies where they were taken."""
+    validation = ""
+    if accuracies["clean_accuracy"] is not None:
+        validation = (
+            f"  validation clean {accuracies['clean_accuracy']:.3f} "
+            f"robust {accuracies['robust_accuracy']:.3f}"
+        )
+    return (
+        f"epoch {epoch:>3}/{epochs} {stage:<7}  loss {figures['train_loss']:.4f}  "
+        f"train robust {figures['train_robust_accuracy']:.3f}{validation}  "
+        f"epsilon {figures['epsilon']:.4f}  lr {figures['learning_rate']:.2e}  "
+        f"{figures['images_per_second']:.0f} images/s"
+    )

@@ -1,0 +1,101 @@
+"""Weights on disk: safetensors with timm's names, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+WEIGHTS = "model.safetensors"
+BEST_WEIGHTS = "best.safetensors"
+MODEL_CONFIG = "config.json"
+
+
+def load_weights(network: nn.Module, path: str) -> None:
+    """The network has the weights of a run folder or of a .safetensors file with timm's names.
+
+    Raises ValueError, naming the file, where there is none, or it is damaged or of another model.
+    """
+    file = weights_file(path)
+    weights = load_tensors(file)
+    _check_same_tensors(network.state_dict(), weights, file)
+    network.load_state_dict(weights)
+
+
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU; raises ValueError naming it if damaged."""
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"model.checkpoint: expected safetensors, got {file}, which does not load ({error})"
+        ) from None
+
+
+def weights_file(path: str) -> Path:
+    """The file of weights that a run folder or a path to a file stands for."""
+    file = Path(path) / WEIGHTS if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise ValueError(
+            f"model.checkpoint: expected a run folder with {WEIGHTS} or a .safetensors file, "
+            f"got {path}"
+        )
+    return file
+
+
+def read_normalisation(path: str) -> tuple[list[float], list[float]] | None:
+    """Mean and standard deviation that a run folder was trained with; None for a lone file."""
+    if not (Path(path) / MODEL_CONFIG).is_file():
+        return None
+    settings = read_json(Path(path) / MODEL_CONFIG)["pretrained_cfg"]
+    return list(settings["mean"]), list(settings["std"])
+
+
+def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+    """`path` holds these tensors; a reader never sees half of them."""
+    temporary = path.with_name(path.name + ".tmp")
+    contents = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    save_file(contents, temporary, metadata={"format": "pt"})
+    os.replace(temporary, path)
+
+
+def save_json(content: Mapping[str, Any], path: Path) -> None:
+    """`path` holds this JSON object; a reader never sees half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; raises ValueError naming the file if it is none."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: expected a JSON object: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _check_same_tensors(
+    expected: Mapping[str, Tensor], got: Mapping[str, Tensor], file: Path
+) -> None:
+    missing = [name for name in expected if name not in got]
+    extra = [name for name in got if name not in expected]
+    if missing or extra:
+        raise ValueError(
+            f"model.checkpoint: expected the weights of this model, got those of another: {file} "
+            f"lacks {missing[:2] or 'nothing'} and has {extra[:2] or 'nothing'} besides"
+        )
+    for name, tensor in expected.items():
+        if tensor.shape != got[name].shape:
+            raise ValueError(
+                f"model.checkpoint: expected {name} of shape {list(tensor.shape)}, "
+                f"got {list(got[name].shape)} in {file}"
+            )

@@ -1,0 +1,206 @@
+"""From words typed to a valid configuration: recipes, YAML, flags, one clear line for a mistake."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse.typing import register_type
+
+from safer_fast.config import Config, Names, Radius
+from safer_fast.validation import check_config
+
+RECIPES = Path(__file__).parent / "recipes"
+DEFAULT_RECIPE = "digits"
+T = TypeVar("T")
+
+
+def run(main: Callable[[Sequence[str]], None]) -> None:
+    """Runs a command; a user's mistake (ValueError, OSError) ends it with one line, status 2."""
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError, FloatingPointError) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def fail(message: str) -> None:
+    """Prints one line on standard error and exits with status 2."""
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def parse_config(arguments: Sequence[str]) -> Config:
+    """The configuration that `python -m safer_fast.train` was asked for.
+
+    `--config` takes a YAML file or the name of a recipe; flags override it. With neither `--config`
+    nor `--data.path` the recipe `digits` is the base. Raises ValueError naming the flag.
+    """
+    parser = new_parser("train", "Train a robust vision transformer.")
+    parser.add_argument("--config", action="config", help=f"a YAML file or {_recipe_names()}")
+    parser.add_class_arguments(Config, None)
+    config = parse(parser, _config_first(with_underscores(arguments)), Config)
+    check_config(config)
+    return config
+
+
+def new_parser(command: str, description: str) -> ArgumentParser:
+    """A parser whose types and help follow the conventions of all commands."""
+    register_type(
+        Radius, serializer=float, deserializer=_parse_radius, fail_already_registered=False
+    )
+    register_type(Names, serializer=list, deserializer=_parse_names, fail_already_registered=False)
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    return _Parser(
+        prog=f"python -m safer_fast.{command}", description=description, exit_on_error=False
+    )
+
+
+class _Parser(ArgumentParser):
+    """Shows flags of the top level as they are typed: --batch-size, but --group.its_name."""
+
+    def format_help(self, *arguments: Any, **settings: Any) -> str:
+        text: str = super().format_help(*arguments, **settings)
+        return re.sub(r"(?<![\w.])--[a-z_]+(?![\w.])", lambda flag: _dashed(flag[0]), text)
+
+
+def _dashed(flag: str) -> str:
+    return flag.replace("_", "-")
+
+
+def parse(parser: ArgumentParser, arguments: Sequence[str], kind: Callable[..., T]) -> T:
+    """The parsed arguments as `kind`, a dataclass; raises ValueError with one clear line."""
+    try:
+        values = parser.instantiate(parser.parse_args(list(arguments)))
+    except ArgumentError as error:
+        raise ValueError(_one_line(str(error))) from None
+    names = {item.name for item in fields(kind)} if is_dataclass(kind) else set()
+    return kind(**{name: value for name, value in vars(values).items() if name in names})
+
+
+def with_underscores(arguments: Sequence[str]) -> list[str]:
+    """Flags with their dashes as underscores, `--batch-size=8` -> `--batch_size=8`; values stay."""
+    return [_flag_with_underscores(word) if word.startswith("--") else word for word in arguments]
+
+
+def _flag_with_underscores(word: str) -> str:
+    flag, equals, value = word.partition("=")
+    return "--" + flag[2:].replace("-", "_") + equals + value
+
+
+def _config_first(words: Sequence[str]) -> list[str]:
+    """The words with `--config FILE` in front, so that flags override it wherever they stand."""
+    words, name = _without(words, "--config")
+    given = {word.partition("=")[0] for word in words}
+    if name is None and "--data.path" not in given:
+        name = DEFAULT_RECIPE
+    if name is None:
+        return words
+    recipe = RECIPES / f"{name}.yaml"
+    file = recipe if recipe.is_file() else Path(name)
+    _check_mapping(file)
+    first = ["--config", str(file)]
+    if "--model.name" in given:  # arguments of the recipe's model mean nothing to another one
+        first += ["--model.arguments", "{}"]
+    return first + words
+
+
+def _check_mapping(file: Path) -> None:
+    """Raises ValueError unless the file holds settings; their names and types are checked later."""
+    if not file.is_file():
+        raise ValueError(f"--config: expected a YAML file or {_recipe_names()}, got {str(file)!r}")
+    try:
+        content = yaml.safe_load(file.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"--config: expected YAML in {file}: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"--config: expected names with values in {file}, got {content!r:.40}")
+
+
+def _without(words: Sequence[str], flag: str) -> tuple[list[str], str | None]:
+    """The words without `flag VALUE` or `flag=VALUE`, and that value."""
+    rest, value = [], None
+    remaining = iter(words)
+    for word in remaining:
+        if word == flag:
+            value = next(remaining, None)
+        elif word.startswith(flag + "="):
+            value = word.partition("=")[2]
+        else:
+            rest.append(word)
+    return rest, value
+
+
+def _recipe_names() -> str:
+    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    return f"one of the recipes {', '.join(names)}"
+
+
+def _known_names() -> list[str]:
+    config = Config()
+    names = []
+    for name, value in config.to_dict().items():
+        is_group = is_dataclass(getattr(config, name))
+        names += [f"{name}.{key}" for key in value] if is_group else [name]
+    return names
+
+
+def _suggestion(name: str, known: Sequence[str]) -> str:
+    close = get_close_matches(name, known, n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def _one_line(message: str) -> str:
+    """Jsonargparse's message of several lines as `--flag: expected ..., got ...`."""
+    message = " ".join(message.split())
+    if found := re.match(r"unrecognized arguments: (\S+)", message):
+        flag = found[1].partition("=")[0]
+        return f"unknown flag {flag}{_suggestion(flag.lstrip('-'), _known_names())}"
+    if found := re.match(r"(?:Group '(.+?)' does not accept option|Option) '(.+?)'", message):
+        name = f"{found[1]}.{found[2]}" if found[1] else found[2]
+        return f"--config: unknown setting {name!r}{_suggestion(name, _known_names())}"
+    if found := re.match(r"argument (--\S+): (.*)", message):
+        return f"{found[1]}: {found[2]}"
+    if not (found := re.match(r'Parser key "(.+?)": *(.*)', message)):
+        return message
+    flag, text = f"--{found[1]}", found[2]
+    if value := re.search(r"(?:Got|Given) value: (?:type: .*?Given value: )?(.*)$", text):
+        return f"{flag}: expected {_expected(text)}, got {value[1]}"
+    return f"{flag}: {text}"
+
+
+def _expected(text: str) -> str:
+    if choices := re.search(r"Literal\[(.*?)\]", text):
+        return "one of " + choices[1].replace("'", "")
+    if "fraction such as" in text:
+        return "a number or a fraction such as 8/255"
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+    words["dict"] = "names with values such as {depth: 4}"
+    text = re.sub(r"Given value type: <class '[^']+'>", "", text)
+    kinds = [kind for kind in re.findall(r"<class '([^']+)'>", text) if kind != "NoneType"]
+    if kinds:
+        return " or ".join(dict.fromkeys(words.get(kind, kind) for kind in kinds))
+    return re.sub(r"^Expected (.*?)\. Got value.*", r"\1", text)
+
+
+def _parse_radius(value: Any) -> Radius:
+    try:
+        numerator, slash, denominator = str(value).partition("/")
+        return Radius(float(numerator) / float(denominator) if slash else float(numerator))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(
+            f"Expected a number or a fraction such as 8/255. Got value: {value}"
+        ) from None
+
+
+def _parse_names(value: Any) -> Names:
+    items = value.split(",") if isinstance(value, str) else value
+    return Names(str(item).strip() for item in items if str(item).strip())

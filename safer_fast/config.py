@@ -1,0 +1,281 @@
+"""Every setting of a run: typed dataclasses, one level of groups, each with unit and meaning."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Criterion = Literal["sharpness", "gradient-norm", "criticality", "random", "least-sharp", "all"]
+
+
+class Radius(float):
+    """A float that is also accepted as a fraction, such as `8/255`."""
+
+
+class Names(list[str]):
+    """A list of names that is also accepted as one comma-separated string."""
+
+
+@dataclass
+class ModelConfig:
+    """The network: any timm vision transformer."""
+
+    name: str = "vit_small_patch16_224"
+    """Model name in timm."""
+    pretrained: bool = False
+    """Start from timm's pretrained weights, fetched from its hub."""
+    checkpoint: str | None = None
+    """Start from these weights: a run folder or a .safetensors file with timm's names."""
+    patch_size: int | None = None
+    """Edge of a patch in pixels; default: the model's own."""
+    drop_path_rate: float = 0.0
+    """Stochastic depth rate in [0, 1)."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Further keyword arguments for timm.create_model, e.g. {depth: 4, embed_dim: 64}."""
+
+
+@dataclass
+class DataConfig:
+    """Where the images come from and how they are augmented."""
+
+    path: str | None = None
+    """A .parquet file or folder of them (Hugging Face image schema), a folder of images
+    (train/CLASS/*.jpg), or an .npz file; default: scikit-learn's digits."""
+    validation_path: str | None = None
+    """Validation data in the same formats; default: found with the training data or cut from it."""
+    test_path: str | None = None
+    """Test data for the final figures, in the same formats; default: found with the training data,
+    or none."""
+    validation_fraction: float = 0.1
+    """Share of training rows cut off as validation split where the data has none, in (0, 1)."""
+    max_images: int | None = None
+    """Use at most this many training images, drawn with the seed; default: all."""
+    image_size: int | None = None
+    """Edge in pixels that images are brought to; default: their own, which must then be one for
+    all."""
+    augmentation: Literal["auto", "none", "shift", "crop", "random-resized-crop"] = "auto"
+    """auto: none up to 16 pixels, crop (pad 4, crop, flip) up to 64, random-resized-crop (and
+    flip) above."""
+    num_workers: int = 2
+    """Worker processes that decode images: all along, or once at the start for sets held in
+    memory; 0: none."""
+
+
+@dataclass
+class AttackConfig:
+    """The threat model and the attack that training runs against."""
+
+    norm: Literal["linf", "l2"] = "linf"
+    """Shape of the ball around each image."""
+    epsilon: Radius = field(default_factory=lambda: Radius(8 / 255))
+    """Radius of the ball; pixels are in [0, 1]."""
+    steps: int = 10
+    """Iterations of PGD; 1 is FGSM-RS, 0 is clean training."""
+    step_size: Radius | None = None
+    """Length of one step; default: 1.25 epsilon for one step, 2.5 epsilon / steps for more."""
+    clean_epochs: int = 0
+    """Epochs at epsilon 0 before the ramp."""
+    epsilon_warmup_epochs: int = 0
+    """Epochs over which epsilon (and step_size with it) rises linearly from 0, after the clean
+    ones."""
+
+
+@dataclass
+class ObjectiveConfig:
+    """What the adversarial examples are scored with."""
+
+    name: Literal["pgd-at", "trades", "mart"] = "pgd-at"
+    """pgd-at: cross-entropy; trades, mart: with a regulariser towards the clean prediction."""
+    beta: float = 6.0
+    """Weight of the TRADES or MART regulariser."""
+    label_smoothing: float = 0.0
+    """Label smoothing of the cross-entropy, in [0, 1)."""
+
+
+@dataclass
+class SelectionConfig:
+    """Which layers SAFER fine-tunes."""
+
+    criterion: Criterion = "sharpness"
+    """Score that ranks the layers; all: every parameter, norms and embeddings too."""
+    fraction: float = 0.05
+    """Share of the layers that is selected, in (0, 1]; at least one layer."""
+    every_epochs: int = 10
+    """Epochs between two selections; 0: select once."""
+    warmup_epochs: int = 0
+    """Epochs of ordinary adversarial training of all parameters before SAFER; part of --epochs."""
+    layers: Names | None = None
+    """Explicit layer names or patterns (`blocks.1?.attn.*`) in place of a ranking."""
+    norms: bool = False
+    """Select with each layer the norms right before it."""
+    radius: Literal["absolute", "relative"] = "absolute"
+    """absolute: a layer is perturbed by rho; relative: by rho times the norm of its weights."""
+    rho: float | None = None
+    """Radius of the perturbation that measures sharpness; default: sam.rho, or 0.05 where that
+    is 0."""
+    from_block: int = 0
+    """Only layers of this block and above (and the head) are candidates; above 0 a prefix is left
+    to skip."""
+    num_images: int = 512
+    """Training images that the scores are measured on."""
+
+
+@dataclass
+class SAMConfig:
+    """Sharpness-aware minimization over the selected layers."""
+
+    rho: float = 0.05
+    """Radius of the weight perturbation; 0: no second pass."""
+    adaptive: bool = False
+    """ASAM: perturbation in proportion to each weight's size."""
+    layerwise: bool = False
+    """One radius for each layer (see selection.radius) instead of one for all together."""
+
+
+@dataclass
+class OptimConfig:
+    """The optimizer and its schedule; each stage (warm-up, SAFER) runs the whole schedule."""
+
+    name: Literal["adamw", "sgd", "apex-adam", "apex-sgd", "apex-lamb"] = "adamw"
+    """torch's fused AdamW or SGD, or NVIDIA apex's fused optimizers where apex is built."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    safer_learning_rate: float | None = None
+    """Peak learning rate of the SAFER stage; default: learning_rate."""
+    weight_decay: float = 0.05
+    """Decay of weight matrices; norms, biases and embeddings are not decayed."""
+    momentum: float = 0.9
+    """Momentum of SGD, in [0, 1)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Running-average coefficients of Adam and LAMB."""
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    """Shape of the learning rate after its warm-up."""
+    warmup_epochs: float = 0.0
+    """Epochs over which the learning rate of a stage rises linearly from 0."""
+    milestones: tuple[float, ...] = (0.875, 0.95)
+    """step: shares of the stage after which the learning rate is multiplied by decay."""
+    decay: float = 0.1
+    """step: factor at each milestone."""
+    min_learning_rate: float = 0.0
+    """cosine: learning rate at the end."""
+    clip_norm: float | None = None
+    """Clip the gradient to this norm; default: no clipping."""
+    ema_decay: float | None = None
+    """Average the weights with this decay per step, evaluate and export the average; default: no
+    average."""
+
+
+@dataclass
+class RuntimeConfig:
+    """How the machine is used; none of it changes what is computed beyond rounding."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is a GPU."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the blocks; auto: on CUDA."""
+    num_threads: int | None = None
+    """CPU threads of torch; default: torch's own choice."""
+    log_every_steps: int = 50
+    """Steps between two step lines in metrics.jsonl."""
+    max_skipped_steps: int = 10
+    """Stop after this many steps in a row were skipped for a loss or gradient that is not
+    finite."""
+
+
+@dataclass
+class EvaluationConfig:
+    """How accuracy is measured during and after training."""
+
+    every_epochs: int = 1
+    """Epochs between two evaluations on the validation split; the last epoch always has one."""
+    steps: int = 10
+    """PGD steps of the evaluation during training."""
+    max_images: int | None = 1000
+    """Validation images of the evaluation during training; null: all."""
+    attacks: Names = field(default_factory=lambda: Names(["clean", "pgd-20"]))
+    """Final figures: clean, fgsm or pgd-K, at attack.epsilon."""
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    amp: Literal["off", "bf16"] = "off"
+    """bf16: matrices are stored and multiplied in bfloat16, masters and sums kept in float32."""
+    seed: int = 0
+    """Seed of everything random."""
+    epochs: int = 40
+    """All epochs, selection.warmup_epochs among them."""
+    batch_size: int = 64
+    """Images per step."""
+    output: str | None = None
+    """Run folder; default: runs/<date>-<model>-<data>; an existing non-empty one is refused."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    attack: AttackConfig = field(default_factory=AttackConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    sam: SAMConfig = field(default_factory=SAMConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain nested dictionaries, ready for YAML or JSON."""
+        return asdict(self)
+
+
+@dataclass
+class EvaluateConfig:
+    """What is evaluated."""
+
+    run: str
+    """Run folder."""
+    attacks: Names = field(default_factory=lambda: Names(["clean", "fgsm", "pgd-20"]))
+    """Attacks, comma-separated: clean, fgsm, pgd-K."""
+    epsilon: Radius | None = None
+    """Radius of the ball; default: the run's."""
+    weights: str = "last"
+    """last or best."""
+    path: str | None = None
+    """Data to evaluate on, in any format of --data.path; default: the run's test split."""
+    num_images: int | None = None
+    """Use only the first images; default: all."""
+    batch_size: int = 256
+    """Images per batch."""
+    seed: int = 0
+    """Seed of the random starts."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+
+@dataclass
+class SelectConfig:
+    """How layers are scored."""
+
+    run: str
+    """Run folder."""
+    criterion: Criterion = "sharpness"
+    """Score that ranks the layers."""
+    fraction: float = 0.05
+    """Share of the layers that is selected, in (0, 1]; at least one layer."""
+    rho: float = 0.05
+    """Radius of the perturbation that measures sharpness."""
+    radius: Literal["absolute", "relative"] = "absolute"
+    """absolute: rho; relative: rho times the norm of the layer's weights."""
+    from_block: int = 0
+    """Only layers of this block and above (and the head) are candidates."""
+    epsilon: Radius | None = None
+    """Radius of the attack; default: the run's."""
+    steps: int | None = None
+    """Steps of the attack; default: the run's."""
+    num_images: int = 512
+    """Training images that the scores are measured on."""
+    weights: str = "last"
+    """last or best."""
+    seed: int = 0
+    """Seed of the images, the attack and the random criterion."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    output: str | None = None
+    """File to write; default: selection.json in the run folder."""

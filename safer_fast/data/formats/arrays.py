@@ -1,0 +1,151 @@
+"""Images in arrays: scikit-learn's digits and .npz files."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.lib.npyio import NpzFile
+from numpy.typing import NDArray
+from PIL import Image
+
+from safer_fast.data.formats.source import Source
+
+NUM_TRAINING_DIGITS = 1000
+SPLIT_KEYS = {"train": ("x_train", "y_train"), "test": ("x_test", "y_test")}
+UNSPLIT_KEYS = (("images", "labels"), ("x", "y"))
+
+
+class ArraySource(Source):
+    """Rows of one array. images: uint8 [N, H, W] or [N, H, W, C] with C = 3 or 4."""
+
+    def __init__(
+        self,
+        images: NDArray[np.uint8],
+        labels: NDArray[np.int64],
+        flag: str,
+        name: str,
+        class_names: list[str] | None = None,
+    ) -> None:
+        self.images, self.labels = images, labels
+        self.flag, self.name, self.class_names = flag, name, class_names
+
+    def read(self, index: int) -> Image.Image:
+        return Image.fromarray(self.images[index])
+
+    def describe(self, index: int) -> str:
+        return f"row {index} of {self.name}"
+
+
+def open_digits() -> dict[str, Source]:
+    """scikit-learn's 1797 grey 8x8 digits, values 0..16 scaled to 0..255, in a fixed split.
+
+    train: the first 1000 rows of a fixed permutation; test: the other 797.
+    """
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.images))
+    images = np.round(digits.images[order] * 255 / 16).astype(np.uint8)
+    labels = digits.target[order].astype(np.int64)
+    names = [str(name) for name in digits.target_names]
+    halves = {"train": slice(NUM_TRAINING_DIGITS), "test": slice(NUM_TRAINING_DIGITS, None)}
+    return {
+        split: ArraySource(images[rows], labels[rows], "data.path", f"digits ({split})", names)
+        for split, rows in halves.items()
+    }
+
+
+def open_npz(path: Path, flag: str) -> dict[str, Source]:
+    """Arrays images and labels (or x and y), or x_train, y_train and maybe x_test, y_test."""
+    # Opened here: numpy leaves a file open that it finds to be damaged.
+    with path.open("rb") as file, _open_archive(file, path, flag) as archive:
+        names = set(archive.files)
+        found = {split: keys for split, keys in SPLIT_KEYS.items() if set(keys) <= names}
+        if "train" not in found:
+            unsplit = [keys for keys in UNSPLIT_KEYS if set(keys) <= names]
+            found = {"all": unsplit[0]} if unsplit else {}
+        if not found:
+            raise ValueError(
+                f"{flag}: expected arrays images and labels, x and y, or x_train and y_train, "
+                f"got {', '.join(archive.files) or 'none'} in {path}"
+            )
+        arrays = {key: _load(archive, key, path, flag) for keys in found.values() for key in keys}
+    return {
+        split: _source(arrays[images], arrays[labels], path, flag)
+        for split, (images, labels) in found.items()
+    }
+
+
+def _open_archive(file: BinaryIO, path: Path, flag: str) -> NpzFile:
+    try:
+        archive = np.load(file, allow_pickle=False)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{flag}: expected a readable .npz file, got {path}") from error
+    if not isinstance(archive, NpzFile):
+        raise ValueError(f"{flag}: expected an .npz file of named arrays, got one array in {path}")
+    return archive
+
+
+def _load(archive: NpzFile, key: str, path: Path, flag: str) -> NDArray[Any]:
+    """One array; numpy refuses those that it would have to unpickle."""
+    try:
+        array: NDArray[Any] = archive[key]
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"{flag}: expected a readable array without Python objects, got {key} in {path}"
+        ) from error
+    return array
+
+
+def _source(images: NDArray[Any], labels: NDArray[Any], path: Path, flag: str) -> ArraySource:
+    # Some sets store labels as a column, [N, 1].
+    if not np.issubdtype(labels.dtype, np.integer) or labels.shape[1:] not in ((), (1,)):
+        raise ValueError(
+            f"{flag}: expected integer labels [N], got {labels.dtype} "
+            f"{list(labels.shape)} in {path}"
+        )
+    rows = _as_bytes(_channels_last(images, path, flag), path, flag)
+    labels = labels.reshape(-1).astype(np.int64)
+    if len(rows) != len(labels):
+        raise ValueError(
+            f"{flag}: expected as many images as labels, "
+            f"got {len(rows)} and {len(labels)} in {path}"
+        )
+    return ArraySource(rows, labels, flag, str(path))
+
+
+def _channels_last(images: NDArray[Any], path: Path, flag: str) -> NDArray[Any]:
+    """[N, H, W] for grey images, else [N, H, W, C]."""
+    shape = list(images.shape)
+    if images.ndim == 4 and images.shape[3] not in (1, 3, 4):
+        images = np.moveaxis(images, 1, 3)
+    if images.ndim == 4 and images.shape[3] == 1:
+        images = images[..., 0]
+    is_colour = images.ndim == 4 and images.shape[3] in (3, 4)
+    if not (images.ndim == 3 or is_colour) or 0 in images.shape[1:]:
+        raise ValueError(
+            f"{flag}: expected images [N, H, W], [N, H, W, C] or [N, C, H, W] with 1, 3 or 4 "
+            f"channels, got {shape} in {path}"
+        )
+    return images
+
+
+def _as_bytes(images: NDArray[Any], path: Path, flag: str) -> NDArray[np.uint8]:
+    """uint8 as they are; floats in [0, 1] rounded to the 256 levels of a byte."""
+    if images.dtype == np.uint8:
+        return images
+    if not np.issubdtype(images.dtype, np.floating):
+        raise ValueError(
+            f"{flag}: expected uint8 images or floats in [0, 1], got {images.dtype} in {path}"
+        )
+    # Written so that NaN fails too.
+    if images.size and not (images.min() >= 0 and images.max() <= 1):
+        raise ValueError(
+            f"{flag}: expected float images in [0, 1], "
+            f"got {images.min():g} to {images.max():g} in {path}"
+        )
+    return np.round(images * 255).astype(np.uint8)

@@ -1,0 +1,42 @@
+"""What a data format gives: labels, class names, and images by row."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+
+class Source(ABC):
+    """Labelled images on disk or in memory; picklable, for worker processes.
+
+    flag: the setting that named the data, for error messages.
+    labels: int64 [N]. class_names: None where the format has no names.
+    """
+
+    flag: str
+    labels: NDArray[np.int64]
+    class_names: list[str] | None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def read(self, index: int) -> Image.Image:
+        """The image of a row, opened but not necessarily decoded; raises anything if damaged."""
+
+    @abstractmethod
+    def describe(self, index: int) -> str:
+        """Where a row comes from: its file, or its row (counted from 0) and file."""
+
+
+def check_labels(source: Source, num_classes: int) -> None:
+    """Raises ValueError that names the first row whose label is not in 0..num_classes-1."""
+    bad = np.flatnonzero((source.labels < 0) | (source.labels >= num_classes))
+    if len(bad):
+        raise ValueError(
+            f"{source.flag}: expected labels in 0..{num_classes - 1}, "
+            f"got {source.labels[bad[0]]}: {source.describe(int(bad[0]))}"
+        )

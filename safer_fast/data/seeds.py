@@ -1,0 +1,19 @@
+"""Independent random streams, each named by what it is for."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import torch
+
+
+def derive_seed(seed: int, purpose: str, *numbers: int) -> int:
+    """A 64-bit seed that depends on all arguments; `numbers` must not be negative."""
+    words = [seed % 2**64, zlib.crc32(purpose.encode()), *numbers]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
+
+
+def make_generator(seed: int, purpose: str, *numbers: int) -> torch.Generator:
+    """A CPU generator seeded by `derive_seed`."""
+    return torch.Generator().manual_seed(derive_seed(seed, purpose, *numbers))

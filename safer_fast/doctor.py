@@ -1,0 +1,245 @@
+"""Which fast paths are live on this machine, and what to do about the others.
+
+`python -m safer_fast.doctor [--json]` prints the checks; the trainer's banner uses `diagnose`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sysconfig
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from safer_fast import command_line
+
+_INSTALL = "make install"
+_LEAST_DISK_GIB = 5
+# What the compiled code of a block includes: a compiler without one of them is of no use to it.
+_PROBE = "#include <Python.h>\n#include <omp.h>\n#include <vector>\nint main() { return 0; }\n"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One fast path: whether it is live, what was found, and what would make it live."""
+
+    name: str
+    is_live: bool
+    detail: str
+    remedy: str | None = None
+
+
+@dataclass
+class _Arguments:
+    json: bool = False
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Prints the checks, as a table or as JSON."""
+    parser = command_line.new_parser("doctor", "Say which fast paths are live here, and why not.")
+    parser.add_argument("--json", action="store_true", help="print a JSON list of the checks")
+    asked = command_line.parse(parser, command_line.with_underscores(arguments), _Arguments)
+    checks = diagnose()
+    print(
+        json.dumps([asdict(check) for check in checks], indent=2) if asked.json else table(checks)
+    )
+
+
+def diagnose() -> list[Check]:
+    """All checks, in the order in which one would repair a machine. Nothing is changed."""
+    return [
+        Check("python", True, platform.python_version()),
+        _torch(),
+        _gpu(),
+        _package("timm", "models cannot be built"),
+        _native(),
+        _triton(),
+        _compile(),
+        _bf16(),
+        _apex(),
+        _threads(),
+        _disk(),
+    ]
+
+
+def table(checks: Sequence[Check]) -> str:
+    """The checks as lines of aligned columns, remedies below what they are for."""
+    width = max(len(check.name) for check in checks) + 2
+    lines = []
+    for check in checks:
+        state = "live" if check.is_live else "off"
+        lines.append(f"{check.name:{width}}{state:6}{check.detail}")
+        if check.remedy:
+            indent = " " * (width + 6)
+            lines += textwrap.wrap(
+                f"remedy: {check.remedy}",
+                100,
+                initial_indent=indent,
+                subsequent_indent=indent,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+    return "\n".join(lines)
+
+
+def _torch() -> Check:
+    built_for = (
+        f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    )
+    return Check("torch", True, f"{torch.__version__}, {built_for}")
+
+
+def _gpu() -> Check:
+    if not torch.version.cuda:
+        return Check(
+            "gpu",
+            False,
+            "torch is built without CUDA",
+            f"install torch from the default registry: {_INSTALL}",
+        )
+    if not torch.cuda.is_available():
+        return Check("gpu", False, "no GPU that torch can use", _gpu_remedy())
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return Check("gpu", True, f"{len(names)}: {', '.join(dict.fromkeys(names))}")
+
+
+def _gpu_remedy() -> str:
+    """Where there is a driver, the mistake is one of versions or of visibility."""
+    if shutil.which("nvidia-smi") is None:
+        return "use a machine with an NVIDIA GPU and its driver; the CPU is for small runs"
+    return (
+        "nvidia-smi is there: compare the CUDA version it prints with the one torch is built for, "
+        "and look whether CUDA_VISIBLE_DEVICES hides the GPU"
+    )
+
+
+def _package(name: str, consequence: str) -> Check:
+    try:
+        return Check(name, True, version(name))
+    except PackageNotFoundError:
+        return Check(name, False, f"not installed: {consequence}", _INSTALL)
+
+
+def _native() -> Check:
+    try:
+        from safer_fast.kernels import native_status
+    except ImportError as error:
+        return Check("native library", False, str(error), f"{_INSTALL}, then make native")
+    status = native_status()
+    if status.library is not None:
+        return Check("native library", True, Path(status.library).name)
+    reason = f"{status.library_reason}; plain PyTorch serves the CPU instead"
+    is_off = "SAFER_FAST_NATIVE" in status.library_reason
+    remedy = "unset SAFER_FAST_NATIVE" if is_off else "make native"
+    return Check("native library", False, reason, remedy)
+
+
+def _triton() -> Check:
+    found = _package("triton", "plain PyTorch serves the GPU instead")
+    if found.is_live and not torch.cuda.is_available():
+        return Check("triton", False, f"{found.detail}, but no GPU to compile for", "see gpu")
+    return found
+
+
+def _compile() -> Check:
+    """torch.compile needs a compiler that finds Python's, OpenMP's and the language's headers."""
+    if torch.cuda.is_available() and not _triton().is_live:
+        return Check("torch.compile", False, "on a GPU it needs triton", "see triton")
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    package = "install a C++ compiler and Python's headers, e.g. apt-get install g++ python3-dev"
+    if compiler is None:
+        return Check("torch.compile", False, "no C++ compiler", package)
+    problem = _compiler_problem(compiler)
+    if problem:
+        return Check("torch.compile", False, f"{compiler}: {problem}", package)
+    return Check("torch.compile", True, f"with {compiler}")
+
+
+def _compiler_problem(compiler: str) -> str:
+    """The first complaint of the compiler about a program such as torch.compile writes."""
+    words = [*compiler.split(), "-x", "c++", "-fsyntax-only", "-fopenmp"]
+    words += [f"-I{sysconfig.get_paths()['include']}", "-"]
+    try:
+        result = subprocess.run(
+            words, input=_PROBE, capture_output=True, text=True, timeout=60, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    if result.returncode == 0:
+        return ""
+    lines = [line for line in result.stderr.splitlines() if "error" in line]
+    return lines[0] if lines else f"exit status {result.returncode}"
+
+
+def _bf16() -> Check:
+    if torch.cuda.is_available():
+        is_live = torch.cuda.is_bf16_supported(including_emulation=False)
+        detail = "the GPU multiplies in bfloat16" if is_live else "this GPU only emulates bfloat16"
+        return Check("bf16", is_live, detail, None if is_live else "train with --amp off")
+    found = sorted(_cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
+    if found:
+        return Check("bf16", True, f"the CPU multiplies in bfloat16 ({', '.join(found)})")
+    detail = "no bfloat16 instructions found on this CPU: bf16 works, but slower than float32"
+    return Check("bf16", False, detail, "train with --amp off")
+
+
+def _cpu_flags() -> set[str]:
+    """What Linux says the processor can do; empty elsewhere."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    words = (line.partition(":")[2] for line in lines if line.lower().startswith(("flags", "feat")))
+    return set(next(words, "").split())
+
+
+def _apex() -> Check:
+    """The extension is what counts: the package of that name on PyPI is another project."""
+    remedy = (
+        "only for optim.name=apex-...: build it from source (https://github.com/NVIDIA/apex); "
+        "torch's fused optimizers are the default"
+    )
+    try:
+        import amp_C  # noqa: F401
+    except ImportError as error:
+        if find_spec("apex") is None:
+            return Check("apex", False, "not installed", remedy)
+        if find_spec("amp_C") is not None:
+            return Check("apex", False, f"amp_C does not load: {error}", remedy)
+        detail = "a package named apex is there, but not NVIDIA's fused kernels (amp_C)"
+        return Check("apex", False, detail, f"pip uninstall apex; {remedy}")
+    return Check("apex", True, "fused optimizers (amp_C)")
+
+
+def _threads() -> Check:
+    threads, cores = torch.get_num_threads(), _num_usable_cores()
+    detail = f"{threads} of {cores} usable cores"
+    # Two hardware threads share a core: half the count is torch's own choice there.
+    if 2 * threads >= cores:
+        return Check("cpu threads", True, detail)
+    remedy = "unset OMP_NUM_THREADS or give --runtime.num_threads"
+    return Check("cpu threads", False, detail, remedy)
+
+
+def _num_usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _disk() -> Check:
+    free = shutil.disk_usage(Path.cwd()).free / 2**30
+    is_live = free >= _LEAST_DISK_GIB
+    remedy = None if is_live else "make room, or put --output on another disk"
+    return Check("disk", is_live, f"{free:,.1f} GiB free in the current folder", remedy)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

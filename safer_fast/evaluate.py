@@ -1,0 +1,212 @@
+"""How accurate a model is, clean and under attack; `python -m safer_fast.evaluate RUN`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safer_fast.command_line import new_parser, parse, run, with_underscores
+from safer_fast.config import EvaluateConfig
+from safer_fast.validation import check_attack_name
+
+if TYPE_CHECKING:  # torch is imported when there is something to compute: --help does not wait
+    import torch
+
+    from safer_fast.data import Batch, Loader
+    from safer_fast.model import RobustModel
+    from safer_fast.run_folder import LoadedRun
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """The ball that attacks stay in."""
+
+    norm: Any
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of `num_images` images that are classified rightly under an attack."""
+
+    attack: str
+    epsilon: float
+    accuracy: float
+    num_images: int
+
+
+def evaluate(
+    model: RobustModel,
+    batches: Iterator[Batch],
+    attacks: Sequence[str],
+    threat: ThreatModel,
+    *,
+    seed: int = 0,
+    max_images: int | None = None,
+) -> list[Accuracy]:
+    """The accuracy under each attack over the batches, at most `max_images` images of them.
+
+    clean: no attack. fgsm: one step of epsilon from the image itself (Goodfellow et al., 2015).
+    pgd-K: K steps of 2.5 epsilon / K from a random start (Madry et al., 2018), one restart. Every
+    attack runs in the model's own precision, with gradients of the cross-entropy.
+    """
+    import torch
+
+    from safer_fast.data import as_pixels
+
+    device = model.mean.device
+    generators = {name: torch.Generator(device).manual_seed(seed) for name in attacks}
+    correct = {name: torch.zeros((), dtype=torch.int64, device=device) for name in attacks}
+    num_images = 0
+    for batch in batches:
+        left = len(batch.labels) if max_images is None else max_images - num_images
+        if left <= 0:
+            break
+        batch = batch.to(device, non_blocking=True)
+        images, labels = as_pixels(batch.images)[:left], batch.labels[:left]
+        for name in attacks:
+            attacked = attack_by_name(name, model, images, labels, threat, generators[name])
+            with torch.no_grad():
+                correct[name] += (model(attacked).argmax(1) == labels).sum()
+        num_images += len(labels)
+    return [
+        Accuracy(
+            name, 0.0 if name == "clean" else threat.epsilon, int(count) / num_images, num_images
+        )
+        for name, count in correct.items()
+    ]
+
+
+def attack_by_name(
+    name: str,
+    model: RobustModel,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    threat: ThreatModel,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Images [B, C, H, W] after the attack `name`: clean, fgsm or pgd-K."""
+    from safer_fast.attack import default_step_size, pgd
+
+    if name == "clean":
+        return images
+    radius, norm = threat.epsilon, threat.norm
+    if name == "fgsm":
+        return pgd(
+            model,
+            images,
+            labels,
+            epsilon=radius,
+            step_size=radius,
+            steps=1,
+            norm=norm,
+            start=images,
+        )
+    steps = int(name.removeprefix("pgd-"))
+    return pgd(
+        model,
+        images,
+        labels,
+        epsilon=radius,
+        step_size=default_step_size(radius, steps),
+        steps=steps,
+        norm=norm,
+        generator=generator,
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    """`python -m safer_fast.evaluate RUN [flags]`: prints a table, appends to metrics.jsonl."""
+    parser = new_parser("evaluate", "Measure clean and robust accuracy of a run.")
+    parser.add_class_arguments(EvaluateConfig, None, skip={"run"})
+    parser.add_argument("run", type=str, metavar="RUN", help="run folder")
+    words = [word.replace("--data.path", "--path", 1) for word in with_underscores(arguments)]
+    config = parse(parser, words, EvaluateConfig)
+    for name in config.attacks:
+        check_attack_name(name, "--attacks")
+    for flag, value in (("--batch-size", config.batch_size), ("--num-images", config.num_images)):
+        if value is not None and value < 1:
+            raise ValueError(f"{flag}: expected at least 1, got {value}")
+    evaluate_run(config)
+
+
+def evaluate_run(config: EvaluateConfig) -> list[Accuracy]:
+    """Evaluates a run folder; the figures are appended to its metrics.jsonl and printed.
+
+    Raises ValueError for a folder that is no run and for data that does not fit its model.
+    """
+    from safer_fast.metrics import MetricsLog
+    from safer_fast.run_folder import load_run
+
+    folder = Path(config.run)
+    loaded = load_run(folder, config.weights, config.device)
+    threat = ThreatModel(
+        loaded.config.attack.norm,
+        float(loaded.config.attack.epsilon if config.epsilon is None else config.epsilon),
+    )
+    split, loader = _evaluation_data(config, loaded)
+    results = evaluate(
+        loaded.model,
+        with_progress(loader, "evaluating"),
+        config.attacks,
+        threat,
+        seed=config.seed,
+        max_images=config.num_images,
+    )
+    rows = [{"split": split, "weights": config.weights, **vars(result)} for result in results]
+    with MetricsLog(folder) as log:
+        for row in rows:
+            log.write("evaluation", epoch=loaded.config.epochs, step=0, **row)
+    print(accuracy_table(rows))
+    return results
+
+
+def with_progress(loader: Loader, label: str) -> Iterator[Batch]:
+    """The loader's batches, with a bar on a terminal."""
+    from tqdm import tqdm
+
+    yield from tqdm(loader.epoch(1), total=len(loader), desc=label, leave=False, disable=None)
+
+
+def _evaluation_data(config: EvaluateConfig, loaded: LoadedRun) -> tuple[str, Loader]:
+    """The name of the split and its loader: the data given, else the run's own."""
+    from safer_fast.data import load_data, load_evaluation_data
+
+    settings = loaded.config
+    if config.path is not None:
+        data = load_evaluation_data(
+            config.path,
+            batch_size=config.batch_size,
+            num_classes=len(loaded.class_names),
+            num_channels=loaded.num_channels,
+            image_size=loaded.image_size,
+            num_workers=settings.data.num_workers,
+            class_names=loaded.class_names,
+        )
+        return Path(config.path).stem, data
+    own = load_data(
+        settings.data,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        evaluation_batch_size=config.batch_size,
+    )
+    return ("validation", own.validation) if own.test is None else ("test", own.test)
+
+
+def accuracy_table(accuracies: Sequence[Mapping[str, Any]]) -> str:
+    """Lines of text, one for each weights, split and attack."""
+    lines = [
+        f"{'weights':<8} {'split':<11} {'attack':<8} {'epsilon':>7} {'accuracy':>8} {'images':>7}"
+    ]
+    lines += [
+        f"{row['weights']:<8} {row['split']:<11} {row['attack']:<8} {row['epsilon']:>7.4f} "
+        f"{row['accuracy']:>8.4f} {row['num_images']:>7}"
+        for row in accuracies
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,134 @@
+"""A finished or running run as the report sees it: its files, read and put in order."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safer_fast.metrics import FILE_NAME, read_metrics
+
+_EVENT_KEYS = ("event", "epoch", "step", "time_s")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder; events of an epoch that was trained again after a resume count once."""
+
+    name: str
+    config: dict[str, Any]
+    model: dict[str, Any]
+    environment: dict[str, Any]
+    epochs: list[dict[str, Any]]
+    selections: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    is_finished: bool
+    time_s: float
+
+    def series(self, key: str) -> list[Any]:
+        """The values of a key of the epoch events, None where one lacks it."""
+        return [event.get(key) for event in self.epochs]
+
+    def setting(self, name: str) -> Any:
+        """The configured value of `group.name`, None where it is not known."""
+        return flatten(self.config).get(name)
+
+    def first_epoch_at_full_epsilon(self) -> float:
+        """From here on accuracies in training and validation compare; infinity: not reached."""
+        reached = {event["epoch"]: event.get("epsilon") or 0.0 for event in self.epochs}
+        full = self.setting("attack.epsilon") or max(reached.values(), default=0.0)
+        # The log may have rounded: a millionth of the radius does not matter.
+        epochs = [epoch for epoch, epsilon in reached.items() if epsilon >= full * (1 - 1e-6)]
+        return min(epochs, default=math.inf)
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """The runs in the order given; raises ValueError naming a folder that is none."""
+    if not folders:
+        raise ValueError("expected at least one run folder, got none")
+    names = [folder.resolve().name for folder in folders]
+    is_unique = len(set(names)) == len(names)
+    return [
+        _read_run(folder, name if is_unique else str(folder))
+        for folder, name in zip(folders, names, strict=True)
+    ]
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _read_run(folder: Path, name: str) -> Run:
+    if not (folder / FILE_NAME).is_file():
+        what = "a folder without it" if folder.is_dir() else "no such folder"
+        raise ValueError(f"{folder}: expected a run folder with {FILE_NAME}, got {what}")
+    events = read_metrics(folder / FILE_NAME)
+    environment: dict[str, Any] = {}
+    for event in _of_kind(events, "run"):
+        environment |= {key: event[key] for key in event if key not in _EVENT_KEYS}
+    return Run(
+        name=name,
+        config=_read_mapping(folder / "run.yaml"),
+        model=_read_mapping(folder / "config.json"),
+        environment=environment,
+        epochs=_last_per_epoch(_of_kind(events, "epoch")),
+        selections=_last_per_epoch(_of_kind(events, "selection")),
+        evaluations=_of_kind(events, "evaluation"),
+        is_finished=_is_finished(events),
+        time_s=_time_s(events),
+    )
+
+
+def _of_kind(events: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [event for event in events if event.get("event") == kind]
+
+
+def _last_per_epoch(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    by_epoch = {event.get("epoch", 0): event for event in events}
+    return [by_epoch[epoch] for epoch in sorted(by_epoch)]
+
+
+def _is_finished(events: Sequence[dict[str, Any]]) -> bool:
+    """The run ended and was not taken up again; evaluations may have followed."""
+    kinds = [event["event"] for event in events if event.get("event") in ("epoch", "end")]
+    return kinds[-1:] == ["end"]
+
+
+def _time_s(events: Sequence[dict[str, Any]]) -> float:
+    """Seconds of training in all sessions together; the clock starts at 0 again with each."""
+    total, previous = 0.0, 0.0
+    for event in events:
+        if event.get("event") not in ("step", "epoch", "selection"):
+            continue
+        now = float(event.get("time_s") or 0.0)
+        if now < previous:
+            total += previous
+        previous = now
+    return total + previous
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    """The content of a YAML or JSON file, empty where there is no such file."""
+    import yaml
+
+    if not path.is_file():
+        return {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        problem = " ".join(str(error).split())
+        raise ValueError(f"{path}: expected YAML or JSON, got {problem}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected names with values, got {type(values).__name__}")
+    return values

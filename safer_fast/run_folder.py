@@ -1,0 +1,136 @@
+"""The folder of a run: its configuration, and weights that timm loads as they stand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from safer_fast import __version__
+from safer_fast.command_line import parse_config
+from safer_fast.config import Config, ModelConfig
+
+if TYPE_CHECKING:
+    from safer_fast.data import Data
+    from safer_fast.model import RobustModel
+
+CONFIG = "run.yaml"
+KEY = "safer_fast"
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run read back: its configuration, its model on the device in eval mode, its classes."""
+
+    config: Config
+    model: RobustModel
+    class_names: list[str]
+    num_channels: int
+    image_size: int
+
+
+def create_run_folder(config: Config, data_name: str) -> Path:
+    """A new or empty folder for the run; raises ValueError for one that is in use."""
+    today = datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = Path(config.output or f"runs/{today}-{config.model.name}-{data_name}")
+    check_output(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"--output: expected a folder that can be made, got {folder}: {error}"
+        ) from None
+    return folder
+
+
+def check_output(folder: Path) -> None:
+    """Raises ValueError unless `folder` does not exist or is empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--output: expected a new or empty folder, got {folder}, which is in use")
+
+
+def save_config(config: Config, folder: Path) -> None:
+    """`run.yaml` holds the resolved configuration; `--config` on it repeats the run."""
+    content = _plain(config.to_dict()) | {"output": None}
+    (folder / CONFIG).write_text(
+        f"# safer_fast {__version__}: python -m safer_fast.train --config {folder / CONFIG}\n"
+        + yaml.safe_dump(content, sort_keys=False)
+    )
+
+
+def export_model(
+    model: RobustModel,
+    weights: dict[str, Any],
+    folder: Path,
+    *,
+    config: Config,
+    data: Data,
+    accuracies: Sequence[dict[str, Any]] = (),
+) -> None:
+    """The folder loads in timm: `timm.create_model("local-dir:FOLDER", pretrained=True)`."""
+    from safer_fast.checkpoint import MODEL_CONFIG, WEIGHTS, read_json, save_json, save_weights
+    from safer_fast.model import save_timm_config
+
+    save_weights(weights, folder / WEIGHTS)
+    save_timm_config(model, folder / MODEL_CONFIG, data.image_size)
+    content = read_json(folder / MODEL_CONFIG)
+    content[KEY] = {
+        "version": __version__,
+        "threat_model": {"norm": config.attack.norm, "epsilon": float(config.attack.epsilon)},
+        "class_names": data.class_names,
+        "num_channels": data.num_channels,
+        "image_size": data.image_size,
+        "validation_rows": data.validation_rows,
+        "accuracies": list(accuracies),
+    }
+    save_json(content, folder / MODEL_CONFIG)
+
+
+def load_run(folder: Path, weights: str = "last", device: str = "auto") -> LoadedRun:
+    """A finished or stopped run, with its last or best weights.
+
+    Raises ValueError, one line, for a folder that is no run, damaged files and unknown weights.
+    """
+    from safer_fast.checkpoint import BEST_WEIGHTS, MODEL_CONFIG, WEIGHTS, load_weights, read_json
+    from safer_fast.model import build_model
+    from safer_fast.runtime import prepare_runtime
+
+    files = {"last": WEIGHTS, "best": BEST_WEIGHTS}
+    if weights not in files:
+        raise ValueError(f"--weights: expected last or best, got {weights!r}")
+    for name in (CONFIG, MODEL_CONFIG, files[weights]):
+        if not (folder / name).is_file():
+            raise ValueError(f"RUN: expected a run folder with {name}, got {folder}")
+    config = parse_config(["--config", str(folder / CONFIG)])
+    config.runtime.device = device  # type: ignore[assignment]
+    runtime = prepare_runtime(config.runtime, config.amp)
+    facts = read_json(folder / MODEL_CONFIG)[KEY]
+    settings = ModelConfig(**vars(config.model) | {"pretrained": False, "checkpoint": str(folder)})
+    model = build_model(
+        settings,
+        num_classes=len(facts["class_names"]),
+        image_size=facts["image_size"],
+        num_channels=facts["num_channels"],
+        compute_dtype=runtime.compute_dtype,
+    )
+    load_weights(model.network, str(folder / files[weights]))
+    return LoadedRun(
+        config,
+        model.to(runtime.device),
+        facts["class_names"],
+        facts["num_channels"],
+        facts["image_size"],
+    )
+
+
+def _plain(value: Any) -> Any:
+    """The value as YAML knows it: numbers and lists in place of Radius, Names and tuples."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return float(value) if isinstance(value, float) else value

@@ -1,0 +1,68 @@
+"""What holds when: the stage of an epoch, when layers are selected, epsilon, the learning rate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import cos, pi
+
+from safer_fast.attack import default_step_size
+from safer_fast.config import AttackConfig, Config, OptimConfig
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of epochs with one schedule: `warm-up` trains everything, `safer` the selection."""
+
+    name: str
+    first_epoch: int
+    last_epoch: int
+    learning_rate: float
+
+    @property
+    def num_epochs(self) -> int:
+        return self.last_epoch - self.first_epoch + 1
+
+    def selects_at(self, epoch: int, every_epochs: int) -> bool:
+        """Whether layers are selected right before this epoch."""
+        past = epoch - self.first_epoch
+        return past == 0 or (self.name == "safer" and every_epochs > 0 and past % every_epochs == 0)
+
+
+def stage_of(config: Config, epoch: int) -> Stage:
+    """The stage that epoch `epoch` (from 1) belongs to."""
+    warmup = config.selection.warmup_epochs
+    if epoch <= warmup:
+        return Stage("warm-up", 1, warmup, config.optim.learning_rate)
+    peak = config.optim.safer_learning_rate or config.optim.learning_rate
+    return Stage("safer", warmup + 1, config.epochs, peak)
+
+
+def radii_at(config: AttackConfig, epochs_done: float) -> tuple[float, float]:
+    """Epsilon and step size after `epochs_done` epochs, a fraction within one."""
+    share = 1.0
+    if config.epsilon_warmup_epochs or config.clean_epochs:
+        since = epochs_done - config.clean_epochs
+        share = min(max(since / max(config.epsilon_warmup_epochs, 1e-9), 0.0), 1.0)
+    step_size = config.step_size
+    if step_size is None:
+        step_size_at_full = default_step_size(config.epsilon, config.steps)
+    else:
+        step_size_at_full = float(step_size)
+    return share * config.epsilon, share * step_size_at_full
+
+
+def learning_rate_at(
+    config: OptimConfig, peak: float, step: int, num_steps: int, steps_per_epoch: int
+) -> float:
+    """The learning rate of step `step` (from 0) in a stage of `num_steps` steps."""
+    warmup = config.warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    if config.schedule == "cosine":
+        progress = min((step - warmup) / max(num_steps - warmup, 1), 1.0)
+        low = min(config.min_learning_rate, peak)
+        return low + (peak - low) * (1 + cos(pi * progress)) / 2
+    if config.schedule == "step":
+        passed = sum(step >= milestone * num_steps for milestone in config.milestones)
+        return float(peak * config.decay**passed)
+    return peak

@@ -1,0 +1,299 @@
+"""Which layers to fine-tune: scores for every layer, and the few that score highest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from math import isnan
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from safer_fast.attack import cross_entropy, frozen
+from safer_fast.config import Criterion, SelectionConfig
+from safer_fast.cut import STEM
+from safer_fast.model import RobustModel, find_layers
+from safer_fast.parameters import ParameterArenas, Range, Selection, module_selection
+from safer_fast.sam import ascend_, gradient_squares, restore_, weight_norm
+
+Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""(model, images, labels) -> adversarial images."""
+Batches = Sequence[tuple[Tensor, Tensor]]
+
+
+def rank_layers(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    criterion: Criterion = "sharpness",
+    rho: float = 0.05,
+    radius: Literal["absolute", "relative"] = "absolute",
+    attack: Attack | None = None,
+    names: Sequence[str] | None = None,
+    arenas: ParameterArenas | None = None,
+    generator: torch.Generator | None = None,
+) -> dict[str, float]:
+    """A score for each layer; the layers that should be fine-tuned score highest.
+
+    - `sharpness`: S_l = L(w_l + rho g_l / ||g_l||, rest) - L(w), L the mean cross-entropy on
+      adversarial examples, g_l its gradient for the layer's weight and bias. This is our reading of
+      SAFER (Gopal et al., 2025), whose formula is not public. `least-sharp`: -S_l.
+    - `gradient-norm`: rho ||g_l||, the first-order estimate of S_l.
+    - `criticality`: W(F_l) / W(F_l-1), W(F) the mean over images of ||F(x + d) - F(x)|| / dim
+      (CLAT, Gopal et al., 2024), with d from `attack`; the first layer is compared with the image.
+    - `random`: uniform in [0, 1).
+
+    Args:
+        model: takes pixels in [0, 1]; its weights are perturbed meanwhile and restored exactly. A
+            RobustModel is run from each layer's block upwards only.
+        batches: (images float [B, C, H, W], labels int64 [B]) on the model's device.
+        rho: radius of the perturbation; times ||w_l|| with `radius="relative"`.
+        attack: makes the adversarial examples; default: the images as they are.
+        names: the layers to score; default: every linear layer and 2-d convolution.
+        arenas: where the model's parameters lie, if they lie in arenas.
+        generator: source of `random`, on the CPU.
+
+    Raises:
+        ValueError: no batches, unknown names, a criterion that gives no scores (`all`).
+    """
+    layers = layers_of(model)
+    names = list(layers) if names is None else list(names)
+    if unknown := [name for name in names if name not in layers]:
+        raise ValueError(f"names: expected layers of the model, got {', '.join(unknown)}")
+    if criterion == "random":
+        draws = torch.rand(len(names), generator=generator, dtype=torch.float64)
+        return dict(zip(names, draws.tolist(), strict=True))
+    if criterion == "all":
+        raise ValueError("criterion: expected one that scores layers, got 'all'")
+    probes = [
+        (images, images if attack is None else attack(model, images, labels), labels)
+        for images, labels in batches
+    ]
+    if not probes:
+        raise ValueError("batches: expected at least one batch, got none")
+    adversarial = [(attacked, labels) for _, attacked, labels in probes]
+    with frozen(model):
+        if criterion == "criticality":
+            return _criticality(model, [(clean, attacked) for clean, attacked, _ in probes], names)
+        chosen = _selection_of(model, names, layers, arenas)
+        _store_mean_gradients(model, chosen, adversarial)
+        if criterion == "gradient-norm":
+            return _gradient_norms(chosen, names, rho, radius)
+        rises = _loss_rises(model, chosen.groups, names, adversarial, rho, radius)
+    sign = -1.0 if criterion == "least-sharp" else 1.0
+    return {name: sign * rise for name, rise in rises.items()}
+
+
+def select_layers(scores: Mapping[str, float], *, fraction: float) -> list[str]:
+    """The names with the highest scores: `fraction` of them, rounded half up, at least one.
+
+    Equal scores are ordered by name. Raises ValueError for a fraction outside (0, 1], no scores, or
+    a score that is NaN.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction: expected above 0 and at most 1, got {fraction}")
+    if not scores:
+        raise ValueError("scores: expected at least one layer, got none")
+    if lost := [name for name, score in scores.items() if isnan(score)]:
+        raise ValueError(f"scores: expected numbers, got NaN for {', '.join(lost)}")
+    count = max(1, int(fraction * len(scores) + 0.5))
+    return sorted(scores, key=lambda name: (-scores[name], name))[:count]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which layers are fine-tuned next, and the scores that say so (none for an explicit list)."""
+
+    criterion: str
+    scores: dict[str, float]
+    selected: list[str]
+
+
+def choose_layers(
+    model: RobustModel,
+    arenas: ParameterArenas,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    config: SelectionConfig,
+    *,
+    sam_rho: float,
+    attack: Attack,
+    seed: int,
+) -> Choice:
+    """The layers that the configuration selects for these training images."""
+    if config.layers is not None:
+        return Choice("explicit", {}, match_layers(config.layers, model.layers))
+    if config.criterion == "all":
+        return Choice("all", {}, list(model.layers))
+    scores = rank_layers(
+        model,
+        batches,
+        criterion=config.criterion,
+        rho=config.rho or sam_rho or 0.05,
+        radius=config.radius,
+        attack=attack,
+        names=candidates(model, config.from_block),
+        arenas=arenas,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    return Choice(config.criterion, scores, select_layers(scores, fraction=config.fraction))
+
+
+def match_layers(patterns: Sequence[str], names: Iterable[str]) -> list[str]:
+    """The layers that a name or shell-style pattern fits; ValueError for a pattern without any."""
+    names = list(names)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"selection.layers: expected names or patterns such as {names[-1]!r} or "
+                f"'blocks.1?.attn.*', got {pattern!r}, which fits no layer"
+            )
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def candidates(model: RobustModel, from_block: int) -> list[str]:
+    """The layers of block `from_block` and above, and of the head; ValueError beyond the blocks."""
+    if from_block and from_block >= max(model.num_blocks, 1):
+        raise ValueError(
+            f"selection.from_block: expected less than the {model.num_blocks} blocks of the model, "
+            f"got {from_block}"
+        )
+    lowest = from_block if from_block else STEM
+    return [name for name in model.layers if model.block_of(name) >= lowest]
+
+
+def layers_of(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The layers of any module by name, with their parameters."""
+    network = model.network if isinstance(model, RobustModel) else model
+    names = model.layers if isinstance(model, RobustModel) else find_layers(model)
+    return {layer: [network.get_parameter(name) for name in own] for layer, own in names.items()}
+
+
+def _selection_of(
+    model: nn.Module,
+    names: Sequence[str],
+    layers: Mapping[str, Sequence[nn.Parameter]],
+    arenas: ParameterArenas | None,
+) -> Selection:
+    if arenas is not None:
+        return arenas.select(names)
+    return module_selection({name: layers[name] for name in names})
+
+
+def _store_mean_gradients(model: nn.Module, chosen: Selection, batches: Batches) -> None:
+    """The ranges hold the gradient of the mean loss over all batches."""
+    total = sum(len(labels) for _, labels in batches)
+    with requiring_gradients(chosen.parameters):
+        for images, labels in batches:
+            loss = cross_entropy(model(images), labels) / total
+            gradients = torch.autograd.grad(loss, chosen.parameters)
+            for view, gradient in zip(chosen.gradient_views, gradients, strict=True):
+                view.add_(gradient)
+
+
+def _gradient_norms(
+    chosen: Selection, names: Sequence[str], rho: float, radius: str
+) -> dict[str, float]:
+    scores = []
+    for name in names:
+        ranges = chosen.groups[name]
+        size = weight_norm(ranges) if radius == "relative" else 1.0
+        scores.append(rho * size * gradient_squares(ranges).sqrt())
+    return dict(zip(names, torch.stack(scores).tolist(), strict=True))
+
+
+@torch.no_grad()
+def _loss_rises(
+    model: nn.Module,
+    groups: Mapping[str, Sequence[Range]],
+    names: Sequence[str],
+    batches: Batches,
+    rho: float,
+    radius: str,
+) -> dict[str, float]:
+    """For each layer the rise of the mean loss when it alone is perturbed."""
+    total = sum(len(labels) for _, labels in batches)
+    rises = {name: torch.zeros((), dtype=torch.float64) for name in names}
+    for images, labels in batches:
+        run_from, base = _cached_run(model, images, labels)
+        for name in names:
+            ascend_([groups[name]], rho, relative=radius == "relative")
+            try:
+                rises[name] = rises[name].to(base) + (run_from(name) - base)
+            finally:
+                restore_(groups[name])
+    values = (torch.stack(list(rises.values())) / total).tolist()
+    return dict(zip(names, values, strict=True))
+
+
+def _cached_run(
+    model: nn.Module, images: Tensor, labels: Tensor
+) -> tuple[Callable[[str], Tensor], Tensor]:
+    """A function that gives the summed loss, run from a layer's block upwards; and the loss now."""
+    if not isinstance(model, RobustModel):
+        return lambda _: _loss(model(images), labels), _loss(model(images), labels)
+    features = {STEM: model.prefix(images, STEM)}
+    for index in range(STEM, model.num_blocks):
+        features[index + 1] = model.block(features[index], index)
+
+    def run_from(name: str) -> Tensor:
+        block = model.block_of(name)
+        return _loss(model.suffix(features[block], block), labels)
+
+    return run_from, _loss(model.suffix(features[model.num_blocks], model.num_blocks), labels)
+
+
+def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy(logits.double(), labels)
+
+
+@torch.no_grad()
+def _criticality(
+    model: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]], names: Sequence[str]
+) -> dict[str, float]:
+    network = model.network if isinstance(model, RobustModel) else model
+    changes: dict[str, Tensor] = {}
+    for clean, attacked in pairs:
+        before, after = _outputs(model, network, clean), _outputs(model, network, attacked)
+        for name in before:
+            change = (after[name].double() - before[name].double()).flatten(1)
+            size = change.norm(dim=1).sum() / change.shape[1]
+            changes[name] = changes.get(name, torch.zeros_like(size)) + size
+    order = list(changes)
+    below = dict(zip(order[1:], order[:-1], strict=True))
+    values = torch.stack([changes[name] / changes[below[name]] for name in order[1:]]).tolist()
+    scores = dict(zip(order[1:], values, strict=True))
+    return {name: scores[name] for name in names}
+
+
+def _outputs(model: nn.Module, network: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """The image and what every layer gives for it, in order of execution."""
+    outputs: dict[str, Tensor] = {"": images}
+
+    def keep(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        return lambda _module, _inputs, output: outputs.__setitem__(name, output)
+
+    handles = [
+        network.get_submodule(name).register_forward_hook(keep(name))
+        for name in find_layers(network)
+    ]
+    try:
+        model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs
+
+
+@contextmanager
+def requiring_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """These parameters require gradients for a while."""
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)

@@ -1,0 +1,208 @@
+"""What users type: recipes, flags in any order, and one clear line for every mistake."""
+
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+
+from safer_fast import command_line
+from safer_fast.command_line import RECIPES, parse_config
+from safer_fast.config import Config
+from safer_fast.run_folder import save_config
+
+
+def command(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", f"safer_fast.{name}", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=250,
+        env=environment,
+    )
+
+
+def refused(function: object, arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a command ends with."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["command", *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            command_line.run(function)  # type: ignore[arg-type]
+    assert exit_.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    return err
+
+
+def test_without_flags_the_built_in_digits_are_the_job() -> None:
+    config = parse_config([])
+    assert config.data.path is None
+    assert config.model.patch_size == 2
+    assert config.selection.warmup_epochs > 0
+    selections = (config.epochs - config.selection.warmup_epochs) / config.selection.every_epochs
+    assert selections >= 2
+
+
+def test_data_of_ones_own_start_from_the_plain_defaults() -> None:
+    config = parse_config(["--data.path", "somewhere"])
+    assert config.model == Config().model
+    assert config.attack.epsilon == pytest.approx(8 / 255)
+
+
+def test_flags_override_the_recipe_wherever_they_stand() -> None:
+    for words in (
+        ["--batch-size", "8", "--config", "cifar10-safer", "--attack.epsilon", "4/255"],
+        ["--attack.epsilon=4/255", "--config=cifar10-safer", "--batch_size=8"],
+    ):
+        config = parse_config(words)
+        assert config.batch_size == 8
+        assert config.attack.epsilon == pytest.approx(4 / 255)
+        assert config.model.patch_size == 4
+
+
+def test_another_model_drops_the_arguments_of_the_recipes_model() -> None:
+    config = parse_config(["--model.name", "deit_tiny_patch16_224"])
+    assert config.model.arguments == {}
+    assert config.model.patch_size == 2
+    kept = parse_config(["--model.name", "deit_tiny_patch16_224", "--model.arguments.depth", "3"])
+    assert kept.model.arguments == {"depth": 3}
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+def test_every_recipe_is_valid_and_says_what_it_is(recipe: str) -> None:
+    parse_config(["--config", recipe, "--data.path", "somewhere"])
+    header = (RECIPES / f"{recipe}.yaml").read_text().split("\n")
+    comments = "\n".join(line for line in header if line.startswith("#"))
+    for word in ("Command:", "Hardware:", "Time:", "Accuracy:"):
+        assert word in comments, word
+
+
+def test_the_recipes_of_the_contract_are_there() -> None:
+    names = {path.stem for path in RECIPES.glob("*.yaml")}
+    expected = {"cifar10-pgd-at", "cifar10-sam-at", "cifar10-safer"}
+    assert names >= {"digits", "imagenet-vit-large", *expected}
+
+
+def test_a_saved_configuration_repeats_the_run(tmp_path: Path) -> None:
+    config = parse_config(["--attack.norm", "l2", "--selection.layers", "head,blocks.*"])
+    save_config(config, tmp_path)
+    again = parse_config(["--config", str(tmp_path / "run.yaml")])
+    assert again == config
+    assert yaml.safe_load((tmp_path / "run.yaml").read_text())["attack"]["norm"] == "l2"
+
+
+MISTAKES: list[tuple[list[str], str]] = [
+    (["--foo", "1"], "unknown flag --foo"),
+    (["--attack.epsilonn", "1"], "unknown flag --attack.epsilonn, did you mean 'attack.epsilon'?"),
+    (["--amp", "fp3"], "--amp: expected one of off, bf16, got fp3"),
+    (["--epochs", "1.5"], "--epochs: expected a whole number, got 1.5"),
+    (["--epochs", "0"], "--epochs: expected at least 1, got 0"),
+    (["--batch-size", "0"], "--batch-size: expected at least 1, got 0"),
+    (["--attack.epsilon", "abc"], "--attack.epsilon: expected a number or a fraction such as"),
+    (["--attack.epsilon", "8/0"], "--attack.epsilon: expected a number or a fraction such as"),
+    (["--attack.epsilon", "nan"], "--attack.epsilon: expected a radius"),
+    (["--attack.epsilon", "8"], "write 8/255, not 8"),
+    (["--attack.norm"], "--attack.norm: expected one argument"),
+    (["--attack.norm", "l1"], "--attack.norm: expected one of linf, l2, got l1"),
+    (["--sam.adaptive", "maybe"], "--sam.adaptive: expected true or false, got maybe"),
+    (["--optim.clip_norm", "x"], "--optim.clip_norm: expected a number, got x"),
+    (["--optim.betas", "[0.9,2]"], "--optim.betas: expected two shares in [0, 1)"),
+    (["--model.arguments", "3"], "--model.arguments: expected names with values"),
+    (["--selection.fraction", "0"], "--selection.fraction: expected a share above 0"),
+    (["--selection.warmup_epochs", "1000"], "--selection.warmup_epochs: expected less than"),
+    (["--evaluation.attacks", "pgd"], "--evaluation.attacks: expected clean, fgsm or pgd-K"),
+    (["--config", "nope"], "--config: expected a YAML file or one of the recipes"),
+    (["--data.path", "nowhere"], "data.path: expected"),
+    (["--batch-size", "5000"], "batch_size: expected at most 900"),
+    (["--model.name", "resnet18"], "model.name: expected a vision transformer"),
+    (["--model.name", "vit_tinny"], "model.name: expected a model of timm, got 'vit_tinny'"),
+    (["--model.arguments.hight", "3"], "takes no 1x8x8 images"),
+    (["--model.checkpoint", "none.safetensors"], "model.checkpoint: expected a run folder"),
+    (["--selection.layers", "block.*"], "selection.layers: expected names or patterns"),
+    (["--selection.from_block", "4"], "selection.from_block: expected less than the 4 blocks"),
+    (["--runtime.device", "cuda"], "--runtime.device: expected cpu or auto"),
+    (["--optim.name", "apex-adam"], "optim.name: apex-adam needs"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=lambda v: " ".join(v)[:40])
+def test_a_mistake_gets_one_line_and_touches_nothing(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import torch
+
+    from safer_fast.train import main
+
+    if torch.cuda.is_available() and "cuda" in arguments:
+        pytest.skip("this machine has a CUDA device")
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(main, [*arguments, "--output", "run"], capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("attack: {epsilonn: 1}", "unknown setting 'attack.epsilonn', did you mean"),
+        ("epoch: 3", "unknown setting 'epoch', did you mean 'epochs'?"),
+        ("attack: {norm: l1}", "--attack.norm: expected one of linf, l2, got l1"),
+        ("attack: [1", "--config: expected YAML in"),
+        ("", "--config: expected names with values in"),
+        ("just words", "--config: expected names with values in"),
+    ],
+)
+def test_a_wrong_yaml_file_gets_one_line(
+    content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safer_fast.train import main
+
+    file = tmp_path / "mine.yaml"
+    file.write_text(content)
+    assert message in refused(main, ["--config", str(file)], capsys)
+
+
+def test_a_run_folder_in_use_is_refused_and_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safer_fast.train import main
+
+    (tmp_path / "mine.txt").write_text("precious")
+    assert "which is in use" in refused(main, ["--output", str(tmp_path)], capsys)
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+    file = str(tmp_path / "mine.txt")
+    assert "which is in use" in refused(main, ["--output", file], capsys)
+
+
+@pytest.mark.parametrize("name", ["evaluate", "select", "report"])
+def test_commands_refuse_what_is_no_run(name: str, tmp_path: Path) -> None:
+    result = command(name, str(tmp_path))
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "expected a run folder" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "select", "report", "doctor"])
+def test_help_answers_quickly_and_explains_every_flag(name: str) -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = command(name, "--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # seconds of work, not of waiting for other processes of a busy machine
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3
+    assert result.returncode == 0, result.stderr
+    assert f"python -m safer_fast.{name}" in result.stdout
+    if name == "train":
+        assert "Radius of the ball; pixels are in [0, 1]" in " ".join(result.stdout.split())
+        for line in ("--attack.epsilon", "--sam.rho", "--selection.every_epochs", "--batch-size"):
+            assert line in result.stdout
