@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -245,6 +246,9 @@ def _create(
     image_size: int,
     arguments: dict[str, Any],
 ) -> nn.Module:
+    # offline, the hub's own retries would be all that a user sees
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
     def create(**sizes: Any) -> nn.Module:
         network: nn.Module = timm.create_model(
             config.name,

@@ -228,6 +228,8 @@ class Trainer:
         )
 
     def _probe_attack(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        if self.config.attack.steps == 0:
+            return images
         epsilon, step_size = radii_at(self.config.attack, self.config.epochs)
         return pgd(
             model,

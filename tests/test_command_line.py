@@ -151,6 +151,70 @@ def test_a_mistake_gets_one_line_and_touches_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def write_image(file: Path, size: int = 8) -> None:
+    from PIL import Image
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (size, size), "red").save(file)
+
+
+def write_data(folder: Path, kind: str) -> None:
+    """A folder of images for two classes with one thing wrong."""
+    import numpy as np
+
+    folder.mkdir()
+    if kind == "empty":
+        return
+    if kind == "labels":
+        labels = np.array([0, 1, -1, 0])
+        np.savez(folder / "data.npz", images=np.zeros((4, 8, 8), np.uint8), labels=labels)
+        return
+    for name in ("cat/1.png", "cat/2.png", "dog/3.png", "dog/4.png"):
+        write_image(folder / "train" / name)
+    if kind == "corrupt":
+        (folder / "train/cat/1.png").write_bytes(b"no image")
+    if kind == "zero bytes":
+        (folder / "train/dog/4.png").write_bytes(b"")
+    if kind == "mixed":
+        write_image(folder / "train/dog/4.png", size=9)
+    if kind == "empty class":
+        (folder / "train/bird").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("empty", "data.path: expected"),
+        ("labels", "label"),
+        ("corrupt", "cat/1.png"),
+        ("zero bytes", "dog/4.png"),
+        ("mixed", "data.image_size: expected one size for all images"),
+        ("empty class", "bird"),
+        ("batch", "batch_size: expected at most"),
+    ],
+)
+def test_bad_data_gets_one_line_and_touches_nothing(
+    kind: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from safer_fast.train import main
+
+    folder = tmp_path / "data"
+    write_data(folder, kind)
+    before = sorted(folder.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    path = folder / "data.npz" if kind == "labels" else folder
+    flags = ["--data.path", str(path), "--batch-size", "64" if kind == "batch" else "1"]
+    flags += ["--model.name", "vit_tiny_patch16_224", "--model.patch_size", "4"]
+    flags += ["--data.validation_fraction", "0.5", "--output", "run"]
+    assert message in refused(main, flags, capsys)
+    assert sorted(folder.rglob("*")) == before
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
