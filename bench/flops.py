@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from safer_fast.cut import STEM
-from safer_fast.model import RobustModel
+from safer_fast.network import RobustModel
 
 
 @dataclass(frozen=True)

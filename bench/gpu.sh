@@ -35,6 +35,12 @@ install() {
     "$python" setup.py --quiet build_ext --inplace || echo "native CPU library: not built"
 }
 
+bench_peers() { # bench_peers NAME SECONDS FLAGS...
+    local name=$1 limit=$2
+    shift 2
+    part "$name" "$limit" "$python" -m bench.peers --output "$rows" "$@"
+}
+
 bench_step() { # bench_step NAME SECONDS FLAGS...
     local name=$1 limit=$2
     shift 2
@@ -44,15 +50,15 @@ bench_step() { # bench_step NAME SECONDS FLAGS...
 install >"$out/install.log" 2>&1
 tail -n 2 "$out/install.log"
 part doctor 60 "$python" -m safer_fast.doctor
-part tests 200 "$python" -m pytest -m gpu -p no:cacheprovider
+part tests 150 "$python" -m pytest -m gpu -p no:cacheprovider
 part ops 60 "$python" -m bench.ops --output "$rows"
 large=(--model vit_large_patch16_224 --image-size 224 --patch-size 16 --layers blocks.18.mlp.fc1)
 small=(--model vit_small_patch16_224 --image-size 224 --patch-size 16 --layers blocks.9.mlp.fc1)
 tiny=(--model vit_tiny_patch16_224 --image-size 32 --patch-size 4 --layers blocks.10.mlp.fc1)
-bench_step large-compiled 90 "${large[@]}" --batch-size 128 --compile
-bench_step large-eager 60 "${large[@]}" --batch-size 128
-bench_step small-compiled 60 "${small[@]}" --batch-size 256 --steps 10 --compile
-bench_step small-eager 60 "${small[@]}" --batch-size 256 --steps 10
-bench_step tiny-compiled 60 "${tiny[@]}" --batch-size 512 --steps 10 --compile
-bench_step tiny-eager 60 "${tiny[@]}" --batch-size 512 --steps 10
+bench_step large-step 70 "${large[@]}" --batch-size 128 --compile
+bench_peers large-peers 120 "${large[@]}" --batch-size 128 --compile --repeats 3
+bench_peers small-peers 90 "${small[@]}" --batch-size 256 --steps 10 --compile --repeats 3
+bench_step small-step 50 "${small[@]}" --batch-size 256 --steps 10 --compile
+bench_peers tiny-peers 60 "${tiny[@]}" --batch-size 512 --steps 10 --repeats 3
+bench_step tiny-step 40 "${tiny[@]}" --batch-size 512 --steps 10
 cat "$summary"

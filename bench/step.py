@@ -2,7 +2,7 @@
 
     python -m bench.step [--model vit_tiny_patch16_224] [--image-size 32] [--patch-size 4]
         [--batch-size 64] [--steps 3] [--layers blocks.10.mlp.fc1] [--amp bf16] [--compile]
-        [--output FILE.jsonl] [--repeats 5]
+        [--savings patch-order,class-token,prefix,stored-bf16] [--output FILE.jsonl] [--repeats 5]
 
 Random images, random weights. Stages are medians over the repeats; `counted / ideal` compares the
 operations that ran with those that the method needs (bench/flops.py).
@@ -24,7 +24,14 @@ from torch import Tensor
 
 from bench.flops import count, ideal_flops
 from bench.ops import commit, device_name
-from safer_fast.config import ModelConfig, ObjectiveConfig, OptimConfig, RuntimeConfig, SAMConfig
+from safer_fast.config import (
+    SAVINGS,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    RuntimeConfig,
+    SAMConfig,
+)
 from safer_fast.model import build_model
 from safer_fast.objective import Objective
 from safer_fast.optim import build_optimizer
@@ -39,7 +46,17 @@ STAGES = ("attack", "prefix", "ascent", "perturb", "descent", "update")
 
 def main() -> None:
     """Prints the table and, if asked, appends it as one JSON line to a file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments = parse_arguments(__doc__)
+    row = measure(arguments)
+    print_row(row)
+    if arguments.output:
+        with arguments.output.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def parse_arguments(description: str) -> argparse.Namespace:
+    """The case to measure, as typed."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--model", default="vit_tiny_patch16_224", help="name in timm")
     parser.add_argument("--image-size", type=int, default=32, help="edge in pixels")
     parser.add_argument("--patch-size", type=int, default=4, help="edge of a patch in pixels")
@@ -51,11 +68,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile of the blocks")
     parser.add_argument("--repeats", type=int, default=5, help="measured steps")
     parser.add_argument("--output", type=Path, help="append one JSON line to this file")
-    row = measure(parser.parse_args())
-    print_row(row)
-    if output := parser.parse_args().output:
-        with output.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    parser.add_argument("--savings", default=",".join(SAVINGS), help="those that are on")
+    return parser.parse_args()
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -77,6 +91,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         f"batch {arguments.batch_size}, PGD-{arguments.steps}, rho {arguments.rho}",
         "layers": step.selection.names,
         "cut": step.cut,
+        "savings": arguments.savings.split(","),
         "dtype": arguments.amp,
         "p50_ms": round(whole, 3),
         "images_per_second": round(arguments.batch_size / whole * 1e3, 1),
@@ -99,8 +114,12 @@ def build(arguments: argparse.Namespace, runtime: Runtime) -> tuple[Step, tuple[
         num_classes=NUM_CLASSES,
         image_size=arguments.image_size,
         compute_dtype=runtime.compute_dtype,
-    ).to(runtime.device)
-    arenas = ParameterArenas(model.network, model.layers, runtime.compute_dtype)
+    )
+    savings = arguments.savings.split(",")
+    model.save(savings, arguments.image_size)
+    model.to(runtime.device)
+    stored = runtime.compute_dtype if "stored-bf16" in savings else torch.float32
+    arenas = ParameterArenas(model.network, model.layers, stored)
     selection = arenas.select(match_layers(arguments.layers.split(","), model.layers))
     step = Step(
         model=model,
@@ -110,6 +129,7 @@ def build(arguments: argparse.Namespace, runtime: Runtime) -> tuple[Step, tuple[
         sam=SAMConfig(rho=arguments.rho),
         norm="linf",
         attack_steps=arguments.steps,
+        reuses_prefix="prefix" in savings,
         generator=runtime.generator(0),
     )
     size = (arguments.batch_size, 3, arguments.image_size, arguments.image_size)

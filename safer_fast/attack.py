@@ -56,13 +56,32 @@ def pgd(
     radius, step = (_as_scalar(value, images) for value in (epsilon, step_size))
     if start is None:
         start = random_start(images, radius, norm, generator)
+    adversarial = start.detach().clone()
+    attack_(model, adversarial, images, labels, step, radius, steps, norm, objective)
+    return adversarial
+
+
+def attack_(
+    model: nn.Module,
+    adversarial: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    step_size: Tensor,
+    epsilon: Tensor,
+    steps: int,
+    norm: Norm = "linf",
+    objective: AttackLoss | None = None,
+) -> Tensor:
+    """Moves `adversarial` by `steps` steps of PGD in place; see `pgd`, which checks its arguments.
+
+    The pixels of an image may lie in any order [B, ...] that the model takes; radii are 0-d.
+    """
     objective = cross_entropy if objective is None else objective
     move_ = kernels.linf_step_ if norm == "linf" else kernels.l2_step_
-    adversarial = start.detach().clone()
     with frozen(model):
         for _ in range(steps):
             gradient = pixel_gradient(model, adversarial, labels, objective)
-            move_(adversarial, images, gradient, step, radius)
+            move_(adversarial, images, gradient, step_size, epsilon)
     return adversarial
 
 
@@ -86,7 +105,7 @@ def random_start(
 def pixel_gradient(
     model: nn.Module, images: Tensor, labels: Tensor, objective: AttackLoss
 ) -> Tensor:
-    """Gradient [B, C, H, W] of the objective with respect to the images."""
+    """Gradient of the objective with respect to the images, in their shape."""
     pixels = images.detach().requires_grad_()
     with torch.enable_grad():
         loss = objective(model(pixels), labels)

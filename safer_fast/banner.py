@@ -11,7 +11,7 @@ import torch
 from safer_fast import __version__
 from safer_fast.config import Config
 from safer_fast.data import Data
-from safer_fast.model import RobustModel
+from safer_fast.network import RobustModel
 from safer_fast.runtime import Runtime
 
 

@@ -5,6 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+SAVINGS = ("patch-order", "class-token", "prefix", "stored-bf16")
+"""patch-order: pixels lie in patches during a step, the patch embedding is a matrix product.
+class-token: the last block computes only the tokens that the head reads.
+prefix: blocks below the first selected layer run once for both SAM passes.
+stored-bf16: matrices are stored in bf16 in place of being cast in every forward pass."""
+
 Criterion = Literal["sharpness", "gradient-norm", "criticality", "random", "least-sharp", "all"]
 
 
@@ -173,6 +179,10 @@ class RuntimeConfig:
     """auto: CUDA where there is a GPU."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the blocks; auto: on CUDA."""
+    exact_savings: Names = field(
+        default_factory=lambda: Names(["patch-order", "class-token", "prefix", "stored-bf16"])
+    )
+    """Work that is left out without changing results beyond rounding: docs/performance.md."""
     num_threads: int | None = None
     """CPU threads of torch; default: torch's own choice."""
     log_every_steps: int = 50

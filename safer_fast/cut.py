@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from safer_fast.savings import embed_patches
+
 STEM = -1
 """Index of everything below the first block, where layers are numbered by block."""
 
@@ -21,11 +23,19 @@ class Whole:
 
     blocks: Sequence[nn.Module] = ()
 
-    def __init__(self, network: Any) -> None:
+    def __init__(self, network: Any, num_tokens_read: int = 0) -> None:
         self.network = network
+        self.num_tokens_read = num_tokens_read
+        """How many leading tokens are all that the head reads of a plain ViT; 0 elsewhere."""
 
     def stem(self, x: Tensor) -> Tensor:
         return x
+
+    def embed(self, x: Tensor) -> Tensor:
+        """The patch embedding of images [B, C, H, W], or of patches [B, N, C p p]."""
+        embedding = self.network.patch_embed
+        features: Tensor = embed_patches(embedding, x) if x.ndim == 3 else embedding(x)
+        return features
 
     def block(self, index: int, x: Tensor) -> Tensor:
         raise AssertionError("a network without blocks has no block to run")
@@ -41,13 +51,13 @@ class Whole:
 class Column(Whole):
     """ViT, DeiT: patch embedding, tokens and positions; `blocks`; norm and head."""
 
-    def __init__(self, network: Any) -> None:
-        super().__init__(network)
+    def __init__(self, network: Any, num_tokens_read: int = 0) -> None:
+        super().__init__(network, num_tokens_read)
         self.blocks = list(network.blocks)
 
     def stem(self, x: Tensor) -> Tensor:
         network = self.network
-        x = network.patch_drop(network._pos_embed(network.patch_embed(x)))
+        x = network.patch_drop(network._pos_embed(self.embed(x)))
         features: Tensor = network.norm_pre(x)
         return features
 
@@ -72,7 +82,7 @@ class RotaryColumn(Column):
 
     def stem(self, x: Tensor) -> Tensor:
         network = self.network
-        x, _ = network._pos_embed(network.patch_embed(x))
+        x, _ = network._pos_embed(self.embed(x))
         features: Tensor = network.norm_pre(x)
         return features
 
@@ -97,7 +107,7 @@ class ConvitColumn(Column):
 
     def stem(self, x: Tensor) -> Tensor:
         network = self.network
-        x = network.patch_embed(x)
+        x = self.embed(x)
         for block in self.blocks[: network.local_up_to_layer]:
             self._keep_positions_fp32(block, x)
         if network.use_pos_embed:
@@ -115,14 +125,15 @@ class ConvitColumn(Column):
         attention, num_patches = block.attn, x.shape[1]
         known = attention.rel_indices
         if known.shape[1] != num_patches or known.device != x.device:
-            attention.rel_indices = attention.get_rel_indices(num_patches).float()
+            positions = attention.get_rel_indices(num_patches)
+            attention.rel_indices = positions.to(torch.promote_types(positions.dtype, torch.float))
 
 
 class SwinColumn(Whole):
     """Swin: the blocks of all stages in one row; downsampling goes with the block after it."""
 
-    def __init__(self, network: Any) -> None:
-        super().__init__(network)
+    def __init__(self, network: Any, num_tokens_read: int = 0) -> None:
+        super().__init__(network, num_tokens_read)
         self.places = [
             (stage, index)
             for stage, layer in enumerate(network.layers)
@@ -131,8 +142,7 @@ class SwinColumn(Whole):
         self.blocks = [network.layers[stage].blocks[index] for stage, index in self.places]
 
     def stem(self, x: Tensor) -> Tensor:
-        features: Tensor = self.network.patch_embed(x)
-        return features
+        return self.embed(x)
 
     def block(self, index: int, x: Tensor) -> Tensor:
         stage, place = self.places[index]

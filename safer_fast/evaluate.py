@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # torch is imported when there is something to compute: --hel
     import torch
 
     from safer_fast.data import Batch, Loader
-    from safer_fast.model import RobustModel
+    from safer_fast.network import RobustModel
     from safer_fast.run_folder import LoadedRun
 
 

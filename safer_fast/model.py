@@ -1,10 +1,9 @@
-"""The network: a timm vision transformer that takes pixels, cut into a prefix and a suffix."""
+"""All that knows timm: which networks there are, how they are built, cut, and written down."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,113 +11,16 @@ import timm
 import torch
 from timm.models._hub import save_config_for_hf
 from timm.models.convit import ConVit
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
 
 from safer_fast.checkpoint import load_weights, read_normalisation
 from safer_fast.config import ModelConfig
-from safer_fast.cut import STEM, Column, ConvitColumn, RotaryColumn, SwinColumn, Whole
-
-
-class RobustModel(nn.Module):
-    """A classifier of pixels in [0, 1] whose layers are known and whose blocks can be run apart.
-
-    `forward(images)` takes float images [B, C, H, W] in [0, 1], normalises them, and returns
-    float32 logits [B, K]. `prefix(images, cut)` followed by `suffix(features, cut)` is the same
-    function bit for bit; `cut` is the index of the first block of the suffix, STEM for a suffix
-    that is the whole network. Names of layers and parameters are timm's (relative to `network`).
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(
-        self,
-        network: nn.Module,
-        mean: Sequence[float],
-        std: Sequence[float],
-        compute_dtype: torch.dtype = torch.float32,
-        norms: bool = False,
-    ) -> None:
-        super().__init__()
-        self.network = network
-        self.compute_dtype = compute_dtype
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
-        self._parts = _cut(network)
-        self.layers = find_layers(network, norms)
-        """Each layer's name and the names of its parameters, in order of definition."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.suffix(self.prefix(images, STEM), STEM)
-
-    def prefix(self, images: Tensor, cut: int) -> Tensor:
-        """Features [B, N, D] that enter block `cut`; for STEM the normalised images themselves."""
-        with self._autocast():
-            x = (images - self.mean) / self.std
-            if cut == STEM:
-                return x
-            x = self._parts.stem(x)
-            for index in range(cut):
-                assert not self._parts.blocks[index].training, "the prefix must not be random"
-                x = self._parts.block(index, x)
-            return x
-
-    def suffix(self, features: Tensor, cut: int) -> Tensor:
-        """Logits [B, K] from the features that enter block `cut`."""
-        with self._autocast():
-            for index in range(cut, self.num_blocks):
-                features = self.block(features, index)
-            return self._parts.tail(features).float()
-
-    def block(self, features: Tensor, index: int) -> Tensor:
-        """Features that leave block `index`; STEM stands for everything below the first block."""
-        with self._autocast():
-            if index == STEM:
-                return self._parts.stem(features)
-            return self._parts.block(index, features)
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks at which the network can be cut; 0 where it cannot be."""
-        return len(self._parts.blocks)
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        """The blocks, from the image to the head; the whole network where it cannot be cut."""
-        return list(self._parts.blocks) or [self.network]
-
-    def block_of(self, name: str) -> int:
-        """Block of a layer or parameter: STEM below the blocks, `num_blocks` for norm and head."""
-        return self._parts.block_of(name)
-
-    def cut_of(self, names: Iterable[str]) -> int:
-        """The deepest cut below which none of the named layers or parameters lies."""
-        return min(self.block_of(name) for name in names)
-
-    def random_modules(self, names: Iterable[str]) -> list[nn.Module]:
-        """Modules to put into training mode while the named parameters are trained.
-
-        Everything from the cut upwards, if anything there behaves differently in training; batch
-        norms only if their own weights are among `names`: frozen ones keep their statistics.
-        """
-        names = set(names)
-        cut = self.cut_of(names)
-        above = [
-            (name, module)
-            for name, module in self.network.named_modules()
-            if self.block_of(name) >= cut and not _is_frozen_batch_norm(name, module, names)
-        ]
-        if not any(_is_random(module) for _, module in above):
-            return []
-        return [module for _, module in above]
-
-    def _autocast(self) -> Any:
-        if self.compute_dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.mean.device.type, self.compute_dtype, cache_enabled=False)
+from safer_fast.cut import Column, ConvitColumn, RotaryColumn, SwinColumn, Whole
+from safer_fast.network import RobustModel, find_layers
 
 
 def build_model(
@@ -147,27 +49,7 @@ def build_model(
         load_weights(network, config.checkpoint)
         normalisation = read_normalisation(config.checkpoint) or normalisation
     mean, std = (_for_channels(values, num_channels) for values in normalisation)
-    return RobustModel(network, mean, std, compute_dtype, norms).eval()
-
-
-def find_layers(network: nn.Module, norms: bool = False) -> dict[str, tuple[str, ...]]:
-    """Layers of a network by name, each with the names of its parameters, in order of definition.
-
-    A layer is a module that owns a weight matrix (linear or 2-d convolution). With `norms`, the
-    norms defined between a layer and the one before it belong to it.
-    """
-    layers: dict[str, tuple[str, ...]] = {}
-    waiting: list[str] = []
-    for name, module in network.named_modules():
-        own = [
-            f"{name}.{key}" if name else key for key, _ in module.named_parameters(recurse=False)
-        ]
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            layers[name] = (*own, *waiting)
-            waiting = []
-        elif norms and "Norm" in type(module).__name__:
-            waiting += own
-    return layers
+    return RobustModel(cut(network), mean, std, compute_dtype, norms).eval()
 
 
 def save_timm_config(model: RobustModel, path: Path, image_size: int) -> None:
@@ -189,30 +71,7 @@ def save_timm_config(model: RobustModel, path: Path, image_size: int) -> None:
     )
 
 
-@contextmanager
-def training_mode(modules: Sequence[nn.Module], keeps_statistics: bool = False) -> Iterator[None]:
-    """Puts just these modules (not their children) into training mode for a while.
-
-    With `keeps_statistics` batch norms normalise by the batch but do not learn from it: the second
-    pass over a batch must not count it again.
-    """
-    norms = [m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    norms = norms if keeps_statistics else []
-    momenta = [norm.momentum for norm in norms]
-    for module in modules:
-        module.training = True
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.training = False
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-
-
-def _cut(network: nn.Module) -> Whole:
+def cut(network: Any) -> Whole:
     """The parts of the network; one part where timm's own forward pass is not the known one."""
     families: list[tuple[Any, type[Whole]]] = [
         (VisionTransformer, Column),
@@ -221,14 +80,12 @@ def _cut(network: nn.Module) -> Whole:
         (SwinTransformer, SwinColumn),
     ]
     for family, parts in families:
-        if (
-            isinstance(network, family)
-            and type(network).forward_features is family.forward_features
-        ):
-            has_random_tokens = getattr(network, "patch_drop", None) is not None and isinstance(
-                network, Eva
-            )
-            return Whole(network) if has_random_tokens else parts(network)
+        if not isinstance(network, family):
+            continue
+        is_known = type(network).forward_features is family.forward_features
+        drops_rotary_tokens = family is Eva and network.patch_drop is not None
+        if is_known and not drops_rotary_tokens:
+            return parts(network, _num_tokens_read(network))
     return Whole(network)
 
 
@@ -283,6 +140,19 @@ def _create(
         ) from error
 
 
+def _num_tokens_read(network: Any) -> int:
+    """How many leading tokens the head reads of a plain ViT; 0 if it reads others, or is none."""
+    if type(network) not in (VisionTransformer, VisionTransformerDistilled):
+        return 0
+    block = network.blocks[-1]
+    is_plain = type(block) is Block and type(block.attn).__name__ == "Attention"
+    if not is_plain or getattr(block.attn, "gate", None) is not None:
+        return 0
+    if type(network) is VisionTransformerDistilled:
+        return 2
+    return int(network.global_pool == "token" and network.attn_pool is None)
+
+
 def _for_channels(values: Sequence[float], num_channels: int) -> list[float]:
     if len(values) == num_channels:
         return list(values)
@@ -301,15 +171,3 @@ def _hidden_layers(network: Any) -> list[nn.Module]:
     classifiers = network.pretrained_cfg.get("classifier", ())
     heads = {classifiers} if isinstance(classifiers, str) else set(classifiers)
     return [network.get_submodule(name) for name in find_layers(network) if name not in heads]
-
-
-def _is_random(module: nn.Module) -> bool:
-    """Whether the module computes something else in training mode than in eval mode."""
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return True
-    rate = getattr(module, "p", None) or getattr(module, "drop_prob", None) or 0.0
-    return isinstance(rate, float) and rate > 0
-
-
-def _is_frozen_batch_norm(name: str, module: nn.Module, trained: set[str]) -> bool:
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{name}.weight" not in trained

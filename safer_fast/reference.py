@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from safer_fast.model import RobustModel
+from safer_fast.network import RobustModel
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

@@ -16,7 +16,7 @@ from safer_fast.config import Config, ModelConfig
 
 if TYPE_CHECKING:
     from safer_fast.data import Data
-    from safer_fast.model import RobustModel
+    from safer_fast.network import RobustModel
 
 CONFIG = "run.yaml"
 KEY = "safer_fast"

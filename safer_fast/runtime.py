@@ -10,7 +10,7 @@ import torch
 
 from safer_fast import kernels
 from safer_fast.config import RuntimeConfig
-from safer_fast.model import RobustModel
+from safer_fast.network import RobustModel
 
 
 @dataclass(frozen=True)

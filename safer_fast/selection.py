@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from safer_fast.attack import cross_entropy, frozen
 from safer_fast.config import Criterion, SelectionConfig
 from safer_fast.cut import STEM
-from safer_fast.model import RobustModel, find_layers
+from safer_fast.network import RobustModel, find_layers
 from safer_fast.parameters import ParameterArenas, Range, Selection, module_selection
 from safer_fast.sam import ascend_, gradient_squares, restore_, weight_norm
 
@@ -253,7 +253,18 @@ def _loss(logits: Tensor, labels: Tensor) -> Tensor:
 def _criticality(
     model: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]], names: Sequence[str]
 ) -> dict[str, float]:
-    network = model.network if isinstance(model, RobustModel) else model
+    if isinstance(model, RobustModel):
+        with model.plainly():
+            return _feature_changes(model, model.network, pairs, names)
+    return _feature_changes(model, model, pairs, names)
+
+
+def _feature_changes(
+    model: nn.Module,
+    network: nn.Module,
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    names: Sequence[str],
+) -> dict[str, float]:
     changes: dict[str, Tensor] = {}
     for clean, attacked in pairs:
         before, after = _outputs(model, network, clean), _outputs(model, network, attacked)

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from safer_fast.attack import Norm, pgd
+from safer_fast.attack import Norm, attack_, random_start
 from safer_fast.config import SAMConfig
+from safer_fast.cut import STEM
 from safer_fast.metrics import DeviceSums
-from safer_fast.model import RobustModel, training_mode
+from safer_fast.network import RobustModel, training_mode
 from safer_fast.objective import Objective
 from safer_fast.parameters import Selection
 from safer_fast.sam import ascend_, gradient_squares, inverse_norm, restore_
@@ -33,6 +34,7 @@ class Step:
     norm: Norm
     attack_steps: int
     relative_radius: bool = False
+    reuses_prefix: bool = True
     clip_norm: float | None = None
     generator: torch.Generator | None = None
     sums: DeviceSums = field(default_factory=DeviceSums)
@@ -41,7 +43,7 @@ class Step:
         chosen = {id(parameter) for parameter in self.selection.parameters}
         members = self.model.network.named_parameters()
         names = [name for name, parameter in members if id(parameter) in chosen]
-        self.cut = self.model.cut_of(names)
+        self.cut = self.model.cut_of(names) if self.reuses_prefix else STEM
         self.modules = self.model.random_modules(names)
         device = self.selection.parameters[0].device
         self.skipped_in_a_row = torch.zeros((), device=device)
@@ -50,7 +52,9 @@ class Step:
     def __call__(self, images: Tensor, labels: Tensor, epsilon: Tensor, step_size: Tensor) -> None:
         """Learns from float images [B, C, H, W] in [0, 1]; radii are 0-d device tensors."""
         adversarial = self.attack(images, labels, epsilon, step_size)
-        inputs = torch.cat([adversarial, images]) if self.objective.needs_clean else adversarial
+        inputs = adversarial
+        if self.objective.needs_clean:
+            inputs = torch.cat([adversarial, self.model.arrange(images)])
         with torch.no_grad():
             features = self.model.prefix(inputs, self.cut)  # [B, N, D], for both passes
 
@@ -72,23 +76,28 @@ class Step:
         )
 
     def attack(self, images: Tensor, labels: Tensor, epsilon: Tensor, step_size: Tensor) -> Tensor:
-        """Adversarial examples for this batch; the clean images where there are no steps."""
+        """Adversarial examples for this batch, as `arrange` orders pixels.
+
+        Without steps these are the images themselves.
+        """
+        pixels = self.model.arrange(images)
         if self.attack_steps == 0:
-            return images
+            return pixels
         clean = None
         if self.objective.attack_needs_clean:
             with torch.no_grad():
-                clean = self.model(images)
-        return pgd(
+                clean = self.model(pixels)
+        start = random_start(images, epsilon, self.norm, self.generator)
+        return attack_(
             self.model,
-            images,
+            self.model.arrange(start),
+            pixels,
             labels,
-            epsilon=epsilon,
-            step_size=step_size,
-            steps=self.attack_steps,
-            norm=self.norm,
-            objective=self.objective.attack_loss(clean),
-            generator=self.generator,
+            step_size,
+            epsilon,
+            self.attack_steps,
+            self.norm,
+            self.objective.attack_loss(clean),
         )
 
     def differentiate(

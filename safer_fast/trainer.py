@@ -54,12 +54,14 @@ class Trainer:
             num_channels=self.data.num_channels,
             compute_dtype=self.runtime.compute_dtype,
             norms=config.selection.norms,
-        ).to(self.runtime.device)
+        )
+        savings = config.runtime.exact_savings
+        self.notes = self.model.save(savings, self.data.image_size)
+        self.model.to(self.runtime.device)
         if self.runtime.is_compiled:
             compile_blocks(self.model)
-        self.arenas = ParameterArenas(
-            self.model.network, self.model.layers, self.runtime.compute_dtype
-        )
+        stored = self.runtime.compute_dtype if "stored-bf16" in savings else torch.float32
+        self.arenas = ParameterArenas(self.model.network, self.model.layers, stored)
         self.generator = self.runtime.generator(config.seed)
         self.average: AveragedWeights | None = None
         self.epsilon = torch.zeros((), device=self.runtime.device)
@@ -170,6 +172,7 @@ class Trainer:
 
     def _introduce(self) -> None:
         facts = describe_run(self.config, self.runtime, self.model, self.data)
+        facts["notes"] += self.notes
         self.log.write("run", epoch=0, step=0, **facts)
         tqdm.write(banner(facts))
 
@@ -223,6 +226,7 @@ class Trainer:
             norm=config.attack.norm,
             attack_steps=config.attack.steps,
             relative_radius=config.selection.radius == "relative",
+            reuses_prefix="prefix" in config.runtime.exact_savings,
             clip_norm=config.optim.clip_norm,
             generator=self.generator,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from safer_fast.config import Config
+from safer_fast.config import SAVINGS, Config
 
 _RANGES: dict[str, tuple[str, float, float]] = {
     # flag: (what is expected, smallest, largest); both ends included
@@ -77,6 +77,10 @@ def _check_together(config: Config) -> None:
     if not all(0 < milestone < 1 for milestone in config.optim.milestones):
         raise ValueError(
             f"--optim.milestones: expected shares in (0, 1), got {config.optim.milestones}"
+        )
+    if unknown := [name for name in config.runtime.exact_savings if name not in SAVINGS]:
+        raise ValueError(
+            f"--runtime.exact_savings: expected any of {', '.join(SAVINGS)}, got {unknown[0]!r}"
         )
     for name in config.evaluation.attacks:
         check_attack_name(name, "--evaluation.attacks")

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from safer_fast.config import ModelConfig
-from safer_fast.model import RobustModel, build_model
+from safer_fast.model import build_model
+from safer_fast.network import RobustModel
 
 FAMILIES: dict[str, dict[str, object]] = {
     "vit_tiny_patch16_224": {"depth": 4, "embed_dim": 48},

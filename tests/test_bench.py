@@ -19,6 +19,7 @@ SETTINGS = {
     "amp": "bf16",
     "compile": False,
     "repeats": 2,
+    "savings": "prefix,stored-bf16",
 }
 
 
@@ -32,6 +33,7 @@ SETTINGS = {
         {"layers": "blocks.0.attn.qkv,blocks.11.mlp.fc2", "amp": "off"},
         {"model": "deit3_small_patch16_224"},
         {"model": "vit_small_patch16_dinov3"},
+        {"savings": "patch-order,class-token,prefix,stored-bf16"},
     ],
     ids=str,
 )
@@ -39,7 +41,7 @@ def test_a_step_runs_at_most_two_percent_more_operations_than_needed(
     change: dict[str, object],
 ) -> None:
     row = measure(argparse.Namespace(**SETTINGS | change))
-    assert 0.9 < row["counted_per_ideal"] <= 1.02
+    assert 0.85 < row["counted_per_ideal"] <= 1.02
     for phase, counted in row["counted_gflops"].items():
         assert counted <= 1.02 * row["ideal_gflops"][phase], phase
     assert set(row["stages_ms"]) == set(STAGES)
@@ -48,12 +50,24 @@ def test_a_step_runs_at_most_two_percent_more_operations_than_needed(
 
 def test_reuse_of_the_prefix_is_what_the_count_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     from safer_fast.cut import STEM
-    from safer_fast.model import RobustModel
+    from safer_fast.network import RobustModel
 
     row = measure(argparse.Namespace(**SETTINGS))
     monkeypatch.setattr(RobustModel, "cut_of", lambda self, names: STEM)
     without = measure(argparse.Namespace(**SETTINGS))
     assert sum(without["counted_gflops"].values()) > 1.1 * sum(row["counted_gflops"].values())
+
+
+def test_the_peers_run_the_same_step() -> None:
+    from bench.peers import measure as measure_peers
+
+    rows = measure_peers(argparse.Namespace(**SETTINGS))
+    names = [row["implementation"] for row in rows]
+    assert names[:3] == ["ours", "peers as shipped", "peers tuned"]
+    assert len(names) == 3 + 4
+    assert rows[0]["speed_of_ours"] == 1
+    assert all(row["images_per_second"] > 0 for row in rows)
+    assert json.loads(json.dumps(rows)) == rows
 
 
 def test_every_committed_result_is_a_row_of_json() -> None:

@@ -9,8 +9,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "safer_fast"
 ORDER = [
     {"kernels"},
-    {"config", "validation", "command_line", "cut", "seeds"},
+    {"config", "validation", "command_line", "savings", "cut"},
     {"data", "checkpoint", "metrics", "parameters"},
+    {"network"},
     {"model"},
     {"attack", "sam", "runtime"},
     {"objective", "optim", "schedule", "selection"},

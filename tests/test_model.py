@@ -7,7 +7,8 @@ from safetensors.torch import save_file
 
 from safer_fast.config import ModelConfig
 from safer_fast.cut import STEM
-from safer_fast.model import build_model, training_mode
+from safer_fast.model import build_model
+from safer_fast.network import training_mode
 from safer_fast.parameters import ParameterArenas
 from safer_fast.reference import PlainModel
 
@@ -51,7 +52,7 @@ def test_frozen_bf16_weights_equal_autocast_bit_for_bit(name: str) -> None:
 def test_a_vit_has_four_layers_in_each_block_and_two_outside(name: str, count: int) -> None:
     with torch.device("meta"):
         network = timm.create_model(name, embed_dim=64, num_heads=1)
-    from safer_fast.model import find_layers
+    from safer_fast.network import find_layers
 
     layers = find_layers(network)
     assert len(layers) == count

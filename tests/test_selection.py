@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from safer_fast import pgd, rank_layers, select_layers
 from safer_fast.config import SelectionConfig
-from safer_fast.model import find_layers
+from safer_fast.network import find_layers
 from safer_fast.parameters import ParameterArenas
 from safer_fast.selection import candidates, choose_layers, match_layers
 

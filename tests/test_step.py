@@ -1,6 +1,6 @@
 """The step is the textbook step: same losses, same weights, in every precision."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from safer_fast.attack import random_start
 from safer_fast.config import ObjectiveConfig, OptimConfig, SAMConfig
 from safer_fast.cut import STEM
-from safer_fast.model import RobustModel
+from safer_fast.network import RobustModel
 from safer_fast.objective import Objective
 from safer_fast.optim import build_optimizer
 from safer_fast.parameters import ParameterArenas
@@ -157,6 +157,7 @@ def assert_near_fp64(
     layers: list[str] | None,
     num_steps: int,
     is_compiled: bool = False,
+    savings: Sequence[str] = ("prefix",),
     **settings: Any,
 ) -> None:
     """After some steps our fp32 weights are at most 3x as far from fp64 as textbook fp32 ones.
@@ -174,7 +175,8 @@ def assert_near_fp64(
             reference(images.to(dtype), labels, start.to(dtype))
         named = reference.model.network.named_parameters()
         updates[dtype] = {name: parameter.detach() for name, parameter in named}
-    step, arenas = make_step(model, layers, **settings)
+    model.save(savings, 32)
+    step, arenas = make_step(model, layers, reuses_prefix="prefix" in savings, **settings)
     if is_compiled:
         compile_blocks(model)
     for _ in range(num_steps):
@@ -307,6 +309,24 @@ def test_eager_and_compiled_agree_right_after_a_new_selection() -> None:
     begin = {n: p.detach() for n, p in build().network.named_parameters()}
     truth = {name: tensor.double() for name, tensor in results[0].items()}
     assert error(results[1], truth, begin) < 1e-3
+
+
+@pytest.mark.slow
+def test_another_layer_of_the_same_kind_compiles_nothing_new() -> None:
+    images, labels = images_and_labels()
+    model = build()
+    step, arenas = make_step(model, ["blocks.1.mlp.fc1"])
+    compile_blocks(model)
+    counts = []
+    for layer in ("blocks.1.mlp.fc1", "blocks.2.mlp.fc1", "blocks.1.mlp.fc1", "blocks.2.attn.qkv"):
+        step.selection = arenas.select([layer])
+        step.optimizer = build_optimizer(_sgd(), step.selection)
+        step.__post_init__()
+        run_step(step, images, labels)
+        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert counts[0] > 0
+    assert counts[1] == counts[2] == counts[0]
+    assert counts[3] == counts[0] + 1
 
 
 @pytest.mark.parametrize("optim", [OptimConfig(), None], ids=["adamw", "sgd"])
