@@ -50,7 +50,7 @@ bench_step() { # bench_step NAME SECONDS FLAGS...
 install >"$out/install.log" 2>&1
 tail -n 2 "$out/install.log"
 part doctor 60 "$python" -m safer_fast.doctor
-part tests 150 "$python" -m pytest -m gpu -p no:cacheprovider
+part tests 180 "$python" -m pytest -m gpu -p no:cacheprovider
 part ops 60 "$python" -m bench.ops --output "$rows"
 large=(--model vit_large_patch16_224 --image-size 224 --patch-size 16 --layers blocks.18.mlp.fc1)
 small=(--model vit_small_patch16_224 --image-size 224 --patch-size 16 --layers blocks.9.mlp.fc1)

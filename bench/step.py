@@ -150,7 +150,9 @@ def operations(
     one_pass, _ = count(lambda: step.differentiate(features, labels)[0])
     passes = 2 if arguments.rho > 0 else 1
     counted = {"attack": attack, "prefix": prefix, "sam": passes * one_pass}
-    ideal = ideal_flops(step.model, images, step.cut, step.selection.names, arguments.steps, passes)
+    cut, layers = step.model.cut_of(step.selection.names), step.selection.names
+    with step.model.plainly():  # needed is what timm's own modules compute
+        ideal = ideal_flops(step.model, images, cut, layers, arguments.steps, passes)
     return counted, ideal
 
 

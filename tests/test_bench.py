@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench.step import STAGES, measure
+from safer_fast.config import SAVINGS
 
 SETTINGS = {
     "model": "vit_tiny_patch16_224",
@@ -56,6 +57,13 @@ def test_reuse_of_the_prefix_is_what_the_count_sees(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(RobustModel, "cut_of", lambda self, names: STEM)
     without = measure(argparse.Namespace(**SETTINGS))
     assert sum(without["counted_gflops"].values()) > 1.1 * sum(row["counted_gflops"].values())
+
+
+def test_savings_change_what_runs_and_not_what_counts_as_needed() -> None:
+    plain = measure(argparse.Namespace(**SETTINGS))
+    saving = measure(argparse.Namespace(**SETTINGS | {"savings": ",".join(SAVINGS)}))
+    assert saving["ideal_gflops"] == plain["ideal_gflops"]
+    assert saving["counted_gflops"]["attack"] < 0.97 * plain["counted_gflops"]["attack"]
 
 
 def test_the_peers_run_the_same_step() -> None:
