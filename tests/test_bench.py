@@ -42,7 +42,9 @@ def test_a_step_runs_at_most_two_percent_more_operations_than_needed(
     change: dict[str, object],
 ) -> None:
     row = measure(argparse.Namespace(**SETTINGS | change))
-    assert 0.85 < row["counted_per_ideal"] <= 1.02
+    # the last block for class tokens alone is less than what timm's own blocks need
+    least = 0.85 if "class-token" in row["savings"] else 0.9
+    assert least < row["counted_per_ideal"] <= 1.02
     for phase, counted in row["counted_gflops"].items():
         assert counted <= 1.02 * row["ideal_gflops"][phase], phase
     assert set(row["stages_ms"]) == set(STAGES)
