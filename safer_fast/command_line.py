@@ -73,7 +73,7 @@ class _Parser(ArgumentParser):
 
 
 def _dashed(flag: str) -> str:
-    return flag.replace("_", "-")
+    return "--" + flag.removeprefix("--").replace("_", "-")
 
 
 def parse(parser: ArgumentParser, arguments: Sequence[str], kind: Callable[..., T]) -> T:
@@ -171,7 +171,8 @@ def _one_line(message: str) -> str:
         return f"{found[1]}: {found[2]}"
     if not (found := re.match(r'Parser key "(.+?)": *(.*)', message)):
         return message
-    flag, text = f"--{found[1]}", found[2]
+    name, text = found[1], found[2]
+    flag = f"--{name}" if "." in name else _dashed(f"--{name}")
     if value := re.search(r"(?:Got|Given) value: (?:type: .*?Given value: )?(.*)$", text):
         return f"{flag}: expected {_expected(text)}, got {value[1]}"
     return f"{flag}: {text}"

@@ -104,6 +104,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["--amp", "fp3"], "--amp: expected one of off, bf16, got fp3"),
     (["--epochs", "1.5"], "--epochs: expected a whole number, got 1.5"),
     (["--epochs", "0"], "--epochs: expected at least 1, got 0"),
+    (["--batch-size", "x"], "--batch-size: expected a whole number, got x"),
     (["--batch-size", "0"], "--batch-size: expected at least 1, got 0"),
     (["--attack.epsilon", "abc"], "--attack.epsilon: expected a number or a fraction such as"),
     (["--attack.epsilon", "8/0"], "--attack.epsilon: expected a number or a fraction such as"),
