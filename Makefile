@@ -30,6 +30,7 @@ native: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m bench.table --check
 	$(BIN)/clang-format --dry-run --Werror kernels/csrc/* kernels/*/*.cpp
 
 # mypy follows no package_dir map: it checks a tree of links in which kernels lies where it is imported
@@ -41,6 +42,7 @@ types: install
 bench: install
 	$(BIN)/python -m bench.ops
 	$(BIN)/python -m bench.step
+	$(BIN)/python -m bench.attack
 
 format: install
 	$(BIN)/ruff check --fix .

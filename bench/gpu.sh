@@ -1,24 +1,41 @@
 #!/usr/bin/env bash
-# Everything a CUDA machine has to show, in one call:   bench/gpu.sh OUT_DIR
+# What a CUDA machine has to show, in one call of under nine minutes:
+#
+#     bench/gpu.sh OUT_DIR [PART ...]
 #
 # Made for a bare machine without network that has its own Python, torch, Triton and timm. Python
-# packages it lacks are taken from wheels in .whl/ (see bench/README.md). Tests come first, then
-# benchmarks, most important first; every part has its own time limit and log, and a part that fails
-# hides no other. Rows go to OUT_DIR/rows.jsonl as they come, the summary to OUT_DIR/summary.txt.
+# packages it lacks are taken from wheels in .whl/ (see bench/README.md). Parts come in order of
+# importance; each has its own time limit, one that fails hides no other, and those for which no
+# time is left are skipped and named. PART ... runs only these: what was skipped, in another call.
+# Rows go to OUT_DIR/rows.jsonl as they come, how each part ended to summary.txt, what it printed to
+# logs.tar.gz. GPU_SH_REHEARSE=1 runs small cases, on any machine; GPU_SH_SECONDS is the time in all.
 set -uo pipefail
-out=$(mkdir -p "${1:?usage: bench/gpu.sh OUT_DIR}" && cd "$1" && pwd)
+out=$(mkdir -p "${1:?usage: bench/gpu.sh OUT_DIR [PART ...]}" && cd "$1" && pwd)
+shift
+wanted=("$@")
 cd "$(dirname "$0")/.."
-rows=$out/rows.jsonl summary=$out/summary.txt
+rows=$out/rows.jsonl summary=$out/summary.txt logs=$(mktemp -d)
 python=${PYTHON:-python3}
+deadline=${GPU_SH_SECONDS:-520}
 : >"$summary"
 
-part() { # part NAME SECONDS COMMAND...: runs it with a limit and a log, notes how it ended
-    local name=$1 limit=$2 started=$SECONDS
+note() { # note NAME TEXT: a line of the summary, on the screen too
+    printf '%-16s %s\n' "$@" | tee -a "$summary"
+}
+
+part() { # part NAME SECONDS COMMAND...: runs it with a limit and a log; fails if it does, not if late
+    local name=$1 limit=$2 left=$((deadline - SECONDS)) started=$SECONDS status=0
     shift 2
-    timeout "$limit" "$@" >"$out/$name.log" 2>&1
-    local status=$?
-    printf '%-14s exit %3d  %4d s  %s\n' "$name" "$status" $((SECONDS - started)) \
-        "$(tail -n 1 "$out/$name.log" | cut -c 1-100)" | tee -a "$summary"
+    [ ${#wanted[@]} -eq 0 ] || [[ " ${wanted[*]} " == *" ${name%-again} "* ]] || return 0
+    if [ "$left" -lt 20 ]; then
+        note "$name" "skipped: no time left"
+        return 0
+    fi
+    [ "$limit" -lt "$left" ] || limit=$left
+    timeout -k 5 "$limit" "$@" >"$logs/$name.log" 2>&1 || status=$?
+    note "$name" "exit $status, $((SECONDS - started)) s: $(tail -n 1 "$logs/$name.log" | cut -c 1-100)"
+    tar -czf "$out/logs.tar.gz" -C "$logs" .
+    [ "$status" -eq 0 ] || [ "$status" -ge 124 ]
 }
 
 install() {
@@ -29,36 +46,56 @@ install() {
             --target "$site" .whl/*.whl || return
         export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
     fi
+    # no installation: kernels is linked to where it is imported from; nothing here needs C++
     "$python" -c 'import safer_fast.kernels' 2>/dev/null && return
-    # no installation: kernels is linked to where it is imported from
     [ -e safer_fast/kernels ] || ln -s ../kernels safer_fast/kernels
-    "$python" setup.py --quiet build_ext --inplace || echo "native CPU library: not built"
 }
 
-bench_peers() { # bench_peers NAME SECONDS FLAGS...
-    local name=$1 limit=$2
-    shift 2
-    part "$name" "$limit" "$python" -m bench.peers --output "$rows" "$@"
+bench() { # bench MODULE NAME SECONDS FLAGS...: rows with CUDA graphs, or without if that fails
+    local name=$1-$2 limit=$3 with=(--compile --cuda-graph) without=(--compile)
+    [ "$1" != attack ] || with=(--modes eager,compiled,captured) without=(--modes eager,compiled)
+    local command=("$python" -m "bench.$1" --output "$rows" "${@:4}")
+    if [ "$has_graphs" = 1 ]; then
+        part "$name" "$limit" "${command[@]}" "${with[@]}" && return
+        name=$name-again
+    fi
+    part "$name" "$limit" "${command[@]}" "${without[@]}"
 }
 
-bench_step() { # bench_step NAME SECONDS FLAGS...
-    local name=$1 limit=$2
-    shift 2
-    part "$name" "$limit" "$python" -m bench.step --output "$rows" "$@"
-}
+large=(--model vit_large_patch16_224 --image-size 224 --patch-size 16)
+base=(--model vit_base_patch16_224 --image-size 224 --patch-size 16)
+small=(--model vit_small_patch16_224 --image-size 224 --patch-size 16)
+tiny=(--model vit_tiny_patch16_224 --image-size 32 --patch-size 4)
+large_batch=128 small_batch=256 tiny_batch=512 large_layer=blocks.18.mlp.fc1
+large_sizes=64,128 base_sizes=128,256 small_sizes=256,512 tiny_sizes=512,1024
+steps=10 op_repeats=15 has_graphs=1
+if [ "${GPU_SH_REHEARSE:-0}" = 1 ]; then
+    large=(--model vit_tiny_patch16_224 --image-size 32 --patch-size 16 --repeats 2)
+    base=("${large[@]}") small=("${large[@]}") tiny=("${large[@]}")
+    large_batch=4 small_batch=4 tiny_batch=4 large_layer=blocks.9.mlp.fc1
+    large_sizes=2,4 base_sizes=4 small_sizes=4 tiny_sizes=4
+    steps=2 op_repeats=2 has_graphs=0
+fi
+on_large=("${large[@]}" --batch-size "$large_batch" --layers "$large_layer" --steps 3)
+on_small=("${small[@]}" --batch-size "$small_batch" --layers blocks.9.mlp.fc1 --steps "$steps")
+on_tiny=("${tiny[@]}" --batch-size "$tiny_batch" --layers blocks.10.mlp.fc1 --steps "$steps")
 
-install >"$out/install.log" 2>&1
-tail -n 2 "$out/install.log"
+install >"$logs/install.log" 2>&1
+note install "exit $?, $SECONDS s: $(tail -n 1 "$logs/install.log")"
 part doctor 60 "$python" -m safer_fast.doctor
-part tests 180 "$python" -m pytest -m gpu -p no:cacheprovider
-part ops 60 "$python" -m bench.ops --output "$rows"
-large=(--model vit_large_patch16_224 --image-size 224 --patch-size 16 --layers blocks.18.mlp.fc1)
-small=(--model vit_small_patch16_224 --image-size 224 --patch-size 16 --layers blocks.9.mlp.fc1)
-tiny=(--model vit_tiny_patch16_224 --image-size 32 --patch-size 4 --layers blocks.10.mlp.fc1)
-bench_step large-step 70 "${large[@]}" --batch-size 128 --compile
-bench_peers large-peers 120 "${large[@]}" --batch-size 128 --compile --repeats 3
-bench_peers small-peers 90 "${small[@]}" --batch-size 256 --steps 10 --compile --repeats 3
-bench_step small-step 50 "${small[@]}" --batch-size 256 --steps 10 --compile
-bench_peers tiny-peers 60 "${tiny[@]}" --batch-size 512 --steps 10 --repeats 3
-bench_step tiny-step 40 "${tiny[@]}" --batch-size 512 --steps 10
+part tests 150 "$python" -m pytest -m gpu -p no:cacheprovider
+bench attack large 100 "${large[@]}" --batch-sizes "$large_sizes"
+bench peers large 130 "${on_large[@]}" --leave-out ""
+bench attack base 70 "${base[@]}" --batch-sizes "$base_sizes"
+bench attack small 60 "${small[@]}" --batch-sizes "$small_sizes"
+bench attack tiny 60 "${tiny[@]}" --batch-sizes "$tiny_sizes"
+bench peers small 110 "${on_small[@]}"
+bench step large 70 "${on_large[@]}"
+bench step small 50 "${on_small[@]}"
+part ops 50 "$python" -m bench.ops --output "$rows" --repeats "$op_repeats"
+part attention 60 "$python" -m bench.attention --output "$rows"
+bench peers tiny 90 "${on_tiny[@]}" --leave-out ""
+bench peers savings 150 "${on_large[@]}"
+tar -czf "$out/logs.tar.gz" -C "$logs" .
+echo
 cat "$summary"

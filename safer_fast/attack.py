@@ -57,32 +57,30 @@ def pgd(
     if start is None:
         start = random_start(images, radius, norm, generator)
     adversarial = start.detach().clone()
-    attack_(model, adversarial, images, labels, step, radius, steps, norm, objective)
+    loss = cross_entropy if objective is None else objective
+    with frozen(model):
+        for _ in range(steps):
+            climb_(model, adversarial, images, labels, step, radius, norm, loss)
     return adversarial
 
 
-def attack_(
+def climb_(
     model: nn.Module,
     adversarial: Tensor,
     images: Tensor,
     labels: Tensor,
     step_size: Tensor,
     epsilon: Tensor,
-    steps: int,
-    norm: Norm = "linf",
-    objective: AttackLoss | None = None,
+    norm: Norm,
+    objective: AttackLoss,
 ) -> Tensor:
-    """Moves `adversarial` by `steps` steps of PGD in place; see `pgd`, which checks its arguments.
+    """Moves `adversarial` by one step of PGD in place; the model must be `frozen`.
 
     The pixels of an image may lie in any order [B, ...] that the model takes; radii are 0-d.
     """
-    objective = cross_entropy if objective is None else objective
+    gradient = pixel_gradient(model, adversarial, labels, objective)
     move_ = kernels.linf_step_ if norm == "linf" else kernels.l2_step_
-    with frozen(model):
-        for _ in range(steps):
-            gradient = pixel_gradient(model, adversarial, labels, objective)
-            move_(adversarial, images, gradient, step_size, epsilon)
-    return adversarial
+    return move_(adversarial, images, gradient, step_size, epsilon)
 
 
 def random_start(

@@ -11,20 +11,18 @@ import torch
 from safer_fast import __version__
 from safer_fast.config import Config
 from safer_fast.data import Data
-from safer_fast.network import RobustModel
-from safer_fast.runtime import Runtime
+from safer_fast.engine import Engine
 
 
-def describe_run(
-    config: Config, runtime: Runtime, model: RobustModel, data: Data
-) -> dict[str, Any]:
+def describe_run(config: Config, engine: Engine, data: Data) -> dict[str, Any]:
     """Facts by name; `notes` is a list with one line for every fast path that is not live."""
+    runtime, model = engine.runtime, engine.model
     device = "CPU"
     if runtime.device.type == "cuda":
         device = torch.cuda.get_device_name(runtime.device)
     num_weights = sum(parameter.numel() for parameter in model.parameters())
     num_test = 0 if data.test is None else data.test.num_images
-    notes = list(runtime.notes)
+    notes = list(engine.notes)
     if model.num_blocks == 0:
         notes.append(f"prefix reuse: off ({config.model.name} cannot be cut into blocks)")
     return {
@@ -34,11 +32,23 @@ def describe_run(
         "device": f"{runtime.device.type} ({device}, {torch.get_num_threads()} threads)",
         "precision": "bf16 matrices, fp32 masters" if config.amp == "bf16" else "fp32",
         "model": f"{config.model.name}, {num_weights:,} weights, {len(model.layers)} layers",
+        "speed": _speed(engine),
         "data": f"{data.name}, {data.num_classes} classes, {data.train.num_images} training, "
         f"{data.validation.num_images} validation, {num_test} test images of "
         f"{data.num_channels}x{data.image_size}x{data.image_size}",
         "notes": notes,
     }
+
+
+def _speed(engine: Engine) -> str:
+    """What makes the step fast here."""
+    ways = ["compiled blocks"] if engine.runtime.is_compiled else []
+    ways += ["CUDA graphs"] if engine.runtime.is_captured else []
+    if engine.attention is not None:
+        times = engine.attention.times_ms
+        measured = ", ".join(f"{name} {value:.3g} ms" for name, value in times.items())
+        ways.append(f"{engine.attention.backend} attention" + (f" ({measured})" if times else ""))
+    return ", ".join(ways) or "as written"
 
 
 def banner(facts: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,7 +48,8 @@ def parse_config(arguments: Sequence[str]) -> Config:
     parser = new_parser("train", "Train a robust vision transformer.")
     parser.add_argument("--config", action="config", help=f"a YAML file or {_recipe_names()}")
     parser.add_class_arguments(Config, None)
-    config = parse(parser, _config_first(with_underscores(arguments)), Config)
+    words = _with_value("--dry_run", with_underscores(arguments))
+    config = parse(parser, _config_first(words), Config)
     check_config(config)
     return config
 
@@ -94,6 +96,14 @@ def with_underscores(arguments: Sequence[str]) -> list[str]:
 def _flag_with_underscores(word: str) -> str:
     flag, equals, value = word.partition("=")
     return "--" + flag[2:].replace("-", "_") + equals + value
+
+
+def _with_value(flag: str, words: Sequence[str]) -> list[str]:
+    """The words with `flag` alone as `flag=true`."""
+    return [
+        f"{word}=true" if word == flag and following.startswith("--") else word
+        for word, following in pairwise([*words, "--"])
+    ]
 
 
 def _config_first(words: Sequence[str]) -> list[str]:

@@ -178,7 +178,20 @@ class RuntimeConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is a GPU."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the blocks; auto: on CUDA."""
+    """torch.compile of the blocks; auto: where the run is long enough to win back the time of
+    compiling."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """Capture attack iteration, SAM passes and update as CUDA graphs; auto: on CUDA, where the run
+    is long enough to win back the time of capturing."""
+    attention: Literal["auto", "flash", "cudnn", "math"] = "auto"
+    """Attention kernel; auto: the fastest for the run's shape, measured once and kept."""
+    deterministic: bool = True
+    """Use only kernels that give the same bits each time."""
+    attack_micro_batch: int | Literal["auto"] = "auto"
+    """Images attacked at a time; auto: all of a batch, fewer where memory ends."""
+    train_micro_batch: int | Literal["auto"] = "auto"
+    """Images at a time in the two SAM passes, whose gradients add up to those of the batch; auto:
+    all of a batch, fewer where memory ends."""
     exact_savings: Names = field(
         default_factory=lambda: Names(["patch-order", "class-token", "prefix", "stored-bf16"])
     )
@@ -220,6 +233,9 @@ class Config:
     """Images per step."""
     output: str | None = None
     """Run folder; default: runs/<date>-<model>-<data>; an existing non-empty one is refused."""
+    dry_run: bool = False
+    """Take 20 steps, print speed, memory, operations and the time the run would need, and write
+    nothing."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     attack: AttackConfig = field(default_factory=AttackConfig)

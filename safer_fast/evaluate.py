@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # torch is imported when there is something to compute: --hel
     import torch
 
     from safer_fast.data import Batch, Loader
+    from safer_fast.micro_batch import MicroBatch
     from safer_fast.network import RobustModel
     from safer_fast.run_folder import LoadedRun
 
@@ -45,17 +46,21 @@ def evaluate(
     *,
     seed: int = 0,
     max_images: int | None = None,
+    micro_batch: MicroBatch | None = None,
 ) -> list[Accuracy]:
     """The accuracy under each attack over the batches, at most `max_images` images of them.
 
     clean: no attack. fgsm: one step of epsilon from the image itself (Goodfellow et al., 2015).
     pgd-K: K steps of 2.5 epsilon / K from a random start (Madry et al., 2018), one restart. Every
-    attack runs in the model's own precision, with gradients of the cross-entropy.
+    attack runs in the model's own precision, with gradients of the cross-entropy, on as many images
+    at a time as `micro_batch` says; default: a batch, or less where memory ends.
     """
     import torch
 
     from safer_fast.data import as_pixels
+    from safer_fast.micro_batch import MicroBatch
 
+    micro_batch = micro_batch or MicroBatch("--batch-size")
     device = model.mean.device
     generators = {name: torch.Generator(device).manual_seed(seed) for name in attacks}
     correct = {name: torch.zeros((), dtype=torch.int64, device=device) for name in attacks}
@@ -67,7 +72,9 @@ def evaluate(
         batch = batch.to(device, non_blocking=True)
         images, labels = as_pixels(batch.images)[:left], batch.labels[:left]
         for name in attacks:
-            attacked = attack_by_name(name, model, images, labels, threat, generators[name])
+            attacked = attack_by_name(
+                name, model, images, labels, threat, generators[name], micro_batch
+            )
             with torch.no_grad():
                 correct[name] += (model(attacked).argmax(1) == labels).sum()
         num_images += len(labels)
@@ -86,35 +93,40 @@ def attack_by_name(
     labels: torch.Tensor,
     threat: ThreatModel,
     generator: torch.Generator,
+    micro_batch: MicroBatch,
 ) -> torch.Tensor:
     """Images [B, C, H, W] after the attack `name`: clean, fgsm or pgd-K."""
-    from safer_fast.attack import default_step_size, pgd
+    import torch
+
+    from safer_fast.attack import default_step_size, pgd, random_start
 
     if name == "clean":
         return images
     radius, norm = threat.epsilon, threat.norm
     if name == "fgsm":
-        return pgd(
-            model,
-            images,
-            labels,
-            epsilon=radius,
-            step_size=radius,
-            steps=1,
-            norm=norm,
-            start=images,
-        )
-    steps = int(name.removeprefix("pgd-"))
-    return pgd(
-        model,
-        images,
-        labels,
-        epsilon=radius,
-        step_size=default_step_size(radius, steps),
-        steps=steps,
-        norm=norm,
-        generator=generator,
-    )
+        start, steps, step_size = images, 1, radius
+    else:
+        steps = int(name.removeprefix("pgd-"))
+        step_size = default_step_size(radius, steps)
+        start = random_start(images, torch.full((), radius).to(images), norm, generator)
+    attacked = torch.empty_like(images)
+
+    def attack_in_parts(size: int) -> None:
+        for first in range(0, len(images), size):
+            part = slice(first, first + size)
+            attacked[part] = pgd(
+                model,
+                images[part],
+                labels[part],
+                epsilon=radius,
+                step_size=step_size,
+                steps=steps,
+                norm=norm,
+                start=start[part],
+            )
+
+    micro_batch.run(len(images), attack_in_parts)
+    return attacked
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -98,8 +98,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class DeviceSums:
     """Running sums of scalars that stay on the device until they are asked for.
 
-    Sums are fp64 on every device: one element costs nothing there, and counts and losses of a
-    whole epoch stay exact where fp32 would drop the last digits.
+    They stay where they are, so that recordings of a step may add to them. Sums are fp64 on every
+    device: one element costs nothing there, and counts and losses of a whole epoch stay exact where
+    fp32 would drop the last digits.
     """
 
     def __init__(self) -> None:
@@ -115,13 +116,15 @@ class DeviceSums:
                 self._sums[name] = value.detach().clone().double()
 
     def take(self) -> dict[str, float]:
-        """The sums as floats, in one transfer to the host; all of them start afresh."""
+        """The sums as floats, in one transfer to the host; all of them start again from 0."""
         import torch
 
-        sums, self._sums = self._sums, {}
-        if not sums:
+        if not self._sums:
             return {}
-        return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
+        values = torch.stack(list(self._sums.values())).tolist()
+        for total in self._sums.values():
+            total.zero_()
+        return dict(zip(self._sums, values, strict=True))
 
 
 def _json_value(value: Any, name: str) -> Any:

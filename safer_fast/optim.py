@@ -31,19 +31,35 @@ def build_optimizer(config: OptimConfig, selection: Selection) -> torch.optim.Op
         for is_decayed in (True, False)
     ]
     groups = [group for group in groups if group["params"]]
+    if config.name not in ("adamw", "sgd"):
+        return _apex_optimizer(config, groups)
+    # a tensor: a recording of the update reads its value anew each time
+    rate = torch.tensor(config.learning_rate, device=selection.parameters[0].device)
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
-    if config.name == "sgd":
-        return torch.optim.SGD(
-            groups, lr=config.learning_rate, momentum=config.momentum, fused=True
+        return torch.optim.AdamW(
+            groups, lr=rate, betas=config.betas, fused=True, capturable=rate.is_cuda
         )
-    return _apex_optimizer(config, groups)
+    return _with_momentum(torch.optim.SGD(groups, lr=rate, momentum=config.momentum, fused=True))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     """Every group of the optimizer uses this learning rate from the next step on."""
     for group in optimizer.param_groups:
-        group["lr"] = value
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
+
+
+def _with_momentum(optimizer: torch.optim.SGD) -> torch.optim.SGD:
+    """The optimizer with momenta of zero, which torch would make, unfilled, in the first update.
+
+    A first update that is skipped on the device would leave them unfilled.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 class AveragedWeights:

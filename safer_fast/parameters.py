@@ -58,9 +58,14 @@ class Selection:
     ranges: list[Range]
     groups: dict[str, list[Range]]
 
-    def store_gradients(self, gradients: Sequence[Tensor]) -> None:
-        """The ranges hold these gradients, one for each of `parameters`, in their own dtype."""
-        torch._foreach_copy_(self.gradient_views, list(gradients))
+    def store_gradients(self, gradients: Sequence[Tensor], adds: bool = False) -> None:
+        """The ranges hold these gradients, one for each of `parameters`, in their own dtype.
+
+        With `adds` they are added to what the ranges hold.
+        """
+        (torch._foreach_add_ if adds else torch._foreach_copy_)(
+            self.gradient_views, list(gradients)
+        )
 
 
 class ParameterArenas:

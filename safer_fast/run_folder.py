@@ -95,6 +95,7 @@ def load_run(folder: Path, weights: str = "last", device: str = "auto") -> Loade
 
     Raises ValueError, one line, for a folder that is no run, damaged files and unknown weights.
     """
+    from safer_fast.attention import pin_for
     from safer_fast.checkpoint import BEST_WEIGHTS, MODEL_CONFIG, WEIGHTS, load_weights, read_json
     from safer_fast.model import build_model
     from safer_fast.runtime import prepare_runtime
@@ -118,9 +119,11 @@ def load_run(folder: Path, weights: str = "last", device: str = "auto") -> Loade
         compute_dtype=runtime.compute_dtype,
     )
     load_weights(model.network, str(folder / files[weights]))
+    model.to(runtime.device)
+    pin_for(model, facts["image_size"], config.batch_size, config.runtime.attention)
     return LoadedRun(
         config,
-        model.to(runtime.device),
+        model,
         facts["class_names"],
         facts["num_channels"],
         facts["image_size"],

@@ -1,16 +1,32 @@
-"""The machine: device, precision, determinism, compilation, and what of it is live."""
+"""The machine: device, precision, determinism, compilation, graphs, and what of it is live."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import inf
 
 import torch
 
 from safer_fast import kernels
+from safer_fast.capture import CudaRecorder, Replays
 from safer_fast.config import RuntimeConfig
 from safer_fast.network import RobustModel
+
+# Operations of a run that take about twice as long as compiling has to be won back in; on a CPU
+# compiled blocks gain a fifth in bf16 and nothing in fp32 (docs/performance.md).
+COMPILING_PAYS_FROM = {
+    ("cpu", torch.float32): inf,
+    ("cpu", torch.bfloat16): 1.5e14,
+    ("cuda", torch.float32): 5e15,
+    ("cuda", torch.bfloat16): 2e16,
+}
+CAPTURING_PAYS_FROM = 1e14
+_MALLOC = {"M_TRIM_THRESHOLD": (-1, -1), "M_TOP_PAD": (-2, 64 * 2**20), "M_MMAP_MAX": (-4, 0)}
 
 
 @dataclass(frozen=True)
@@ -20,11 +36,16 @@ class Runtime:
     device: torch.device
     compute_dtype: torch.dtype
     is_compiled: bool
+    is_captured: bool
     notes: tuple[str, ...]
 
     def generator(self, seed: int) -> torch.Generator:
         """A generator on the device, seeded."""
         return torch.Generator(self.device).manual_seed(seed)
+
+    def replays(self, report: Callable[[str], None] = print) -> Replays:
+        """What runs the phases of a step here: as CUDA graphs, or as they are written."""
+        return Replays(CudaRecorder(self.device) if self.is_captured else None, report)
 
     def peak_memory_mib(self) -> float:
         """The most memory the run has held so far: of the GPU, or resident on the CPU."""
@@ -34,9 +55,10 @@ class Runtime:
 
 
 def prepare_runtime(config: RuntimeConfig, amp: str = "off") -> Runtime:
-    """The process computes deterministically on the device that is asked for.
+    """The process computes on the device that is asked for, each time with the same result.
 
-    Raises ValueError for CUDA on a machine without a GPU.
+    What is left to `auto` is off until `plan` decides. Raises ValueError for CUDA on a machine
+    without a GPU.
     """
     has_gpu = torch.cuda.is_available()
     if config.device == "cuda" and not has_gpu:
@@ -49,19 +71,38 @@ def prepare_runtime(config: RuntimeConfig, amp: str = "off") -> Runtime:
     if device.type == "cuda":
         # the promise is: same seed, same machine, same bits
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(config.deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    elif amp == "bf16":
-        # the flash backward of the CPU takes 2 to 12 times as long as plain attention in bf16
-        # (17 to 65 tokens), and plain attention computes in fp32 inside
-        torch.backends.cuda.enable_flash_sdp(False)
-    is_compiled = config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
+    else:
+        keep_memory()
     return Runtime(
         device=device,
         compute_dtype=torch.bfloat16 if amp == "bf16" else torch.float32,
-        is_compiled=is_compiled,
-        notes=tuple(_notes(config, device, is_compiled)),
+        is_compiled=config.compile == "on",
+        is_captured=config.cuda_graph == "on" and device.type == "cuda",
+        notes=tuple(_kernel_notes(device)),
     )
+
+
+def plan(runtime: Runtime, config: RuntimeConfig, num_operations: float) -> Runtime:
+    """The runtime with `auto` decided for a run of so many floating-point operations.
+
+    The decision depends on nothing that is measured: the same run is the same run each time.
+    """
+    kind = runtime.device.type
+    notes = list(runtime.notes)
+    pays_from = COMPILING_PAYS_FROM[kind, runtime.compute_dtype]
+    is_compiled = _is_wanted(config.compile, num_operations >= pays_from)
+    if not is_compiled:
+        notes.append(f"torch.compile: off ({_reason('compile', config.compile, pays_from)})")
+    is_captured = _is_wanted(config.cuda_graph, num_operations >= CAPTURING_PAYS_FROM)
+    if kind != "cuda":
+        is_captured = False
+        notes.append("CUDA graphs: off (no GPU is used)")
+    elif not is_captured:
+        reason = _reason("cuda_graph", config.cuda_graph, CAPTURING_PAYS_FROM)
+        notes.append(f"CUDA graphs: off ({reason})")
+    return replace(runtime, is_compiled=is_compiled, is_captured=is_captured, notes=tuple(notes))
 
 
 def compile_blocks(model: RobustModel) -> None:
@@ -71,15 +112,35 @@ def compile_blocks(model: RobustModel) -> None:
         block.compile(dynamic=False)
 
 
-def _notes(config: RuntimeConfig, device: torch.device, is_compiled: bool) -> list[str]:
-    """One line for every fast path that is not live."""
-    notes = []
+def keep_memory() -> bool:
+    """Memory that a step of the CPU frees stays with the process, ready for the next step.
+
+    glibc would give large blocks back to the system at once, which has to clear them again. Gives
+    whether it was told; other C libraries are left alone.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return sys.platform == "linux" and all(mallopt(*setting) for setting in _MALLOC.values())
+
+
+def _is_wanted(setting: str, pays: bool) -> bool:
+    return setting == "on" or (setting == "auto" and pays)
+
+
+def _reason(name: str, setting: str, pays_from: float) -> str:
+    if setting == "off":
+        return f"runtime.{name}=off"
+    reason = "the run is too short for it" if pays_from < inf else "no gain in fp32 on a CPU"
+    return f"{reason}; runtime.{name}=on forces it"
+
+
+def _kernel_notes(device: torch.device) -> list[str]:
+    """One line for kernels of ours that are not live."""
     status = kernels.native_status()
     if device.type == "cpu" and status.library is None:
-        notes.append(f"native kernels: off, plain PyTorch runs instead ({status.library_reason})")
+        return [f"native kernels: off, plain PyTorch runs instead ({status.library_reason})"]
     if device.type == "cuda" and status.triton is None:
-        notes.append(f"Triton kernels: off, plain PyTorch runs instead ({status.triton_reason})")
-    if not is_compiled:
-        reason = "runtime.compile=off" if config.compile == "off" else "auto compiles on CUDA only"
-        notes.append(f"torch.compile: off ({reason})")
-    return notes
+        return [f"Triton kernels: off, plain PyTorch runs instead ({status.triton_reason})"]
+    return []

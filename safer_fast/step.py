@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from safer_fast.attack import Norm, attack_, random_start
+from safer_fast.attacker import Attacker
+from safer_fast.capture import Replays
 from safer_fast.config import SAMConfig
 from safer_fast.cut import STEM
 from safer_fast.metrics import DeviceSums
+from safer_fast.micro_batch import MicroBatch
 from safer_fast.network import RobustModel, training_mode
 from safer_fast.objective import Objective
 from safer_fast.parameters import Selection
@@ -23,7 +26,8 @@ class Step:
     """The method, over one selection of layers; everything stays on the device, nothing waits.
 
     Masters change only in `update`. While a step runs the compute weights of the selection are
-    perturbed; before and after it they are cast(masters).
+    perturbed; before and after it they are cast(masters). `passes` and `update` read and write
+    tensors that stay where they are, so that `replays` may repeat them from a recording.
     """
 
     model: RobustModel
@@ -31,12 +35,12 @@ class Step:
     optimizer: torch.optim.Optimizer
     objective: Objective
     sam: SAMConfig
-    norm: Norm
-    attack_steps: int
+    attack: Attacker
     relative_radius: bool = False
     reuses_prefix: bool = True
     clip_norm: float | None = None
-    generator: torch.Generator | None = None
+    micro_batch: MicroBatch = field(default_factory=MicroBatch)
+    replays: Replays = field(default_factory=Replays)
     sums: DeviceSums = field(default_factory=DeviceSums)
 
     def __post_init__(self) -> None:
@@ -46,70 +50,68 @@ class Step:
         self.cut = self.model.cut_of(names) if self.reuses_prefix else STEM
         self.modules = self.model.random_modules(names)
         device = self.selection.parameters[0].device
-        self.skipped_in_a_row = torch.zeros((), device=device)
-        self.longest_skip = torch.zeros((), device=device)
+        self.loss_sum, self.skipped_in_a_row, self.longest_skip = torch.zeros(3, device=device)
+        self.replays.forget("SAM passes", "update")
 
     def __call__(self, images: Tensor, labels: Tensor, epsilon: Tensor, step_size: Tensor) -> None:
         """Learns from float images [B, C, H, W] in [0, 1]; radii are 0-d device tensors."""
-        adversarial = self.attack(images, labels, epsilon, step_size)
-        inputs = adversarial
+        inputs = [self.attack(images, labels, epsilon, step_size)]
+        hold = self.attack.buffers.hold
         if self.objective.needs_clean:
-            inputs = torch.cat([adversarial, self.model.arrange(images)])
-        with torch.no_grad():
-            features = self.model.prefix(inputs, self.cut)  # [B, N, D], for both passes
+            inputs.append(hold("clean", self.model.arrange(images)))
+        labels = hold("labels", labels)
 
-        loss, logits = self.differentiate(features, labels)
+        def both_passes(size: int) -> None:
+            key = ("SAM passes", inputs[0].shape, labels.shape, labels.dtype, size)
+            self.replays(key, lambda: self.passes(inputs, labels, size))
+
+        self.micro_batch.run(len(labels), both_passes)
+        self.replays(("update",), self.update)
+
+    def passes(self, inputs: Sequence[Tensor], labels: Tensor, size: int) -> None:
+        """The selection's ranges hold the gradients at the worst weights nearby.
+
+        `inputs` are the adversarial examples and, for losses that read them, the clean images.
+        """
+        features, targets = self.prefix(inputs, size), torch.split(labels, size)
+        loss, num_correct = self.differentiate(features, targets)
         worst_loss = loss
         if self.sam.rho > 0:
             self.ascend()
-            worst_loss, _ = self.differentiate(features, labels, is_second=True)
-        is_skipped = self.update(loss + worst_loss)
-        restore_(self.selection.ranges)
-
-        correct = (logits[: len(labels)].argmax(1) == labels).sum()
+            worst_loss, _ = self.differentiate(features, targets, is_second=True)
+        self.loss_sum.copy_(loss + worst_loss)
+        num_images = torch.full_like(loss, len(labels))
+        rise = (worst_loss - loss) * num_images
         self.sums.add(
-            loss=loss * len(labels),
-            loss_rise=(worst_loss - loss) * len(labels),
-            correct=correct,
-            images=torch.ones_like(loss) * len(labels),
-            skipped=is_skipped,
+            loss=loss * num_images, loss_rise=rise, correct=num_correct, images=num_images
         )
 
-    def attack(self, images: Tensor, labels: Tensor, epsilon: Tensor, step_size: Tensor) -> Tensor:
-        """Adversarial examples for this batch, as `arrange` orders pixels.
-
-        Without steps these are the images themselves.
-        """
-        pixels = self.model.arrange(images)
-        if self.attack_steps == 0:
-            return pixels
-        clean = None
-        if self.objective.attack_needs_clean:
-            with torch.no_grad():
-                clean = self.model(pixels)
-        start = random_start(images, epsilon, self.norm, self.generator)
-        return attack_(
-            self.model,
-            self.model.arrange(start),
-            pixels,
-            labels,
-            step_size,
-            epsilon,
-            self.attack_steps,
-            self.norm,
-            self.objective.attack_loss(clean),
-        )
+    @torch.no_grad()
+    def prefix(self, inputs: Sequence[Tensor], size: int) -> list[Tensor]:
+        """Features [size, N, D] below the first selected layer, part by part, for both passes."""
+        parts = zip(*(torch.split(whole, size) for whole in inputs), strict=True)
+        return [self.model.prefix(torch.cat(part), self.cut) for part in parts]
 
     def differentiate(
-        self, features: Tensor, labels: Tensor, is_second: bool = False
+        self, features: Sequence[Tensor], labels: Sequence[Tensor], is_second: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Loss and logits of the suffix; the selection's ranges hold the gradients of the loss."""
+        """Mean loss over all parts and number of images classified right, both 0-d.
+
+        The selection's ranges hold the gradient of that loss.
+        """
+        losses: list[Tensor] = []
+        hits: list[Tensor] = []
+        num_images = sum(len(targets) for targets in labels)
         mode = training_mode(self.modules, keeps_statistics=is_second)
         with mode, requiring_gradients(self.selection.parameters):
-            logits = self.model.suffix(features, self.cut)
-            loss = self.objective.loss(logits, labels)
-            self.selection.store_gradients(torch.autograd.grad(loss, self.selection.parameters))
-        return loss.detach(), logits.detach()
+            for part, targets in zip(features, labels, strict=True):
+                logits = self.model.suffix(part, self.cut)
+                loss = self.objective.loss(logits, targets) * (len(targets) / num_images)
+                gradients = torch.autograd.grad(loss, self.selection.parameters)
+                self.selection.store_gradients(gradients, adds=bool(losses))
+                losses.append(loss.detach())
+                hits.append((logits.detach()[: len(targets)].argmax(1) == targets).sum())
+        return torch.stack(losses).sum(), torch.stack(hits).sum()
 
     def ascend(self) -> None:
         """The suffix reads the weights within the radius at which the loss is highest."""
@@ -121,13 +123,13 @@ class Step:
             relative=self.sam.layerwise and self.relative_radius,
         )
 
-    def update(self, loss: Tensor) -> Tensor:
+    def update(self) -> None:
         """The optimizer applies the stored gradients to the masters, unless they are not finite.
 
-        Gives 1.0 if the step was skipped, else 0.0, as a 0-d tensor.
+        Afterwards the suffix reads the masters again.
         """
         squares = gradient_squares(self.selection.ranges)
-        is_skipped = 1.0 - torch.isfinite(loss + squares).float()
+        is_skipped = 1.0 - torch.isfinite(self.loss_sum + squares).float()
         if self.clip_norm is not None:
             shrink = (self.clip_norm * inverse_norm(squares)).clamp(max=1.0)
             for part in self.selection.ranges:
@@ -139,7 +141,8 @@ class Step:
             self.optimizer.step()
         elif not is_skipped:  # apex cannot skip on the device: one synchronisation per step
             self.optimizer.step()
-        return is_skipped
+        restore_(self.selection.ranges)
+        self.sums.add(skipped=is_skipped)
 
     def most_skipped_in_a_row(self) -> int:
         """The most steps in a row that were skipped since the step was built; waits for it."""

@@ -11,8 +11,14 @@ from safer_fast.run_folder import check_output
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`python -m safer_fast.train [--config RECIPE] [flags]`; see `--help`."""
-    train_model(parse_config(arguments))
+    """`python -m safer_fast.train [--config RECIPE] [--dry-run] [flags]`; see `--help`."""
+    config = parse_config(arguments)
+    if config.dry_run:
+        from safer_fast.dry_run import dry_run
+
+        dry_run(config)
+    else:
+        train_model(config)
 
 
 def train_model(config: Config) -> Path:
@@ -22,6 +28,8 @@ def train_model(config: Config) -> Path:
     selected layers. Raises ValueError for what a user can mend, before anything is written, and
     FloatingPointError when too many steps in a row are not finite.
     """
+    if config.dry_run:
+        raise ValueError("--dry-run: expected false where a run is trained, got true")
     from safer_fast.trainer import Trainer
 
     if config.output is not None:

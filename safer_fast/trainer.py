@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from safer_fast.attack import pgd
 from safer_fast.banner import banner, describe_run, epoch_line
 from safer_fast.checkpoint import BEST_WEIGHTS, load_tensors, save_weights
 from safer_fast.config import Config
-from safer_fast.data import Loader, as_pixels, load_data
+from safer_fast.data import Batch, Loader, ahead, as_pixels, load_data
+from safer_fast.engine import Engine
 from safer_fast.evaluate import Accuracy, ThreatModel, accuracy_table, evaluate
 from safer_fast.metrics import MetricsLog
-from safer_fast.model import build_model
-from safer_fast.objective import Objective
 from safer_fast.optim import AveragedWeights, build_optimizer, set_learning_rate
-from safer_fast.parameters import ParameterArenas
 from safer_fast.report import write_report
 from safer_fast.run_folder import create_run_folder, export_model, save_config
-from safer_fast.runtime import compile_blocks, prepare_runtime
+from safer_fast.runtime import prepare_runtime
 from safer_fast.schedule import Stage, learning_rate_at, radii_at, stage_of
 from safer_fast.selection import candidates, choose_layers, match_layers
 from safer_fast.step import Step
@@ -44,25 +40,11 @@ class Trainer:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.runtime = prepare_runtime(config.runtime, config.amp)
+        runtime = prepare_runtime(config.runtime, config.amp)
         self.data = load_data(config.data, batch_size=config.batch_size, seed=config.seed)
-        torch.manual_seed(config.seed)
-        self.model = build_model(
-            config.model,
-            num_classes=self.data.num_classes,
-            image_size=self.data.image_size,
-            num_channels=self.data.num_channels,
-            compute_dtype=self.runtime.compute_dtype,
-            norms=config.selection.norms,
-        )
-        savings = config.runtime.exact_savings
-        self.notes = self.model.save(savings, self.data.image_size)
-        self.model.to(self.runtime.device)
-        if self.runtime.is_compiled:
-            compile_blocks(self.model)
-        stored = self.runtime.compute_dtype if "stored-bf16" in savings else torch.float32
-        self.arenas = ParameterArenas(self.model.network, self.model.layers, stored)
-        self.generator = self.runtime.generator(config.seed)
+        self.engine = Engine(config, runtime, self.data)
+        self.runtime, self.model = self.engine.runtime, self.engine.model
+        self.arenas = self.engine.arenas
         self.average: AveragedWeights | None = None
         self.epsilon = torch.zeros((), device=self.runtime.device)
         self.step_size = torch.zeros((), device=self.runtime.device)
@@ -86,11 +68,16 @@ class Trainer:
         self.stage = stage_of(self.config, epoch)
         if not self.stage.selects_at(epoch, self.config.selection.every_epochs):
             return
+        if self.stage.name == "safer" and epoch == self.stage.first_epoch:
+            self._start_safer(epoch)
+        self.choose(epoch)
+
+    def choose(self, epoch: int) -> None:
+        """The step from this epoch on: over all parameters, or over newly selected layers."""
+        self.stage = stage_of(self.config, epoch)
         if self.stage.name == "warm-up":
-            self._use_layers(None, rho=0.0)
+            self.step = self.engine.step_over(None, rho=0.0)
         else:
-            if epoch == self.stage.first_epoch:
-                self._start_safer(epoch)
             self._select(epoch)
         if epoch == self.stage.first_epoch and self.config.optim.ema_decay is not None:
             self.average = AveragedWeights(self.arenas.master, self.config.optim.ema_decay)
@@ -99,18 +86,13 @@ class Trainer:
         """One pass over the training images; gives the epoch's training figures."""
         started = time.monotonic()
         totals: dict[str, float] = {}
-        batches = self.data.train.epoch(epoch)
         num_batches = len(self.data.train)
+        batches = ahead(self.data.train.epoch(epoch), self.runtime.device)
         label = f"epoch {epoch}/{self.config.epochs} {self.stage.name}"
         for index, batch in enumerate(
             tqdm(batches, total=num_batches, desc=label, leave=False, disable=None)
         ):
-            learning_rate = self._schedule(epoch, index, num_batches)
-            batch = batch.to(self.runtime.device, non_blocking=True)
-            self.step(as_pixels(batch.images), batch.labels, self.epsilon, self.step_size)
-            if self.average is not None:
-                self.average.update(self.arenas.master)
-            self.num_steps += 1
+            learning_rate = self.take_step(epoch, index, num_batches, batch)
             if (
                 self.num_steps % self.config.runtime.log_every_steps == 0
                 or index + 1 == num_batches
@@ -127,6 +109,15 @@ class Trainer:
             "skipped_steps": int(totals["skipped"]),
         }
 
+    def take_step(self, epoch: int, index: int, num_batches: int, batch: Batch) -> float:
+        """Step `index` (from 0) of an epoch, on a batch on the device; gives its learning rate."""
+        learning_rate = self._schedule(epoch, index, num_batches)
+        self.step(as_pixels(batch.images), batch.labels, self.epsilon, self.step_size)
+        if self.average is not None:
+            self.average.update(self.arenas.master)
+        self.num_steps += 1
+        return learning_rate
+
     def end_epoch(self, epoch: int, figures: dict[str, float]) -> None:
         """Evaluates on the validation split when it is time, logs the epoch, keeps the best."""
         every = self.config.evaluation.every_epochs
@@ -134,7 +125,9 @@ class Trainer:
         if epoch % every == 0 or epoch == self.config.epochs:
             attack = f"pgd-{self.config.evaluation.steps}"
             limit = self.config.evaluation.max_images
-            clean, robust = self._evaluate(self.data.validation, ["clean", attack], limit)
+            clean, robust = self._evaluate(
+                self.data.validation, ["clean", attack], self._source(), limit
+            )
             accuracies = {"clean_accuracy": clean.accuracy, "robust_accuracy": robust.accuracy}
             if (robust.accuracy, clean.accuracy) >= self.best:
                 self.best = (robust.accuracy, clean.accuracy)
@@ -171,8 +164,7 @@ class Trainer:
         build_optimizer(self.config.optim, self.arenas.select(list(self.model.layers)[:1]))
 
     def _introduce(self) -> None:
-        facts = describe_run(self.config, self.runtime, self.model, self.data)
-        facts["notes"] += self.notes
+        facts = describe_run(self.config, self.engine, self.data)
         self.log.write("run", epoch=0, step=0, **facts)
         tqdm.write(banner(facts))
 
@@ -196,10 +188,10 @@ class Trainer:
             batches,
             config,
             sam_rho=self.config.sam.rho,
-            attack=self._probe_attack,
+            attack=self.engine.probe_attack,
             seed=self.config.seed + epoch,
         )
-        self._use_layers(
+        self.step = self.engine.step_over(
             choice.selected if config.criterion != "all" else None, self.config.sam.rho
         )
         self.log.write(
@@ -214,43 +206,11 @@ class Trainer:
         shown = ", ".join(choice.selected[:6]) + (", ..." if len(choice.selected) > 6 else "")
         tqdm.write(f"selected by {choice.criterion}: {shown} (suffix from block {self.step.cut})")
 
-    def _use_layers(self, names: list[str] | None, rho: float) -> None:
-        config = self.config
-        selection = self.arenas.select(names)
-        self.step = Step(
-            model=self.model,
-            selection=selection,
-            optimizer=build_optimizer(config.optim, selection),
-            objective=Objective(config.objective),
-            sam=replace(config.sam, rho=rho),
-            norm=config.attack.norm,
-            attack_steps=config.attack.steps,
-            relative_radius=config.selection.radius == "relative",
-            reuses_prefix="prefix" in config.runtime.exact_savings,
-            clip_norm=config.optim.clip_norm,
-            generator=self.generator,
-        )
-
-    def _probe_attack(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        if self.config.attack.steps == 0:
-            return images
-        epsilon, step_size = radii_at(self.config.attack, self.config.epochs)
-        return pgd(
-            model,
-            images,
-            labels,
-            epsilon=epsilon,
-            step_size=step_size,
-            steps=self.config.attack.steps,
-            norm=self.config.attack.norm,
-            generator=self.generator,
-        )
-
     def _schedule(self, epoch: int, index: int, num_batches: int) -> float:
         """Sets epsilon, step size and learning rate of the next step."""
         stage = self.stage
         epsilon, step_size = radii_at(self.config.attack, epoch - 1 + index / num_batches)
-        self.step.attack_steps = self.config.attack.steps if epsilon > 0 else 0
+        self.step.attack.steps = self.config.attack.steps if epsilon > 0 else 0
         self.epsilon.fill_(epsilon)
         self.step_size.fill_(step_size)
         done = (epoch - stage.first_epoch) * num_batches + index
@@ -281,14 +241,20 @@ class Trainer:
                 f"steps in a row, at epoch {epoch}; lower the learning rate or clip the gradient"
             )
 
-    def _evaluate(self, loader: Loader, attacks: list[str], limit: int | None) -> list[Accuracy]:
-        """Accuracies of the weights in use: the average where there is one."""
-        if self.average is not None:
-            self.arenas.load_compute(self.average.average)
+    def _evaluate(
+        self, loader: Loader, attacks: list[str], source: Tensor, limit: int | None = None
+    ) -> list[Accuracy]:
+        """Accuracies of the weights in `source`; the network reads the masters again afterwards."""
         threat = ThreatModel(self.config.attack.norm, float(self.config.attack.epsilon))
-        seed = self.config.seed + EVALUATION_SEED_OFFSET
+        self.arenas.load_compute(source)
         results = evaluate(
-            self.model, loader.epoch(1), attacks, threat, seed=seed, max_images=limit
+            self.model,
+            loader.epoch(1),
+            attacks,
+            threat,
+            seed=self.config.seed + EVALUATION_SEED_OFFSET,
+            max_images=limit,
+            micro_batch=self.engine.evaluation_batch,
         )
         self.arenas.load_compute()
         return results
@@ -297,16 +263,10 @@ class Trainer:
         """Logs the final figures of the weights in `source`, on the test split if there is one."""
         loader = self.data.test or self.data.validation
         split = "test" if self.data.test is not None else "validation"
-        threat = ThreatModel(self.config.attack.norm, float(self.config.attack.epsilon))
-        seed = self.config.seed + EVALUATION_SEED_OFFSET
-        self.arenas.load_compute(source)
-        for result in evaluate(
-            self.model, loader.epoch(1), self.config.evaluation.attacks, threat, seed=seed
-        ):
+        for result in self._evaluate(loader, self.config.evaluation.attacks, source):
             values = {"split": split, "weights": weights, **vars(result)}
             self.accuracies.append(values)
             self.log.write("evaluation", epoch=epoch, step=self.num_steps, **values)
-        self.arenas.load_compute()
 
     def _source(self) -> Tensor:
         return self.arenas.master if self.average is None else self.average.average

@@ -41,6 +41,8 @@ _RANGES: dict[str, tuple[str, float, float]] = {
     "optim.clip_norm": ("above 0", 1e-12, float("inf")),
     "optim.ema_decay": ("a share from 0 to 0.999999", 0, 0.999999),
     "runtime.num_threads": ("at least 1", 1, float("inf")),
+    "runtime.attack_micro_batch": ("auto or at least 1", 1, float("inf")),
+    "runtime.train_micro_batch": ("auto or at least 1", 1, float("inf")),
     "runtime.log_every_steps": ("at least 1", 1, float("inf")),
     "runtime.max_skipped_steps": ("at least 1", 1, float("inf")),
     "evaluation.every_epochs": ("at least 1", 1, float("inf")),
@@ -53,7 +55,7 @@ def check_config(config: Config) -> None:
     """Every setting is within its range; raises ValueError with the first flag that is not."""
     for flag, (expected, smallest, largest) in _RANGES.items():
         value = _value(config, flag)
-        if value is not None and not smallest <= value <= largest:
+        if value is not None and value != "auto" and not smallest <= value <= largest:
             raise ValueError(f"{_typed(flag)}: expected {expected}, got {value}")
     _check_together(config)
 
@@ -92,6 +94,11 @@ def check_attack_name(name: str, flag: str) -> None:
     is_pgd = kind == "pgd" and dash and steps.isdigit() and int(steps) > 0
     if name not in ("clean", "fgsm") and not is_pgd:
         raise ValueError(f"{flag}: expected clean, fgsm or pgd-K (such as pgd-20), got {name!r}")
+
+
+def num_attack_steps(name: str) -> int:
+    """Iterations of the attack that is called so; 0 for clean."""
+    return {"clean": 0, "fgsm": 1}.get(name) or int(name.partition("-")[2] or 0)
 
 
 def _value(config: Config, flag: str) -> Any:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from safer_fast.config import DataConfig
-from safer_fast.data import Batch, Data, as_pixels, load_data, loaders
+from safer_fast.data import Batch, Data, ahead, as_pixels, load_data, loaders
 from safer_fast.data.loaders import InMemoryLoader, StreamLoader
 
 NUM_IMAGES = 60
@@ -299,3 +299,10 @@ def test_photos_stream_at_224_pixels() -> None:
 def test_photos_of_many_sizes_need_an_image_size() -> None:
     with pytest.raises(ValueError, match=r"data\.image_size: expected one size for all images"):
         load(find_data("photos-256.parquet"))
+
+
+def test_batches_come_to_the_device_in_order() -> None:
+    batches = [Batch(torch.full((2, 1, 3, 3), i), torch.tensor([i, i])) for i in range(5)]
+    found = list(ahead(batches, torch.device("cpu")))
+    assert [int(batch.labels[0]) for batch in found] == list(range(5))
+    assert all(torch.equal(a.images, b.images) for a, b in zip(found, batches, strict=True))

@@ -9,15 +9,18 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "safer_fast"
 ORDER = [
     {"kernels"},
-    {"config", "validation", "command_line", "savings", "cut"},
+    {"config", "capture", "micro_batch", "validation", "command_line", "savings", "cut"},
     {"data", "checkpoint", "metrics", "parameters"},
     {"network"},
     {"model"},
-    {"attack", "sam", "runtime"},
-    {"objective", "optim", "schedule", "selection"},
-    {"step", "reference", "run_folder", "banner"},
+    {"attack", "sam", "runtime", "attention"},
+    {"objective", "optim", "schedule", "selection", "flops"},
+    {"attacker"},
+    {"step", "reference", "run_folder"},
+    {"engine", "banner"},
     {"evaluate", "select", "report", "report_run", "report_tables", "report_figures", "doctor"},
     {"trainer"},
+    {"dry_run"},
     {"train"},
 ]
 

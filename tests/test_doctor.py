@@ -22,6 +22,8 @@ NAMES = [
     "native library",
     "triton",
     "torch.compile",
+    "cuda graphs",
+    "attention",
     "bf16",
     "apex",
     "cpu threads",

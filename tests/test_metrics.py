@@ -160,16 +160,17 @@ def test_other_damage_is_named_by_file_and_line(tmp_path: Path, line: str) -> No
         read_metrics(path)
 
 
-def test_sums_are_those_of_the_values_and_start_afresh_after_take() -> None:
+def test_sums_are_those_of_the_values_and_start_from_nothing_after_take() -> None:
     sums = DeviceSums()
     for value in range(1000):
         sums.add(loss=torch.tensor(value / 7), correct=torch.tensor(value))
     taken = sums.take()
     assert taken["correct"] == 499_500
     assert taken["loss"] == pytest.approx(499_500 / 7, rel=1e-7)
-    assert sums.take() == {}
+    assert sums.take() == {"loss": 0.0, "correct": 0.0}
     sums.add(loss=torch.tensor(2.0))
-    assert sums.take() == {"loss": 2.0}
+    assert sums.take() == {"loss": 2.0, "correct": 0.0}
+    assert DeviceSums().take() == {}
 
 
 def test_sums_do_not_lose_small_values_beside_large_ones() -> None:

@@ -129,7 +129,7 @@ def test_bf16_steps_with_and_without_savings_are_equally_near_to_fp32() -> None:
         model = build(compute_dtype=dtype)
         model.save(savings, 32)
         step, arenas = make_step(model, ["blocks.2.mlp.fc1", "blocks.3.attn.qkv"])
-        step.attack_steps = 0
+        step.attack.steps = 0
         run_step(step, images, labels)
         results.append(arenas.state_dict())
     begin = {n: p.detach() for n, p in build().network.named_parameters()}

@@ -1,7 +1,11 @@
 """The step is the textbook step: same losses, same weights, in every precision."""
 
-from collections.abc import Iterator, Sequence
+import gc
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +14,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from safer_fast.attack import random_start
+from safer_fast.attacker import Attacker
 from safer_fast.config import ObjectiveConfig, OptimConfig, SAMConfig
 from safer_fast.cut import STEM
+from safer_fast.micro_batch import MicroBatch
 from safer_fast.network import RobustModel
 from safer_fast.objective import Objective
 from safer_fast.optim import build_optimizer
@@ -36,21 +42,30 @@ def make_step(
     adaptive: bool = False,
     norm: Any = "linf",
     clip_norm: float | None = None,
+    generator: torch.Generator | None = None,
+    attack_micro_batch: Any = "auto",
     **settings: Any,
 ) -> tuple[Step, ParameterArenas]:
     """The fast step over these layers (None: everything) of a model that moves into arenas."""
     arenas = ParameterArenas(model.network, model.layers, model.compute_dtype)
     selection = arenas.select(layers)
+    attack = Attacker(
+        model,
+        Objective(ObjectiveConfig(name=objective)),  # type: ignore[arg-type]
+        norm=norm,
+        steps=STEPS,
+        generator=generator or torch.Generator().manual_seed(5),
+        micro_batch=MicroBatch(size=attack_micro_batch),
+        replays=settings.get("replays"),
+    )
     step = Step(
         model=model,
         selection=selection,
         optimizer=build_optimizer(optim or _sgd(), selection),
-        objective=Objective(ObjectiveConfig(name=objective)),  # type: ignore[arg-type]
+        objective=attack.objective,
         sam=SAMConfig(rho=rho, adaptive=adaptive),
-        norm=norm,
-        attack_steps=STEPS,
+        attack=attack,
         clip_norm=clip_norm,
-        generator=torch.Generator().manual_seed(5),
         **settings,
     )
     return step, arenas
@@ -158,11 +173,13 @@ def assert_near_fp64(
     num_steps: int,
     is_compiled: bool = False,
     savings: Sequence[str] = ("prefix",),
+    fast: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> None:
     """After some steps our fp32 weights are at most 3x as far from fp64 as textbook fp32 ones.
 
     Both are off by more than rounding where a pixel's gradient is so small that its sign differs.
+    `fast` are settings of our step alone.
     """
     model = build(family)
     begin = {n: p.detach().clone() for n, p in model.network.named_parameters()}
@@ -176,7 +193,9 @@ def assert_near_fp64(
         named = reference.model.network.named_parameters()
         updates[dtype] = {name: parameter.detach() for name, parameter in named}
     model.save(savings, 32)
-    step, arenas = make_step(model, layers, reuses_prefix="prefix" in savings, **settings)
+    step, arenas = make_step(
+        model, layers, reuses_prefix="prefix" in savings, **settings, **fast or {}
+    )
     if is_compiled:
         compile_blocks(model)
     for _ in range(num_steps):
@@ -225,7 +244,7 @@ def test_the_second_gradient_in_bf16_points_where_the_fp32_one_does() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             model = build(compute_dtype=dtype)
             step, _ = make_step(model, layers)
-            step.attack_steps = 0
+            step.attack.steps = 0
             images, labels = images_and_labels(16)
             run_step(step, images, labels)
             gradients.append(torch.cat([g.flatten() for g in step.selection.gradient_views]))
@@ -255,8 +274,7 @@ def test_masters_are_never_perturbed_and_storage_never_moves() -> None:
     pointers |= {"master": arenas.master.data_ptr()}
     master = arenas.master.clone()
     images, labels = images_and_labels()
-    features = model.prefix(images, step.cut)
-    step.differentiate(features, labels)
+    step.differentiate([model.prefix(images, step.cut)], [labels])
     step.ascend()
     assert torch.equal(arenas.master, master)
     changed = [
@@ -344,6 +362,24 @@ def test_the_step_never_waits_for_the_device(objective: str, optim: OptimConfig 
     assert step.sums.take()["images"] == 2 * len(labels)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_stable_over_two_hundred_steps() -> None:
+    step, _ = make_step(
+        build(compute_dtype=torch.bfloat16), ["blocks.2.mlp.fc1"], optim=OptimConfig()
+    )
+    images, labels = images_and_labels()
+    radii = torch.tensor(EPSILON), torch.tensor(STEP_SIZE)
+    tensors, resident = [], []
+    for index in range(220):
+        step(images, labels, *radii)
+        if index in (20, 219):
+            gc.collect()
+            tensors.append(sum(issubclass(type(each), Tensor) for each in gc.get_objects()))
+            resident.append(int(Path("/proc/self/statm").read_text().split()[1]))
+    assert tensors[1] == tensors[0]
+    assert (resident[1] - resident[0]) * os.sysconf("SC_PAGE_SIZE") <= 2 * 2**20
+
+
 @pytest.mark.parametrize("optim", [OptimConfig(), None], ids=["adamw", "sgd"])
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     optim: OptimConfig | None,
@@ -371,7 +407,7 @@ def test_layerwise_radii_perturb_every_layer_by_its_own_share() -> None:
     step.sam = SAMConfig(rho=0.1, layerwise=True)
     step.relative_radius = True
     images, labels = images_and_labels()
-    step.differentiate(model.prefix(images, step.cut), labels)
+    step.differentiate([model.prefix(images, step.cut)], [labels])
     step.ascend()
     for layer, names in model.layers.items():
         moved = [model.network.get_parameter(n) - arenas.view(n, arenas.master) for n in names]

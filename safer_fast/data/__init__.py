@@ -1,6 +1,7 @@
 """Data: `load_data` opens, checks and decodes; loaders give batches of uint8 images."""
 
+from safer_fast.data.ahead import ahead
 from safer_fast.data.batch import Batch, Loader, as_pixels
 from safer_fast.data.load import Data, load_data, load_evaluation_data
 
-__all__ = ["Batch", "Data", "Loader", "as_pixels", "load_data", "load_evaluation_data"]
+__all__ = ["Batch", "Data", "Loader", "ahead", "as_pixels", "load_data", "load_evaluation_data"]

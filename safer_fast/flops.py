@@ -8,6 +8,7 @@ left out, on both sides.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,9 @@ from torch.utils.flop_counter import flop_registry
 
 from safer_fast.cut import STEM
 from safer_fast.network import RobustModel
+
+MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
+"""Edge of the matrices that `matmul_rate` multiplies."""
 
 
 @dataclass(frozen=True)
@@ -94,12 +98,31 @@ def layer_costs(model: RobustModel, images: Tensor) -> dict[str, float]:
 
 def count(run: Callable[[], Any]) -> tuple[float, Any]:
     """Operations that really happen in `run`, attention as plain products so that all are seen."""
-    with sdpa_kernel(SDPBackend.MATH), _Counter() as counter:
+    with sdpa_kernel(SDPBackend.MATH), _Counter() as counter:  # type: ignore[no-untyped-call]
         result = run()
     return counter.total, result
 
 
-class _Counter(TorchDispatchMode):
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a large matrix product on the device, now."""
+    size = MATMUL_SIZE[device.type]
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    times = []
+    for _ in range(3):
+        _wait(device)
+        started = time.perf_counter()
+        a @ b
+        _wait(device)
+        times.append(time.perf_counter() - started)
+    return 2 * size**3 / min(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up torch's own figures; its FlopCounterMode does not bear autograd.grad of a leaf."""
 
     total = 0.0

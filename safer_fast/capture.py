@@ -1,0 +1,134 @@
+"""Phases of a step recorded as CUDA graphs: Python runs once, its kernels as often as needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, Protocol
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+Phase = Callable[[], None]
+"""Work on tensors that stay where they are; nothing else about it may change between calls."""
+Key = tuple[Hashable, ...]
+"""Name of a phase, and all that it depends on but the values of tensors."""
+WARM_UP = 3
+"""Calls that run as written before one is recorded: libraries and compilers set themselves up."""
+
+
+class Recorder(Protocol):
+    """What makes a recording of a phase."""
+
+    def warm_up(self, phase: Phase) -> None:
+        """Runs the phase under the conditions of a recording."""
+
+    def record(self, phase: Phase) -> Phase:
+        """Calls the phase without executing it; what is returned does its work on each call."""
+
+
+class Replays:
+    """Calls phases: the first times as written, then from a recording, if there is a recorder.
+
+    A phase that cannot be recorded runs as written for good, and `report` is told why.
+    """
+
+    def __init__(
+        self, recorder: Recorder | None = None, report: Callable[[str], None] = print
+    ) -> None:
+        self._recorder, self._report = recorder, report
+        self._num_calls: dict[Key, int] = {}
+        self._recordings: dict[Key, Phase] = {}
+        self._refused: set[Hashable] = set()
+
+    def __call__(self, key: Key, phase: Phase) -> None:
+        """Does the work of `phase`, which is the same as in every other call with this key."""
+        if key in self._recordings:
+            self._recordings[key]()
+        elif self._recorder is None or key[0] in self._refused:
+            phase()
+        elif self._num_calls.get(key, 0) < WARM_UP:
+            self._num_calls[key] = self._num_calls.get(key, 0) + 1
+            self._recorder.warm_up(phase)
+        else:
+            self._record(self._recorder, key, phase)
+
+    def forget(self, *names: str) -> None:
+        """Drops all recordings of these phases, of all phases if none is named."""
+        for key in [key for key in self._num_calls if not names or key[0] in names]:
+            del self._num_calls[key]
+            self._recordings.pop(key, None)
+
+    @property
+    def recorded(self) -> list[Key]:
+        """The keys of the phases that are replayed by now."""
+        return list(self._recordings)
+
+    def _record(self, recorder: Recorder, key: Key, phase: Phase) -> None:
+        try:
+            self._recordings[key] = recorder.record(phase)
+        except RuntimeError as error:
+            if _is_out_of_memory(error):
+                raise torch.OutOfMemoryError(str(error)) from error
+            self._refused.add(key[0])
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self._report(f"CUDA graph of {key[0]}: off ({reason})")
+            phase()
+            return
+        self._recordings[key]()
+
+
+class CudaRecorder:
+    """Records CUDA graphs, all on one side stream and in one pool of memory.
+
+    Whatever a graph computes for later must lie in tensors made outside it: memory of the pool is
+    used by every graph in turn.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._live: WeakSet[Any] = WeakSet()
+
+    def warm_up(self, phase: Phase) -> None:
+        """See `Recorder.warm_up`: libraries keep workspaces for each stream."""
+        waiting = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(waiting)
+        with torch.cuda.stream(self._stream):
+            phase()
+        waiting.wait_stream(self._stream)
+
+    def record(self, phase: Phase) -> Phase:
+        """See `Recorder.record`; threads of loaders may call CUDA meanwhile."""
+        if not self._live:  # a pool ends with the last graph in it
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        ):
+            phase()
+        self._live.add(graph)
+        replay: Phase = graph.replay
+        return replay
+
+
+class Buffers:
+    """Tensors that stay where they are, by name and shape: what recordings read and write."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[Key, Tensor] = {}
+
+    def hold(self, name: str, value: Tensor) -> Tensor:
+        """The buffer of this name for tensors like `value`, now holding it."""
+        key = (name, value.shape, value.dtype, value.device)
+        if key not in self._tensors:
+            self._tensors[key] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+        return self._tensors[key].copy_(value)
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether running out of memory is the error, or what it came from."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

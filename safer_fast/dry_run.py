@@ -1,0 +1,247 @@
+"""What a run would cost: 20 steps of each of its stages, timed, and the rest worked out."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from itertools import count, islice, pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from tqdm import tqdm
+
+from safer_fast.config import Config
+from safer_fast.cut import STEM
+from safer_fast.data import Batch, Data, ahead
+from safer_fast.evaluate import ThreatModel, evaluate
+from safer_fast.flops import costs, ideal_flops, matmul_rate
+from safer_fast.schedule import Stage, stage_of
+from safer_fast.trainer import Trainer
+from safer_fast.validation import num_attack_steps
+
+NUM_STEPS = 20
+NUM_WARM_UP = 6
+"""Steps that compile and capture; they are not timed."""
+NUM_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """One stage: its layers, the median step, operations per image of each phase, memory."""
+
+    name: str
+    layers: list[str]
+    cut: int
+    num_steps: int
+    step_s: float
+    batch_size: int
+    operations: dict[str, float]
+    peak_memory_mib: float
+
+    @property
+    def duration_s(self) -> float:
+        return self.num_steps * self.step_s
+
+    @property
+    def images_per_second(self) -> float:
+        return self.batch_size / self.step_s
+
+    def mfu(self, rate: float) -> float:
+        """Share of `rate`, operations per second, that the method's operations are done at."""
+        return sum(self.operations.values()) * self.images_per_second / rate
+
+
+@dataclass(frozen=True)
+class RunCost:
+    """All stages, seconds of all evaluations, and operations per second of a matrix product."""
+
+    stages: list[StageCost]
+    evaluation_s: float
+    matmul_rate: float
+
+    @property
+    def num_steps(self) -> int:
+        return sum(stage.num_steps for stage in self.stages)
+
+    @property
+    def training_s(self) -> float:
+        return sum(stage.duration_s for stage in self.stages)
+
+    @property
+    def duration_s(self) -> float:
+        return self.training_s + self.evaluation_s
+
+
+def dry_run(config: Config) -> RunCost:
+    """Prints what the run would cost, after 20 steps of each stage; leaves nothing behind.
+
+    Steps run at full epsilon, so clean epochs will take less, and include the wait for data.
+    Selection is that of the weights the run starts with: layers may differ from those of the run.
+    What happens once in a while is left out: compiling, capturing, selecting layers.
+    """
+    with (
+        TemporaryDirectory() as folder,
+        Trainer(replace(config, output=str(Path(folder) / "run"))) as trainer,
+    ):
+        stages = [_cost_of(trainer, stage) for stage in _stages(config)]
+        rate = matmul_rate(trainer.runtime.device, trainer.runtime.compute_dtype)
+        cost = RunCost(stages, _evaluation_seconds(trainer), rate)
+    print(table(cost))
+    return cost
+
+
+def table(cost: RunCost) -> str:
+    """The figures as lines of text."""
+    lines = [line for stage in cost.stages for line in _lines_of(stage, cost.matmul_rate)]
+    end = datetime.now() + timedelta(seconds=cost.duration_s)
+    return "\n".join(
+        [
+            *lines,
+            "the whole run",
+            f"  training    {cost.num_steps} steps, {_clock(cost.training_s)}",
+            f"  evaluation  {_clock(cost.evaluation_s)}",
+            f"  in all      {_clock(cost.duration_s)}; begun now, it ends {end:%Y-%m-%d %H:%M}",
+        ]
+    )
+
+
+def passes_of_evaluation(config: Config, data: Data) -> int:
+    """Forward passes of one image that all evaluations of the run amount to.
+
+    An iteration of an attack counts as two: gradients of pixels take about as long as the pass.
+    """
+    available = data.validation.num_images
+    num_validation = min(available, config.evaluation.max_images or available)
+    num_times = -(-config.epochs // config.evaluation.every_epochs)
+    final = (data.test or data.validation).num_images * _passes(config.evaluation.attacks)
+    # final figures are those of the start of SAFER, of the best and of the last weights
+    return num_times * num_validation * _passes(_attacks_during(config)) + 3 * final
+
+
+def _stages(config: Config) -> list[Stage]:
+    first, last = stage_of(config, 1), stage_of(config, config.epochs)
+    return [last] if first == last else [first, last]
+
+
+def _cost_of(trainer: Trainer, stage: Stage) -> StageCost:
+    device = trainer.runtime.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    trainer.choose(stage.first_epoch)
+    times = _step_times(trainer, stage)
+    return StageCost(
+        name=stage.name,
+        layers=trainer.step.selection.names,
+        cut=trainer.step.cut,
+        num_steps=stage.num_epochs * len(trainer.data.train),
+        step_s=statistics.median(times[NUM_WARM_UP:]),
+        batch_size=trainer.config.batch_size,
+        operations=_operations(trainer),
+        peak_memory_mib=trainer.runtime.peak_memory_mib(),
+    )
+
+
+def _step_times(trainer: Trainer, stage: Stage) -> list[float]:
+    """Seconds of each step at full epsilon, one right after the other as in a run."""
+    num_batches, device = len(trainer.data.train), trainer.runtime.device
+    attack = trainer.config.attack
+    full_epoch = max(stage.last_epoch, attack.clean_epochs + attack.epsilon_warmup_epochs + 1)
+    batches = islice(_endless(trainer, stage.first_epoch), NUM_STEPS)
+    label = f"{stage.name} steps"
+    moments = [_Moment(device)]
+    for index, batch in enumerate(
+        tqdm(batches, total=NUM_STEPS, desc=label, leave=False, disable=None)
+    ):
+        trainer.take_step(full_epoch, index % num_batches, num_batches, batch)
+        moments.append(_Moment(device))
+    return [start.seconds_until(end) for start, end in pairwise(moments)]
+
+
+class _Moment:
+    """A point in time; on a GPU one of its own, so that the host need not wait for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._host_s = time.perf_counter()
+        self._event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def seconds_until(self, end: _Moment) -> float:
+        """Waits for the device to reach `end`."""
+        if self._event is None or end._event is None:
+            return end._host_s - self._host_s
+        end._event.synchronize()
+        return float(self._event.elapsed_time(end._event)) / 1e3
+
+
+def _endless(trainer: Trainer, first_epoch: int) -> Iterator[Batch]:
+    for epoch in count(first_epoch):
+        yield from ahead(trainer.data.train.epoch(epoch), trainer.runtime.device)
+
+
+def _operations(trainer: Trainer) -> dict[str, float]:
+    """What the method needs for one image; losses that read clean images too run on two."""
+    step, data, model = trainer.step, trainer.data, trainer.model
+    size = (1, data.num_channels, data.image_size, data.image_size)
+    image = torch.zeros(size, device=trainer.runtime.device)
+    num_steps, passes = step.attack.steps, 2 if step.sam.rho > 0 else 1
+    # compiled code may pass by the hooks that see every layer
+    with model.plainly(), torch.compiler.set_stance("force_eager"):
+        phases = ideal_flops(model, image, step.cut, step.selection.names, num_steps, passes)
+        forward = sum(cost.forward for cost in costs(model, image).values())
+    if step.objective.needs_clean:
+        phases |= {name: 2 * phases[name] for name in ("prefix", "sam")}
+    if step.objective.attack_needs_clean and num_steps > 0:
+        phases["attack"] += forward
+    return phases
+
+
+def _evaluation_seconds(trainer: Trainer) -> float:
+    """Seconds of all evaluations, by the second of two of a batch: the first may compile."""
+    config, data = trainer.config, trainer.data
+    threat = ThreatModel(config.attack.norm, float(config.attack.epsilon))
+    attacks, parts = _attacks_during(config), trainer.engine.evaluation_batch
+    (batch,) = islice(data.validation.epoch(1), 1)
+    for _ in range(2):
+        started = time.perf_counter()
+        evaluate(trainer.model, iter([batch]), attacks, threat, micro_batch=parts)
+        elapsed = time.perf_counter() - started
+    num_passes = len(batch.labels) * _passes(attacks)
+    return elapsed * passes_of_evaluation(config, data) / num_passes
+
+
+def _attacks_during(config: Config) -> list[str]:
+    """What the validation split is evaluated under while training goes on."""
+    return ["clean", f"pgd-{config.evaluation.steps}"]
+
+
+def _passes(attacks: list[str]) -> int:
+    """Forward passes that each image takes under these attacks, see `passes_of_evaluation`."""
+    return sum(1 + 2 * num_attack_steps(name) for name in attacks)
+
+
+def _lines_of(stage: StageCost, rate: float) -> list[str]:
+    names = ", ".join(stage.layers[:NUM_SHOWN])
+    num_more = len(stage.layers) - NUM_SHOWN
+    phases = ", ".join(f"{name} {value / 1e9:.3g}" for name, value in stage.operations.items())
+    suffix = "everything" if stage.cut == STEM else f"from block {stage.cut}"
+    return [
+        stage.name,
+        f"  layers      {names}" + (f" and {num_more} more" if num_more > 0 else ""),
+        f"  suffix      {suffix}",
+        f"  step        {stage.step_s * 1e3:.1f} ms, {stage.images_per_second:.1f} images/s",
+        f"  operations  {phases} GFLOP per image",
+        f"  MFU         {stage.mfu(rate):.1%} of the {rate / 1e12:.3g} TFLOP/s of a matrix product",
+        f"  memory      {stage.peak_memory_mib:.0f} MiB at its peak",
+        f"  training    {stage.num_steps} steps, {_clock(stage.duration_s)}",
+    ]
+
+
+def _clock(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    return str(timedelta(seconds=round(seconds)))

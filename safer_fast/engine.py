@@ -1,0 +1,127 @@
+"""A network made ready for its machine: weights in arenas, compiled, attacked, stepped."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from safer_fast.attack import pgd
+from safer_fast.attacker import Attacker
+from safer_fast.attention import pin_for
+from safer_fast.config import Config
+from safer_fast.data import Data
+from safer_fast.flops import costs
+from safer_fast.micro_batch import MicroBatch
+from safer_fast.model import build_model
+from safer_fast.objective import Objective
+from safer_fast.optim import build_optimizer
+from safer_fast.parameters import ParameterArenas
+from safer_fast.runtime import Runtime, compile_blocks, plan
+from safer_fast.schedule import radii_at
+from safer_fast.step import Step
+
+
+class Engine:
+    """Runtime, model, arenas and attack of one configuration; makes a step for each selection.
+
+    `notes` are lines on fast paths that are not live. Raises ValueError for settings that fit no
+    model.
+    """
+
+    def __init__(self, config: Config, runtime: Runtime, data: Data) -> None:
+        self.config = config
+        torch.manual_seed(config.seed)
+        self.model = build_model(
+            config.model,
+            num_classes=data.num_classes,
+            image_size=data.image_size,
+            num_channels=data.num_channels,
+            compute_dtype=runtime.compute_dtype,
+            norms=config.selection.norms,
+        )
+        savings = config.runtime.exact_savings
+        notes = self.model.save(savings, data.image_size)
+        self.model.to(runtime.device)
+        self.attention = pin_for(
+            self.model, data.image_size, config.batch_size, config.runtime.attention
+        )
+        self.runtime = plan(runtime, config.runtime, self._num_operations(data))
+        self.notes = [*self.runtime.notes, *notes]
+        if self.attention is not None and self.attention.note is not None:
+            self.notes.append(self.attention.note)
+        if self.runtime.is_compiled:
+            compile_blocks(self.model)
+        stored = runtime.compute_dtype if "stored-bf16" in savings else torch.float32
+        self.arenas = ParameterArenas(self.model.network, self.model.layers, stored)
+        self.generator = runtime.generator(config.seed)
+        self.replays = self.runtime.replays(_report)
+        limits = config.runtime
+        self.micro_batch = self._parts("runtime.train_micro_batch", limits.train_micro_batch)
+        self.evaluation_batch = self._parts("evaluation", "auto")
+        self.attack = Attacker(
+            self.model,
+            Objective(config.objective),
+            norm=config.attack.norm,
+            steps=config.attack.steps,
+            generator=self.generator,
+            micro_batch=self._parts("runtime.attack_micro_batch", limits.attack_micro_batch),
+            replays=self.replays,
+        )
+
+    def step_over(self, names: list[str] | None, rho: float) -> Step:
+        """The step that trains these layers (None: every parameter), with a new optimizer."""
+        config = self.config
+        selection = self.arenas.select(names)
+        return Step(
+            model=self.model,
+            selection=selection,
+            optimizer=build_optimizer(config.optim, selection),
+            objective=self.attack.objective,
+            sam=replace(config.sam, rho=rho),
+            attack=self.attack,
+            relative_radius=config.selection.radius == "relative",
+            reuses_prefix="prefix" in config.runtime.exact_savings,
+            clip_norm=config.optim.clip_norm,
+            micro_batch=self.micro_batch,
+            replays=self.replays,
+        )
+
+    def probe_attack(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """The attack at full strength on the images by which layers are scored."""
+        config = self.config.attack
+        if config.steps == 0:
+            return images
+        epsilon, step_size = radii_at(config, self.config.epochs)
+        return pgd(
+            model,
+            images,
+            labels,
+            epsilon=epsilon,
+            step_size=step_size,
+            steps=config.steps,
+            norm=config.norm,
+            generator=self.generator,
+        )
+
+    def _parts(self, flag: str, size: int | Literal["auto"]) -> MicroBatch:
+        """So many images at a time; recordings give way when memory ends."""
+        return MicroBatch(flag, size, self.replays.forget, _report)
+
+    def _num_operations(self, data: Data) -> float:
+        """About how many operations the run will take: forward and backward as long as each."""
+        config = self.config
+        size = (1, data.num_channels, data.image_size, data.image_size)
+        image = torch.zeros(size, device=self.model.mean.device)
+        with self.model.plainly():
+            forward = sum(cost.forward for cost in costs(self.model, image).values())
+        passes = config.attack.steps + (2 if config.sam.rho > 0 else 1)
+        return config.epochs * data.train.num_images * passes * 2 * forward
+
+
+def _report(line: str) -> None:
+    """A line on what changed while the run went on, between progress bars."""
+    tqdm.write(f"note:       {line}")

@@ -1,0 +1,141 @@
+"""The tables of the README are those of the committed results."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import table
+from bench.table import committed_rows, newest, with_tables
+
+ORIGIN = {"device": "cpu, 2 threads, AVX512", "torch": "2.15.0", "date": "2026-01-02T03:04:05"}
+SPEED = {"p20_ms": 90.0, "p50_ms": 100.0, "p80_ms": 120.0, "images_per_second": 80.0, "mfu": 0.25}
+
+
+def peers_row(implementation: str, **changes: Any) -> dict[str, Any]:
+    row = {
+        "what": "peers",
+        "implementation": implementation,
+        "case": "vit, 32/4",
+        "layers": ["blocks.1.mlp.fc1"],
+        "dtype": "bf16",
+        "compiled": False,
+        "speed_of_ours": 1.0,
+        **SPEED,
+        **ORIGIN,
+    }
+    return row | changes
+
+
+def written(name: str, rows: list[dict[str, Any]]) -> str:
+    """What lies between the marks of this table afterwards."""
+    text = f"before\n<!-- table: {name} -->\nold\n<!-- /table -->\nafter\n"
+    result = with_tables(text, rows)
+    assert result.startswith(f"before\n<!-- table: {name} -->\n")
+    assert result.endswith("<!-- /table -->\nafter\n")
+    assert with_tables(result, rows) == result
+    return result.split("-->", 1)[1].split("<!--")[0]
+
+
+def test_the_tables_of_the_readme_are_those_of_the_committed_results() -> None:
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    assert with_tables(text, committed_rows()) == text, "run python -m bench.table"
+
+
+def test_peers_are_lines_and_settings_are_columns_from_the_plainest_to_the_fastest() -> None:
+    figures = {
+        "peak_memory_mib": 12.3,
+        "counted_per_ideal": 0.9,
+        "stages_ms": {"attack": 70.0, "rest": 30.0},
+    }
+    rows = [
+        peers_row("ours", compiled=True, captured=True, **figures),
+        peers_row("tuned", compiled=True, captured=True, images_per_second=40.0, speed_of_ours=2.0),
+        peers_row("ours"),
+        peers_row("ours", dtype="off", images_per_second=20.0),
+    ]
+    lines = written("peers cpu", rows).splitlines()
+    assert "| step | fp32 eager | bf16 eager | bf16 compiled captured |" in lines
+    assert "| ours | 20.0, 1.00x | 80.0, 1.00x | 80.0, 1.00x |" in lines
+    assert "| tuned | - | - | 40.0, 2.00x |" in lines
+    assert "bf16 compiled captured in full:" in lines
+    full = "| ours | 100 (90 to 120) | 25.0 % | 0.900 | 12 | attack 70.0, rest 30.0 |"
+    assert full in lines
+    assert "| tuned | 100 (90 to 120) | 25.0 % | - | - | - |" in lines
+    assert any("`blocks.1.mlp.fc1` selected" in line for line in lines)
+    assert any("2026-01-02" in line for line in lines)
+
+
+def test_the_newest_of_several_measurements_counts() -> None:
+    newer = peers_row("ours", images_per_second=99.0, date="2026-02-01T00:00:00")
+    for rows in ([peers_row("ours"), newer], [newer, peers_row("ours")]):
+        assert newest(rows) == [newer]
+        assert "99.0" in written("peers cpu", rows)
+    for other in (peers_row("ours", compiled=True), peers_row("ours", layers=["head"])):
+        assert newest([newer, other]) == [newer, other]
+
+
+def test_every_case_has_its_own_tables() -> None:
+    rows = [peers_row("ours"), peers_row("ours", layers=["head"], images_per_second=70.0)]
+    body = written("peers cpu", rows)
+    assert body.count("| ours | 80.0, 1.00x |") == body.count("| ours | 70.0, 1.00x |") == 1
+    assert body.index("`blocks.1.mlp.fc1` selected") < body.index("`head` selected")
+
+
+def test_rows_of_one_machine_are_not_in_the_table_of_another() -> None:
+    on_gpu = peers_row("ours", images_per_second=4321.0, device="NVIDIA H200")
+    assert "4321" in written("peers gpu", [on_gpu, peers_row("ours")])
+    assert "4321" not in written("peers cpu", [on_gpu, peers_row("ours")])
+    assert written("attack gpu", [on_gpu]).strip() == "Not measured yet."
+
+
+def test_an_iteration_of_the_attack_is_a_line_for_each_mode() -> None:
+    facts = {"what": "attack", "case": "vit, 32/4, batch 8", "dtype": "bf16", "compiled": True}
+    row = {"implementation": "captured", "captured": True, "peak_memory_mib": None}
+    line = "| vit, 32/4, batch 8, bf16 compiled captured | 100.00 (90.00 to 120.00) | 80.0 | 25.0 %"
+    assert f"{line} | - |" in written("attack cpu", [facts | row | SPEED | ORIGIN])
+
+
+def test_operations_are_ours_beside_plain_pytorch_and_a_copy() -> None:
+    facts = {"what": "perturb_", "case": "25 M", "dtype": "bf16", "bytes": 100}
+    ratios = {"ratio_reference": 13.38, "ratio_copy": 1.25}
+    rows = [
+        facts | {"implementation": name} | ratios | SPEED | ORIGIN for name in ("native", "copy")
+    ]
+    body = written("ops cpu", rows)
+    assert body.count("| `perturb_` | 25 M | bf16 | 100.00 | 13.4 | 1.25 |") == 1
+
+
+def test_attention_kernels_stand_side_by_side() -> None:
+    facts = {"what": "attention", "case": "ViT-S, batch 4", "dtype": "bfloat16"}
+    settings = [("flash", True, 1.5), ("flash", False, 1.25), ("math", True, 2.0)]
+    rows = [
+        facts | SPEED | ORIGIN | {"implementation": name, "deterministic": same, "p50_ms": time}
+        for name, same, time in settings
+    ]
+    body = written("attention cpu", rows)
+    assert "| ViT-S, batch 4, bfloat16, deterministic | 1.50 | 2.00 |" in body
+    assert "| ViT-S, batch 4, bfloat16 | 1.25 | - |" in body
+
+
+def test_a_mark_that_names_no_table_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"expected a table of peers, .*, got 'peer cpu'"):
+        written("peer cpu", [])
+
+
+def test_check_fails_with_one_line_where_the_readme_is_out_of_date(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bench.table", "--check"])
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- table: peers cpu -->\nold\n<!-- /table -->\n")
+    with pytest.raises(SystemExit, match=r"README\.md: .*; run python -m bench\.table$"):
+        table.main()
+    assert "old" in readme.read_text()
+    monkeypatch.setattr(sys, "argv", ["bench.table"])
+    table.main()
+    assert "Not measured yet." in readme.read_text()
+    monkeypatch.setattr(sys, "argv", ["bench.table", "--check"])
+    table.main()
