@@ -3,7 +3,8 @@
     python -m bench.attention [--output FILE.jsonl] [--repeats 20]
 
 65 tokens are CIFAR's 32 pixels in patches of 4, 197 are 224 pixels in patches of 16. On a GPU each
-is measured with deterministic algorithms, as training runs, and without. Kernels alternate.
+is measured with deterministic algorithms, as training runs, and without. Kernels alternate; times
+of a GPU are without the launches.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from typing import Any
 
 import torch
 
-from bench.measure import append, origin, quantiles, repeats, timed
-from safer_fast.attention import Shape, random_inputs, run_backend, usable_backends
+from bench.measure import append, origin, quantiles, repeats
+from bench.ops import dtype_name
+from safer_fast.attention import Shape, milliseconds, random_inputs, usable_backends
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,19 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="append JSON lines to this file")
     arguments = parser.parse_args()
     for row in rows(arguments.repeats):
-        print(
-            f"{row['case']:<24} {row['dtype']:<9} {row['implementation']:<10} "
-            f"{'deterministic' if row['deterministic'] else 'any order':<14}"
-            f"{row['p50_ms']:9.3f} ms  {row['per_flash']:.2f} of flash's time"
-        )
+        print_row(row)
         append([row], arguments.output)
+
+
+def print_row(row: dict[str, Any]) -> None:
+    """A line of the table."""
+    share = row["per_flash"]
+    print(
+        f"{row['case']:<24} {row['dtype']:<5} {row['implementation']:<10} "
+        f"{'deterministic' if row['deterministic'] else 'any order':<14}"
+        f"p20 {row['p20_ms']:8.3f}  p50 {row['p50_ms']:8.3f}  p80 {row['p80_ms']:8.3f} ms"
+        + ("" if share is None else f"  {share:.2f} of flash's time")
+    )
 
 
 def rows(num_repeats: int) -> Iterator[dict[str, Any]]:
@@ -75,20 +84,20 @@ def rows_of(
     times: dict[str, list[float]] = {name: [] for name in usable}
     for index in range(2 + num_repeats):
         for name in usable:
-            elapsed, _ = timed(lambda name=name: run_backend(name, inputs), device)  # type: ignore[misc]
+            elapsed = milliseconds(name, inputs)
             if index >= 2:
                 times[name].append(elapsed)
     figures = {name: quantiles(values) for name, values in times.items()}
-    flash = figures.get("flash", figures["math"])["p50_ms"]
+    flash = figures["flash"]["p50_ms"] if "flash" in figures else None
     for name, values in figures.items():
         yield {
             "what": "attention",
             "implementation": name,
             "case": f"{case.model}, batch {batch}",
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": dtype_name(dtype),
             "deterministic": is_deterministic,
             **values,
-            "per_flash": round(values["p50_ms"] / flash, 3),
+            "per_flash": None if flash is None else round(values["p50_ms"] / flash, 3),
             **origin(device),
         }
 

@@ -83,7 +83,7 @@ on_tiny=("${tiny[@]}" --batch-size "$tiny_batch" --layers blocks.10.mlp.fc1 --st
 install >"$logs/install.log" 2>&1
 note install "exit $?, $SECONDS s: $(tail -n 1 "$logs/install.log")"
 part doctor 60 "$python" -m safer_fast.doctor
-part tests 150 "$python" -m pytest -m gpu -p no:cacheprovider
+part tests 180 "$python" -m pytest -m gpu -p no:cacheprovider -v --tb=short
 bench attack large 100 "${large[@]}" --batch-sizes "$large_sizes"
 bench peers large 130 "${on_large[@]}" --leave-out ""
 bench attack base 70 "${base[@]}" --batch-sizes "$base_sizes"

@@ -80,7 +80,8 @@ def newest(rows: Iterable[Row]) -> list[Row]:
     """The last row by date of each case, setting and implementation, in order of appearance."""
     found: dict[str, Row] = {}
     for row in rows:
-        key = str([row.get(name) for name in (*SAME, "implementation")])
+        # rows from before there was a switch are rows with it off
+        key = str([row.get(name) or None for name in (*SAME, "implementation")])
         if key not in found or row["date"] >= found[key]["date"]:
             found[key] = row
     return list(found.values())

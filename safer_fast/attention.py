@@ -6,11 +6,13 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,18 +32,29 @@ BACKENDS = {
 """Torch's kernels by name, in order of preference: a later one must be faster by `MARGIN`."""
 MARGIN = 1.1
 SECONDS = 0.5
-# On a CPU as many images are timed as have about this many scores.
-CPU_SCORES = 2e7
+# As many images are timed as have about this many scores: more only take longer.
+MOST_SCORES = {"cpu": 4_000_000, "cuda": 200_000_000}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Attention of one image: `windows` times `heads` attend over `tokens` of `width` numbers."""
+    """Attention of one image: `windows` times `heads` attend over `tokens` of `width` numbers.
+
+    Masked: something, such as a bias for relative positions, is added to the scores.
+    """
 
     windows: int
     heads: int
     tokens: int
     width: int
+    is_masked: bool = False
+
+
+class Measured(NamedTuple):
+    """Milliseconds of the kernels that work for a shape, reasons against the others."""
+
+    times_ms: dict[str, float]
+    refused: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -55,16 +68,14 @@ class Pinned:
 
 
 def attention_shape(model: RobustModel, image_size: int) -> Shape | None:
-    """The attention that most of the model's scores come from; None where it has none of torch's.
+    """The self-attention that most of the model's scores come from; None where torch computes none.
 
     The model runs once, on one image of zeros.
     """
     size = (1, model.mean.shape[1], image_size, image_size)
     with torch.no_grad(), _Watch() as watch:
         model(torch.zeros(size, device=model.mean.device))
-    if not watch.scores:
-        return None
-    return Shape(*max(watch.scores, key=lambda shape: watch.scores[shape]))
+    return max(watch.work, key=lambda shape: watch.work[shape], default=None)
 
 
 def pin_attention(
@@ -82,35 +93,27 @@ def pin_attention(
     a repeated run is the same run. Under deterministic algorithms only kernels that give the same
     bits twice count. Plain products (math) stay allowed for shapes that the kernel does not take.
     """
-    usable, refused = usable_backends(shape, batch_size, dtype, device)
-    times: dict[str, float] = {}
-    note = None
-    if wanted in usable:
-        backend: str = wanted
-    else:
-        file = cache or _cache_folder() / "attention.json"
-        key = _key(shape, batch_size, dtype, device)
-        known = _read(file).get(key, {})
-        times = {name: float(known[name]) for name in usable if name in known}
-        if set(times) != set(usable):
-            times = time_backends(usable, random_inputs(shape, batch_size, dtype, device))
-            _remember(file, key, times)
-        backend = fastest(times)
-    if wanted != "auto" and wanted != backend:
-        note = f"attention: {wanted} is off ({refused[wanted]}), {backend} is used"
+    case = (shape, batch_size, dtype, device)
+    backend: str = wanted
+    reason = None if wanted == "auto" else _refusal(wanted, random_inputs(*case))
+    times, refused = dict[str, float](), {} if reason is None else {backend: reason}
+    if wanted == "auto" or refused:
+        file, key = cache or _cache_file(), _key(*case)
+        known = _read(file).get(key) or _remember(file, key, _measure(*case))
+        times, refused = known.times_ms, {**known.refused, **refused}
+        backend = fastest({name: value for name, value in times.items() if name not in refused})
     torch.backends.cuda.enable_flash_sdp(backend == "flash")
     torch.backends.cuda.enable_mem_efficient_sdp(backend == "efficient")
     torch.backends.cuda.enable_cudnn_sdp(backend == "cudnn")
     torch.backends.cuda.enable_math_sdp(True)
-    return Pinned(backend, times, refused, note)
+    return Pinned(backend, times, refused, _note(wanted, backend, refused))
 
 
 def pin_for(model: RobustModel, image_size: int, batch_size: int, wanted: Wanted) -> Pinned | None:
     """Pins the attention of this model on its device; None where it uses none of torch's."""
     shape = attention_shape(model, image_size)
-    if shape is None:
-        return None
-    return pin_attention(wanted, shape, batch_size, model.compute_dtype, model.mean.device)
+    case = (batch_size, model.compute_dtype, model.mean.device)
+    return None if shape is None else pin_attention(wanted, shape, *case)
 
 
 def usable_backends(
@@ -118,139 +121,179 @@ def usable_backends(
 ) -> tuple[list[str], dict[str, str]]:
     """Backends that work for a batch of this shape, and why the others do not."""
     inputs = random_inputs(shape, batch_size, dtype, device)
-    usable, refused = [], {}
-    for name in BACKENDS:
-        if device.type == "cpu" and name not in ("flash", "math"):
-            refused[name] = "needs a GPU"
-            continue
-        reason = _refusal(name, inputs)
-        if reason is None:
-            usable.append(name)
-        else:
-            refused[name] = reason
-    return usable, refused
+    reasons = {name: _refusal(name, inputs) for name in BACKENDS}
+    refused = {name: reason for name, reason in reasons.items() if reason is not None}
+    return [name for name in BACKENDS if name not in refused], refused
 
 
 def fastest(times_ms: Mapping[str, float]) -> str:
     """The backend with the least time; an earlier one of `BACKENDS` wins unless it is 10 % slower.
 
-    Noise of the clock is no reason for other bits.
+    Noise of the clock is no reason for other bits. Plain products where nothing was measured.
     """
-    names = [name for name in BACKENDS if name in times_ms]
-    best = names[0]
-    for name in names[1:]:
+    best, *others = [name for name in BACKENDS if name in times_ms] or ["math"]
+    for name in others:
         if times_ms[name] * MARGIN < times_ms[best]:
             best = name
     return best
 
 
-def time_backends(names: list[str], inputs: tuple[Tensor, ...]) -> dict[str, float]:
+def time_backends(names: Sequence[str], inputs: tuple[Tensor, ...]) -> dict[str, float]:
     """Least milliseconds of forward and backward with each backend, measured in turn.
 
     The least, not the middle: whatever else the machine does only ever adds.
     """
     times: dict[str, list[float]] = {name: [] for name in names}
     started, least_rounds = time.perf_counter(), 2
-    while least_rounds > 0 or time.perf_counter() - started < SECONDS:
-        least_rounds -= 1
-        for name in names:
-            times[name].append(_milliseconds(lambda name=name: run_backend(name, inputs)))  # type: ignore[misc]
+    with warnings.catch_warnings():  # whatever a kernel tells, it works: `usable_backends`
+        warnings.simplefilter("ignore")
+        while least_rounds > 0 or time.perf_counter() - started < SECONDS:
+            least_rounds -= 1
+            for name in names:
+                times[name].append(milliseconds(name, inputs))
     return {name: round(min(values), 4) for name, values in times.items()}
-
-
-class _Watch(TorchFunctionMode):
-    """Adds up the scores that calls of torch's attention compute, by shape."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scores: dict[tuple[int, ...], int] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is functional.scaled_dot_product_attention:
-            shape = tuple(args[0].shape)
-            work = args[0].numel() * args[1].shape[-2]
-            self.scores[shape] = self.scores.get(shape, 0) + work
-        return func(*args, **(kwargs or {}))
 
 
 def random_inputs(
     shape: Shape, batch_size: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, ...]:
-    """Queries, keys, values and the gradient of what comes out, all random."""
-    if device.type == "cpu":
-        scores = shape.windows * shape.heads * shape.tokens**2
-        batch_size = max(1, min(batch_size, int(CPU_SCORES / scores)))
-    size = (batch_size * shape.windows, shape.heads, shape.tokens, shape.width)
+    """Queries, keys, values and the gradient of what comes out, and a mask where there is one.
+
+    They lie in memory as in a ViT, heads within tokens: what kernels have to copy first costs time.
+    """
+    most = MOST_SCORES[device.type] // (shape.windows * shape.heads * shape.tokens**2)
     generator = torch.Generator(device).manual_seed(0)
-    q, k, v, gradient = (
-        torch.randn(size, generator=generator, device=device).to(dtype) for _ in range(4)
-    )
-    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), gradient
+    random = partial(torch.randn, generator=generator, device=device, dtype=dtype)
+    rows = (max(1, min(batch_size, most)) * shape.windows, shape.tokens)
+    q, k, v = random((*rows, 3, shape.heads, shape.width)).permute(2, 0, 3, 1, 4).unbind()
+    gradient = random((*rows, shape.heads, shape.width)).transpose(1, 2)  # [B, heads, N, width]
+    masks = [random((1, shape.heads, shape.tokens, shape.tokens))] if shape.is_masked else []
+    return (*(t.detach().requires_grad_() for t in (q, k, v)), gradient, *masks)
 
 
 def run_backend(name: str, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Gradients of queries, keys and values."""
-    q, k, v, gradient = inputs
+    """What attention gives, and the gradients of queries, keys and values."""
+    q, k, v, gradient, *masks = inputs
     with sdpa_kernel(BACKENDS[name]):
-        out = functional.scaled_dot_product_attention(q, k, v)
-        return torch.autograd.grad(out, (q, k, v), gradient)
+        out = functional.scaled_dot_product_attention(q, k, v, masks[0] if masks else None)
+        return (out.detach(), *torch.autograd.grad(out, (q, k, v), gradient))
+
+
+def milliseconds(name: str, inputs: tuple[Tensor, ...]) -> float:
+    """Time of one forward and backward; of a GPU without the launches, as in a CUDA graph."""
+    if inputs[0].device.type == "cpu":
+        started = time.perf_counter()
+        run_backend(name, inputs)
+        return (time.perf_counter() - started) * 1e3
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda._sleep(1_000_000)  # type: ignore[no-untyped-call]  # ticks: outlasts the launches
+    before.record()
+    run_backend(name, inputs)
+    after.record()
+    torch.cuda.synchronize(inputs[0].device)
+    return float(before.elapsed_time(after))
+
+
+class _Watch(TorchFunctionMode):
+    """Adds up the work of torch's self-attention by shape; one query for all tokens is little."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.work: Counter[Shape] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is functional.scaled_dot_product_attention:
+            self._add(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _add(
+        self, query: Any, key: Any, value: Any, attn_mask: Any = None, *_: Any, **__: Any
+    ) -> None:
+        if query.shape == key.shape == value.shape and query.ndim == 4:
+            windows, heads, tokens, width = query.shape
+            shape = Shape(windows, heads, tokens, width, attn_mask is not None)
+            self.work[shape] += query.numel() * tokens
+
+
+def _measure(shape: Shape, batch_size: int, dtype: torch.dtype, device: torch.device) -> Measured:
+    usable, refused = usable_backends(shape, batch_size, dtype, device)
+    inputs = random_inputs(shape, batch_size, dtype, device)
+    return Measured(time_backends(usable, inputs), refused)
 
 
 def _refusal(name: str, inputs: tuple[Tensor, ...]) -> str | None:
     """Why the backend cannot be used; None if it can."""
+    if inputs[0].device.type == "cpu" and name not in ("flash", "math"):
+        return "needs a GPU"
     with warnings.catch_warnings(record=True) as told:  # torch warns before it refuses
         warnings.simplefilter("always")
         try:
             first, second = run_backend(name, inputs), run_backend(name, inputs)
         except RuntimeError as error:
-            reasons = [str(warning.message).splitlines()[0] for warning in told]
-            return next(iter(reasons), str(error).splitlines()[0])
-    if not torch.are_deterministic_algorithms_enabled():
+            return _reason(error, [str(warning.message) for warning in told])
+    if not torch.are_deterministic_algorithms_enabled() or all(map(torch.equal, first, second)):
         return None
-    same = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    return None if same else "does not give the same bits twice"
+    return "does not give the same bits twice"
 
 
-def _milliseconds(run: Callable[[], tuple[Tensor, ...]]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return (time.perf_counter() - started) * 1e3
+def _reason(error: RuntimeError, told: Sequence[str]) -> str:
+    """Torch goes through all backends and says of most that they are switched off, as asked."""
+    lines = (text.partition(" (Triggered internally")[0] for text in told)
+    reasons = [line for line in lines if not line.endswith(("because:", "runtime disabled."))]
+    is_named = bool(reasons) and str(error).startswith("No available kernel")
+    return reasons[-1] if is_named else str(error).splitlines()[0]
+
+
+def _note(wanted: str, backend: str, refused: Mapping[str, str]) -> str | None:
+    if wanted in refused:
+        return f"attention: {wanted} is off ({refused[wanted]}), {backend} is used"
+    if set(BACKENDS) - {"math"} - set(refused):
+        return None
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+    return f"attention: plain products, as no other kernel works ({reasons})"
 
 
 def _key(shape: Shape, batch_size: int, dtype: torch.dtype, device: torch.device) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    words = [name, torch.__version__, str(dtype), *map(str, asdict(shape).values())]
-    threads = torch.get_num_threads() if device.type == "cpu" else 0
-    is_deterministic = torch.are_deterministic_algorithms_enabled()
-    return " ".join([*words, str(batch_size), str(threads), str(is_deterministic)])
+    """All that the fastest kernel depends on."""
+    name = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    words = [name, torch.__version__, dtype, *asdict(shape).values(), batch_size]
+    return " ".join(map(str, [*words, torch.are_deterministic_algorithms_enabled()]))
 
 
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "safer_fast"
+def _cache_file() -> Path:
+    folder = os.environ.get("XDG_CACHE_HOME", "")
+    if not Path(folder).is_absolute():  # the XDG specification: to be taken as unset
+        with suppress(RuntimeError):
+            return Path.home() / ".cache" / "safer_fast" / "attention.json"
+        folder = os.devnull  # a user without a home measures each time
+    return Path(folder) / "safer_fast" / "attention.json"
 
 
-def _read(file: Path) -> dict[str, dict[str, float]]:
-    """What is remembered; nothing where the file is missing or damaged: it is measured again."""
+def _read(file: Path) -> dict[str, Measured]:
+    """What is remembered: nothing where the file is missing or damaged."""
     try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError):
+        return {
+            key: Measured({n: float(ms) for n, ms in times.items()}, dict(refused))
+            for key, (times, refused) in json.loads(file.read_text()).items()
+        }
+    except (OSError, ValueError, TypeError, AttributeError):
         return {}
-    is_whole = isinstance(content, dict) and all(isinstance(v, dict) for v in content.values())
-    return content if is_whole else {}
 
 
-def _remember(file: Path, key: str, times_ms: dict[str, float]) -> None:
-    """Adds an entry; a folder that cannot be written to costs a measurement in the next run."""
+def _remember(file: Path, key: str, measured: Measured) -> Measured:
+    """What counts from now on: what another process wrote meanwhile comes first.
+
+    A folder that cannot be written to costs a measurement in the next run.
+    """
+    entries = {key: measured, **_read(file)}
     part = file.with_name(f"{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps({**_read(file), key: times_ms}, indent=1))
+        part.write_text(json.dumps(entries, indent=1))
         part.replace(file)
     except OSError:
         with suppress(OSError):
             part.unlink()
+    return entries[key]

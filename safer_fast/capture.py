@@ -101,11 +101,14 @@ class CudaRecorder:
         """See `Recorder.record`; threads of loaders may call CUDA meanwhile."""
         if not self._live:  # a pool ends with the last graph in it
             self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-        ):
-            phase()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._stream.device)
+        try:
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                phase()
+        finally:  # a capture that ends in an error leaves its own stream behind
+            torch.cuda.set_stream(stream)
         self._live.add(graph)
         replay: Phase = graph.replay
         return replay

@@ -188,7 +188,10 @@ def _attention() -> Check:
     from safer_fast.attention import Shape, usable_backends
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    usable, refused = usable_backends(Shape(1, 6, 197, 64), 2, torch.bfloat16, device)
+    try:
+        usable, refused = usable_backends(Shape(1, 6, 197, 64), 2, torch.bfloat16, device)
+    except RuntimeError as error:
+        return Check("attention", False, str(error).splitlines()[0], "see gpu")
     fused = [name for name in usable if name != "math"]
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
     detail = f"{', '.join(usable)} work" + (f" ({reasons})" if reasons else "")

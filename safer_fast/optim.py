@@ -36,9 +36,12 @@ def build_optimizer(config: OptimConfig, selection: Selection) -> torch.optim.Op
     # a tensor: a recording of the update reads its value anew each time
     rate = torch.tensor(config.learning_rate, device=selection.parameters[0].device)
     if config.name == "adamw":
-        return torch.optim.AdamW(
+        optimizer = torch.optim.AdamW(
             groups, lr=rate, betas=config.betas, fused=True, capturable=rate.is_cuda
         )
+        # no warning: a step is not always captured, and fused it is as fast
+        optimizer._warned_capturable_if_run_uncaptured = True
+        return optimizer
     return _with_momentum(torch.optim.SGD(groups, lr=rate, momentum=config.momentum, fused=True))
 
 

@@ -1,12 +1,16 @@
 """A step from recordings is the step as written, whatever changes between two of its calls."""
 
+import gc
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from safer_fast.capture import WARM_UP, Buffers, Replays
+from safer_fast.capture import WARM_UP, Buffers, CudaRecorder, Replays
 from safer_fast.config import OptimConfig
 from safer_fast.micro_batch import MicroBatch
 from safer_fast.optim import build_optimizer, set_learning_rate
@@ -174,3 +178,86 @@ def test_a_buffer_stays_where_it_is_for_each_name_and_shape() -> None:
     assert buffers.hold("y", torch.ones(3)) is not first
     assert buffers.hold("x", torch.ones(2)) is not first
     assert buffers.hold("x", torch.ones(3, dtype=torch.int64)) is not first
+
+
+class _FakeCuda:
+    """Stands in for torch.cuda's streams and graphs, and writes down what is asked of them."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.events: list[str] = []
+        self.pools: list[int] = []
+        self.fails = False
+        outer = self
+
+        class Stream:
+            device = torch.device("cuda")
+
+            def __init__(self, name: str) -> None:
+                self.name = name
+
+            def wait_stream(self, other: Any) -> None:
+                outer.events.append(f"{self.name} waits for {other.name}")
+
+        class Graph:
+            def replay(self) -> None:
+                outer.events.append("replay")
+
+        @contextmanager
+        def graph(graph: Any, *, pool: int, stream: Any, capture_error_mode: str) -> Iterator[None]:
+            assert capture_error_mode == "thread_local"
+            outer.pools.append(pool)
+            self.current = stream
+            yield
+            if outer.fails:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            self.current = self.default
+
+        @contextmanager
+        def within(stream: Any) -> Iterator[None]:
+            outer.events.append(f"on {stream.name}")
+            yield
+
+        self.default = self.current = Stream("default")
+        patch.setattr(torch.cuda, "Stream", lambda device: Stream("side"))
+        patch.setattr(torch.cuda, "current_stream", lambda device: self.current)
+        patch.setattr(torch.cuda, "set_stream", lambda stream: setattr(self, "current", stream))
+        patch.setattr(torch.cuda, "stream", within)
+        patch.setattr(torch.cuda, "CUDAGraph", Graph)
+        patch.setattr(torch.cuda, "graph", graph)
+        numbers = itertools.count()
+        patch.setattr(torch.cuda, "graph_pool_handle", lambda: next(numbers))
+
+
+def test_graphs_are_captured_on_one_stream_and_in_one_pool_while_any_of_them_lives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = _FakeCuda(monkeypatch)
+    replays = Replays(CudaRecorder(torch.device("cuda")), pytest.fail)
+    calls: list[int] = []
+    for name in ("a", "b"):
+        for _ in range(WARM_UP + 2):
+            replays((name,), lambda: calls.append(1))
+    assert len(calls) == 2 * (WARM_UP + 1)
+    warm_up = ["side waits for default", "on side", "default waits for side"]
+    assert cuda.events == 2 * (WARM_UP * warm_up + ["replay", "replay"])
+    assert cuda.pools == [0, 0]
+    replays.forget("a")
+    for _ in range(WARM_UP + 1):
+        replays(("c",), lambda: None)
+    replays.forget()
+    gc.collect()
+    for _ in range(WARM_UP + 1):
+        replays(("d",), lambda: None)
+    assert cuda.pools == [0, 0, 0, 1]
+
+
+def test_a_capture_that_fails_leaves_the_stream_of_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = _FakeCuda(monkeypatch)
+    cuda.fails = True
+    lines: list[str] = []
+    replays = Replays(CudaRecorder(torch.device("cuda")), lines.append)
+    for _ in range(WARM_UP + 2):
+        replays(("update",), lambda: None)
+    assert cuda.current is cuda.default
+    reason = "operation not permitted when stream is capturing"
+    assert lines == [f"CUDA graph of update: off ({reason})"]

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from safer_fast import doctor
+from safer_fast import attention, doctor
 from safer_fast.doctor import Check, diagnose, main, table
 
 NAMES = [
@@ -64,6 +64,31 @@ def test_the_command_ends_with_status_0() -> None:
     result = subprocess.run(words, capture_output=True, text=True, check=True)
     assert result.stderr == ""
     assert torch.__version__ in result.stdout
+
+
+def test_attention_names_the_kernels_that_work_and_why_the_others_do_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = check("attention")
+    assert found.is_live
+    assert found.detail == "flash, math work (cudnn: needs a GPU; efficient: needs a GPU)"
+    refused = dict.fromkeys(("flash", "cudnn", "efficient"), "too old")
+    monkeypatch.setattr(attention, "usable_backends", lambda *case: (["math"], refused))
+    found = check("attention")
+    assert not found.is_live
+    assert found.detail.startswith("math work (flash: too old; ")
+    assert found.remedy
+
+
+def test_attention_on_a_device_that_fails_is_reported_and_not_raised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*case: object) -> None:
+        raise RuntimeError("CUDA out of memory.\nDetails")
+
+    monkeypatch.setattr(attention, "usable_backends", fail)
+    assert check("attention") == Check("attention", False, "CUDA out of memory.", "see gpu")
 
 
 def test_a_package_named_apex_without_the_kernels_is_not_taken_for_apex(

@@ -139,3 +139,9 @@ def test_check_fails_with_one_line_where_the_readme_is_out_of_date(
     assert "Not measured yet." in readme.read_text()
     monkeypatch.setattr(sys, "argv", ["bench.table", "--check"])
     table.main()
+
+
+def test_a_row_from_before_a_switch_is_older_than_one_with_it_off() -> None:
+    rows = [peers_row("ours"), peers_row("ours", captured=False, date="2026-01-03T03:04:05")]
+    assert newest(rows) == rows[1:]
+    assert len(newest([*rows, peers_row("ours", captured=True)])) == 2
