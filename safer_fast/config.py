@@ -62,6 +62,10 @@ class DataConfig:
     augmentation: Literal["auto", "none", "shift", "crop", "random-resized-crop"] = "auto"
     """auto: none up to 16 pixels, crop (pad 4, crop, flip) up to 64, random-resized-crop (and
     flip) above."""
+    backend: Literal["auto", "torch", "device"] = "auto"
+    """What prepares batches. torch: the CPU, with worker processes where images are decoded as they
+    are needed. device: sets that fit (1 GiB decoded) lie on the device, and are shuffled, cropped
+    and flipped there. auto: device on a GPU where the set fits, else torch."""
     num_workers: int = 2
     """Worker processes that decode images: all along, or once at the start for sets held in
     memory; 0: none."""

@@ -19,6 +19,7 @@ from safer_fast.cut import STEM
 from safer_fast.data import Batch, Data, ahead
 from safer_fast.evaluate import ThreatModel, evaluate
 from safer_fast.flops import costs, ideal_flops, matmul_rate
+from safer_fast.moments import Moment
 from safer_fast.schedule import Stage, stage_of
 from safer_fast.trainer import Trainer
 from safer_fast.validation import num_attack_steps
@@ -152,31 +153,13 @@ def _step_times(trainer: Trainer, stage: Stage) -> list[float]:
     full_epoch = max(stage.last_epoch, attack.clean_epochs + attack.epsilon_warmup_epochs + 1)
     batches = islice(_endless(trainer, stage.first_epoch), NUM_STEPS)
     label = f"{stage.name} steps"
-    moments = [_Moment(device)]
+    moments = [Moment(device)]
     for index, batch in enumerate(
         tqdm(batches, total=NUM_STEPS, desc=label, leave=False, disable=None)
     ):
         trainer.take_step(full_epoch, index % num_batches, num_batches, batch)
-        moments.append(_Moment(device))
+        moments.append(Moment(device))
     return [start.seconds_until(end) for start, end in pairwise(moments)]
-
-
-class _Moment:
-    """A point in time; on a GPU one of its own, so that the host need not wait for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._host_s = time.perf_counter()
-        self._event: torch.cuda.Event | None = None
-        if device.type == "cuda":
-            self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            self._event.record()
-
-    def seconds_until(self, end: _Moment) -> float:
-        """Waits for the device to reach `end`."""
-        if self._event is None or end._event is None:
-            return end._host_s - self._host_s
-        end._event.synchronize()
-        return float(self._event.elapsed_time(end._event)) / 1e3
 
 
 def _endless(trainer: Trainer, first_epoch: int) -> Iterator[Batch]:

@@ -24,6 +24,7 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
         "learning_rate",
         "epsilon",
         "images_per_second",
+        "data_wait_fraction",
         "peak_memory_mib",
         "skipped_steps",
     ),

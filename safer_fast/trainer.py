@@ -17,6 +17,7 @@ from safer_fast.data import Batch, Loader, ahead, as_pixels, load_data
 from safer_fast.engine import Engine
 from safer_fast.evaluate import Accuracy, ThreatModel, accuracy_table, evaluate
 from safer_fast.metrics import MetricsLog
+from safer_fast.moments import Waits
 from safer_fast.optim import AveragedWeights, build_optimizer, set_learning_rate
 from safer_fast.report import write_report
 from safer_fast.run_folder import create_run_folder, export_model, save_config
@@ -41,7 +42,9 @@ class Trainer:
     def __init__(self, config: Config) -> None:
         self.config = config
         runtime = prepare_runtime(config.runtime, config.amp)
-        self.data = load_data(config.data, batch_size=config.batch_size, seed=config.seed)
+        self.data = load_data(
+            config.data, batch_size=config.batch_size, seed=config.seed, device=runtime.device
+        )
         self.engine = Engine(config, runtime, self.data)
         self.runtime, self.model = self.engine.runtime, self.engine.model
         self.arenas = self.engine.arenas
@@ -87,7 +90,8 @@ class Trainer:
         started = time.monotonic()
         totals: dict[str, float] = {}
         num_batches = len(self.data.train)
-        batches = ahead(self.data.train.epoch(epoch), self.runtime.device)
+        self.waits = Waits(self.runtime.device)
+        batches = self.waits.watch(ahead(self.data.train.epoch(epoch), self.runtime.device))
         label = f"epoch {epoch}/{self.config.epochs} {self.stage.name}"
         for index, batch in enumerate(
             tqdm(batches, total=num_batches, desc=label, leave=False, disable=None)
@@ -99,12 +103,14 @@ class Trainer:
             ):
                 self._log_step(epoch, learning_rate, totals)
         epsilon, _ = radii_at(self.config.attack, epoch)
+        elapsed = time.monotonic() - started
         return {
             "train_loss": totals["loss"] / totals["images"],
             "train_robust_accuracy": totals["correct"] / totals["images"],
             "learning_rate": learning_rate,
             "epsilon": epsilon,
-            "images_per_second": totals["images"] / (time.monotonic() - started),
+            "images_per_second": totals["images"] / elapsed,
+            "data_wait_fraction": totals["waited"] / elapsed,
             "peak_memory_mib": self.runtime.peak_memory_mib(),
             "skipped_steps": int(totals["skipped"]),
         }
@@ -222,7 +228,7 @@ class Trainer:
     def _log_step(self, epoch: int, learning_rate: float, totals: dict[str, float]) -> None:
         """The only place of the training loop that waits for the device."""
         sums = self.step.sums.take()
-        for name, value in sums.items():
+        for name, value in (sums | {"waited": self.waits.take()}).items():
             totals[name] = totals.get(name, 0.0) + value
         self.log.write(
             "step",

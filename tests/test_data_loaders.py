@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from torch import Tensor
 
 from safer_fast.config import DataConfig
 from safer_fast.data import Batch, Data, ahead, as_pixels, load_data, loaders
+from safer_fast.data import load as load_module
 from safer_fast.data.loaders import InMemoryLoader, StreamLoader
+from safer_fast.moments import Waits
 
 NUM_IMAGES = 60
 
@@ -306,3 +309,65 @@ def test_batches_come_to_the_device_in_order() -> None:
     found = list(ahead(batches, torch.device("cpu")))
     assert [int(batch.labels[0]) for batch in found] == list(range(5))
     assert all(torch.equal(a.images, b.images) for a, b in zip(found, batches, strict=True))
+
+
+@pytest.mark.parametrize("augmentation", ["none", "shift", "crop"])
+def test_a_set_on_the_device_gives_the_same_batches_as_one_in_memory(
+    file: Path, augmentation: str
+) -> None:
+    on_cpu = load(file, batch_size=11, augmentation=augmentation)
+    on_device = load(file, batch_size=11, augmentation=augmentation, backend="device")
+    for part in ("train", "validation"):
+        first, second = getattr(on_cpu, part), getattr(on_device, part)
+        assert type(second).__name__ == "DeviceLoader"
+        assert len(first) == len(second)
+        for epoch in (1, 2):
+            pairs = zip(first.epoch(epoch), second.epoch(epoch), strict=True)
+            for one, other in pairs:
+                assert_same(one, other)
+    for one, other in zip(on_cpu.train.probe(20, 3), on_device.train.probe(20, 3), strict=True):
+        assert_same(one, other)
+
+
+def test_a_set_on_a_device_never_waits_for_it_within_an_epoch(file: Path) -> None:
+    from .test_step import forbidding_host_syncs
+
+    batches = load(file, augmentation="crop", backend="device").train.epoch(1)
+    first = next(batches)
+    with forbidding_host_syncs():
+        rest = list(batches)
+    assert len(rest) == 5
+    assert first.images.dtype == torch.uint8
+
+
+def test_sets_lie_on_a_gpu_by_themselves_and_on_a_cpu_when_asked(file: Path) -> None:
+    def kind(device: str, backend: Any) -> str:
+        config = DataConfig(path=str(file), backend=backend)
+        data = load_data(config, batch_size=9, seed=0, device=torch.device(device))
+        return type(data.train).__name__
+
+    assert kind("cpu", "auto") == kind("cpu", "torch") == "InMemoryLoader"
+    assert kind("cpu", "device") == "DeviceLoader"
+    assert load_module._place(DataConfig(), torch.device("cuda")) == torch.device("cuda")
+    assert load_module._place(DataConfig(backend="torch"), torch.device("cuda")) is None
+
+
+def test_images_that_are_decoded_when_needed_cannot_lie_on_the_device(photos: Path) -> None:
+    with pytest.raises(ValueError, match=r"^data\.backend: expected auto or torch .* got device$"):
+        load(photos, image_size=32, augmentation="random-resized-crop", backend="device")
+
+
+def test_waiting_for_data_is_measured_and_nothing_else() -> None:
+    def slow() -> Iterator[int]:
+        for number in range(3):
+            time.sleep(0.05)
+            yield number
+
+    waits = Waits(torch.device("cpu"))
+    started = time.perf_counter()
+    for _ in waits.watch(slow()):
+        time.sleep(0.1)
+    elapsed = time.perf_counter() - started
+    waited = waits.take()
+    assert 0.15 <= waited <= elapsed - 0.3
+    assert waits.take() == 0

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "safer_fast"
 ORDER = [
     {"kernels"},
-    {"config", "capture", "micro_batch", "validation", "command_line", "savings", "cut"},
+    {"config", "capture", "moments", "micro_batch", "validation", "command_line", "savings", "cut"},
     {"data", "checkpoint", "metrics", "parameters"},
     {"network"},
     {"model"},

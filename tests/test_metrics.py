@@ -24,6 +24,7 @@ EPOCH: dict[str, Any] = {
     "learning_rate": 1e-3,
     "epsilon": 8 / 255,
     "images_per_second": 512.5,
+    "data_wait_fraction": 0.01,
     "peak_memory_mib": 100.0,
     "skipped_steps": 0,
 }

@@ -93,6 +93,7 @@ def _epoch(epoch: int, shift: float, generator: random.Random) -> dict[str, Any]
         "learning_rate": 1e-3 * (1 + math.cos(math.pi * (epoch % 20) / 20)) / 2,
         "epsilon": min(1.0, epoch / 6) * 8 / 255,
         "images_per_second": (410 if epoch <= 20 else 760) + 10 * generator.random(),
+        "data_wait_fraction": 0.01,
         "peak_memory_mib": 3120.5,
         "skipped_steps": 0,
     }

@@ -124,12 +124,18 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(finished: Path, tmp_path: 
     first = weights(finished)
     assert all(torch.equal(tensor, first[name]) for name, tensor in weights(again).items())
     assert not all(torch.equal(tensor, first[name]) for name, tensor in weights(other).items())
-    keep = ("time_s", "images_per_second", "peak_memory_mib")
+    keep = ("time_s", "images_per_second", "data_wait_fraction", "peak_memory_mib")
     events = [
         [{k: v for k, v in event.items() if k not in keep} for event in read_metrics(path)]
         for path in (finished / "metrics.jsonl", again / "metrics.jsonl")
     ]
     assert events[0] == events[1]
+
+
+def test_a_set_on_the_device_gives_the_same_run_bit_for_bit(finished: Path, tmp_path: Path) -> None:
+    again = run(tmp_path / "again", "--amp=bf16", "--data.backend=device")
+    first = weights(finished)
+    assert all(torch.equal(tensor, first[name]) for name, tensor in weights(again).items())
 
 
 @pytest.mark.parametrize("ema", [[], ["--optim.ema_decay=0.8"]], ids=["raw", "averaged"])

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
 
 PADDING = {"shift": 1, "crop": 4}
 
@@ -40,6 +42,29 @@ class Augmentation:
             window = padded[position, :, top : top + height, left : left + width]
             augmented[position] = window[:, :, ::-1] if self.flip[index] else window
         return augmented
+
+
+class DeviceAugmentation:
+    """The same crops and flips, by the same draws, for images on a device; nothing waits for it."""
+
+    def __init__(self, drawn: Augmentation, device: torch.device) -> None:
+        self.padding = drawn.padding
+        self.top, self.left, self.flip = (
+            torch.from_numpy(values).to(device) for values in (drawn.top, drawn.left, drawn.flip)
+        )
+
+    def __call__(self, images: Tensor, indices: Tensor) -> Tensor:
+        """Augmented copies. images: uint8 [B, C, H, W]; indices: int64 [B], which of N they are."""
+        batch, channels, height, width = images.shape
+        padded = functional.pad(images, [self.padding] * 4)
+        down = torch.arange(height, device=images.device)
+        across = torch.arange(width, device=images.device)
+        rows = self.top[indices, None] + down  # [B, H]
+        flipped = self.flip[indices, None]
+        columns = self.left[indices, None] + torch.where(flipped, across.flip(0), across)  # [B, W]
+        rows = rows.view(batch, 1, height, 1).expand(-1, channels, -1, padded.shape[3])
+        columns = columns.view(batch, 1, 1, width).expand(-1, channels, height, -1)
+        return padded.gather(2, rows).gather(3, columns)
 
 
 def draw_augmentation(name: str, num_images: int, generator: torch.Generator) -> Augmentation:

@@ -7,12 +7,13 @@ from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from safer_fast.config import DataConfig
 from safer_fast.data.batch import Loader
 from safer_fast.data.formats import Source, check_labels, open_splits
 from safer_fast.data.images import ImageFormat, find_num_channels, find_sizes
-from safer_fast.data.loaders import Ordering, make_loader
+from safer_fast.data.loaders import DeviceLoader, Ordering, make_loader
 from safer_fast.data.reading import Rows
 from safer_fast.data.seeds import derive_seed
 
@@ -53,11 +54,17 @@ class _Splits:
 
 
 def load_data(
-    config: DataConfig, *, batch_size: int, seed: int, evaluation_batch_size: int | None = None
+    config: DataConfig,
+    *,
+    batch_size: int,
+    seed: int,
+    evaluation_batch_size: int | None = None,
+    device: torch.device | None = None,
 ) -> Data:
     """Loaders for training, validation and test, decoded already where the images are small.
 
-    Batches are uint8 on the CPU. The validation split, where it is cut from the training data,
+    Batches are uint8, on the CPU, or on `device` where `data.backend` puts the set there. The
+    validation split, where it is cut from the training data,
     and the `max_images` training images are drawn with `seed`. evaluation_batch_size: of
     validation and test; default: batch_size.
     Raises ValueError, one line that names the setting and the file, for data that is missing,
@@ -68,11 +75,18 @@ def load_data(
     class_names = _agree_on_classes(splits)
     image_format = _agree_on_images(splits, config.image_size)
     training_rows, validation_rows = _cut(splits, config, seed)
+    place = _place(config, device)
     training = Ordering(batch_size, seed, _augmentation(config, image_format.size))
     evaluation = Ordering(evaluation_batch_size or batch_size, seed)
 
     def load(source: Source, rows: Rows, ordering: Ordering) -> Loader:
-        return make_loader(source, rows, image_format, ordering, config.num_workers)
+        loader = make_loader(source, rows, image_format, ordering, config.num_workers, place)
+        if config.backend == "device" and not isinstance(loader, DeviceLoader):
+            raise ValueError(
+                "data.backend: expected auto or torch for images that are decoded when needed "
+                "(random-resized-crop, large ones of other sizes, over 1 GiB in all), got device"
+            )
+        return loader
 
     test = splits.test
     return Data(
@@ -117,6 +131,14 @@ def load_evaluation_data(
     image_format = ImageFormat(image_size, num_channels)
     rows = np.arange(len(source))
     return make_loader(source, rows, image_format, Ordering(batch_size, seed=0), num_workers)
+
+
+def _place(config: DataConfig, device: torch.device | None) -> torch.device | None:
+    """Where sets that are held in memory lie, if not in the CPU's."""
+    if config.backend == "device":
+        return device or torch.device("cpu")
+    on_gpu = device is not None and device.type == "cuda"
+    return device if on_gpu and config.backend == "auto" else None
 
 
 def _check_settings(config: DataConfig) -> None:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from safer_fast.data.augmentation import Augmentation, draw_augmentation
+from safer_fast.data.augmentation import Augmentation, DeviceAugmentation, draw_augmentation
 from safer_fast.data.batch import Batch, Loader
 from safer_fast.data.formats import Source
 from safer_fast.data.images import LARGEST_UNCROPPED_SIZE, ImageFormat, find_sizes
@@ -35,12 +35,18 @@ class Ordering:
 
 
 def make_loader(
-    source: Source, rows: Rows, image_format: ImageFormat, ordering: Ordering, num_workers: int
+    source: Source,
+    rows: Rows,
+    image_format: ImageFormat,
+    ordering: Ordering,
+    num_workers: int,
+    device: torch.device | None = None,
 ) -> Loader:
     """A loader of the given rows: in memory where that is possible and they are small, else not.
 
     Random-resized crops need the images in their own size. Images above 64 pixels that have to be
-    resized are streamed too: they would take long to decode before the first step.
+    resized are streamed too: they would take long to decode before the first step. What is held in
+    memory lies on `device`, if one is given.
     """
     loader = StreamLoader(source, rows, image_format, ordering, num_workers)
     size = image_format.size
@@ -48,8 +54,10 @@ def make_loader(
     is_quick = size <= LARGEST_UNCROPPED_SIZE or set(find_sizes([source])) == {(size, size)}
     if num_bytes > MEMORY_LIMIT or not is_quick or ordering.augmentation == "random-resized-crop":
         return loader
-    images = decode_all(source, rows, image_format, num_workers)
-    return InMemoryLoader(images, source.labels[rows], ordering)
+    images, labels = decode_all(source, rows, image_format, num_workers), source.labels[rows]
+    if device is None:
+        return InMemoryLoader(images, labels, ordering)
+    return DeviceLoader(images, labels, ordering, device)
 
 
 class IndexedLoader(ABC):
@@ -120,6 +128,34 @@ class InMemoryLoader(IndexedLoader):
             if augment is not None:
                 images = augment(images, indices)
             yield Batch(torch.from_numpy(images), torch.from_numpy(self.labels[indices]))
+
+
+class DeviceLoader(IndexedLoader):
+    """The images of an `InMemoryLoader`, held and augmented on a device: the same batches, there.
+
+    An epoch's order and draws are copied once; a batch costs a few small operations.
+    """
+
+    def __init__(
+        self,
+        images: NDArray[np.uint8],
+        labels: NDArray[np.int64],
+        ordering: Ordering,
+        device: torch.device,
+    ) -> None:
+        super().__init__(len(images), ordering)
+        self.images = torch.from_numpy(images).to(device)
+        self.labels = torch.from_numpy(labels).to(device)
+
+    def _batches(self, batches: Sequence[Tensor], epoch: int | None) -> Iterator[Batch]:
+        device, drawn = self.images.device, self._draw(epoch)
+        augment = None if drawn is None else DeviceAugmentation(drawn, device)
+        order = torch.cat(list(batches)).to(device)
+        for indices in torch.split(order, [len(batch) for batch in batches]):
+            images = self.images[indices]
+            if augment is not None:
+                images = augment(images, indices)
+            yield Batch(images, self.labels[indices])
 
 
 class StreamLoader(IndexedLoader):

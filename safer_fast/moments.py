@@ -1,0 +1,50 @@
+"""Time as the device sees it: measured while the host goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+class Moment:
+    """A point in time; on a GPU one of its own, so that the host need not wait for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._host_s = time.perf_counter()
+        self._event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def seconds_until(self, end: Moment) -> float:
+        """Waits for the device to reach `end`."""
+        if self._event is None or end._event is None:
+            return end._host_s - self._host_s
+        end._event.synchronize()
+        return float(self._event.elapsed_time(end._event)) / 1e3
+
+
+class Waits:
+    """How long the device had nothing to do: from the end of a step until the next batch came."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._gaps: list[tuple[Moment, Moment]] = []
+
+    def watch(self, batches: Iterable[T]) -> Iterator[T]:
+        """The batches; what is done with one before the next is asked for is its step."""
+        end = Moment(self._device)
+        for batch in batches:
+            self._gaps.append((end, Moment(self._device)))
+            yield batch
+            end = Moment(self._device)
+
+    def take(self) -> float:
+        """Seconds since it was last asked for; waits for the device."""
+        gaps, self._gaps = self._gaps, []
+        return sum(end.seconds_until(start) for end, start in gaps)
