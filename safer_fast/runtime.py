@@ -17,8 +17,9 @@ from safer_fast.capture import CudaRecorder, Replays
 from safer_fast.config import RuntimeConfig
 from safer_fast.network import RobustModel
 
-# Operations of a run that take about twice as long as compiling has to be won back in; on a CPU
-# compiled blocks gain a fifth in bf16 and nothing in fp32 (docs/performance.md).
+# Runs of fewer operations would not win back the time of compiling, or of capturing. Measured on a
+# CPU, where compiled blocks gain a fifth in bf16 and nothing in fp32; estimated for a GPU
+# (docs/performance.md).
 COMPILING_PAYS_FROM = {
     ("cpu", torch.float32): inf,
     ("cpu", torch.bfloat16): 1.5e14,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from safer_fast.config import DataConfig
 from safer_fast.data import Batch, Data, ahead, as_pixels, load_data, loaders
 from safer_fast.data import load as load_module
 from safer_fast.data.loaders import InMemoryLoader, StreamLoader
-from safer_fast.moments import Waits
 
 NUM_IMAGES = 60
 
@@ -355,19 +353,3 @@ def test_sets_lie_on_a_gpu_by_themselves_and_on_a_cpu_when_asked(file: Path) -> 
 def test_images_that_are_decoded_when_needed_cannot_lie_on_the_device(photos: Path) -> None:
     with pytest.raises(ValueError, match=r"^data\.backend: expected auto or torch .* got device$"):
         load(photos, image_size=32, augmentation="random-resized-crop", backend="device")
-
-
-def test_waiting_for_data_is_measured_and_nothing_else() -> None:
-    def slow() -> Iterator[int]:
-        for number in range(3):
-            time.sleep(0.05)
-            yield number
-
-    waits = Waits(torch.device("cpu"))
-    started = time.perf_counter()
-    for _ in waits.watch(slow()):
-        time.sleep(0.1)
-    elapsed = time.perf_counter() - started
-    waited = waits.take()
-    assert 0.15 <= waited <= elapsed - 0.3
-    assert waits.take() == 0
