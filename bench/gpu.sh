@@ -10,7 +10,8 @@
 # Rows go to OUT_DIR/rows.jsonl as they come, how each part ended to summary.txt, what it printed to
 # logs.tar.gz. GPU_SH_REHEARSE=1 runs small cases, on any machine; GPU_SH_SECONDS is the time in all.
 set -uo pipefail
-out=$(mkdir -p "${1:?usage: bench/gpu.sh OUT_DIR [PART ...]}" && cd "$1" && pwd)
+: "${1:?usage: bench/gpu.sh OUT_DIR [PART ...]}"
+out=$(mkdir -p "$1" && cd "$1" && pwd) || exit
 shift
 wanted=("$@")
 cd "$(dirname "$0")/.."
@@ -23,10 +24,14 @@ note() { # note NAME TEXT: a line of the summary, on the screen too
     printf '%-16s %s\n' "$@" | tee -a "$summary"
 }
 
+is_wanted() { # is_wanted NAME: whether this part was asked for
+    [ ${#wanted[@]} -eq 0 ] || [[ " ${wanted[*]} " == *" $1 "* ]]
+}
+
 part() { # part NAME SECONDS COMMAND...: runs it with a limit and a log; fails if it does, not if late
     local name=$1 limit=$2 left=$((deadline - SECONDS)) started=$SECONDS status=0
     shift 2
-    [ ${#wanted[@]} -eq 0 ] || [[ " ${wanted[*]} " == *" ${name%-again} "* ]] || return 0
+    is_wanted "${name%-again}" || return 0
     if [ "$left" -lt 20 ]; then
         note "$name" "skipped: no time left"
         return 0
@@ -62,18 +67,31 @@ bench() { # bench MODULE NAME SECONDS FLAGS...: rows with CUDA graphs, or withou
     part "$name" "$limit" "${command[@]}" "${without[@]}"
 }
 
+bench_data() { # bench_data PART FILE SECONDS: loaders, if the images travelled along
+    local name=data-$1 folder=${SAFER_FAST_TEST_DATA:-.data}
+    if [ -e "$folder/$2" ]; then
+        SAFER_FAST_TEST_DATA=$folder part "$name" "$3" \
+            "$python" -m bench.data --output "$rows" --parts "$1" "${data[@]}"
+    elif is_wanted "$name"; then
+        note "$name" "skipped: no $folder/$2 (see bench/README.md)"
+    fi
+}
+
 large=(--model vit_large_patch16_224 --image-size 224 --patch-size 16)
 base=(--model vit_base_patch16_224 --image-size 224 --patch-size 16)
 small=(--model vit_small_patch16_224 --image-size 224 --patch-size 16)
 tiny=(--model vit_tiny_patch16_224 --image-size 32 --patch-size 4)
 large_batch=128 small_batch=256 tiny_batch=512 large_layer=blocks.18.mlp.fc1
 large_sizes=64,128 base_sizes=128,256 small_sizes=256,512 tiny_sizes=512,1024
+data=(--workers 8,16 --images 4000 --training-images 30000 --training-batch-size 256)
 steps=10 op_repeats=15 has_graphs=1
 if [ "${GPU_SH_REHEARSE:-0}" = 1 ]; then
     large=(--model vit_tiny_patch16_224 --image-size 32 --patch-size 16 --repeats 2)
     base=("${large[@]}") small=("${large[@]}") tiny=("${large[@]}")
     large_batch=4 small_batch=4 tiny_batch=4 large_layer=blocks.9.mlp.fc1
     large_sizes=2,4 base_sizes=4 small_sizes=4 tiny_sizes=4
+    data=(--workers 1 --repeats 2 --images 8 --batch-size 4 --small-images 64 --training-images 4)
+    data+=(--training-batch-size 2 --training-steps 1 --training-model vit_tiny_patch16_224)
     steps=2 op_repeats=2 has_graphs=0
 fi
 on_large=("${large[@]}" --batch-size "$large_batch" --layers "$large_layer" --steps 3)
@@ -95,6 +113,9 @@ bench step small 50 "${on_small[@]}"
 part ops 50 "$python" -m bench.ops --output "$rows" --repeats "$op_repeats"
 part attention 60 "$python" -m bench.attention --output "$rows"
 bench peers tiny 90 "${on_tiny[@]}" --leave-out ""
+bench_data photos photos-256.parquet 150
+bench_data training photos-256.parquet 150
+bench_data small cifar10-train.parquet 60
 bench peers savings 150 "${on_large[@]}"
 tar -czf "$out/logs.tar.gz" -C "$logs" .
 echo

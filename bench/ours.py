@@ -16,7 +16,7 @@ from safer_fast.config import ModelConfig, ObjectiveConfig, OptimConfig, SAMConf
 from safer_fast.flops import ideal_flops
 from safer_fast.model import build_model
 from safer_fast.network import RobustModel
-from safer_fast.objective import Objective
+from safer_fast.objective import Objective, Targets
 from safer_fast.optim import build_optimizer
 from safer_fast.parameters import ParameterArenas
 from safer_fast.runtime import Runtime, compile_blocks
@@ -74,12 +74,15 @@ def batch(batch_size: int, image_size: int, device: torch.device) -> tuple[Tenso
 def ours(step: Step, inputs: tuple[Tensor, ...], recorder: Recorder | None) -> Implementation:
     """Our step; `recorder` makes the recordings that it is replayed from once it is captured."""
 
+    images, labels, *radii = inputs
+    targets = Targets.alike(labels)
+
     def capture() -> None:
         assert recorder is not None
         step.replays = step.attack.replays = Replays(recorder, refuse)
 
     return Implementation(
-        step=lambda: step(*inputs),
+        step=lambda: step(images, targets, *radii),
         stages=stages(step, inputs),
         compile=lambda: compile_blocks(step.model),
         capture=capture,
@@ -89,6 +92,7 @@ def ours(step: Step, inputs: tuple[Tensor, ...], recorder: Recorder | None) -> I
 def stages(step: Step, inputs: tuple[Tensor, ...]) -> dict[str, Run]:
     """A step in parts, each of which can be replayed: what it leaves stays where it is."""
     images, labels, epsilon, step_size = inputs
+    targets = Targets.alike(labels)
     buffers = Buffers()
     held: dict[str, Tensor] = {}
 
@@ -100,11 +104,11 @@ def stages(step: Step, inputs: tuple[Tensor, ...]) -> dict[str, Run]:
         held["features"] = buffers.hold("features", features)
 
     def ascent() -> None:
-        loss, _ = step.differentiate([held["features"]], [labels])
+        loss, _ = step.differentiate([held["features"]], [targets])
         step.loss_sum.copy_(loss)
 
     def descent() -> None:
-        step.differentiate([held["features"]], [labels], is_second=True)
+        step.differentiate([held["features"]], [targets], is_second=True)
 
     parts: dict[str, Phase] = {"prefix": prefix, "ascent": ascent}
     if step.sam.rho > 0:

@@ -3,8 +3,9 @@
     python -m bench.table [--check]
 
 A table lies between `<!-- table: peers cpu -->` and `<!-- /table -->`: the first word selects what
-was measured (peers, attack, ops, attention), the second where (cpu, gpu). Of several measurements
-of the same case the newest counts. `--check` writes nothing and fails if a table is out of date.
+was measured (peers, attack, ops, attention, data), the second where (cpu, gpu). Of several
+measurements of the same case the newest counts. `--check` writes nothing and fails if a table is
+out of date.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 Row = dict[str, Any]
 ROOT = Path(__file__).parent.parent
 MARKED = re.compile(r"(<!-- table: (\w+) (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
-SAME = ("what", "case", "layers", "dtype", "deterministic", "compiled", "captured")
+SAME = ("what", "case", "layers", "dtype", "deterministic", "compiled", "captured", "num_workers")
 OURS = ("native", "triton", "fallback")
 
 
@@ -156,11 +157,22 @@ def attention_table(rows: list[Row]) -> str:
     return _caption(f"{_origin(rows)}:") + _markdown(heads, lines)
 
 
+def data_tables(rows: list[Row]) -> str:
+    """For each case: the speed of every loader, and what share of the time training waits."""
+    parts = []
+    for case in _distinct(row["case"] for row in rows):
+        own = [row for row in rows if row["case"] == case]
+        lines = _waits(own) if "data_wait_fraction" in own[0] else _loaders(own)
+        parts.append(_caption(f"{case}; {_origin(own)}:") + lines)
+    return "\n".join(parts)
+
+
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "peers": peers_tables,
     "attack": attack_table,
     "ops": ops_table,
     "attention": attention_table,
+    "data": data_tables,
 }
 
 
@@ -197,6 +209,36 @@ def _figures(rows: list[Row]) -> str:
         for row in rows
     ]
     heads = ["step", "ms (p20 to p80)", "MFU", "counted / ideal", "peak MiB", "stages, ms"]
+    return _markdown(heads, lines)
+
+
+def _loaders(rows: list[Row]) -> str:
+    lines = [
+        [
+            row["implementation"],
+            str(row["num_workers"]),
+            f"{row['images_per_second']:.0f}",
+            _number(row["images_per_core_second"], ".0f"),
+            _number(row["ratio_torch"], ".2f"),
+            _number(row["ratio_torch_per_core"], ".2f"),
+        ]
+        for row in rows
+    ]
+    heads = ["loader", "workers", "images/s", "per core", "times our torch", "per core"]
+    return _markdown(heads, lines)
+
+
+def _waits(rows: list[Row]) -> str:
+    lines = [
+        [
+            row["implementation"],
+            str(row["num_workers"]),
+            f"{row['images_per_second']:.1f}",
+            ", ".join(f"{100 * share:.2f} %" for share in row["data_wait_fraction"]),
+        ]
+        for row in rows
+    ]
+    heads = ["data from", "workers", "images/s", "waited for data, each epoch"]
     return _markdown(heads, lines)
 
 

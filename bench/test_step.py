@@ -7,6 +7,7 @@ import torch
 
 from safer_fast.attack import random_start
 from safer_fast.capture import WARM_UP, CudaRecorder, Replays
+from safer_fast.objective import Targets
 from safer_fast.runtime import compile_blocks
 from tests.networks import build, images_and_labels
 from tests.test_step import EPSILON, STEP_SIZE, make_reference, make_step
@@ -38,7 +39,7 @@ def test_step(benchmark: Any, kind: str) -> None:
     epsilon, step_size = (torch.tensor(r, device=DEVICE) for r in (EPSILON, STEP_SIZE))
 
     def run() -> None:
-        step(images, labels, epsilon, step_size)
+        step(images, Targets.alike(labels), epsilon, step_size)
         _wait()
 
     benchmark.pedantic(run, rounds=20, warmup_rounds=WARM_UP + 1)

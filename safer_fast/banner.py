@@ -13,6 +13,9 @@ from safer_fast.config import Config
 from safer_fast.data import Data
 from safer_fast.engine import Engine
 
+MOST_WAIT = 0.1
+"""Share of an epoch's time above which its line says that it waited for data."""
+
 
 def describe_run(config: Config, engine: Engine, data: Data) -> dict[str, Any]:
     """Facts by name; `notes` is a list with one line for every fast path that is not live."""
@@ -22,7 +25,9 @@ def describe_run(config: Config, engine: Engine, data: Data) -> dict[str, Any]:
         device = torch.cuda.get_device_name(runtime.device)
     num_weights = sum(parameter.numel() for parameter in model.parameters())
     num_test = 0 if data.test is None else data.test.num_images
-    notes = list(engine.notes)
+    notes = [*engine.notes, *data.notes]
+    if data.bad.num_different:
+        notes.append(f"data: {data.bad.num_different} images or shards left out at the start")
     if model.num_blocks == 0:
         notes.append(f"prefix reuse: off ({config.model.name} cannot be cut into blocks)")
     return {
@@ -35,7 +40,8 @@ def describe_run(config: Config, engine: Engine, data: Data) -> dict[str, Any]:
         "speed": _speed(engine),
         "data": f"{data.name}, {data.num_classes} classes, {data.train.num_images} training, "
         f"{data.validation.num_images} validation, {num_test} test images of "
-        f"{data.num_channels}x{data.image_size}x{data.image_size}",
+        f"{data.num_channels}x{data.image_size}x{data.image_size}; "
+        f"{len(data.train)} batches of {data.train.batch_size} by {data.train.backend}",
         "notes": notes,
     }
 
@@ -75,5 +81,15 @@ def epoch_line(
         f"epoch {epoch:>3}/{epochs} {stage:<7}  loss {figures['train_loss']:.4f}  "
         f"train robust {figures['train_robust_accuracy']:.3f}{validation}  "
         f"epsilon {figures['epsilon']:.4f}  lr {figures['learning_rate']:.2e}  "
-        f"{figures['images_per_second']:.0f} images/s"
+        f"{figures['images_per_second']:.0f} images/s{_trouble(figures)}"
     )
+
+
+def _trouble(figures: Mapping[str, float]) -> str:
+    """What is wrong with the data of an epoch, if anything is."""
+    found = ""
+    if figures["data_wait_fraction"] > MOST_WAIT:
+        found += f"  waited {figures['data_wait_fraction']:.0%} for data (data.num_workers?)"
+    if figures["skipped_images"]:
+        found += f"  {figures['skipped_images']:.0f} images left out"
+    return found

@@ -46,7 +46,8 @@ class DataConfig:
 
     path: str | None = None
     """A .parquet file or folder of them (Hugging Face image schema), a folder of images
-    (train/CLASS/*.jpg), or an .npz file; default: scikit-learn's digits."""
+    (train/CLASS/*.jpg), webdataset tar files (DIR or DIR/train-{000..099}.tar), an .npz file,
+    digits or synthetic (noise that costs nothing); default: digits, those of scikit-learn."""
     validation_path: str | None = None
     """Validation data in the same formats; default: found with the training data or cut from it."""
     test_path: str | None = None
@@ -62,13 +63,28 @@ class DataConfig:
     augmentation: Literal["auto", "none", "shift", "crop", "random-resized-crop"] = "auto"
     """auto: none up to 16 pixels, crop (pad 4, crop, flip) up to 64, random-resized-crop (and
     flip) above."""
-    backend: Literal["auto", "torch", "device"] = "auto"
-    """What prepares batches. torch: the CPU, with worker processes where images are decoded as they
-    are needed. device: sets that fit (1 GiB decoded) lie on the device, and are shuffled, cropped
-    and flipped there. auto: device on a GPU where the set fits, else torch."""
+    randaugment: int = 0
+    """Magnitude of RandAugment, 0 to 30, two operations for each training image; 0: none."""
+    random_erasing: float = 0.0
+    """Probability that a rectangle of a training image is painted over."""
+    mixup: float = 0.0
+    """Alpha of Mixup, which blends pairs of training images and their labels; 0: none."""
+    cutmix: float = 0.0
+    """Alpha of CutMix, which pastes a rectangle of another image; with mixup, every other batch on
+    average; 0: none."""
+    backend: Literal["auto", "dali", "torch", "device"] = "auto"
+    """What prepares batches. device: sets that fit (1 GiB decoded) are decoded once, lie on the
+    device, and are shuffled, cropped and flipped there. dali: NVIDIA DALI, on the GPU or on the
+    CPU. torch: worker processes. auto: device where the set fits, else dali where it is installed,
+    else torch."""
     num_workers: int = 2
-    """Worker processes that decode images: all along, or once at the start for sets held in
-    memory; 0: none."""
+    """Worker processes, or threads of dali, that decode images: all along, or once at the start for
+    sets on the device; 0: none."""
+    prefetch: int = 2
+    """Batches that are prepared ahead, by dali or by each worker process."""
+    bad_images: Literal["error", "skip"] = "error"
+    """What happens to images that cannot be read. error: the run ends and names the first. skip:
+    they are left out, counted and reported."""
 
 
 @dataclass

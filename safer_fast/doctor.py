@@ -67,6 +67,7 @@ def diagnose() -> list[Check]:
         _graphs(),
         _attention(),
         _bf16(),
+        _dali(),
         _apex(),
         _threads(),
         _disk(),
@@ -150,6 +151,17 @@ def _triton() -> Check:
     if found.is_live and not torch.cuda.is_available():
         return Check("triton", False, f"{found.detail}, but no GPU to compile for", "see gpu")
     return found
+
+
+def _dali() -> Check:
+    """Decodes an image on the device that runs would use."""
+    from safer_fast.data.dali_pipeline import INSTALL, why_no_dali
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if reason := why_no_dali(device):
+        detail = f"{reason}; worker processes decode images"
+        return Check("dali", False, detail, f"{INSTALL} (data.backend=torch does without)")
+    return Check("dali", True, f"{version('nvidia-dali-cuda130')}, decodes on the {device.type}")
 
 
 def _compile() -> Check:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from safer_fast.config import Config
 from safer_fast.cut import STEM
-from safer_fast.data import Batch, Data, ahead
+from safer_fast.data import Batch, Data, Loader, ahead
 from safer_fast.evaluate import ThreatModel, evaluate
 from safer_fast.flops import costs, ideal_flops, matmul_rate
 from safer_fast.moments import Moment
@@ -115,12 +115,23 @@ def passes_of_evaluation(config: Config, data: Data) -> int:
 
     An iteration of an attack counts as two: gradients of pixels take about as long as the pass.
     """
-    available = data.validation.num_images
-    num_validation = min(available, config.evaluation.max_images or available)
+    num_validation = _num_evaluated(data.validation, config.evaluation.max_images)
     num_times = -(-config.epochs // config.evaluation.every_epochs)
-    final = (data.test or data.validation).num_images * _passes(config.evaluation.attacks)
+    final = _num_evaluated(data.test or data.validation) * _passes(config.evaluation.attacks)
     # final figures are those of the start of SAFER, of the best and of the last weights
     return num_times * num_validation * _passes(_attacks_during(config)) + 3 * final
+
+
+def _num_evaluated(loader: Loader, max_images: int | None = None) -> int:
+    """Images that an evaluation computes, those that fill batches up included."""
+    left = min(max_images or loader.num_images, loader.num_images)
+    smaller, num_larger = divmod(loader.num_images, len(loader))
+    total = 0
+    for index in range(len(loader)):
+        size = smaller + (index < num_larger)
+        total += loader.batch_size if left >= size else left
+        left = max(left - size, 0)
+    return total
 
 
 def _stages(config: Config) -> list[Stage]:
@@ -140,7 +151,7 @@ def _cost_of(trainer: Trainer, stage: Stage) -> StageCost:
         cut=trainer.step.cut,
         num_steps=stage.num_epochs * len(trainer.data.train),
         step_s=statistics.median(times[NUM_WARM_UP:]),
-        batch_size=trainer.config.batch_size,
+        batch_size=trainer.data.train.batch_size,
         operations=_operations(trainer),
         peak_memory_mib=trainer.runtime.peak_memory_mib(),
     )

@@ -66,18 +66,22 @@ def evaluate(
     correct = {name: torch.zeros((), dtype=torch.int64, device=device) for name in attacks}
     num_images = 0
     for batch in batches:
-        left = len(batch.labels) if max_images is None else max_images - num_images
+        left = batch.num_images if max_images is None else max_images - num_images
         if left <= 0:
             break
+        counted = min(left, batch.num_images)
         batch = batch.to(device, non_blocking=True)
-        images, labels = as_pixels(batch.images)[:left], batch.labels[:left]
+        # padding goes along, so that all batches have one shape
+        kept = counted if counted < batch.num_images else len(batch.labels)
+        images, labels = as_pixels(batch.images)[:kept], batch.labels[:kept]
         for name in attacks:
             attacked = attack_by_name(
                 name, model, images, labels, threat, generators[name], micro_batch
             )
             with torch.no_grad():
-                correct[name] += (model(attacked).argmax(1) == labels).sum()
-        num_images += len(labels)
+                is_right = model(attacked).argmax(1) == labels
+                correct[name] += is_right[:counted].sum()
+        num_images += counted
     return [
         Accuracy(
             name, 0.0 if name == "clean" else threat.epsilon, int(count) / num_images, num_images
@@ -190,12 +194,13 @@ def _evaluation_data(config: EvaluateConfig, loaded: LoadedRun) -> tuple[str, Lo
     if config.path is not None:
         data = load_evaluation_data(
             config.path,
+            settings.data,
             batch_size=config.batch_size,
             num_classes=len(loaded.class_names),
             num_channels=loaded.num_channels,
             image_size=loaded.image_size,
-            num_workers=settings.data.num_workers,
             class_names=loaded.class_names,
+            device=loaded.model.mean.device,
         )
         return Path(config.path).stem, data
     own = load_data(
@@ -203,6 +208,7 @@ def _evaluation_data(config: EvaluateConfig, loaded: LoadedRun) -> tuple[str, Lo
         batch_size=settings.batch_size,
         seed=settings.seed,
         evaluation_batch_size=config.batch_size,
+        device=loaded.model.mean.device,
     )
     return ("validation", own.validation) if own.test is None else ("test", own.test)
 

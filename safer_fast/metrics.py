@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 
 if TYPE_CHECKING:  # torch is imported where it is used: the report reads metrics without it
@@ -27,6 +31,7 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
         "data_wait_fraction",
         "peak_memory_mib",
         "skipped_steps",
+        "skipped_images",
     ),
     "selection": ("criterion", "scores", "selected", "cut"),
     "evaluation": ("split", "attack", "epsilon", "accuracy", "num_images", "weights"),
@@ -63,21 +68,39 @@ class MetricsLog:
         time_s = round(time.monotonic() - self._opened, 3)
         line = {"event": event, "epoch": epoch, "step": step, "time_s": time_s}
         values = {key: _json_value(value, f"{event}.{key}") for key, value in values.items()}
-        self._file.write(json.dumps(line | values, allow_nan=False) + "\n")
-        self._file.flush()
-        for name, scalar in _scalars(event, values).items():
-            self._tensorboard.add_scalar(name, scalar, step)
+        with uninterrupted():
+            self._file.write(json.dumps(line | values, allow_nan=False) + "\n")
+            self._file.flush()
+            for name, scalar in _scalars(event, values).items():
+                self._tensorboard.add_scalar(name, scalar, step)
 
     def close(self) -> None:
         """Ends both files; a second call does nothing."""
-        self._file.close()
-        self._tensorboard.close()
+        with uninterrupted():
+            self._file.close()
+            self._tensorboard.close()
 
     def __enter__(self) -> MetricsLog:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C comes after it: TensorBoard's queue, interrupted while it is locked, stays locked."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    handler = signal.signal(signal.SIGINT, lambda *arguments: came.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if came and callable(handler):
+        handler(*came[0])
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -52,8 +52,10 @@ def build_model(
     return RobustModel(cut(network), mean, std, compute_dtype, norms).eval()
 
 
-def save_timm_config(model: RobustModel, path: Path, image_size: int) -> None:
-    """`path` describes the model in timm's Hub format, with its arguments, size, mean and std."""
+def save_timm_config(
+    model: RobustModel, path: Path, image_size: int, class_names: list[str]
+) -> None:
+    """`path` describes the model in timm's Hub format: arguments, size, mean, std, class names."""
     network: Any = model.network
     mean, std = model.mean.flatten().tolist(), model.std.flatten().tolist()
     save_config_for_hf(
@@ -61,6 +63,7 @@ def save_timm_config(model: RobustModel, path: Path, image_size: int) -> None:
         str(path),
         model_config={
             "model_args": network.model_args,
+            "label_names": class_names,
             "pretrained_cfg": {
                 "input_size": (len(mean), image_size, image_size),
                 "mean": mean,

@@ -13,6 +13,39 @@ from safer_fast.config import ObjectiveConfig
 
 
 @dataclass(frozen=True)
+class Targets:
+    """What a batch is to be classified as.
+
+    labels: int64 [B], or class probabilities [B, K]. weights: what each image counts for in the
+    loss, float32 [B] with sum 1 over a batch; 0 for images that only fill it up.
+    """
+
+    labels: Tensor
+    weights: Tensor
+
+    @classmethod
+    def alike(cls, labels: Tensor) -> Targets:
+        """All images count alike."""
+        num_images = len(labels)
+        return cls(labels, torch.full((num_images,), 1 / num_images, device=labels.device))
+
+    def split(self, size: int) -> list[Targets]:
+        """Parts of at most `size` images, with the weights they have in the whole."""
+        pairs = zip(torch.split(self.labels, size), torch.split(self.weights, size), strict=True)
+        return [Targets(*pair) for pair in pairs]
+
+    def num_images(self) -> Tensor:
+        """Images that count, 0-d."""
+        return (self.weights > 0).sum()
+
+    def num_right(self, logits: Tensor) -> Tensor:
+        """Images that count and whose class the first logits [B or more, K] put first, 0-d."""
+        classes = self.labels if self.labels.ndim == 1 else self.labels.argmax(1)
+        is_right = logits.detach()[: len(classes)].argmax(1) == classes
+        return (is_right & (self.weights > 0)).sum()
+
+
+@dataclass(frozen=True)
 class Objective:
     """A training loss and the loss that its attack raises.
 
@@ -30,18 +63,22 @@ class Objective:
         """Whether the loss reads the clean logits too."""
         return self.config.name != "pgd-at"
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss, 0-d, of the logits [B, K] of a batch.
+    def loss(self, logits: Tensor, targets: Targets) -> Tensor:
+        """Weighted loss, 0-d, of the logits [B, K] of a batch.
 
         With `needs_clean` the logits are [2B, K]: adversarial examples first, then clean images.
         """
+        return (self._losses(logits, targets.labels) * targets.weights).sum()
+
+    def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss of each image, [B]."""
         smoothing = self.config.label_smoothing
         if self.config.name == "pgd-at":
-            return functional.cross_entropy(logits, labels, label_smoothing=smoothing)
+            return _cross_entropies(logits, labels, smoothing)
         adversarial, clean = logits.chunk(2)
         if self.config.name == "trades":
-            natural = functional.cross_entropy(clean, labels, label_smoothing=smoothing)
-            return natural + self.config.beta * divergence(adversarial, clean) / len(labels)
+            natural = _cross_entropies(clean, labels, smoothing)
+            return natural + self.config.beta * divergences(adversarial, clean)
         return _mart(adversarial, clean, labels, self.config.beta)
 
     def attack_loss(self, clean_logits: Tensor | None) -> AttackLoss:
@@ -50,7 +87,7 @@ class Objective:
             return cross_entropy
         assert clean_logits is not None
         clean = clean_logits.detach()
-        return lambda logits, _: divergence(logits, clean)
+        return lambda logits, _: divergences(logits, clean).sum()
 
     @property
     def attack_needs_clean(self) -> bool:
@@ -58,11 +95,15 @@ class Objective:
         return self.config.name == "trades"
 
 
-def divergence(logits: Tensor, clean: Tensor) -> Tensor:
-    """KL(softmax(clean) || softmax(logits)), summed over images."""
+def divergences(logits: Tensor, clean: Tensor) -> Tensor:
+    """KL(softmax(clean) || softmax(logits)) of each image, [B]."""
     return functional.kl_div(
-        logits.log_softmax(1), clean.log_softmax(1), reduction="sum", log_target=True
-    )
+        logits.log_softmax(1), clean.log_softmax(1), reduction="none", log_target=True
+    ).sum(1)
+
+
+def _cross_entropies(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    return functional.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
 
 
 def _mart(adversarial: Tensor, clean: Tensor, labels: Tensor, beta: float) -> Tensor:
@@ -70,10 +111,7 @@ def _mart(adversarial: Tensor, clean: Tensor, labels: Tensor, beta: float) -> Te
     probabilities = adversarial.softmax(1)
     top_two = probabilities.topk(2, dim=1).indices
     runner_up = torch.where(top_two[:, 0] == labels, top_two[:, 1], top_two[:, 0])
-    margin = -torch.log(1.0001 - probabilities.gather(1, runner_up[:, None]).squeeze(1) + 1e-12)
-    boosted = functional.cross_entropy(adversarial, labels) + margin.mean()
+    margins = -torch.log(1.0001 - probabilities.gather(1, runner_up[:, None]).squeeze(1) + 1e-12)
+    boosted = _cross_entropies(adversarial, labels) + margins
     uncertainty = 1.0000001 - clean.softmax(1).gather(1, labels[:, None]).squeeze(1)
-    per_image = functional.kl_div(
-        adversarial.log_softmax(1), clean.log_softmax(1), reduction="none", log_target=True
-    ).sum(1)
-    return boosted + beta * (per_image * uncertainty).mean()
+    return boosted + beta * divergences(adversarial, clean) * uncertainty

@@ -76,7 +76,7 @@ def export_model(
     from safer_fast.model import save_timm_config
 
     save_weights(weights, folder / WEIGHTS)
-    save_timm_config(model, folder / MODEL_CONFIG, data.image_size)
+    save_timm_config(model, folder / MODEL_CONFIG, data.image_size, data.class_names)
     content = read_json(folder / MODEL_CONFIG)
     content[KEY] = {
         "version": __version__,
@@ -108,6 +108,7 @@ def load_run(folder: Path, weights: str = "last", device: str = "auto") -> Loade
             raise ValueError(f"RUN: expected a run folder with {name}, got {folder}")
     config = parse_config(["--config", str(folder / CONFIG)])
     config.runtime.device = device  # type: ignore[assignment]
+    config.data.backend = "auto"  # what this machine has
     runtime = prepare_runtime(config.runtime, config.amp)
     facts = read_json(folder / MODEL_CONFIG)[KEY]
     settings = ModelConfig(**vars(config.model) | {"pretrained": False, "checkpoint": str(folder)})

@@ -65,7 +65,10 @@ def _scores(config: SelectConfig) -> dict[str, float]:
     epsilon = float(threat.epsilon if config.epsilon is None else config.epsilon)
     steps = config.steps or threat.steps
     data = load_data(
-        loaded.config.data, batch_size=loaded.config.batch_size, seed=loaded.config.seed
+        loaded.config.data,
+        batch_size=loaded.config.batch_size,
+        seed=loaded.config.seed,
+        device=device,
     )
     batches = [batch.to(device) for batch in data.train.probe(config.num_images, config.seed)]
     generator = torch.Generator(device).manual_seed(config.seed)

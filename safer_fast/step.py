@@ -15,7 +15,7 @@ from safer_fast.cut import STEM
 from safer_fast.metrics import DeviceSums
 from safer_fast.micro_batch import MicroBatch
 from safer_fast.network import RobustModel, training_mode
-from safer_fast.objective import Objective
+from safer_fast.objective import Objective, Targets
 from safer_fast.parameters import Selection
 from safer_fast.sam import ascend_, gradient_squares, inverse_norm, restore_
 from safer_fast.selection import requiring_gradients
@@ -53,34 +53,36 @@ class Step:
         self.loss_sum, self.skipped_in_a_row, self.longest_skip = torch.zeros(3, device=device)
         self.replays.forget("SAM passes", "update")
 
-    def __call__(self, images: Tensor, labels: Tensor, epsilon: Tensor, step_size: Tensor) -> None:
+    def __call__(
+        self, images: Tensor, targets: Targets, epsilon: Tensor, step_size: Tensor
+    ) -> None:
         """Learns from float images [B, C, H, W] in [0, 1]; radii are 0-d device tensors."""
-        inputs = [self.attack(images, labels, epsilon, step_size)]
+        inputs = [self.attack(images, targets.labels, epsilon, step_size)]
         hold = self.attack.buffers.hold
         if self.objective.needs_clean:
             inputs.append(hold("clean", self.model.arrange(images)))
-        labels = hold("labels", labels)
+        held = Targets(hold("labels", targets.labels), hold("weights", targets.weights))
 
         def both_passes(size: int) -> None:
-            key = ("SAM passes", inputs[0].shape, labels.shape, labels.dtype, size)
-            self.replays(key, lambda: self.passes(inputs, labels, size))
+            key = ("SAM passes", inputs[0].shape, held.labels.shape, held.labels.dtype, size)
+            self.replays(key, lambda: self.passes(inputs, held, size))
 
-        self.micro_batch.run(len(labels), both_passes)
+        self.micro_batch.run(len(images), both_passes)
         self.replays(("update",), self.update)
 
-    def passes(self, inputs: Sequence[Tensor], labels: Tensor, size: int) -> None:
+    def passes(self, inputs: Sequence[Tensor], targets: Targets, size: int) -> None:
         """The selection's ranges hold the gradients at the worst weights nearby.
 
         `inputs` are the adversarial examples and, for losses that read them, the clean images.
         """
-        features, targets = self.prefix(inputs, size), torch.split(labels, size)
-        loss, num_correct = self.differentiate(features, targets)
+        features, parts = self.prefix(inputs, size), targets.split(size)
+        loss, num_correct = self.differentiate(features, parts)
         worst_loss = loss
         if self.sam.rho > 0:
             self.ascend()
-            worst_loss, _ = self.differentiate(features, targets, is_second=True)
+            worst_loss, _ = self.differentiate(features, parts, is_second=True)
         self.loss_sum.copy_(loss + worst_loss)
-        num_images = torch.full_like(loss, len(labels))
+        num_images = targets.num_images()
         rise = (worst_loss - loss) * num_images
         self.sums.add(
             loss=loss * num_images, loss_rise=rise, correct=num_correct, images=num_images
@@ -93,24 +95,23 @@ class Step:
         return [self.model.prefix(torch.cat(part), self.cut) for part in parts]
 
     def differentiate(
-        self, features: Sequence[Tensor], labels: Sequence[Tensor], is_second: bool = False
+        self, features: Sequence[Tensor], targets: Sequence[Targets], is_second: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Mean loss over all parts and number of images classified right, both 0-d.
+        """Loss over all parts and number of images classified right, both 0-d.
 
         The selection's ranges hold the gradient of that loss.
         """
         losses: list[Tensor] = []
         hits: list[Tensor] = []
-        num_images = sum(len(targets) for targets in labels)
         mode = training_mode(self.modules, keeps_statistics=is_second)
         with mode, requiring_gradients(self.selection.parameters):
-            for part, targets in zip(features, labels, strict=True):
+            for part, part_targets in zip(features, targets, strict=True):
                 logits = self.model.suffix(part, self.cut)
-                loss = self.objective.loss(logits, targets) * (len(targets) / num_images)
+                loss = self.objective.loss(logits, part_targets)
                 gradients = torch.autograd.grad(loss, self.selection.parameters)
                 self.selection.store_gradients(gradients, adds=bool(losses))
                 losses.append(loss.detach())
-                hits.append((logits.detach()[: len(targets)].argmax(1) == targets).sum())
+                hits.append(part_targets.num_right(logits))
         return torch.stack(losses).sum(), torch.stack(hits).sum()
 
     def ascend(self) -> None:

@@ -13,11 +13,12 @@ from tqdm import tqdm
 from safer_fast.banner import banner, describe_run, epoch_line
 from safer_fast.checkpoint import BEST_WEIGHTS, load_tensors, save_weights
 from safer_fast.config import Config
-from safer_fast.data import Batch, Loader, ahead, as_pixels, load_data
+from safer_fast.data import Batch, Loader, Mixing, ahead, as_pixels, load_data
 from safer_fast.engine import Engine
 from safer_fast.evaluate import Accuracy, ThreatModel, accuracy_table, evaluate
 from safer_fast.metrics import MetricsLog
 from safer_fast.moments import Waits
+from safer_fast.objective import Targets
 from safer_fast.optim import AveragedWeights, build_optimizer, set_learning_rate
 from safer_fast.report import write_report
 from safer_fast.run_folder import create_run_folder, export_model, save_config
@@ -43,8 +44,13 @@ class Trainer:
         self.config = config
         runtime = prepare_runtime(config.runtime, config.amp)
         self.data = load_data(
-            config.data, batch_size=config.batch_size, seed=config.seed, device=runtime.device
+            config.data,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            device=runtime.device,
+            report=tqdm.write,
         )
+        self.mixing = Mixing(config.data, self.data.num_classes, config.seed)
         self.engine = Engine(config, runtime, self.data)
         self.runtime, self.model = self.engine.runtime, self.engine.model
         self.arenas = self.engine.arenas
@@ -90,6 +96,7 @@ class Trainer:
         started = time.monotonic()
         totals: dict[str, float] = {}
         num_batches = len(self.data.train)
+        self.data.bad.take()  # counted from here on
         self.waits = Waits(self.runtime.device)
         batches = self.waits.watch(ahead(self.data.train.epoch(epoch), self.runtime.device))
         label = f"epoch {epoch}/{self.config.epochs} {self.stage.name}"
@@ -113,12 +120,15 @@ class Trainer:
             "data_wait_fraction": totals["waited"] / elapsed,
             "peak_memory_mib": self.runtime.peak_memory_mib(),
             "skipped_steps": int(totals["skipped"]),
+            "skipped_images": self.data.bad.take(),
         }
 
     def take_step(self, epoch: int, index: int, num_batches: int, batch: Batch) -> float:
         """Step `index` (from 0) of an epoch, on a batch on the device; gives its learning rate."""
         learning_rate = self._schedule(epoch, index, num_batches)
-        self.step(as_pixels(batch.images), batch.labels, self.epsilon, self.step_size)
+        batch = self.mixing(batch, epoch, index)
+        targets = Targets(batch.labels, batch.weights())
+        self.step(batch.images, targets, self.epsilon, self.step_size)
         if self.average is not None:
             self.average.update(self.arenas.master)
         self.num_steps += 1

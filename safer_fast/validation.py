@@ -16,7 +16,12 @@ _RANGES: dict[str, tuple[str, float, float]] = {
     "data.validation_fraction": ("a share from 0.001 to 0.9", 0.001, 0.9),
     "data.max_images": ("at least 1", 1, float("inf")),
     "data.image_size": ("at least 2", 2, float("inf")),
+    "data.randaugment": ("a magnitude from 0 to 30", 0, 30),
+    "data.random_erasing": ("a share from 0 to 1", 0, 1),
+    "data.mixup": ("at least 0", 0, float("inf")),
+    "data.cutmix": ("at least 0", 0, float("inf")),
     "data.num_workers": ("at least 0", 0, float("inf")),
+    "data.prefetch": ("at least 1", 1, float("inf")),
     "attack.epsilon": ("a radius of at least 0 for pixels in [0, 1]", 0, float("inf")),
     "attack.steps": ("at least 0", 0, float("inf")),
     "attack.step_size": ("at least 0", 0, float("inf")),
@@ -72,8 +77,13 @@ def _check_together(config: Config) -> None:
             f"--attack.epsilon: expected a radius in [0, 1] for linf, got {attack.epsilon:g} "
             "(pixels are in [0, 1]; write 8/255, not 8)"
         )
-    if config.objective.name == "mart" and config.objective.label_smoothing > 0:
-        raise ValueError("--objective.label_smoothing: expected 0 with --objective.name mart")
+    if config.objective.name == "mart":
+        for flag in ("objective.label_smoothing", "data.mixup", "data.cutmix"):
+            if value := _value(config, flag):
+                raise ValueError(
+                    f"--{flag}: expected 0 with --objective.name mart, whose labels are class "
+                    f"numbers, got {value}"
+                )
     if not all(0 <= beta < 1 for beta in config.optim.betas):
         raise ValueError(f"--optim.betas: expected two shares in [0, 1), got {config.optim.betas}")
     if not all(0 < milestone < 1 for milestone in config.optim.milestones):

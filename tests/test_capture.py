@@ -13,6 +13,7 @@ from torch import Tensor
 from safer_fast.capture import WARM_UP, Buffers, CudaRecorder, Replays
 from safer_fast.config import OptimConfig
 from safer_fast.micro_batch import MicroBatch
+from safer_fast.objective import Targets
 from safer_fast.optim import build_optimizer, set_learning_rate
 
 from .networks import build, images_and_labels
@@ -32,6 +33,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+def with_targets(seed: int) -> tuple[Tensor, Targets]:
+    images, labels = images_and_labels(seed=seed)
+    return images, Targets.alike(labels)
+
+
 def run(
     num_steps: int, replays: Replays, *, drop_path_rate: float = 0.0, **settings: Any
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -40,10 +46,10 @@ def run(
     step, arenas = make_step(model, ["blocks.2.mlp.fc1", "head"], replays=replays, **settings)
     torch.manual_seed(7)
     for index in range(num_steps):
-        images, labels = images_and_labels(seed=index)
+        images, targets = with_targets(index)
         set_learning_rate(step.optimizer, 1e-2 / (1 + index))
         epsilon, step_size = torch.tensor(0.01 + 0.002 * index), torch.tensor(0.01 - 0.001 * index)
-        step(images, labels, epsilon, step_size)
+        step(images, targets, epsilon, step_size)
     return arenas.state_dict(), step.sums.take()
 
 
@@ -103,7 +109,7 @@ def test_a_new_selection_records_the_passes_again_and_not_the_attack() -> None:
             step.__post_init__()
             recorded.append({key[0] for key in replays.recorded})
             for seed in range(5):
-                step(*images_and_labels(seed=seed), torch.tensor(0.03), torch.tensor(0.01))
+                step(*with_targets(seed), torch.tensor(0.03), torch.tensor(0.01))
         results.append(arenas.master.clone())
     assert torch.equal(*results)
     assert recorded == [set()] * 4 + [{"attack"}] * 2
@@ -115,7 +121,7 @@ def test_batches_of_another_size_are_recorded_apart() -> None:
         step, arenas = make_step(build(), ["blocks.2.mlp.fc1"], replays=replays)
         for index in range(12):
             images, labels = images_and_labels(6 if index % 3 else 4, seed=index)
-            step(images, labels, torch.tensor(0.03), torch.tensor(0.01))
+            step(images, Targets.alike(labels), torch.tensor(0.03), torch.tensor(0.01))
         results.append(arenas.master.clone())
     assert torch.equal(*results)
     assert [key[0] for key in replays.recorded].count("attack") == 2
@@ -129,7 +135,7 @@ def test_a_phase_that_cannot_be_recorded_runs_as_written_and_says_why() -> None:
         parameters = [p for group in step.optimizer.param_groups for p in group["params"]]
         step.optimizer = torch.optim.Rprop(parameters)  # one that cannot skip on the device
         for seed in range(6):
-            step(*images_and_labels(seed=seed), torch.tensor(0.03), torch.tensor(0.01))
+            step(*with_targets(seed), torch.tensor(0.03), torch.tensor(0.01))
         results.append(arenas.master.clone())
     assert torch.equal(*results)
     assert {key[0] for key in replays.recorded} == {"attack", "SAM passes"}

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from PIL import Image
 
 from safer_fast.config import DataConfig
 from safer_fast.data import load_data, load_evaluation_data
+from safer_fast.data.bad_images import MOST_REPORTED, BadImages
+from safer_fast.data.formats import open_splits, parquet
 
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
@@ -61,6 +64,16 @@ def write_folder(path: Path, *names: str, image: bytes = png(COLOUR[0])) -> Path
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(image)
     return path
+
+
+def write_tar(file: Path, images: Any, label: bytes = b"0") -> Path:
+    with tarfile.open(file, "w") as archive:
+        for number, image in enumerate(images):
+            for extension, content in (("png", image), ("cls", label)):
+                info = tarfile.TarInfo(f"{number:03}.{extension}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    return file
 
 
 def write_text(file: Path) -> Path:
@@ -110,11 +123,11 @@ DATA: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
         ["data.path: expected the class names of the training data, got nothing in place of b"],
     ),
     "empty file": (
-        lambda p: write_folder(write_folder(p, "a/0.png", "a/2.png"), "a/1.jpg", image=b""),
+        lambda p: write_folder(write_folder(p, *SIX), "a/1.jpg", image=b""),
         [UNREADABLE, "a/1.jpg"],
     ),
     "not an image": (
-        lambda p: write_folder(write_folder(p, "a/0.png", "a/2.png"), "a/1.png", image=b"hello"),
+        lambda p: write_folder(write_folder(p, *SIX), "a/1.png", image=b"hello"),
         [UNREADABLE, "a/1.png"],
     ),
     "truncated file": (
@@ -210,6 +223,46 @@ DATA: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
         lambda p: write_npz(p / "a.npz", labels=OBJECTS),
         ["data.path: expected a readable array without Python objects, got labels in", "a.npz"],
     ),
+    "text named tar": (
+        lambda p: write_text(p / "a.tar"),
+        ["data.path: expected an uncompressed .tar file, got", "a.tar; --data.bad_images skip"],
+    ),
+    "truncated tar": (
+        lambda p: write_half(write_tar(p / "a.tar", PNGS)),
+        ["data.path: expected a whole .tar file, got", "a.tar, cut off or damaged at byte"],
+    ),
+    "empty tar": (
+        lambda p: write_tar(p / "a.tar", []),
+        ["data.path: expected at least one sample, got none in", "a.tar"],
+    ),
+    "text labels in a tar": (
+        lambda p: write_tar(p / "a.tar", PNGS, b"cat"),
+        ["data.path: expected an integer as label", "got 'cat': sample 000 of", "a.tar"],
+    ),
+    "negative labels in a tar": (
+        lambda p: write_tar(p / "a.tar", PNGS, b"-1"),
+        ["data.path: expected labels in 0..0, got -1: sample 000 of", "a.tar"],
+    ),
+    "empty image in a tar": (
+        lambda p: write_tar(p / "a.tar", [*PNGS[:5], b"", *PNGS[6:]]),
+        [UNREADABLE, "sample 005 of", "a.tar"],
+    ),
+    "truncated image in a tar": (
+        lambda p: write_tar(p / "a.tar", [*MANY[:170], PNGS[1][:-60], *MANY[171:]]),
+        [UNREADABLE, "sample 170 of", "a.tar"],
+    ),
+    "shard that is not there": (
+        lambda p: write_tar(p / "a0.tar", PNGS).with_name("a{0..1}.tar"),
+        ["data.path: expected all files of", "a{0..1}.tar, got no", "a1.tar"],
+    ),
+    "backward range": (
+        lambda p: p / "a{9..0}.parquet",
+        ["data.path: expected a range that counts up, got {9..0} in"],
+    ),
+    "largest label": (
+        lambda p: write_npz(p / "a.npz", labels=LABELS + (2**63 - 4)),
+        ["data.path: expected labels in 0..1048575, got 9223372036854775804: row 0 of"],
+    ),
     "damaged npz": (
         lambda p: write_text(p / "a.npz"),
         ["data.path: expected a readable .npz file, got", "a.npz"],
@@ -282,6 +335,41 @@ def test_parquet_columns_that_are_there_are_listed(tmp_path: Path) -> None:
     assert "expected encoded images as bytes" in fail(tmp_path / "a.parquet")
 
 
+def test_parquet_files_beyond_the_memory_are_refused_before_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = [RNG.bytes(2**16) for _ in range(32)]
+    for name in ("train.parquet", "test.parquet"):
+        write_parquet(tmp_path / name, noise, np.arange(32) % 4)
+    monkeypatch.setattr(parquet, "physical_memory", lambda: 5 * 2**20)
+    assert len(open_splits(str(tmp_path), "data.path")) == 2
+    monkeypatch.setattr(parquet, "physical_memory", lambda: 3 * 2**20)
+    monkeypatch.setattr(pq, "read_table", None)
+    assert fail(tmp_path) == (
+        "data.path: expected parquet files that fit in memory (0.0 GiB), got 0.0 GiB in 2 files; "
+        "tar shards and image folders are read as they are needed"
+    )
+
+
+def test_other_parquet_columns_do_not_count_as_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = pa.StructArray.from_arrays(
+        [pa.array(PNGS, pa.binary()), pa.nulls(20, pa.string())], ["bytes", "path"]
+    )
+    notes = pa.array([RNG.bytes(2**16) for _ in range(20)])
+    table = pa.table({"image": images, "label": pa.array(LABELS), "note": notes})
+    pq.write_table(table, tmp_path / "a.parquet")
+    monkeypatch.setattr(parquet, "physical_memory", lambda: 2**16)
+    assert len(open_splits(str(tmp_path), "data.path")["all"]) == 20
+    monkeypatch.setattr(parquet, "physical_memory", lambda: 2**10)
+    assert "expected parquet files that fit in memory" in fail(tmp_path)
+
+
+def test_the_memory_of_this_machine_is_known() -> None:
+    assert 2**28 < parquet.physical_memory() < 2**50
+
+
 def test_npz_arrays_that_are_there_are_listed(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", data=GREY)
     assert "expected arrays images and labels" in fail(tmp_path / "a.npz")
@@ -325,7 +413,7 @@ def test_other_data_that_a_model_does_not_know_is_named(
     file = write_parquet(tmp_path / "a.parquet", PNGS, LABELS, list("abcd"))
     model: dict[str, Any] = {"num_classes": 4, "num_channels": 3, "image_size": 8} | settings
     with pytest.raises(ValueError, match=r"data\.path") as caught:
-        load_evaluation_data(str(file), batch_size=2, num_workers=0, **model)
+        load_evaluation_data(str(file), DataConfig(num_workers=0), batch_size=2, **model)
     assert fragment in str(caught.value)
 
 
@@ -385,3 +473,32 @@ def test_a_pickle_in_disguise_is_never_executed(tmp_path: Path, name: str) -> No
     objects = write_npz(tmp_path / "objects.npz", np.array([Trap(sprung)] * 20, dtype=object))
     assert "without Python objects" in fail(objects)
     assert not sprung.exists()
+
+
+def test_a_bad_image_is_an_error_that_says_what_would_help() -> None:
+    lines: list[str] = []
+    bad = BadImages(report=lines.append)
+    with pytest.raises(ValueError, match=r"^a\.png is bad; --data\.bad_images skip leaves such"):
+        bad.refuse("a.png is bad")
+    assert (lines, bad.take(), bad.num_different) == ([], 0, 0)
+
+
+def test_skipped_images_are_counted_each_time_and_reported_once() -> None:
+    lines: list[str] = []
+    bad = BadImages("skip", lines.append)
+    for message in ("a", "b", "a", "a"):
+        bad.refuse(message)
+    assert lines == ["left out: a", "left out: b"]
+    assert (bad.take(), bad.take(), bad.num_different) == (4, 0, 2)
+    bad.refuse("a")
+    assert (len(lines), bad.take(), bad.num_different) == (2, 1, 2)
+
+
+def test_many_skipped_images_end_in_one_closing_line() -> None:
+    lines: list[str] = []
+    bad = BadImages("skip", lines.append)
+    for number in range(3 * MOST_REPORTED):
+        bad.refuse(f"image {number}")
+    assert lines[:-1] == [f"left out: image {number}" for number in range(10)]
+    assert lines[-1] == "left out: more images, which are counted and no longer named"
+    assert (bad.take(), bad.num_different) == (30, 30)

@@ -19,7 +19,8 @@ from PIL import Image
 
 from safer_fast.config import DataConfig
 from safer_fast.data import Data, load_data, load_evaluation_data
-from safer_fast.data.formats import open_splits
+from safer_fast.data.formats import check_labels, empty_classes, open_splits
+from safer_fast.data.formats.synthetic import SIZE, SyntheticSource
 
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
@@ -151,6 +152,53 @@ def test_rows_of_several_parquet_files_are_described_by_their_own_file(tmp_path:
     assert source.describe(9) == f"row 0 of {tmp_path / 'b.parquet'}"
 
 
+def test_a_pattern_of_parquet_files_is_one_source(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train-09.parquet", list(COLOUR[:9]), LABELS[:9])
+    write_parquet(tmp_path / "train-10.parquet", list(COLOUR[9:]), LABELS[9:])
+    write_parquet(tmp_path / "train-11.parquet", list(GREY), LABELS)
+    expect_rows(load(tmp_path / "train-{09..10}.parquet"), COLOUR, LABELS)
+
+
+def test_digits_is_a_name_for_the_default() -> None:
+    splits, default = (open_splits(path, "data.test_path") for path in ("digits", None))
+    assert set(splits) == set(default) == {"train", "test"}
+    assert np.array_equal(splits["train"].labels, default["train"].labels)
+    assert splits["test"].flag == "data.test_path"
+
+
+def test_synthetic_is_noise_that_depends_on_the_row_alone() -> None:
+    splits = open_splits("synthetic", "data.path")
+    assert {name: len(source) for name, source in splits.items()} == {
+        "train": 1_281_167,
+        "validation": 50_000,
+    }
+    source = splits["validation"]
+    assert isinstance(source, SyntheticSource)
+    check_labels(source, 1000)
+    assert (empty_classes(source, 1000), source.class_names) == ([], None)
+    image = source.read(7)
+    assert (image.mode, image.size) == ("RGB", (SIZE, SIZE))
+    assert image.tobytes() == splits["train"].read(7).tobytes() != source.read(8).tobytes()
+    assert source.describe(7) == "row 7 of synthetic (validation)"
+
+
+def test_files_named_like_a_built_in_are_reached_by_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("digits", "synthetic"):
+        write_folder(tmp_path / name, COLOUR[:4], ["a", "b"])
+    monkeypatch.chdir(tmp_path)
+    for name in ("digits", "synthetic"):
+        assert open_splits(f"./{name}", "data.path")["all"].class_names == ["a", "b"]
+
+
+def test_classes_without_rows_are_listed(tmp_path: Path) -> None:
+    file = write_npz(tmp_path / "a.npz", images=GREY, labels=np.where(LABELS == 1, 5, LABELS))
+    source = open_splits(str(file), "data.path")["all"]
+    assert empty_classes(source, 6) == [1, 4]
+    assert empty_classes(source, 8) == [1, 4, 6, 7]
+
+
 def test_a_folder_of_classes_is_all_training(tmp_path: Path) -> None:
     data = load(write_folder(tmp_path / "pets-1.0", COLOUR, ["dog", "cat"]))
     assert (data.name, data.class_names) == ("pets-1.0", ["cat", "dog"])
@@ -207,15 +255,15 @@ def test_other_data_is_brought_to_what_a_model_takes(tmp_path: Path) -> None:
     write_folder(tmp_path / "val", COLOUR[12:], ["a", "b"])
     loader = load_evaluation_data(
         str(tmp_path),
+        DataConfig(num_workers=0),
         batch_size=5,
         num_classes=2,
         num_channels=3,
         image_size=16,
-        num_workers=0,
         class_names=["a", "b"],
     )
-    assert [batch.images.shape[0] for batch in loader.epoch(1)] == [5, 3]
-    assert next(loader.epoch(1)).images.shape == (5, 3, 16, 16)
+    assert [batch.images.shape[0] for batch in loader.epoch(1)] == [4, 4]
+    assert next(loader.epoch(1)).images.shape == (4, 3, 16, 16)
 
 
 def test_grey_among_colour_becomes_rgb(tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from safer_fast.config import DataConfig
-from safer_fast.data import Batch, Data, ahead, as_pixels, load_data, loaders
-from safer_fast.data import load as load_module
-from safer_fast.data.loaders import InMemoryLoader, StreamLoader
+from safer_fast.data import Batch, Data, ahead, as_pixels, backends, load_data
+from safer_fast.data.crops import draw_crop
+from safer_fast.data.loaders import CpuSetLoader, GpuSetLoader, StreamLoader
+from safer_fast.data.order import Ordering
 
 NUM_IMAGES = 60
 
@@ -55,9 +56,11 @@ def load(path: Path, batch_size: int = 9, seed: int = 0, **settings: Any) -> Dat
 
 
 def join(batches: Iterator[Batch]) -> Batch:
+    """The images that count, of all batches."""
     listed = list(batches)
     return Batch(
-        torch.cat([batch.images for batch in listed]), torch.cat([batch.labels for batch in listed])
+        torch.cat([batch.images[: batch.num_images] for batch in listed]),
+        torch.cat([batch.labels[: batch.num_images] for batch in listed]),
     )
 
 
@@ -79,30 +82,62 @@ def test_a_batch_moves_as_a_whole() -> None:
     assert moved.images.device.type == moved.labels.device.type == "meta"
 
 
-def test_training_sees_no_image_twice_and_drops_the_last_partial_batch(file: Path) -> None:
-    data = load(file, batch_size=11)
+def test_padding_copies_images_and_counts_for_nothing() -> None:
+    batch = Batch(torch.arange(3, dtype=torch.uint8).view(3, 1, 1, 1), torch.tensor([5, 6, 7]))
+    assert batch.padded(3) is batch
+    padded = batch.padded(8)
+    assert padded.labels.tolist() == [5, 6, 7, 5, 6, 7, 5, 6]
+    assert padded.images.flatten().tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert (padded.num_images, padded.num_padding) == (3, 5)
+    torch.testing.assert_close(padded.weights(), torch.tensor([1 / 3] * 3 + [0.0] * 5))
+    moved = padded.to("meta")
+    assert (moved.num_padding, moved.weights().device.type) == (5, "meta")
+
+
+def test_a_batch_without_images_is_padded_with_zeros_and_weighs_nothing() -> None:
+    empty = Batch(torch.empty(0, 3, 2, 2, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
+    padded = empty.padded(4)
+    assert padded.images.shape == (4, 3, 2, 2)
+    assert padded.num_images == 0
+    assert not padded.images.any()
+    assert not padded.weights().any()
+
+
+@pytest.mark.parametrize("batch_size", [9, 11, 17, 54])
+def test_an_epoch_of_training_is_cut_into_equal_batches_of_all_images(
+    file: Path, batch_size: int
+) -> None:
+    data = load(file, batch_size=batch_size)
     batches = list(data.train.epoch(1))
-    assert [len(batch.labels) for batch in batches] == [11] * 4 == [11] * len(data.train)
-    labels = torch.cat([batch.labels for batch in batches])
-    assert len(set(labels.tolist())) == 44
-
-
-def test_training_sees_every_image_once_when_batches_divide_them(file: Path) -> None:
-    data = load(file)
     assert data.train.num_images == 54
-    assert len(set(join(data.train.epoch(1)).labels.tolist())) == 54
+    assert len(batches) == len(data.train) == -(-54 // batch_size)
+    assert {len(batch.labels) for batch in batches} == {data.train.batch_size}
+    assert max(batch.num_padding for batch in batches) <= 1
+    labels = join(iter(batches)).labels.tolist()
+    assert len(labels) == len(set(labels)) == 54
 
 
 def test_evaluation_sees_every_image_once_in_order_and_unaugmented(
     file: Path, images: Tensor
 ) -> None:
     config = DataConfig(path=str(file), test_path=str(file), augmentation="crop")
-    data = load_data(config, batch_size=9, seed=0, evaluation_batch_size=25)
+    data = load_data(config, batch_size=9, seed=0, evaluation_batch_size=29)
     assert data.test is not None
     batches = list(data.test.epoch(1))
-    assert [len(batch.labels) for batch in batches] == [25, 25, 10]
+    assert [len(batch.labels) for batch in batches] == [20, 20, 20]
     assert len(data.test) == 3
     assert_same(join(data.test.epoch(2)), Batch(images, torch.arange(NUM_IMAGES)))
+
+
+@pytest.mark.parametrize("backend", ["device", "torch"])
+@pytest.mark.parametrize("augmentation", ["none", "crop"])
+def test_an_epoch_goes_on_at_any_batch(file: Path, augmentation: str, backend: str) -> None:
+    settings: dict[str, Any] = {"augmentation": augmentation, "backend": backend}
+    whole = list(load(file, batch_size=11, **settings).train.epoch(3))
+    for start in range(len(whole) + 1):
+        rest = list(load(file, batch_size=11, **settings).train.epoch(3, start))
+        for one, other in zip(whole[start:], rest, strict=True):
+            assert_same(one, other)
 
 
 def test_validation_rows_are_disjoint_from_training_and_recorded(file: Path) -> None:
@@ -145,7 +180,7 @@ def test_epochs_repeat_by_seed_and_number_and_differ_otherwise(
 
 def test_what_happens_to_an_image_does_not_depend_on_the_batch_size(file: Path) -> None:
     small = join(load(file, batch_size=9, augmentation="crop").train.epoch(1))
-    large = join(load(file, batch_size=27, augmentation="crop").train.epoch(1))
+    large = join(load(file, batch_size=26, augmentation="crop").train.epoch(1))
     assert_same(small, large)
 
 
@@ -184,23 +219,29 @@ def test_augmented_images_are_crops_of_the_padded_image(
 def test_auto_augmentation_goes_by_size(tmp_path: Path, size: int, kind: str) -> None:
     np.savez(tmp_path / "a.npz", images=np.zeros((10, size, size), np.uint8), labels=[0] * 10)
     loader = load(tmp_path / "a.npz").train
-    assert isinstance(loader, InMemoryLoader | StreamLoader)
+    assert isinstance(loader, CpuSetLoader | StreamLoader)
     assert loader.augmentation == kind
     assert isinstance(loader, StreamLoader) == (kind == "random-resized-crop")
 
 
-@pytest.mark.parametrize("augmentation", ["none", "crop"])
-def test_a_stream_gives_what_memory_gives(
-    file: Path, augmentation: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    in_memory = load(file, augmentation=augmentation)
-    monkeypatch.setattr(loaders, "MEMORY_LIMIT", 0)
-    stream = load(file, augmentation=augmentation)
-    assert isinstance(in_memory.train, InMemoryLoader)
+@pytest.mark.parametrize("augmentation", ["none", "shift", "crop"])
+def test_a_stream_gives_what_memory_gives(file: Path, augmentation: str) -> None:
+    in_memory = load(file, batch_size=11, augmentation=augmentation)
+    stream = load(file, batch_size=11, augmentation=augmentation, backend="torch")
+    assert isinstance(in_memory.train, CpuSetLoader)
     assert isinstance(stream.train, StreamLoader)
     assert_same(join(in_memory.train.epoch(1)), join(stream.train.epoch(1)))
     assert_same(join(in_memory.validation.epoch(1)), join(stream.validation.epoch(1)))
     assert_same(join(in_memory.train.probe(20, 1)), join(stream.train.probe(20, 1)))
+
+
+def test_what_is_too_large_for_memory_is_streamed(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "MEMORY_LIMIT", 0)
+    assert load(file).train.backend == "torch"
+    with pytest.raises(ValueError, match=r"^data\.backend: .* got device: the set takes more"):
+        load(file, backend="device")
 
 
 @pytest.mark.parametrize("augmentation", ["none", "crop", "random-resized-crop"])
@@ -208,15 +249,15 @@ def test_the_number_of_workers_makes_no_difference(photos: Path, augmentation: s
     epochs = []
     for num_workers in (0, 2):
         settings: dict[str, Any] = {"augmentation": augmentation, "num_workers": num_workers}
-        data = load(photos, batch_size=3, image_size=72, **settings)
+        data = load(photos, batch_size=3, image_size=72, backend="torch", **settings)
         assert isinstance(data.train, StreamLoader)
         epochs.append(join(data.train.epoch(1)))
-    assert epochs[0].images.shape == (9, 3, 72, 72)
+    assert epochs[0].images.shape == (11, 3, 72, 72)
     assert_same(*epochs)
 
 
 def test_random_resized_crops_repeat_by_seed_and_number_and_differ_otherwise(photos: Path) -> None:
-    loader = load(photos, batch_size=11, image_size=72, num_workers=0).train
+    loader = load(photos, batch_size=11, image_size=72, num_workers=0, backend="torch").train
     first, again, second = (join(loader.epoch(number)) for number in (1, 1, 2))
     assert_same(first, again)
     order, other = first.labels.argsort(), second.labels.argsort()
@@ -225,14 +266,14 @@ def test_random_resized_crops_repeat_by_seed_and_number_and_differ_otherwise(pho
 
 
 def test_loading_leaves_the_global_generator_alone(photos: Path) -> None:
-    loader = load(photos, batch_size=3, image_size=72, num_workers=0).train
+    loader = load(photos, batch_size=3, image_size=72, num_workers=0, backend="torch").train
     before = torch.get_rng_state()
     join(loader.epoch(1))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_evaluation_of_photos_crops_the_centre_of_the_resized_image(photos: Path) -> None:
-    test = load(photos, batch_size=3, image_size=112, test_path=str(photos)).test
+    test = load(photos, 3, image_size=112, test_path=str(photos), backend="torch").test
     assert test is not None
     batch = join(test.epoch(1))
     assert batch.images.shape == (12, 3, 112, 112)
@@ -250,6 +291,7 @@ def test_the_probe_is_unaugmented_distinct_and_repeats_by_number(
     train = load(file, augmentation="crop").train
     batches = list(train.probe(20, 1))
     assert [len(batch.labels) for batch in batches] == [9, 9, 2]
+    assert not any(batch.num_padding for batch in batches)
     probe = join(iter(batches))
     assert len(set(probe.labels.tolist())) == 20
     assert torch.equal(probe.images, images[probe.labels])
@@ -283,17 +325,19 @@ def test_cifar_loads_with_its_class_names() -> None:
     assert (data.train.num_images, data.validation.num_images) == (4500, 500)
     batch = join(data.train.epoch(1))
     assert torch.bincount(batch.labels).min() > 380
+    assert data.train.backend == "device"
     # The mean colour that is published for CIFAR-10.
     mean = as_pixels(join(data.train.probe(4500, 1)).images).mean((0, 2, 3))
     torch.testing.assert_close(mean, torch.tensor([0.491, 0.482, 0.447]), atol=0.01, rtol=0)
 
 
 def test_photos_stream_at_224_pixels() -> None:
-    data = load(find_data("photos-256.parquet"), batch_size=32, image_size=224, max_images=64)
+    file = find_data("photos-256.parquet")
+    data = load(file, batch_size=32, image_size=224, max_images=64, backend="torch")
     assert isinstance(data.train, StreamLoader)
     assert data.num_classes == 1000
     for batch in (*data.train.epoch(1), next(data.validation.epoch(1))):
-        assert batch.images.shape == (32, 3, 224, 224)
+        assert batch.images.shape in ((32, 3, 224, 224), (25, 3, 224, 224))
         assert batch.images.dtype == torch.uint8
 
 
@@ -309,28 +353,43 @@ def test_batches_come_to_the_device_in_order() -> None:
     assert all(torch.equal(a.images, b.images) for a, b in zip(found, batches, strict=True))
 
 
+def on_gpu_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sets lie on the CPU, and are cut as on a GPU."""
+
+    def loader(images: Any, labels: Any, ordering: Ordering) -> GpuSetLoader:
+        return GpuSetLoader(images, labels, ordering, torch.device("cpu"))
+
+    monkeypatch.setattr(backends, "CpuSetLoader", loader)
+
+
 @pytest.mark.parametrize("augmentation", ["none", "shift", "crop"])
-def test_a_set_on_the_device_gives_the_same_batches_as_one_in_memory(
-    file: Path, augmentation: str
+def test_a_set_on_a_gpu_gives_the_same_batches_as_one_on_a_cpu(
+    file: Path, augmentation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_cpu = load(file, batch_size=11, augmentation=augmentation)
-    on_device = load(file, batch_size=11, augmentation=augmentation, backend="device")
+    on_gpu_code(monkeypatch)
+    on_device = load(file, batch_size=11, augmentation=augmentation)
     for part in ("train", "validation"):
         first, second = getattr(on_cpu, part), getattr(on_device, part)
-        assert type(second).__name__ == "DeviceLoader"
+        assert type(second).__name__ == "GpuSetLoader"
         assert len(first) == len(second)
         for epoch in (1, 2):
             pairs = zip(first.epoch(epoch), second.epoch(epoch), strict=True)
             for one, other in pairs:
                 assert_same(one, other)
+                assert one.num_padding == other.num_padding
     for one, other in zip(on_cpu.train.probe(20, 3), on_device.train.probe(20, 3), strict=True):
         assert_same(one, other)
+    assert not list(on_device.train.epoch(1, len(on_device.train)))
 
 
-def test_a_set_on_a_device_never_waits_for_it_within_an_epoch(file: Path) -> None:
+def test_a_set_on_a_gpu_never_waits_for_it_within_an_epoch(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from .test_step import forbidding_host_syncs
 
-    batches = load(file, augmentation="crop", backend="device").train.epoch(1)
+    on_gpu_code(monkeypatch)
+    batches = load(file, augmentation="crop").train.epoch(1)
     first = next(batches)
     with forbidding_host_syncs():
         rest = list(batches)
@@ -338,18 +397,93 @@ def test_a_set_on_a_device_never_waits_for_it_within_an_epoch(file: Path) -> Non
     assert first.images.dtype == torch.uint8
 
 
-def test_sets_lie_on_a_gpu_by_themselves_and_on_a_cpu_when_asked(file: Path) -> None:
-    def kind(device: str, backend: Any) -> str:
-        config = DataConfig(path=str(file), backend=backend)
-        data = load_data(config, batch_size=9, seed=0, device=torch.device(device))
-        return type(data.train).__name__
-
-    assert kind("cpu", "auto") == kind("cpu", "torch") == "InMemoryLoader"
-    assert kind("cpu", "device") == "DeviceLoader"
-    assert load_module._place(DataConfig(), torch.device("cuda")) == torch.device("cuda")
-    assert load_module._place(DataConfig(backend="torch"), torch.device("cuda")) is None
+def test_small_sets_lie_on_the_device_unless_worker_processes_are_asked_for(file: Path) -> None:
+    assert load(file).train.backend == load(file, backend="device").train.backend == "device"
+    assert load(file, backend="torch").train.backend == "torch"
 
 
-def test_images_that_are_decoded_when_needed_cannot_lie_on_the_device(photos: Path) -> None:
-    with pytest.raises(ValueError, match=r"^data\.backend: expected auto or torch .* got device$"):
+def test_images_that_are_cut_in_their_own_size_cannot_lie_on_the_device(photos: Path) -> None:
+    expected = r"^data\.backend: expected auto or torch, got device: random-resized-crop needs"
+    with pytest.raises(ValueError, match=expected):
         load(photos, image_size=32, augmentation="random-resized-crop", backend="device")
+
+
+def test_crops_have_the_distribution_of_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision.transforms import RandomResizedCrop
+
+    sizes = [(300, 200), (180, 260), (640, 90)]
+    for width, height in sizes:
+        image = Image.new("L", (width, height))
+        torch.manual_seed(0)
+        theirs = torch.tensor(
+            [RandomResizedCrop.get_params(image, [0.08, 1], [3 / 4, 4 / 3]) for _ in range(4000)]
+        ).double()
+        crops = [draw_crop(width, height, 7, index) for index in range(4000)]
+        ours = torch.tensor([(c.top, c.left, c.height, c.width) for c in crops]).double()
+        spread = theirs.std(0).clamp(min=1e-9)
+        # four standard errors of a difference of means of 4,000 draws each; spreads alike
+        assert ((ours.mean(0) - theirs.mean(0)).abs() < 4 * spread * (2 / 4000) ** 0.5 + 1e-9).all()
+        torch.testing.assert_close(ours.std(0), theirs.std(0), rtol=0.1, atol=0)
+        assert (ours[:, 0] + ours[:, 2] <= height).all()
+        assert (ours[:, 1] + ours[:, 3] <= width).all()
+        assert 0.46 < np.mean([c.is_flipped for c in crops]) < 0.54
+
+
+def test_a_crop_depends_on_seed_and_image_alone() -> None:
+    crops = {(s, i): draw_crop(300, 200, s, i) for s in (1, 2**64 - 1) for i in (0, 1, 10**9)}
+    assert all(draw_crop(300, 200, *key) == crop for key, crop in crops.items())
+    assert len(set(crops.values())) == len(crops)
+
+
+def test_images_too_thin_for_any_crop_are_cut_in_the_middle() -> None:
+    assert draw_crop(1000, 10, 0, 0).width == 13
+    assert draw_crop(1000, 10, 0, 0).left == 493
+    assert draw_crop(10, 1000, 0, 0).height == 13
+    assert draw_crop(1, 1, 0, 0).height == 1
+
+
+def test_noise_costs_nothing_and_repeats() -> None:
+    first, second = (load_data(DataConfig(path="synthetic"), batch_size=4, seed=0) for _ in "12")
+    assert (first.name, first.num_classes, first.image_size) == ("synthetic", 1000, 224)
+    assert first.train.num_images == 1_281_167
+    batches = first.train.epoch(1)
+    one, other = next(batches), next(batches)
+    assert one.images.shape == (4, 3, 224, 224)
+    assert one.images.data_ptr() == other.images.data_ptr()
+    assert_same(one, next(second.train.epoch(2)))
+
+
+def test_a_class_without_images_is_named(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", images=np.zeros((20, 8, 8), np.uint8), labels=[0, 3, 5, 9] * 5)
+    assert load(tmp_path / "a.npz").notes == ["data.path: no image of class 1, 2, 4 and 3 more"]
+
+
+def test_images_left_out_of_a_set_are_reported_at_the_start(photos: Path) -> None:
+    (photos / "03" / "photo.jpg").write_bytes(b"no image")
+    lines: list[str] = []
+    config = DataConfig(path=str(photos), image_size=32, bad_images="skip", augmentation="none")
+    data = load_data(config, batch_size=3, seed=0, report=lines.append)
+    assert data.train.num_images + data.validation.num_images == 11
+    assert data.bad.num_different == 1
+    assert len(lines) == 1
+    assert "03/photo.jpg" in lines[0]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_images_left_out_of_a_stream_leave_batches_as_large_as_they_are(
+    photos: Path, num_workers: int
+) -> None:
+    for number in (2, 8):
+        (photos / f"{number:02}" / "photo.jpg").write_bytes(b"no image")
+    lines: list[str] = []
+    settings: dict[str, Any] = {"image_size": 72, "num_workers": num_workers, "backend": "torch"}
+    config = DataConfig(path=str(photos), bad_images="skip", test_path=str(photos), **settings)
+    data = load_data(config, batch_size=6, seed=0, report=lines.append)
+    assert data.test is not None
+    for _ in range(2):
+        batches = list(data.test.epoch(1))
+        assert [len(batch.labels) for batch in batches] == [6, 6]
+        assert [batch.num_padding for batch in batches] == [1, 1]
+        assert join(iter(batches)).labels.tolist() == [0, 1, 3, 4, 5, 6, 7, 9, 10, 11]
+        assert data.bad.take() == 2
+    assert len(lines) == 2

@@ -25,6 +25,7 @@ NAMES = [
     "cuda graphs",
     "attention",
     "bf16",
+    "dali",
     "apex",
     "cpu threads",
     "disk",

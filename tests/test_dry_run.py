@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-import safer_fast.trainer
+import safer_fast.evaluate
 from safer_fast import dry_run as module
 from safer_fast import train_model
 from safer_fast.attack import pgd
@@ -22,7 +21,7 @@ from safer_fast.trainer import Trainer
 
 FLAGS = ["--data.max_images=300", "--batch-size=16", "--evaluation.max_images=50"]
 FLAGS += ["--selection.num_images=64", "--runtime.num_threads=1"]
-STEPS_PER_EPOCH = 300 // 16
+STEPS_PER_EPOCH = -(-300 // 16)
 ONE_STAGE = [*FLAGS, "--epochs=2", "--selection.warmup_epochs=0"]
 TWO_STAGES = [*FLAGS, "--epochs=2", "--selection.warmup_epochs=1"]
 NO_CUT = ["--model.name=xcit_nano_12_p8_224", "--model.patch_size=8", "--data.image_size=16"]
@@ -49,7 +48,7 @@ def test_figures_add_up(flags: list[str], tmp_path: Path, monkeypatch: pytest.Mo
     warmup = config.selection.warmup_epochs
     names = ["warm-up", "safer"] if warmup else ["safer"]
     assert [stage.name for stage in cost.stages] == names
-    assert cost.num_steps == config.epochs * (300 // config.batch_size)
+    assert cost.num_steps == config.epochs * -(-300 // config.batch_size)
     training = sum(stage.num_steps * stage.step_s for stage in cost.stages)
     assert cost.training_s == pytest.approx(training)
     assert cost.duration_s == pytest.approx(training + cost.evaluation_s)
@@ -137,16 +136,14 @@ def test_evaluations_are_counted_as_a_run_makes_them(
         num_passes += len(images) * 2 * settings["steps"]
         return pgd(model, images, *arguments, **settings)
 
-    def classified(evaluations: Sequence[Any]) -> Any:
+    def classified(name: str, model: Any, images: torch.Tensor, *arguments: Any) -> Any:
         nonlocal num_passes
-        num_passes += sum(accuracy.num_images for accuracy in evaluations)
-        return evaluations
+        num_passes += len(images)
+        return attack_by_name(name, model, images, *arguments)
 
-    evaluate = safer_fast.trainer.evaluate
+    attack_by_name = safer_fast.evaluate.attack_by_name
     monkeypatch.setattr("safer_fast.attack.pgd", watched)
-    monkeypatch.setattr(
-        safer_fast.trainer, "evaluate", lambda *a, **s: classified(evaluate(*a, **s))
-    )
+    monkeypatch.setattr(safer_fast.evaluate, "attack_by_name", classified)
     train_model(config)
     config.output = str(tmp_path / "other")
     with Trainer(config) as trainer:

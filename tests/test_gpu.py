@@ -17,6 +17,7 @@ from safer_fast.config import OptimConfig
 from safer_fast.data import Batch, ahead
 from safer_fast.metrics import read_metrics
 from safer_fast.micro_batch import MicroBatch
+from safer_fast.objective import Targets
 from safer_fast.optim import build_optimizer, set_learning_rate
 from safer_fast.parameters import ParameterArenas
 from safer_fast.reference import PlainModel
@@ -71,7 +72,7 @@ def run_steps(mode: str, dtype: torch.dtype, num_steps: int, **settings: Any) ->
         epsilon, step_size = (
             torch.tensor(r / (1 + 0.1 * index), device="cuda") for r in (EPSILON, STEP_SIZE)
         )
-        step(images, labels, epsilon, step_size)
+        step(images, Targets.alike(labels), epsilon, step_size)
     if "captured" in mode and num_steps > 3:
         assert {key[0] for key in step.replays.recorded} == {"attack", "SAM passes", "update"}
     return {name: tensor.cpu() for name, tensor in arenas.state_dict().items()}
@@ -137,7 +138,7 @@ def test_a_new_selection_captures_the_passes_again_and_keeps_the_attack() -> Non
             for seed in range(6):
                 images, labels = (tensor.cuda() for tensor in images_and_labels(seed=seed))
                 radii = (torch.tensor(r, device="cuda") for r in (EPSILON, STEP_SIZE))
-                step(images, labels, *radii)
+                step(images, Targets.alike(labels), *radii)
         results.append(arenas.master.cpu())
     assert torch.equal(*results)
     assert len([key for key in step.replays.recorded if key[0] == "attack"]) == 1
@@ -159,7 +160,7 @@ def test_memory_is_stable_over_two_hundred_steps(mode: str) -> None:
     epsilon, step_size = (torch.tensor(r, device="cuda") for r in (EPSILON, STEP_SIZE))
     held, reserved = [], []
     for index in range(220):
-        step(images, labels, epsilon, step_size)
+        step(images, Targets.alike(labels), epsilon, step_size)
         if index >= 20:
             held.append(torch.cuda.memory_allocated())
             reserved.append(torch.cuda.memory_reserved())
@@ -171,10 +172,10 @@ def test_a_step_asks_the_device_for_nothing_while_it_runs() -> None:
     step, _ = make("eager", torch.bfloat16, optim=OptimConfig(), clip_norm=1.0)
     images, labels = (tensor.cuda() for tensor in images_and_labels())
     epsilon, step_size = (torch.tensor(r, device="cuda") for r in (EPSILON, STEP_SIZE))
-    step(images, labels, epsilon, step_size)
+    step(images, Targets.alike(labels), epsilon, step_size)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step(images, labels, epsilon, step_size)
+        step(images, Targets.alike(labels), epsilon, step_size)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -235,7 +236,7 @@ def test_a_step_survives_a_gpu_that_runs_out_of_memory() -> None:
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 48 * 2**20) / total)
     try:
         for _ in range(6):
-            step(images, labels, *radii)
+            step(images, Targets.alike(labels), *radii)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from safer_fast.metrics import DeviceSums, MetricsLog, read_metrics
+from safer_fast.metrics import FILE_NAME, DeviceSums, MetricsLog, read_metrics, uninterrupted
 
 EPOCH: dict[str, Any] = {
     "train_loss": 0.5,
@@ -27,6 +28,7 @@ EPOCH: dict[str, Any] = {
     "data_wait_fraction": 0.01,
     "peak_memory_mib": 100.0,
     "skipped_steps": 0,
+    "skipped_images": 0,
 }
 EVALUATION: dict[str, Any] = {
     "split": "test",
@@ -210,3 +212,29 @@ def test_taking_is_one_transfer_for_all_sums() -> None:
 def test_a_value_that_is_no_scalar_is_refused() -> None:
     with pytest.raises(AssertionError, match=r"loss: expected a 0-d tensor, got \(2,\)"):
         DeviceSums().add(loss=torch.zeros(2))
+
+
+def test_an_interrupt_comes_after_what_must_not_be_interrupted() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            done.append("all of it")
+        done.append("never")
+    assert done == ["all of it"]
+    with uninterrupted():
+        pass
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_while_lines_are_written_does_not_lock_the_log(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), MetricsLog(tmp_path) as log:  # noqa: PT012
+        add = log._tensorboard.add_scalar
+
+        def interrupted(*arguments: Any) -> None:
+            signal.raise_signal(signal.SIGINT)
+            add(*arguments)
+
+        log._tensorboard.add_scalar = interrupted  # type: ignore[method-assign]
+        log.write("step", epoch=1, step=1, loss=1.0)
+    assert [event["step"] for event in read_metrics(tmp_path / FILE_NAME)] == [1]

@@ -119,6 +119,27 @@ def test_attention_kernels_stand_side_by_side() -> None:
     assert "| ViT-S, batch 4, bfloat16 | 1.25 | - |" in body
 
 
+def test_loaders_are_lines_and_every_case_has_its_own_table() -> None:
+    facts = {"what": "data", "images_per_core_second": 40.0, "ratio_torch": 2.0}
+    facts |= {"ratio_torch_per_core": None, "ratio_timm": None} | SPEED | ORIGIN
+    rows = [
+        facts | {"implementation": "safer_fast dali", "case": case, "num_workers": number}
+        for case in ("photos", "small")
+        for number in (1, 2)
+    ]
+    body = written("data cpu", rows)
+    assert body.count("| safer_fast dali | 1 | 80 | 40 | 2.00 | - |") == 2
+    assert body.count("| safer_fast dali | 2 | 80 | 40 | 2.00 | - |") == 2
+    assert body.index("photos; cpu, 2 threads") < body.index("small; cpu, 2 threads")
+
+
+def test_what_training_waits_for_data_is_told_epoch_by_epoch() -> None:
+    row = {"what": "data", "implementation": "safer_fast torch", "case": "vit trained"}
+    figures = {"num_workers": 2, "images_per_second": 5.0, "data_wait_fraction": [0.1, 0.012]}
+    body = written("data cpu", [row | figures | ORIGIN])
+    assert "| safer_fast torch | 2 | 5.0 | 10.00 %, 1.20 % |" in body
+
+
 def test_a_mark_that_names_no_table_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"expected a table of peers, .*, got 'peer cpu'"):
         written("peer cpu", [])

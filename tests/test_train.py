@@ -112,6 +112,7 @@ def test_timm_loads_the_run_folder_without_our_package(finished: Path) -> None:
     model = timm.create_model(f"local-dir:{finished}", pretrained=True)
     for name, tensor in weights(finished).items():
         assert torch.equal(model.state_dict()[name], tensor)
+    assert model.pretrained_cfg["label_names"] == [str(digit) for digit in range(10)]
     facts = json.loads((finished / "config.json").read_text())["safer_fast"]
     assert facts["threat_model"] == {"norm": "linf", "epsilon": 0.1}
     assert facts["class_names"] == [str(digit) for digit in range(10)]

@@ -3,5 +3,15 @@
 from safer_fast.data.ahead import ahead
 from safer_fast.data.batch import Batch, Loader, as_pixels
 from safer_fast.data.load import Data, load_data, load_evaluation_data
+from safer_fast.data.mixing import Mixing
 
-__all__ = ["Batch", "Data", "Loader", "ahead", "as_pixels", "load_data", "load_evaluation_data"]
+__all__ = [
+    "Batch",
+    "Data",
+    "Loader",
+    "Mixing",
+    "ahead",
+    "as_pixels",
+    "load_data",
+    "load_evaluation_data",
+]

@@ -21,7 +21,7 @@ def ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     previous: tuple[Batch, torch.cuda.Event] | None = None
     for batch in batches:
-        if batch.images.is_cuda:  # the set lies there already
+        if batch.images.is_cuda:  # it was prepared there
             yield batch
             continue
         with torch.cuda.stream(stream):

@@ -1,4 +1,4 @@
-"""Augmentations of small images, a whole batch at a time."""
+"""Crops and flips of small images, a whole batch at a time, from draws made once per epoch."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
+
+from safer_fast.data.seeds import make_generator
 
 PADDING = {"shift": 1, "crop": 4}
+"""Pixels of zeros around each image from which it is cut again, by kind of augmentation."""
 
 
-@dataclass
-class Augmentation:
+@dataclass(frozen=True)
+class Draws:
     """One epoch's random offsets and flips, drawn for every image ahead.
 
     So what happens to an image depends neither on the batch that it is in nor on who reads it.
-    padding: pixels of zeros around each image. top, left: int64 [N] in 0..2*padding, the corner
-    of the part that is kept. flip: bool [N].
+    top, left: int64 [N] in 0..2*padding, the corner of the part that is kept. flip: bool [N].
     """
 
     padding: int
@@ -27,49 +28,59 @@ class Augmentation:
     left: NDArray[np.int64]
     flip: NDArray[np.bool_]
 
-    def __call__(self, images: NDArray[np.uint8], indices: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Augmented copies. images: uint8 [B, C, H, W]; indices: int64 [B], which of N they are.
 
-        In numpy, because torch would wake all its threads for a fraction of a millisecond of
-        copying; image by image, because that is faster than one indexed copy (measured).
-        """
-        height, width = images.shape[2:]
-        margin = (self.padding, self.padding)
-        padded = np.pad(images, [(0, 0), (0, 0), margin, margin])
-        augmented = np.empty_like(images)
-        for position, index in enumerate(indices):
-            top, left = self.top[index], self.left[index]
-            window = padded[position, :, top : top + height, left : left + width]
-            augmented[position] = window[:, :, ::-1] if self.flip[index] else window
-        return augmented
+def draw(name: str, num_images: int, seed: int, epoch: int) -> Draws:
+    """Draws an epoch of `shift` (by up to one pixel) or `crop` (pad 4, crop, flip every other)."""
+    generator = make_generator(seed, "augmentation", epoch)
+    padding = PADDING[name]
+    top, left = torch.randint(2 * padding + 1, (2, num_images), generator=generator).numpy()
+    flip = torch.rand(num_images, generator=generator).numpy() < 0.5
+    return Draws(padding, top, left, flip if name == "crop" else np.zeros_like(flip))
 
 
-class DeviceAugmentation:
+def pad(images: NDArray[np.uint8], padding: int) -> NDArray[np.uint8]:
+    """Images [N, C, H, W] within margins of zeros."""
+    margin = (padding, padding)
+    return np.pad(images, [(0, 0), (0, 0), margin, margin])
+
+
+def augment(
+    padded: NDArray[np.uint8], rows: NDArray[np.int64], draws: Draws, indices: NDArray[np.int64]
+) -> NDArray[np.uint8]:
+    """The images that lie in `rows` [B] of `padded` [N, C, H, W], as drawn for `indices` [B].
+
+    Image by image with Python's own numbers, because that is the fastest (measured: indexed copies
+    take twice as long, and torch would wake its threads for a fraction of a millisecond).
+    """
+    channels, height, width = padded.shape[1:]
+    height, width = height - 2 * draws.padding, width - 2 * draws.padding
+    augmented = np.empty((len(rows), channels, height, width), dtype=np.uint8)
+    drawn = (draws.top, draws.left, draws.flip)
+    numbers = zip(rows.tolist(), *(values[indices].tolist() for values in drawn), strict=True)
+    for position, (row, top, left, is_flipped) in enumerate(numbers):
+        window = padded[row, :, top : top + height, left : left + width]
+        augmented[position] = window[:, :, ::-1] if is_flipped else window
+    return augmented
+
+
+class DeviceDraws:
     """The same crops and flips, by the same draws, for images on a device; nothing waits for it."""
 
-    def __init__(self, drawn: Augmentation, device: torch.device) -> None:
-        self.padding = drawn.padding
+    def __init__(self, draws: Draws, device: torch.device) -> None:
+        self.padding = draws.padding
         self.top, self.left, self.flip = (
-            torch.from_numpy(values).to(device) for values in (drawn.top, drawn.left, drawn.flip)
+            torch.from_numpy(values).to(device) for values in (draws.top, draws.left, draws.flip)
         )
 
-    def __call__(self, images: Tensor, indices: Tensor) -> Tensor:
-        """Augmented copies. images: uint8 [B, C, H, W]; indices: int64 [B], which of N they are."""
-        batch, channels, height, width = images.shape
-        padded = functional.pad(images, [self.padding] * 4)
-        down = torch.arange(height, device=images.device)
-        across = torch.arange(width, device=images.device)
+    def augment(self, padded: Tensor, indices: Tensor) -> Tensor:
+        """Augmented images uint8 [B, C, H, W] of `padded`, as drawn for `indices`, int64 [B]."""
+        batch, channels = padded.shape[:2]
+        height, width = (edge - 2 * self.padding for edge in padded.shape[2:])
+        down = torch.arange(height, device=padded.device)
+        across = torch.arange(width, device=padded.device)
         rows = self.top[indices, None] + down  # [B, H]
         flipped = self.flip[indices, None]
         columns = self.left[indices, None] + torch.where(flipped, across.flip(0), across)  # [B, W]
         rows = rows.view(batch, 1, height, 1).expand(-1, channels, -1, padded.shape[3])
         columns = columns.view(batch, 1, 1, width).expand(-1, channels, height, -1)
         return padded.gather(2, rows).gather(3, columns)
-
-
-def draw_augmentation(name: str, num_images: int, generator: torch.Generator) -> Augmentation:
-    """Draws an epoch of `shift` (by up to one pixel) or `crop` (pad 4, crop, flip every other)."""
-    padding = PADDING[name]
-    top, left = torch.randint(2 * padding + 1, (2, num_images), generator=generator).numpy()
-    flip = torch.rand(num_images, generator=generator).numpy() < 0.5
-    return Augmentation(padding, top, left, flip if name == "crop" else np.zeros_like(flip))

@@ -12,24 +12,53 @@ from torch import Tensor
 
 @dataclass
 class Batch:
-    """Images with their labels.
+    """Images with their labels, filled up to a size that is the same for all batches of a split.
 
-    images: uint8 in 0..255 or float32 in [0, 1], [B, C, H, W]; labels: int64 [B].
+    images: uint8 in 0..255 or float32 in [0, 1], [B, C, H, W]. labels: int64 [B], or probabilities
+    float32 [B, K] of mixed images. num_padding: the last images that are there only to fill the
+    batch up, and count for nothing.
     """
 
     images: Tensor
     labels: Tensor
+    num_padding: int = 0
+
+    @property
+    def num_images(self) -> int:
+        """Images that count; they come first."""
+        return len(self.labels) - self.num_padding
+
+    def weights(self) -> Tensor:
+        """What each image counts for in a mean, float32 [B] on the batch's device; sum 1, or 0
+        where no image counts."""
+        positions = torch.arange(len(self.labels), device=self.labels.device)
+        return (positions < self.num_images).float() / max(self.num_images, 1)
+
+    def padded(self, size: int) -> Batch:
+        """The batch with copies of its images up to `size`; zeros where there is nothing to copy.
+
+        Copies and not zeros, because statistics of batches may be taken over all of them.
+        """
+        missing = size - len(self.labels)
+        if missing <= 0:
+            return self
+        if not len(self.labels):
+            images = self.images.new_zeros(size, *self.images.shape[1:])
+            return Batch(images, self.labels.new_zeros(size), size)
+        positions = torch.arange(size, device=self.labels.device) % len(self.labels)
+        return Batch(self.images[positions], self.labels[positions], self.num_padding + missing)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on `device`; `non_blocking` copies overlap only from pinned memory."""
         return Batch(
             self.images.to(device, non_blocking=non_blocking),
             self.labels.to(device, non_blocking=non_blocking),
+            self.num_padding,
         )
 
     def pinned(self) -> Batch:
         """The same batch in pinned memory, from which a GPU copies without waiting."""
-        return Batch(self.images.pin_memory(), self.labels.pin_memory())
+        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.num_padding)
 
 
 def as_pixels(images: Tensor) -> Tensor:
@@ -42,22 +71,37 @@ def as_pixels(images: Tensor) -> Tensor:
 
 
 class Loader(Protocol):
-    """Batches of one split, in an order that depends on the seed and the epoch and nothing else."""
+    """Batches of one split, in an order that depends on the seed and the epoch and nothing else.
+
+    Of several ranks each has its own loader, which gives its part of every batch.
+    """
 
     @property
     def num_images(self) -> int:
-        """Images in the split."""
+        """Images in the split, of all ranks together."""
+
+    @property
+    def batch_size(self) -> int:
+        """Images of every batch of an epoch, padding included."""
+
+    @property
+    def backend(self) -> str:
+        """What prepares the batches: dali, torch or device."""
 
     def __len__(self) -> int:
         """Batches per epoch."""
 
-    def epoch(self, number: int) -> Iterator[Batch]:
-        """The batches of epoch `number`, counted from 1, on the CPU.
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of epoch `number`, counted from 1, from batch `start` on, counted from 0.
 
-        A training loader shuffles, augments, and drops the last partial batch; the others give
-        every image once, in order and unaugmented, whatever the number.
-        Raises ValueError that names the file when an image cannot be read.
+        Every image comes exactly once; what comes from `start` on is what would have come there
+        anyway. A training loader shuffles and augments, the others give every image in order and
+        unaugmented, whatever the number.
+        Raises ValueError that names the file when an image cannot be read and is not to be skipped.
         """
 
     def probe(self, num_images: int, number: int) -> Iterator[Batch]:
-        """At most `num_images` different images, unaugmented, drawn with the seed and `number`."""
+        """At most `num_images` different images, unaugmented, drawn with the seed and `number`.
+
+        The last batch may be smaller than the others.
+        """

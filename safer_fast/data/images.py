@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import io
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
-from safer_fast.data.formats import Source
+from safer_fast.data.crops import Crop
+from safer_fast.data.formats import EncodedSource, Source
 
 GREY_MODES = {"1", "L", "LA"}
 EIGHT_BIT_MODES = GREY_MODES | {"P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
 NUM_PEEKS = 64
+HEAD_BYTES = 2**16
 # Larger images are resized to 256/224 of the wanted size before the centre is cropped.
 LARGEST_UNCROPPED_SIZE = 64
+ImageOrTensor = TypeVar("ImageOrTensor", bound=Any)
+"""A PIL image or a tensor uint8 [C, H, W], whichever a decoder gives."""
+
+
+class BadImageError(ValueError):
+    """An image that cannot be used: unreadable, or not of 8 bits per channel."""
 
 
 @dataclass(frozen=True)
@@ -35,17 +47,26 @@ def find_sizes(sources: Iterable[Source]) -> dict[tuple[int, int], str]:
     """Sizes (width, height) among a few evenly spaced images, each with where one such image is."""
     sizes: dict[tuple[int, int], str] = {}
     for source in sources:
-        for index in _spread(source):
-            sizes.setdefault(_open(source, index).size, source.describe(index))
+        for index, image in _readable(source, _spread(source)):
+            sizes.setdefault(image.size, source.describe(index))
+        if not sizes:
+            open_image(source, 0)  # raises what is wrong with it
     return sizes
 
 
 def find_num_channels(source: Source) -> int:
     """1 if every image is grey, else 3; all of them are opened only where the first looks are."""
     for rows in (_spread(source), range(len(source))):
-        if any(_open(source, index).mode not in GREY_MODES for index in rows):
+        if any(image.mode not in GREY_MODES for _, image in _readable(source, rows)):
             return 3
     return 1
+
+
+def _readable(source: Source, rows: Iterable[int]) -> Iterator[tuple[int, Image.Image]]:
+    """The images that can be opened; the others are found, and named, when they are decoded."""
+    for index in rows:
+        with suppress(BadImageError):
+            yield index, open_image(source, index)
 
 
 def _spread(source: Source) -> list[int]:
@@ -56,21 +77,15 @@ def _spread(source: Source) -> list[int]:
 def decode(source: Source, index: int, image_format: ImageFormat) -> Image.Image:
     """One image in mode L or RGB, in its own size.
 
-    Raises ValueError that names the image when it is unreadable, not of 8 bits, or not of the
-    size that the format asks for.
+    Raises BadImageError that names the image when it is unreadable or not of 8 bits, ValueError
+    when it is not of the size that the format asks for.
     """
-    image = _open(source, index)
+    image = open_image(source, index)
     try:
         image.load()
     except Exception as error:
         raise _unreadable(source, index) from error
-    size = image_format.size
-    if image_format.example is not None and image.size != (size, size):
-        raise ValueError(
-            "data.image_size: expected one size for all images or --data.image_size, "
-            f"got {size}x{size} ({image_format.example}) "
-            f"and {image.width}x{image.height} ({source.describe(index)})"
-        )
+    check_size(image, source, index, image_format)
     mode = "L" if image_format.num_channels == 1 else "RGB"
     if image.mode == "P" and "transparency" in image.info:
         # In one step PIL would warn and guess.
@@ -78,34 +93,91 @@ def decode(source: Source, index: int, image_format: ImageFormat) -> Image.Image
     return image if image.mode == mode else image.convert(mode)
 
 
-def fit(image: Image.Image, size: int) -> Image.Image:
-    """The image at size x size: itself, or resized on its short side and cropped to the centre.
-
-    Above 64 pixels the short side becomes size * 256 / 224, as is usual for ImageNet.
-    """
-    if image.size == (size, size):
-        return image
-    short_side = size if size <= LARGEST_UNCROPPED_SIZE else round(size * 256 / 224)
-    resized = functional.resize(image, [short_side], antialias=True)
-    cropped: Image.Image = functional.center_crop(resized, [size, size])
-    return cropped
-
-
-def _open(source: Source, index: int) -> Image.Image:
+def open_image(source: Source, index: int) -> Image.Image:
+    """One image, its head read and its pixels not yet; raises BadImageError as `decode` does."""
     # PIL's decoders raise whatever they stumble over, not only OSError.
     try:
         image = source.read(index)
     except Exception as error:
         raise _unreadable(source, index) from error
+    return _of_eight_bits(image, source, index)
+
+
+def open_encoded(source: EncodedSource, index: int) -> tuple[NDArray[np.uint8], Image.Image]:
+    """The bytes of an image file and the image, opened from its first bytes if they suffice.
+
+    Raises BadImageError as `decode` does.
+    """
+    try:
+        encoded = source.encoded(index)
+        try:
+            image = Image.open(io.BytesIO(encoded[:HEAD_BYTES].data))
+        except OSError:
+            image = Image.open(io.BytesIO(encoded.data))
+    except Exception as error:
+        raise _unreadable(source, index) from error
+    return encoded, _of_eight_bits(image, source, index)
+
+
+def _of_eight_bits(image: Image.Image, source: Source, index: int) -> Image.Image:
     if image.mode not in EIGHT_BIT_MODES:
-        raise ValueError(
+        raise BadImageError(
             f"{source.flag}: expected an image of 8 bits per channel, "
             f"got mode {image.mode}: {source.describe(index)}"
         )
     return image
 
 
-def _unreadable(source: Source, index: int) -> ValueError:
-    return ValueError(
+def check_size(image: Image.Image, source: Source, index: int, image_format: ImageFormat) -> None:
+    """Raises ValueError unless the image has the size that the format asks for, if it does."""
+    size = image_format.size
+    if image_format.example is not None and image.size != (size, size):
+        raise ValueError(
+            "data.image_size: expected one size for all images or --data.image_size, "
+            f"got {size}x{size} ({image_format.example}) "
+            f"and {image.width}x{image.height} ({source.describe(index)})"
+        )
+
+
+def fit(image: ImageOrTensor, size: int) -> ImageOrTensor:
+    """The image at size x size: itself, or resized on its short side and cropped to the centre.
+
+    Above 64 pixels the short side becomes size * 256 / 224, as is usual for ImageNet.
+    """
+    if functional.get_size(image) == [size, size]:
+        return image
+    resized = functional.resize(image, [short_side(size)], antialias=True)
+    cropped: ImageOrTensor = functional.center_crop(resized, [size, size])
+    return cropped
+
+
+def short_side(size: int) -> int:
+    """Pixels that the short side of an image is resized to before its centre is cropped."""
+    return size if size <= LARGEST_UNCROPPED_SIZE else round(size * 256 / 224)
+
+
+def centre(size: tuple[int, int], wanted: int) -> tuple[int, int, int, int]:
+    """What `fit` makes of an image of this width and height: the width and height it is resized to,
+    and top and left of the part that is kept of that."""
+    width, height = size
+    if width == height == wanted:
+        return width, height, 0, 0
+    short = short_side(wanted)
+    long = short * max(size) // min(size)
+    new_width, new_height = (short, long) if width <= height else (long, short)
+    top, left = round((new_height - wanted) / 2), round((new_width - wanted) / 2)
+    return new_width, new_height, top, left
+
+
+def cut(image: ImageOrTensor, crop: Crop, size: int) -> ImageOrTensor:
+    """The crop of the image at size x size, mirrored if it says so."""
+    place = (crop.top, crop.left, crop.height, crop.width)
+    resized = functional.resized_crop(image, *place, [size, size], antialias=True)
+    flipped: ImageOrTensor = functional.horizontal_flip(resized) if crop.is_flipped else resized
+    return flipped
+
+
+def _unreadable(source: Source, index: int) -> BadImageError:
+    return BadImageError(
         f"{source.flag}: expected an image, got an unreadable one: {source.describe(index)}"
     )

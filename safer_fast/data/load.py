@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -10,15 +12,19 @@ import numpy as np
 import torch
 
 from safer_fast.config import DataConfig
+from safer_fast.data.backends import Backends
+from safer_fast.data.bad_images import BadImages
 from safer_fast.data.batch import Loader
-from safer_fast.data.formats import Source, check_labels, open_splits
+from safer_fast.data.formats import Source, check_labels, empty_classes, open_splits
+from safer_fast.data.formats.synthetic import SIZE as SYNTHETIC_SIZE
+from safer_fast.data.formats.synthetic import SyntheticSource
 from safer_fast.data.images import ImageFormat, find_num_channels, find_sizes
-from safer_fast.data.loaders import DeviceLoader, Ordering, make_loader
-from safer_fast.data.reading import Rows
+from safer_fast.data.order import Indices, Ordering
 from safer_fast.data.seeds import derive_seed
 
 LARGEST_UNAUGMENTED_SIZE = 16
 LARGEST_CROP_SIZE = 64
+NUM_NAMED = 3
 
 
 @dataclass
@@ -28,7 +34,8 @@ class Data:
     name: "digits" or the stem of the path. test: None where there is no test data.
     num_channels: 1 for grey images, else 3. image_size: edge in pixels of the images that the
     loaders give. validation_rows: rows of the training data that were cut off as validation
-    split, sorted; None where the data has its own.
+    split, sorted; None where the data has its own. bad: knows of the images left out. notes: lines
+    on what a user may not expect.
     """
 
     name: str
@@ -40,6 +47,8 @@ class Data:
     num_channels: int
     image_size: int
     validation_rows: list[int] | None
+    bad: BadImages = field(default_factory=BadImages)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -60,67 +69,74 @@ def load_data(
     seed: int,
     evaluation_batch_size: int | None = None,
     device: torch.device | None = None,
+    rank: int = 0,
+    num_ranks: int = 1,
+    report: Callable[[str], None] = print,
 ) -> Data:
-    """Loaders for training, validation and test, decoded already where the images are small.
+    """Loaders for training, validation and test, decoded already where they lie on the device.
 
-    Batches are uint8, on the CPU, or on `device` where `data.backend` puts the set there. The
-    validation split, where it is cut from the training data,
-    and the `max_images` training images are drawn with `seed`. evaluation_batch_size: of
-    validation and test; default: batch_size.
+    Batches are uint8; they lie on `device` where the backend prepares them there, else on the CPU.
+    The validation split, where it is cut from the training data, and the `max_images` training
+    images are drawn with `seed`. batch_size: the most images of a training batch, of all ranks
+    together. evaluation_batch_size: of validation and test; default: batch_size. rank, num_ranks:
+    which part of every batch these loaders give. report: told of images that are left out.
     Raises ValueError, one line that names the setting and the file, for data that is missing,
     damaged, or does not fit together.
     """
     _check_settings(config)
-    splits = _open(config)
+    bad = BadImages(config.bad_images, report)
+    splits = _open(config, bad)
     class_names = _agree_on_classes(splits)
     image_format = _agree_on_images(splits, config.image_size)
     training_rows, validation_rows = _cut(splits, config, seed)
-    place = _place(config, device)
-    training = Ordering(batch_size, seed, _augmentation(config, image_format.size))
-    evaluation = Ordering(evaluation_batch_size or batch_size, seed)
-
-    def load(source: Source, rows: Rows, ordering: Ordering) -> Loader:
-        loader = make_loader(source, rows, image_format, ordering, config.num_workers, place)
-        if config.backend == "device" and not isinstance(loader, DeviceLoader):
-            raise ValueError(
-                "data.backend: expected auto or torch for images that are decoded when needed "
-                "(random-resized-crop, large ones of other sizes, over 1 GiB in all), got device"
-            )
-        return loader
-
+    backends = Backends(config, image_format, len(class_names), device or torch.device("cpu"), bad)
+    evaluation = Ordering(evaluation_batch_size or batch_size, seed, rank=rank, num_ranks=num_ranks)
+    training = replace(
+        evaluation,
+        batch_size=batch_size,
+        augmentation=_augmentation(config, image_format.size),
+        # timm mixes pairs
+        multiple=2 if config.mixup or config.cutmix else 1,
+    )
+    train = backends.loader(splits.train, training_rows, training)
+    validation = backends.loader(splits.validation or splits.train, validation_rows, evaluation)
     test = splits.test
     return Data(
         name=_name(config.path),
-        train=load(splits.train, training_rows, training),
-        validation=load(splits.validation or splits.train, validation_rows, evaluation),
-        test=None if test is None else load(test, np.arange(len(test)), evaluation),
+        train=train,
+        validation=validation,
+        test=None if test is None else backends.loader(test, np.arange(len(test)), evaluation),
         num_classes=len(class_names),
         class_names=class_names,
         num_channels=image_format.num_channels,
         image_size=image_format.size,
         validation_rows=validation_rows.tolist() if splits.validation is None else None,
+        bad=bad,
+        notes=[*_notes(splits.train, class_names), *backends.notes],
     )
 
 
 def load_evaluation_data(
     path: str,
+    config: DataConfig,
     *,
     batch_size: int,
     num_classes: int,
     num_channels: int,
     image_size: int,
-    num_workers: int,
     class_names: list[str] | None = None,
+    device: torch.device | None = None,
 ) -> Loader:
     """A loader of other data for a trained model: the test split at `path`, else its validation
     split, else all of it where it has no splits.
 
-    Images are brought to `image_size`. class_names: those of the model, to be compared with the
-    data's where that has names; default: not compared.
+    config: how it is loaded. Images are brought to `image_size`. class_names: those of the model,
+    to be compared with the data's where that has names; default: not compared.
     Raises ValueError as `load_data` does, also for labels and channels that the model does not
     know.
     """
-    found = open_splits(path, "data.path")
+    bad = BadImages(config.bad_images)
+    found = open_splits(path, "data.path", bad)
     source = found.get("test") or found.get("validation") or found.get("all")
     if source is None:
         raise ValueError(
@@ -129,16 +145,17 @@ def load_evaluation_data(
     _check_classes(source, class_names, num_classes)
     _check_channels(source, num_channels)
     image_format = ImageFormat(image_size, num_channels)
-    rows = np.arange(len(source))
-    return make_loader(source, rows, image_format, Ordering(batch_size, seed=0), num_workers)
+    backends = Backends(config, image_format, num_classes, device or torch.device("cpu"), bad)
+    return backends.loader(source, np.arange(len(source)), Ordering(batch_size, seed=0))
 
 
-def _place(config: DataConfig, device: torch.device | None) -> torch.device | None:
-    """Where sets that are held in memory lie, if not in the CPU's."""
-    if config.backend == "device":
-        return device or torch.device("cpu")
-    on_gpu = device is not None and device.type == "cuda"
-    return device if on_gpu and config.backend == "auto" else None
+def _notes(train: Source, class_names: list[str]) -> list[str]:
+    """A line on classes that have no image to learn from."""
+    empty = [class_names[number] for number in empty_classes(train, len(class_names))]
+    if not empty:
+        return []
+    more = f" and {len(empty) - NUM_NAMED} more" if len(empty) > NUM_NAMED else ""
+    return [f"{train.flag}: no image of class {', '.join(empty[:NUM_NAMED])}{more}"]
 
 
 def _check_settings(config: DataConfig) -> None:
@@ -151,11 +168,13 @@ def _check_settings(config: DataConfig) -> None:
             raise ValueError(f"data.{name}: expected at least 1, got {value}")
     if config.num_workers < 0:
         raise ValueError(f"data.num_workers: expected at least 0, got {config.num_workers}")
+    if config.prefetch < 1:
+        raise ValueError(f"data.prefetch: expected at least 1, got {config.prefetch}")
 
 
-def _open(config: DataConfig) -> _Splits:
+def _open(config: DataConfig, bad: BadImages) -> _Splits:
     """Splits named explicitly go before those found beside the training data."""
-    found = open_splits(config.path, "data.path")
+    found = open_splits(config.path, "data.path", bad)
     train = found.get("train") or found.get("all")
     if train is None:
         raise ValueError(
@@ -163,15 +182,15 @@ def _open(config: DataConfig) -> _Splits:
         )
     return _Splits(
         train,
-        _open_one(config.validation_path, "validation") or found.get("validation"),
-        _open_one(config.test_path, "test") or found.get("test"),
+        _open_one(config.validation_path, "validation", bad) or found.get("validation"),
+        _open_one(config.test_path, "test", bad) or found.get("test"),
     )
 
 
-def _open_one(path: str | None, split: str) -> Source | None:
+def _open_one(path: str | None, split: str, bad: BadImages) -> Source | None:
     if path is None:
         return None
-    found = open_splits(path, f"data.{split}_path")
+    found = open_splits(path, f"data.{split}_path", bad)
     source = found.get(split) or found.get("all")
     if source is None:
         raise ValueError(
@@ -211,8 +230,8 @@ def _agree_on_images(splits: _Splits, image_size: int | None) -> ImageFormat:
     num_channels = find_num_channels(train)
     for source in others:
         _check_channels(source, num_channels)
-    if image_size is not None:
-        return ImageFormat(image_size, num_channels)
+    if image_size is not None or isinstance(train, SyntheticSource):
+        return ImageFormat(image_size or SYNTHETIC_SIZE, num_channels)
     sizes = find_sizes(splits.all())
     (width, height), example = next(iter(sizes.items()))
     if len(sizes) > 1 or width != height:
@@ -234,7 +253,7 @@ def _check_channels(source: Source, num_channels: int) -> None:
         )
 
 
-def _cut(splits: _Splits, config: DataConfig, seed: int) -> tuple[Rows, Rows]:
+def _cut(splits: _Splits, config: DataConfig, seed: int) -> tuple[Indices, Indices]:
     """Sorted rows for training, at most max_images, and for validation."""
     generator = np.random.default_rng(derive_seed(seed, "split"))
     num_rows = len(splits.train)
@@ -262,7 +281,8 @@ def _augmentation(config: DataConfig, image_size: int) -> str:
 
 
 def _name(path: str | None) -> str:
-    if path is None:
-        return "digits"
+    if path is None or path in ("digits", "synthetic"):
+        return path or "digits"
     location = Path(path).expanduser().resolve()
-    return location.name if location.is_dir() else location.stem
+    name = location.name if location.is_dir() else location.stem
+    return re.sub(r"[-_.]*\{[^}]*\}", "", name) or "data"

@@ -2,120 +2,224 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from types import TracebackType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from safer_fast.data.augmentation import Augmentation
+from safer_fast.data.augmentation import Draws, augment, pad
+from safer_fast.data.bad_images import BadImages
+from safer_fast.data.crops import draw_crop
 from safer_fast.data.formats import Source
-from safer_fast.data.images import ImageFormat, decode, fit
+from safer_fast.data.images import BadImageError, ImageFormat, cut, decode, fit
+from safer_fast.data.order import Indices
 from safer_fast.data.seeds import derive_seed
 
 # Small, because what workers give back lies in shared memory, of which containers have little.
 BYTES_PER_TASK = 2**20
 TASKS_PER_WORKER = 8
+NUM_RANDOM_OPERATIONS = 2
 
-Rows = NDArray[np.int64]
-Samples = tuple[Tensor, Tensor]
+
+class Samples(NamedTuple):
+    """Images that were read, and what is wrong with those left out.
+
+    images: uint8 [B, C, S, S]. labels: int64 [B]. indices: int64 [B], which they are. messages: a
+    line for each image left out.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: Indices
+    messages: list[str]
 
 
 def read_batches(
-    reader: Reader, batches: Sequence[Tensor], num_workers: int, pin_memory: bool = False
+    reader: Reader,
+    batches: Sequence[Indices],
+    bad: BadImages,
+    num_workers: int,
+    prefetch: int = 2,
+    pin_memory: bool = False,
 ) -> Iterator[Samples]:
-    """Images uint8 [B, C, S, S] and labels int64 [B] of each index tensor [B], in their order.
+    """The images of each index array, in their order.
 
-    Raises ValueError that names the image when one cannot be used.
+    What `bad` does not raise is left out of its batch. Raises ValueError that names an image which
+    cannot be used, or the setting where worker processes die.
     """
+    num_workers = min(num_workers, len(batches))
     loader: DataLoader[Any] = DataLoader(
         reader,
         batch_sampler=[indices.tolist() for indices in batches],
-        num_workers=min(num_workers, len(batches)),
+        num_workers=num_workers,
+        prefetch_factor=prefetch if num_workers else None,
         collate_fn=_as_they_are,
         pin_memory=pin_memory,
+        worker_init_fn=_ends_in_silence,
         # Its own, so that loading draws nothing from the global one.
         generator=torch.Generator(),
     )
-    for samples in loader:
-        if isinstance(samples, ValueError):
-            raise samples
-        yield samples
+    for samples in _alive(_started(loader)):
+        yield usable(samples, bad)
+
+
+def usable(samples: Samples | ValueError, bad: BadImages) -> Samples:
+    """The samples, whose bad images `bad` knows of now; raises the error if it is one."""
+    if isinstance(samples, ValueError):
+        raise samples
+    for message in samples.messages:
+        bad.refuse(message)
+    return samples
+
+
+def _started(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The loader's iterator, whose workers' deaths show when it is asked for more, and only then:
+    torch's handler of SIGCHLD would raise wherever the main thread is, in a step for one."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    samples = iter(loader)
+    if threading.current_thread() is threading.main_thread() and handler is not None:
+        signal.signal(signal.SIGCHLD, handler)
+    return samples
+
+
+def _alive(samples: Iterator[Any]) -> Iterator[Any]:
+    """The samples; workers that died raise ValueError, in up to five seconds."""
+    while True:
+        try:
+            sample = next(samples)
+        except StopIteration:
+            return
+        # a worker may die while it hands over a batch: then a socket breaks
+        except (RuntimeError, EOFError, OSError) as error:
+            if str(error).startswith("Caught ") or not getattr(samples, "_workers", ()):
+                raise
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ValueError(
+                f"data.num_workers: expected worker processes that live, got: {reason} "
+                "(is there enough memory?)"
+            ) from None
+        yield sample
 
 
 def decode_all(
-    source: Source, rows: Rows, image_format: ImageFormat, num_workers: int
-) -> NDArray[np.uint8]:
-    """All images of `rows` as one array [N, C, S, S].
+    source: Source, rows: Indices, image_format: ImageFormat, bad: BadImages, num_workers: int
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """All images of `rows` as one array [N, C, S, S] and their labels [N], less those left out.
 
     Raises ValueError that names the first image that cannot be used. Large sets are decoded by
     processes: for images this small, threads wait for the interpreter more than they decode.
     """
     size = image_format.size
     images = np.empty((len(rows), image_format.num_channels, size, size), dtype=np.uint8)
+    labels = np.empty(len(rows), dtype=np.int64)
     images_per_task = max(1, BYTES_PER_TASK // images[0].nbytes)
-    batches = torch.split(torch.arange(len(rows)), images_per_task)
+    batches = np.split(np.arange(len(rows)), range(images_per_task, len(rows), images_per_task))
     num_workers = min(num_workers, len(batches) // TASKS_PER_WORKER)
-    decoded = read_batches(Reader(source, rows, image_format), batches, num_workers)
-    for start, (pixels, _) in zip(range(0, len(rows), images_per_task), decoded, strict=True):
-        images[start : start + images_per_task] = pixels.numpy()
-    return images
+    end = 0
+    reader = Reader(source, rows, image_format)
+    for samples in read_batches(reader, batches, bad, num_workers):
+        start, end = end, end + len(samples.labels)
+        images[start:end], labels[start:end] = samples.images.numpy(), samples.labels.numpy()
+    return images[:end], labels[:end]
 
 
 class Reader(Dataset[Any]):
     """Reads whole batches, which DataLoader's workers ask for through `__getitems__`.
 
-    augment: applied to batches. crop_seed: random-resized crops and flips, drawn with this seed
-    and the image's index; without it images are fitted to their size.
+    draws: crops and flips of batches. crop_seed: random resized crops and flips, drawn with this
+    seed and the image's index; without it images are fitted to their size. randaugment: magnitude,
+    drawn with `random_seed` and the image's index; 0: none.
     """
 
     def __init__(
         self,
         source: Source,
-        rows: Rows,
+        rows: Indices,
         image_format: ImageFormat,
-        augment: Augmentation | None = None,
+        draws: Draws | None = None,
         crop_seed: int | None = None,
+        randaugment: int = 0,
+        random_seed: int = 0,
     ) -> None:
         self.source, self.rows, self.image_format = source, rows, image_format
-        self.augment, self.crop_seed = augment, crop_seed
-        size = [image_format.size, image_format.size]
-        self.random_crop = v2.Compose(
-            [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
-        )
+        self.draws, self.crop_seed, self.random_seed = draws, crop_seed, random_seed
+        self.randaugment = None
+        if randaugment:
+            grey = [128] * image_format.num_channels
+            self.randaugment = v2.RandAugment(NUM_RANDOM_OPERATIONS, randaugment, fill=grey)
 
     def __getitems__(self, indices: list[int]) -> Samples | ValueError:
-        """Images and labels, or the error that a bad image causes.
+        """Images, labels and bad images, or the error that something else causes.
 
         An error is given back and not raised, because DataLoader would re-raise it as a page of
         traceback.
         """
-        try:
-            pixels = np.stack([self._read(index) for index in indices])  # [B, S, S] or with C
-        except ValueError as error:
-            return ValueError(str(error))
-        images = pixels.reshape(*pixels.shape[:3], -1).transpose(0, 3, 1, 2)  # [B, C, S, S]
-        if self.augment is not None:
-            images = self.augment(images, np.array(indices))
-        labels = self.source.labels[self.rows[indices]]
-        return torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels)
+        num_channels, size = self.image_format.num_channels, self.image_format.size
+        images = np.empty((len(indices), num_channels, size, size), dtype=np.uint8)
+        read: list[int] = []
+        messages: list[str] = []
+        for index in indices:
+            try:
+                images[len(read)] = _channels_first(self._read(index))
+                read.append(index)
+            except BadImageError as error:
+                messages.append(str(error))
+            except ValueError as error:
+                return ValueError(str(error))
+        images, known = images[: len(read)], np.array(read, dtype=np.int64)
+        if self.draws is not None and read:
+            padded = pad(images, self.draws.padding)
+            images = augment(padded, np.arange(len(read)), self.draws, known)
+        labels = self.source.labels[self.rows[known]]
+        return Samples(torch.from_numpy(images), torch.from_numpy(labels), known, messages)
 
-    def _read(self, index: int) -> NDArray[np.uint8]:
-        """[S, S] or [S, S, C]."""
+    def _read(self, index: int) -> Image.Image:
         image = decode(self.source, int(self.rows[index]), self.image_format)
+        size = self.image_format.size
         if self.crop_seed is None:
-            image = fit(image, self.image_format.size)
+            image = fit(image, size)
         else:
-            # torchvision draws from the global generator: lend it and give it back. Only the
-            # CPU's: torch.manual_seed would reseed the GPU's too.
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(derive_seed(self.crop_seed, "image", index))
-                image = self.random_crop(image)
-        return np.asarray(image)
+            image = cut(image, draw_crop(*image.size, self.crop_seed, index), size)
+        return image if self.randaugment is None else self._augmented(image, index)
+
+    def _augmented(self, image: Image.Image, index: int) -> Image.Image:
+        """After RandAugment (Cubuk et al., 2020) of torchvision, which draws from torch's global
+        generator: it is lent and given back."""
+        assert self.randaugment is not None
+        # only the CPU's: torch.manual_seed would reseed the GPU's too
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(derive_seed(self.random_seed, "image", index))
+            augmented: Image.Image = self.randaugment(image)
+        return augmented
+
+
+def _channels_first(image: Image.Image) -> NDArray[np.uint8]:
+    """Pixels [C, S, S]."""
+    pixels = np.asarray(image)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def _ends_in_silence(_: int) -> None:
+    """In a worker: a main process that ends while it is handed a batch is worth no traceback."""
+    hook = sys.excepthook
+
+    def unless_it_ended(
+        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+    ) -> None:
+        if not issubclass(kind, ConnectionError | EOFError):
+            hook(kind, error, traceback)
+
+    sys.excepthook = unless_it_ended
 
 
 def _as_they_are(samples: Any) -> Any:

@@ -4,65 +4,87 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
+from safer_fast.data.bad_images import BadImages
+from safer_fast.data.formats.source import EncodedSource, Source, check_labels, empty_classes
+from safer_fast.data.formats.splits import expand_pattern, group_by_split, is_pattern
 
-from safer_fast.data.formats.source import Source, check_labels
-
-__all__ = ["Source", "check_labels", "open_splits"]
+__all__ = ["EncodedSource", "Source", "check_labels", "empty_classes", "open_splits"]
 
 EXPECTED = (
-    "a .parquet file or a folder of them, a folder of images (train/CLASS/*.jpg) or an .npz file"
+    "a .parquet or .tar file, a folder or pattern (train-{000..099}.tar) of them, "
+    "a folder of images (train/CLASS/*.jpg), an .npz file, digits or synthetic"
 )
 # A larger label is no class but a number of another kind.
 MOST_UNNAMED_CLASSES = 2**20
 
 
-def open_splits(path: str | None, flag: str) -> dict[str, Source]:
+def open_splits(path: str | None, flag: str, bad: BadImages | None = None) -> dict[str, Source]:
     """The splits that a path holds: train, validation and test, or `all` where it names none.
 
-    path: None is the built-in digits. flag: the setting named in errors.
+    path: None and "digits" are the built-in digits, "synthetic" is noise; files of these names are
+    reached as ./digits. flag: the setting named in errors. bad: told of damaged shards and of
+    samples without image; default: they are errors.
     Raises ValueError when the path, its format, columns, arrays, classes or labels are not usable.
     """
-    if path is None:
+    if path is None or path == "digits":
         from safer_fast.data.formats.arrays import open_digits
 
-        return open_digits()
+        return open_digits(flag)
+    if path == "synthetic":
+        from safer_fast.data.formats.synthetic import open_synthetic
+
+        return open_synthetic(flag)
     location = Path(path).expanduser()
     try:
-        splits = _open(location, flag)
+        splits = _open(location, flag, bad or BadImages("error"))
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise ValueError(f"{flag}: expected {EXPECTED}, got {path} ({reason})") from error
+        place = error.filename or path
+        raise ValueError(f"{flag}: expected {EXPECTED}, got {place} ({reason})") from error
     for source in splits.values():
         _check(source, location)
     return splits
 
 
-def _open(path: Path, flag: str) -> dict[str, Source]:
+def _open(path: Path, flag: str, bad: BadImages) -> dict[str, Source]:
     """Format by what is there; each format's libraries are imported only when it is used."""
+    if is_pattern(path):
+        return _open_files({"all": expand_pattern(path, flag)}, flag, bad)
     if path.is_dir():
-        if files := sorted(path.glob("*.parquet")):
-            from safer_fast.data.formats.parquet import open_parquet_folder
+        from safer_fast.data.formats.folder import find_split_folders, open_folder
 
-            return open_parquet_folder(files, flag)
-        from safer_fast.data.formats.folder import open_folder
-
+        files = sorted(path.glob("*.parquet"))
+        # Image folders often lie beside the .tar files that they were unpacked from.
+        if not files and not find_split_folders(path):
+            files = sorted(path.glob("*.tar"))
+        if files:
+            return _open_files(group_by_split(files, flag), flag, bad)
         return open_folder(path, flag)
     path.stat()  # raises OSError that says why: not there, or no permission
-    if path.suffix == ".parquet":
-        from safer_fast.data.formats.parquet import ParquetSource
-
-        return {"all": ParquetSource([path], flag)}
     if path.suffix == ".npz":
         from safer_fast.data.formats.arrays import open_npz
 
         return open_npz(path, flag)
-    raise ValueError(f"{flag}: expected {EXPECTED}, got {path}")
+    return _open_files({"all": [path]}, flag, bad)
+
+
+def _open_files(groups: dict[str, list[Path]], flag: str, bad: BadImages) -> dict[str, Source]:
+    """One source for each split of files of one format."""
+    first = next(file for files in groups.values() for file in files)
+    if first.suffix == ".parquet":
+        from safer_fast.data.formats.parquet import open_parquet
+
+        return open_parquet(groups, flag)
+    if first.suffix == ".tar":
+        from safer_fast.data.formats.tar import open_tar
+
+        return open_tar(groups, flag, bad)
+    raise ValueError(f"{flag}: expected {EXPECTED}, got {first}")
 
 
 def _check(source: Source, path: Path) -> None:
     if not len(source):
         raise ValueError(f"{source.flag}: expected at least one image, got none in {path}")
     names = source.class_names
-    num_labels = int(np.clip(source.labels.max() + 1, 1, MOST_UNNAMED_CLASSES))
+    num_labels = max(1, min(int(source.labels.max()) + 1, MOST_UNNAMED_CLASSES))
     check_labels(source, num_labels if names is None else len(names))

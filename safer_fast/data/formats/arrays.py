@@ -40,7 +40,7 @@ class ArraySource(Source):
         return f"row {index} of {self.name}"
 
 
-def open_digits() -> dict[str, Source]:
+def open_digits(flag: str) -> dict[str, Source]:
     """scikit-learn's 1797 grey 8x8 digits, values 0..16 scaled to 0..255, in a fixed split.
 
     train: the first 1000 rows of a fixed permutation; test: the other 797.
@@ -54,7 +54,7 @@ def open_digits() -> dict[str, Source]:
     names = [str(name) for name in digits.target_names]
     halves = {"train": slice(NUM_TRAINING_DIGITS), "test": slice(NUM_TRAINING_DIGITS, None)}
     return {
-        split: ArraySource(images[rows], labels[rows], "data.path", f"digits ({split})", names)
+        split: ArraySource(images[rows], labels[rows], flag, f"digits ({split})", names)
         for split, rows in halves.items()
     }
 

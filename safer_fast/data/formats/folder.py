@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from numpy.typing import NDArray
 
-from safer_fast.data.formats.source import Source
+from safer_fast.data.formats.source import EncodedSource, Source
 
 SPLIT_NAMES = {"train": ["train"], "validation": ["val", "validation"], "test": ["test"]}
 
 
-class FolderSource(Source):
+class FolderSource(EncodedSource):
     """DIR/CLASS/*.jpg with the classes and files of torchvision's ImageFolder, sorted by name."""
 
     def __init__(self, path: Path, flag: str) -> None:
@@ -38,8 +37,8 @@ class FolderSource(Source):
                 f"{self.flag}: expected images in every class folder, got none in {path / name}"
             )
 
-    def read(self, index: int) -> Image.Image:
-        return Image.open(io.BytesIO(Path(self.describe(index)).read_bytes()))
+    def encoded(self, index: int) -> NDArray[np.uint8]:
+        return np.fromfile(self.describe(index), dtype=np.uint8)
 
     def describe(self, index: int) -> str:
         return os.fsdecode(self.files[index])
@@ -47,10 +46,15 @@ class FolderSource(Source):
 
 def open_folder(path: Path, flag: str) -> dict[str, Source]:
     """The splits below a folder, or all of it where no subfolder is named after a split."""
-    splits: dict[str, Source] = {
-        split: FolderSource(path / name, flag)
+    folders = find_split_folders(path) or {"all": path}
+    return {split: FolderSource(folder, flag) for split, folder in folders.items()}
+
+
+def find_split_folders(path: Path) -> dict[str, Path]:
+    """The subfolders that are named after splits."""
+    return {
+        split: path / name
         for split, names in SPLIT_NAMES.items()
         for name in names
         if (path / name).is_dir()
     }
-    return splits or {"all": FolderSource(path, flag)}

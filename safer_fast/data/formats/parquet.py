@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
-import re
-from collections import defaultdict
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,19 +14,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from PIL import Image
 
-from safer_fast.data.formats.source import Source
+from safer_fast.data.formats.source import EncodedSource, Source
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMN = "label"
-SPLIT_IN_NAME = re.compile(r"(?<![a-z])(train(ing)?|val(id|idation)?|test(ing)?)(?![a-z])")
 Column: TypeAlias = "pa.ChunkedArray[Any]"
 
-SPLITS = {"tr": "train", "va": "validation", "te": "test"}
 
-
-class ParquetSource(Source):
+class ParquetSource(EncodedSource):
     """Rows of one or more files: column image (or img), encoded images as bytes or as
     struct{bytes, path}, and column label, integers; class names from the schema metadata.
 
@@ -51,8 +47,10 @@ class ParquetSource(Source):
         # A spawned worker process reads the files again instead of being sent the images.
         return ParquetSource, (self.files, self.flag)
 
-    def read(self, index: int) -> Image.Image:
-        return Image.open(io.BytesIO(self.images[index].as_buffer()))
+    def encoded(self, index: int) -> NDArray[np.uint8]:
+        buffer: Any = self.images[index].as_buffer()
+        encoded: NDArray[np.uint8] = np.frombuffer(buffer, dtype=np.uint8)
+        return encoded
 
     def describe(self, index: int) -> str:
         file = int(np.searchsorted(self.ends, index, side="right"))
@@ -60,35 +58,71 @@ class ParquetSource(Source):
         return f"row {row} of {self.files[file]}"
 
 
-def open_parquet_folder(files: list[Path], flag: str) -> dict[str, Source]:
-    """The splits that the file names tell, or all of it where no name tells one."""
-    groups: dict[str, list[Path]] = defaultdict(list)
-    for file in files:
-        match = SPLIT_IN_NAME.search(file.stem.lower())
-        groups[SPLITS[match[0][:2]] if match else "all"].append(file)
-    if "all" in groups and len(groups) > 1:
+def open_parquet(groups: dict[str, list[Path]], flag: str) -> dict[str, Source]:
+    """A source for each split's files.
+
+    Raises ValueError for files that are damaged, in another schema, or larger than the memory.
+    """
+    _check_memory([file for files in groups.values() for file in files], flag)
+    return {split: ParquetSource(files, flag) for split, files in groups.items()}
+
+
+def physical_memory() -> int:
+    """The memory of this machine in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _check_memory(files: list[Path], flag: str) -> None:
+    """Before anything is read: what would not fit would end the process without a message."""
+    num_bytes, memory = sum(_count_bytes(file, flag) for file in files), physical_memory()
+    if num_bytes > memory:
         raise ValueError(
-            f"{flag}: expected train, val or test in the name of every file or of none, "
-            f"got {groups['all'][0]}"
+            f"{flag}: expected parquet files that fit in memory ({memory / 2**30:.1f} GiB), "
+            f"got {num_bytes / 2**30:.1f} GiB in {len(files)} files; "
+            "tar shards and image folders are read as they are needed"
         )
-    return {split: ParquetSource(group, flag) for split, group in groups.items()}
+
+
+def _count_bytes(file: Path, flag: str) -> int:
+    """Bytes of the two columns once they are read."""
+    with _one_line_errors(file, flag):
+        metadata = pq.read_metadata(file)
+        wanted = {_image_column(metadata.schema.to_arrow_schema(), file, flag), LABEL_COLUMN}
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+    return sum(
+        column.total_uncompressed_size
+        for column in columns
+        if column.path_in_schema.split(".")[0] in wanted
+    )
 
 
 def _read(file: Path, flag: str) -> tuple[Column, NDArray[np.int64], list[str] | None]:
     """Encoded images (large_binary, null where there are none), labels and class names."""
-    try:
+    with _one_line_errors(file, flag):
         schema = pq.read_schema(file)
-        column = next((name for name in IMAGE_COLUMNS if name in schema.names), None)
-        if column is None or LABEL_COLUMN not in schema.names:
-            raise ValueError(
-                f"{flag}: expected columns image (or img) and label, "
-                f"got {', '.join(schema.names) or 'none'} in {file}"
-            )
+        column = _image_column(schema, file, flag)
         table = pq.read_table(file, columns=[column, LABEL_COLUMN], memory_map=True)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{flag}: expected a readable parquet file, got {file}") from error
     images = _encoded(table[column], file, flag)
     return images, _labels(table[LABEL_COLUMN], file, flag), _class_names(schema)
+
+
+@contextmanager
+def _one_line_errors(file: Path, flag: str) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{flag}: expected a readable parquet file, got {file}") from error
+
+
+def _image_column(schema: pa.Schema, file: Path, flag: str) -> str:
+    column = next((name for name in IMAGE_COLUMNS if name in schema.names), None)
+    if column is None or LABEL_COLUMN not in schema.names:
+        raise ValueError(
+            f"{flag}: expected columns image (or img) and label, "
+            f"got {', '.join(schema.names) or 'none'} in {file}"
+        )
+    return column
 
 
 def _encoded(column: Column, file: Path, flag: str) -> Column:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from abc import ABC, abstractmethod
 
 import numpy as np
@@ -32,6 +33,20 @@ class Source(ABC):
         """Where a row comes from: its file, or its row (counted from 0) and file."""
 
 
+class EncodedSource(Source):
+    """A source of image files, in bytes: JPEG, PNG or whatever else PIL knows."""
+
+    @abstractmethod
+    def encoded(self, index: int) -> NDArray[np.uint8]:
+        """The bytes of a row's image file, [num_bytes], read-only; a view where they lie in memory.
+
+        Raises anything if they cannot be read.
+        """
+
+    def read(self, index: int) -> Image.Image:
+        return Image.open(io.BytesIO(self.encoded(index).data))
+
+
 def check_labels(source: Source, num_classes: int) -> None:
     """Raises ValueError that names the first row whose label is not in 0..num_classes-1."""
     bad = np.flatnonzero((source.labels < 0) | (source.labels >= num_classes))
@@ -40,3 +55,9 @@ def check_labels(source: Source, num_classes: int) -> None:
             f"{source.flag}: expected labels in 0..{num_classes - 1}, "
             f"got {source.labels[bad[0]]}: {source.describe(int(bad[0]))}"
         )
+
+
+def empty_classes(source: Source, num_classes: int) -> list[int]:
+    """The class numbers without any row. The source's labels are in 0..num_classes-1."""
+    counts = np.bincount(source.labels, minlength=num_classes)
+    return [int(number) for number in np.flatnonzero(counts == 0)]

@@ -1,0 +1,138 @@
+"""Batches decoded by NVIDIA DALI, in the order and with the crops of every other loader.
+
+DALI draws nothing and keeps no order here: it is told which part of which file to decode. So its
+pipeline has no state to save, and an epoch goes on at any batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch.nn import functional
+
+from safer_fast.data.augmentation import PADDING, DeviceDraws, draw
+from safer_fast.data.bad_images import BadImages
+from safer_fast.data.batch import Batch
+from safer_fast.data.crops import Crop, draw_crop
+from safer_fast.data.dali_pipeline import PipelineSlot, Request, Run, as_file
+from safer_fast.data.formats import EncodedSource
+from safer_fast.data.images import BadImageError, centre, check_size, decode, open_encoded
+from safer_fast.data.order import Indices, OrderedLoader, Ordering
+from safer_fast.data.reading import Reader, Samples, usable
+from safer_fast.data.seeds import derive_seed
+
+# What DALI decodes to the same bits as PIL on a CPU (tested); other formats come to it as pixels.
+FORMATS = {"JPEG", "PNG", "WEBP", "BMP", "PPM"}
+END_OF_JPEG = b"\xff\xd9"
+
+
+class DaliLoader(OrderedLoader):
+    """Decodes parts of image files with DALI. Satisfies `Loader`.
+
+    On a GPU DALI decodes and resizes there, with antialias. On a CPU it decodes, to the bits of
+    PIL, and torchvision resizes the tensors, to within two levels of 255 of what it makes of PIL
+    images: DALI's own resizing takes four times as long there (bench/README.md). A batch that DALI
+    cannot decode is decoded by PIL.
+    """
+
+    backend = "dali"
+
+    def __init__(
+        self,
+        source: EncodedSource,
+        rows: Indices,
+        ordering: Ordering,
+        slot: PipelineSlot,
+        bad: BadImages,
+    ) -> None:
+        super().__init__(len(rows), ordering)
+        self.source, self.rows, self.slot, self.bad = source, rows, slot, bad
+
+    def _read(self, batches: Sequence[Indices], epoch: int | None) -> Iterator[Batch]:
+        crop_seed = None
+        if epoch is not None and self.augmentation == "random-resized-crop":
+            crop_seed = derive_seed(self.seed, "augmentation", epoch)
+        augment = self._augmentation(epoch)
+        run: Run | None = None
+        try:
+            for position, indices in enumerate(batches):
+                try:
+                    if run is None or self.slot.run is not run:
+                        # the first batch, or another loader has used the slot since the last one
+                        run = self._start(batches[position:], crop_seed)
+                    samples = run.next_batch()
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:
+                    run = None
+                    samples = self._read_plainly(indices, crop_seed, error)
+                # only now: requests are made ahead, and made again when a pipeline starts again
+                samples = usable(samples, self.bad)
+                batch = Batch(samples.images, samples.labels)
+                yield batch if augment is None else augment(batch, samples.indices)
+        finally:
+            if run is not None and self.slot.run is run:
+                self.slot.clear()
+
+    def _start(self, batches: Sequence[Indices], crop_seed: int | None) -> Run:
+        requests = (self._request(indices, crop_seed) for indices in batches)
+        return self.slot.start(requests, max(1, *map(len, batches)))
+
+    def _request(self, indices: Indices, crop_seed: int | None) -> Request:
+        request = Request(self.slot.image_format)
+        for index in indices.tolist():
+            try:
+                self._add(request, index, crop_seed)
+            except BadImageError as error:
+                request.messages.append(str(error))
+        return request
+
+    def _add(self, request: Request, index: int, crop_seed: int | None) -> None:
+        """Asks for one image; raises BadImageError where its head or its missing end shows that."""
+        row = int(self.rows[index])
+        file, image = open_encoded(self.source, row)
+        check_size(image, self.source, row, request.image_format)
+        is_whole = image.format != "JPEG" or file[-2:].tobytes() == END_OF_JPEG
+        # DALI rounds CMYK otherwise than PIL
+        if image.format not in FORMATS or image.mode == "CMYK" or not is_whole:
+            file = as_file(decode(self.source, row, request.image_format))
+        if crop_seed is None:
+            crop = _unresized_centre(image.size, request.image_format.size)
+        else:
+            crop = draw_crop(*image.size, crop_seed, index)
+        request.add(file, image.size, crop, index, int(self.source.labels[row]))
+
+    def _read_plainly(
+        self, indices: Indices, crop_seed: int | None, error: RuntimeError
+    ) -> Samples:
+        """What PIL makes of a batch that DALI stumbled over."""
+        self.slot.clear()
+        reader = Reader(self.source, self.rows, self.slot.image_format, crop_seed=crop_seed)
+        samples = reader.__getitems__(indices.tolist())
+        if isinstance(samples, ValueError):
+            raise samples
+        self.slot.report_failure(error)
+        images, labels = (t.to(self.slot.device) for t in (samples.images, samples.labels))
+        return samples._replace(images=images, labels=labels)
+
+    def _augmentation(self, epoch: int | None) -> Callable[[Batch, Indices], Batch] | None:
+        """The epoch's crops and flips of small images, where that is its augmentation."""
+        if epoch is None or self.augmentation not in PADDING:
+            return None
+        drawn = draw(self.augmentation, self.num_images, self.seed, epoch)
+        draws = DeviceDraws(drawn, self.slot.device)
+
+        def augment(batch: Batch, indices: Indices) -> Batch:
+            padded = functional.pad(batch.images, [draws.padding] * 4)
+            return Batch(
+                draws.augment(padded, torch.from_numpy(indices).to(padded.device)), batch.labels
+            )
+
+        return augment
+
+
+def _unresized_centre(size: tuple[int, int], wanted: int) -> Crop | None:
+    """The centre that `fit` takes, where it needs no resizing: then nothing else is decoded."""
+    *resized, top, left = centre(size, wanted)
+    return Crop(top, left, wanted, wanted, False) if tuple(resized) == size else None

@@ -1,0 +1,299 @@
+"""A DALI pipeline that decodes the parts of image files it is asked for, some batches ahead."""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from safer_fast.data.crops import Crop
+from safer_fast.data.images import ImageFormat, centre, fit
+from safer_fast.data.reading import Samples
+
+END_OF_ERROR = "pipeline object is no longer valid"
+INSTALL = "pip install nvidia-dali-cuda130"
+
+
+@functools.cache
+def why_no_dali(device: torch.device) -> str:
+    """Empty where DALI decodes for `device`, else the reason why it does not."""
+    try:
+        import nvidia.dali  # noqa: F401
+    except ImportError:
+        return f"it is not installed: {INSTALL}"
+    try:
+        slot = PipelineSlot(device, ImageFormat(8, 3))
+        slot.start(iter([Request(slot.image_format)]), 1).next_batch()
+    except Exception as error:  # a driver that is too old, a library that is missing
+        return _reason(error)
+    return ""
+
+
+def _reason(error: Exception) -> str:
+    """The line of an error of DALI that says what is wrong, which comes before its last ones."""
+    lines = [line for line in str(error).splitlines() if line.strip() and END_OF_ERROR not in line]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+@dataclass
+class Request:
+    """Which parts of which files one batch is made of.
+
+    files: encoded images. sizes: width and height of each in pixels. crops: what is taken of each;
+    None takes the centre, as `fit` does. indices: which images of the split they are.
+    messages: a line for each image left out.
+    """
+
+    image_format: ImageFormat
+    files: list[NDArray[np.uint8]] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    crops: list[Crop | None] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
+
+    def add(
+        self,
+        file: NDArray[np.uint8],
+        size: tuple[int, int],
+        crop: Crop | None,
+        index: int,
+        label: int,
+    ) -> None:
+        """Asks for one more image."""
+        self.files.append(file)
+        self.sizes.append(size)
+        self.crops.append(crop)
+        self.indices.append(index)
+        self.labels.append(label)
+
+    def boxes(self) -> tuple[Any, ...]:
+        """Files, and corner and size of the box that is decoded of each, int32 [B, 2].
+
+        DALI takes no empty batch: it is told of one pixel where nothing is asked for.
+        """
+        if not self.files:
+            return self._of_one_pixel().boxes()
+        pairs = zip(self.sizes, self.crops, strict=True)
+        boxes = np.array([_box(*pair) for pair in pairs], dtype=np.int32)
+        return (self.files, np.ascontiguousarray(boxes[:, :2]), np.ascontiguousarray(boxes[:, 2:]))
+
+    def regions(self) -> tuple[Any, ...]:
+        """Corners of the region of each box that becomes the image, float32 [B, 2], and whether it
+        is mirrored, int32 [B]."""
+        if not self.files:
+            return self._of_one_pixel().regions()
+        pairs = zip(self.sizes, self.crops, strict=True)
+        regions = np.array([_region(*pair, self.image_format.size) for pair in pairs], np.float32)
+        flips = np.array([crop is not None and crop.is_flipped for crop in self.crops], np.int32)
+        return (
+            np.ascontiguousarray(regions[:, :2]),
+            np.ascontiguousarray(regions[:, 2:]),
+            flips,
+        )
+
+    def _of_one_pixel(self) -> Request:
+        request = Request(self.image_format)
+        pixel = Image.new("L" if self.image_format.num_channels == 1 else "RGB", (1, 1))
+        request.add(as_file(pixel), (1, 1), Crop(0, 0, 1, 1, False), 0, 0)
+        return request
+
+    def finish(self, parts: Any) -> Tensor:
+        """Images uint8 [B, C, S, S] of decoded parts uint8 [H, W, C] on the CPU."""
+        num_channels, size = self.image_format.num_channels, self.image_format.size
+        images = torch.empty(len(self.files), num_channels, size, size, dtype=torch.uint8)
+        with _one_thread():
+            for position, crop in enumerate(self.crops):
+                pixels = torch.utils.dlpack.from_dlpack(parts[position]).permute(2, 0, 1)
+                if crop is None:
+                    images[position] = fit(pixels, size)
+                else:
+                    resized = _resized(pixels, size)
+                    images[position] = resized.flip(2) if crop.is_flipped else resized
+        return images
+
+
+def _resized(pixels: Tensor, size: int) -> Tensor:
+    """uint8 [C, H, W] at size x size, as torchvision resizes tensors, less what it spends on types
+    and formats that there are not here: a twentieth of the time."""
+    if pixels.shape[1:] == (size, size):
+        return pixels
+    return functional.interpolate(pixels[None], (size, size), mode="bilinear", antialias=True)[0]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch's threads would wait for each other, and DALI's for them, longer than they resize:
+    17 times as long on two cores."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def as_file(image: Image.Image) -> NDArray[np.uint8]:
+    """The image in a format without compression."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PPM")
+    return np.frombuffer(buffer.getvalue(), dtype=np.uint8)
+
+
+class PipelineSlot:
+    """Holds the one pipeline that is alive at a time: memory of several would add up.
+
+    image_format: of all batches. num_threads: threads that decode. prefetch: batches that are
+    decoded ahead. report: told when DALI fails.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        image_format: ImageFormat,
+        num_threads: int = 1,
+        prefetch: int = 1,
+        report: Callable[[str], None] = print,
+    ) -> None:
+        self.device, self.image_format = device, image_format
+        self.num_threads, self.prefetch, self.report = num_threads, prefetch, report
+        self.run: Run | None = None
+        self._has_failed = False
+
+    def report_failure(self, error: RuntimeError) -> None:
+        """Says once that DALI could not decode a batch."""
+        if not self._has_failed:
+            self.report(f"note:       DALI failed on a batch, PIL decoded it ({_reason(error)})")
+        self._has_failed = True
+
+    def start(self, requests: Iterator[Request], batch_size: int) -> Run:
+        """A pipeline for requests of at most `batch_size` images, after the end of the last one."""
+        self.clear()
+        self.run = Run(requests, batch_size, self)
+        return self.run
+
+    def clear(self) -> None:
+        """Ends the pipeline, if there is one."""
+        if self.run is not None:
+            self.run.pipeline = None
+        self.run = None
+
+
+class Run:
+    """A pipeline working through requests, some batches ahead."""
+
+    def __init__(self, requests: Iterator[Request], batch_size: int, slot: PipelineSlot) -> None:
+        self.device = slot.device
+        self._waiting: deque[Request] = deque()
+        self._last: Request | None = None
+
+        def inputs() -> Iterator[tuple[Any, ...]]:
+            for request in requests:
+                self._waiting.append(request)
+                on_gpu = request.regions() if slot.device.type == "cuda" else ()
+                yield request.boxes() + on_gpu
+
+        self.pipeline: Any = _build(inputs(), batch_size, slot)
+
+    def next_batch(self) -> Samples:
+        """The images of the next request, on the device.
+
+        Raises RuntimeError where DALI cannot decode it.
+        """
+        stream = None
+        if self.device.type == "cuda":
+            stream = torch.cuda.current_stream(self.device)
+        (output,) = self.pipeline.run(stream)
+        request = self._waiting.popleft()
+        # DALI reads bytes where they lie, on a GPU perhaps until now: they stay for one batch more
+        self._last = request
+        labels = torch.tensor(request.labels, dtype=torch.int64)
+        indices = np.array(request.indices, dtype=np.int64)
+        if stream is None:
+            return Samples(request.finish(output), labels, indices, request.messages)
+        images = _copied(output, stream)[: len(labels)]
+        labels = labels.to(self.device, non_blocking=True)
+        return Samples(images, labels, indices, request.messages)
+
+
+def _build(inputs: Iterator[tuple[Any, ...]], batch_size: int, slot: PipelineSlot) -> Any:
+    """A pipeline that gives uint8 [B, C, S, S] on a GPU, on a CPU the decoded boxes [H, W, C]."""
+    from nvidia.dali import Pipeline, fn, types
+
+    is_cuda, index = slot.device.type == "cuda", slot.device.index
+    size, num_channels = slot.image_format.size, slot.image_format.num_channels
+    pipeline = Pipeline(
+        batch_size=batch_size,
+        num_threads=slot.num_threads,
+        device_id=torch.cuda.current_device() if is_cuda and index is None else index,
+        prefetch_queue_depth=slot.prefetch,
+    )
+    with pipeline:
+        files, corner, extent, *regions = fn.external_source(
+            source=inputs, num_outputs=6 if is_cuda else 3, batch=True, no_copy=True
+        )
+        images = fn.decoders.image_slice(
+            files,
+            start=corner,
+            shape=extent,
+            axis_names="HW",
+            output_type=types.GRAY if num_channels == 1 else types.RGB,
+            # as PIL does, whose sizes the boxes were drawn for
+            adjust_orientation=False,
+            device="mixed" if is_cuda else "cpu",
+        )
+        if is_cuda:
+            start, end, flips = regions
+            images = fn.resize(images, size=[size, size], roi_start=start, roi_end=end)
+            images = fn.crop_mirror_normalize(
+                images,
+                mirror=flips,
+                dtype=types.UINT8,
+                output_layout="CHW",
+                mean=[0.0] * num_channels,
+                std=[1.0] * num_channels,
+            )
+        pipeline.set_outputs(images)
+    pipeline.build()
+    return pipeline
+
+
+def _copied(output: Any, stream: torch.cuda.Stream) -> Tensor:
+    """DALI's images on the GPU, in memory of torch."""
+    from nvidia.dali.plugin.pytorch import feed_ndarray
+
+    images = output.as_tensor()
+    copied = torch.empty(images.shape(), dtype=torch.uint8, device=stream.device)
+    feed_ndarray(images, copied, cuda_stream=stream)
+    return copied
+
+
+def _box(size: tuple[int, int], crop: Crop | None) -> tuple[int, int, int, int]:
+    """Top, left, height and width of what is decoded of an image of this width and height."""
+    if crop is None:
+        return (0, 0, size[1], size[0])
+    return (crop.top, crop.left, crop.height, crop.width)
+
+
+def _region(
+    size: tuple[int, int], crop: Crop | None, wanted: int
+) -> tuple[float, float, float, float]:
+    """Top, left, bottom and right of what is resized of the decoded box: the part that `fit` keeps
+    of an image of this width and height, or all of a crop."""
+    if crop is not None:
+        return (0.0, 0.0, float(crop.height), float(crop.width))
+    width, height = size
+    new_width, new_height, top, left = centre(size, wanted)
+    down, across = height / new_height, width / new_width
+    return (top * down, left * across, (top + wanted) * down, (left + wanted) * across)

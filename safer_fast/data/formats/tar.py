@@ -1,0 +1,110 @@
+"""Webdataset shards: uncompressed .tar files whose members are samples."""
+
+from __future__ import annotations
+
+import functools
+import os
+import resource
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from safer_fast.data.bad_images import BadImages
+from safer_fast.data.formats.source import EncodedSource, Source
+from safer_fast.data.formats.tar_index import ShardIndex, index_shard
+
+CLASS_NAMES = "classnames.txt"
+# More is indexed by several processes.
+LARGEST_ALONE = 2**30
+
+
+class TarSource(EncodedSource):
+    """Samples of one or more shards: members KEY.jpg (or another image) and KEY.cls (an integer) or
+    KEY.json (with label or cls); class names from the lines of classnames.txt beside the shards.
+
+    Shards are mapped into memory when a sample of theirs is first read. Nothing is extracted.
+    """
+
+    def __init__(self, shards: list[Path], flag: str, bad: BadImages) -> None:
+        self.shards, self.flag = shards, flag
+        found = []
+        for index in _index_all(shards, flag):
+            for message in index.refused:
+                bad.refuse(message)
+            found.append(index)
+        # Arrays, because worker processes would copy lists page by page as they count references.
+        self.offsets = np.concatenate([index.offsets for index in found])
+        self.sizes = np.concatenate([index.sizes for index in found])
+        self.labels = np.concatenate([index.labels for index in found])
+        self.keys = np.concatenate([index.keys for index in found])
+        nums_samples = [len(index.labels) for index in found]
+        self.shard_numbers = np.repeat(np.arange(len(shards), dtype=np.int32), nums_samples)
+        if not len(self.labels):
+            where = shards[0] if len(shards) == 1 else f"{shards[0]} to {shards[-1]}"
+            raise ValueError(f"{flag}: expected at least one sample, got none in {where}")
+        self.class_names = _read_class_names(shards[0].parent / CLASS_NAMES, flag)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Worker processes map the shards themselves.
+        return {name: value for name, value in vars(self).items() if name != "map_shard"}
+
+    def encoded(self, index: int) -> NDArray[np.uint8]:
+        start = int(self.offsets[index])
+        shard = self.map_shard(self.shards[self.shard_numbers[index]])
+        return shard[start : start + int(self.sizes[index])]
+
+    def describe(self, index: int) -> str:
+        key = self.keys[index].decode(errors="replace")
+        return f"sample {key} of {self.shards[self.shard_numbers[index]]}"
+
+    @functools.cached_property
+    def map_shard(self) -> Callable[[Path], NDArray[np.uint8]]:
+        """The bytes of a shard, read-only; the shards read last stay mapped."""
+        # A map keeps its file open. Three splits may be open at once, beside other files.
+        most_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most_maps = None if most_files == resource.RLIM_INFINITY else max(1, most_files // 4)
+        return functools.lru_cache(most_maps)(_map_shard)
+
+
+def open_tar(groups: dict[str, list[Path]], flag: str, bad: BadImages) -> dict[str, Source]:
+    """A source for each split's shards; what they lack is told to `bad`.
+
+    Raises ValueError for labels that are missing or no integers, and where there are no samples.
+    """
+    return {split: TarSource(shards, flag, bad) for split, shards in groups.items()}
+
+
+def _index_all(shards: list[Path], flag: str) -> Iterator[ShardIndex]:
+    """The index of each shard, in their order."""
+    index = functools.partial(index_shard, flag=flag)
+    num_bytes = sum(shard.stat().st_size for shard in shards)
+    if len(shards) == 1 or num_bytes <= LARGEST_ALONE:
+        yield from map(index, shards)
+        return
+    pool = ProcessPoolExecutor(min(len(shards), os.cpu_count() or 1))
+    try:
+        found = pool.map(index, shards)
+        yield from tqdm(found, "reading shards", len(shards), leave=False, disable=None)
+    finally:
+        # An error in one shard does not wait for the others.
+        pool.shutdown(cancel_futures=True)
+
+
+def _map_shard(shard: Path) -> NDArray[np.uint8]:
+    return np.memmap(shard, dtype=np.uint8, mode="r").view(np.ndarray)
+
+
+def _read_class_names(file: Path, flag: str) -> list[str] | None:
+    if not file.exists():
+        return None
+    try:
+        lines = file.read_text(encoding="utf-8").rstrip().split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{flag}: expected class names in UTF-8, got {file}") from error
+    names = [line.strip() for line in lines]
+    return names if any(names) else None

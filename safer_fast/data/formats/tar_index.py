@@ -1,0 +1,167 @@
+"""Where the samples of a webdataset shard lie, found without extracting anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import reprlib
+import tarfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+IMAGE_EXTENSIONS = {"jpg", "jpeg", "png", "webp", "ppm", "bmp", "gif", "tif", "tiff"}
+LABEL_EXTENSIONS = {"cls", "json"}
+INTEGER = re.compile(r"-?[0-9]{1,18}")
+# Keys are only for messages; one that is as long as a header allows would widen the whole array.
+LONGEST_KEY = 200
+LARGEST_LABEL = 2**20
+Extent: TypeAlias = tuple[int, int]
+
+
+@dataclass
+class ShardIndex:
+    """The usable samples of a shard, in its order.
+
+    offsets, sizes: of the image files, in bytes. refused: a line for each sample that has not one
+    image, and one for the shard where it is damaged.
+    """
+
+    offsets: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    keys: NDArray[np.bytes_]
+    refused: list[str]
+
+
+@dataclass(slots=True)
+class _Sample:
+    """Members that share a key: where the image files and the labels, by extension, lie."""
+
+    key: str
+    images: list[Extent] = field(default_factory=list)
+    labels: dict[str, Extent] = field(default_factory=dict)
+
+
+def index_shard(shard: Path, flag: str) -> ShardIndex:
+    """Headers and labels have been read; of a damaged shard, those before the damage.
+
+    Raises ValueError that names the first sample whose label is missing or no integer, and OSError
+    where the file cannot be opened.
+    """
+    rows: list[tuple[int, int, int]] = []
+    keys: list[bytes] = []
+    refused: list[str] = []
+    with shard.open("rb") as file:
+        samples, damaged_at = _walk(file)
+        for sample in samples:
+            label = _find_label(sample, file)
+            if len(sample.images) == 1 and isinstance(label, int):
+                rows.append((*sample.images[0], label))
+                keys.append(sample.key.encode()[:LONGEST_KEY])
+            elif damaged_at is not None and sample is samples[-1]:
+                continue  # what is missing lies behind the damage, which is refused below
+            elif len(sample.images) != 1:
+                refused.append(_describe_images(sample, shard, flag))
+            else:
+                raise ValueError(
+                    f"{flag}: expected an integer as label (cls, or label in json), "
+                    f"got {label or 'none'}: sample {sample.key} of {shard}"
+                )
+    if damaged_at is not None:
+        refused.append(_describe_damage(damaged_at, shard, flag))
+    offsets, sizes, labels = np.array(rows, dtype=np.int64).reshape(-1, 3).T.copy()
+    return ShardIndex(offsets, sizes, labels, np.array(keys, dtype=np.bytes_), refused)
+
+
+def _walk(file: BinaryIO) -> tuple[list[_Sample], int | None]:
+    """The samples, and the byte at which the file is damaged; None where it is whole."""
+    samples: list[_Sample] = []
+    num_bytes = os.fstat(file.fileno()).st_size
+    end = 0
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                is_whole = 0 <= member.size <= num_bytes - member.offset_data
+                # A crafted size may lead back to where the walk comes from, which would never end.
+                if tar.offset <= member.offset or not (is_whole or member.issparse()):
+                    return samples, member.offset_data
+                _add(member, samples)
+                end = tar.offset
+                # Kept for random access, which would cost a kilobyte for each member.
+                tar.members.clear()  # type: ignore[attr-defined]
+    except Exception:
+        # A crafted header makes tarfile raise whatever it stumbles over.
+        return samples, end
+    has_end = os.pread(file.fileno(), tarfile.BLOCKSIZE, end) == bytes(tarfile.BLOCKSIZE)
+    return samples, None if has_end else end
+
+
+def _add(member: tarfile.TarInfo, samples: list[_Sample]) -> None:
+    """To the last sample or, with another key, to a new one; as webdataset names and groups them.
+
+    Left out: what is no file with all its bytes in one place, and names without key or extension.
+    """
+    folder, slash, name = member.name.rpartition("/")
+    stem, _, extension = name.partition(".")
+    if not (stem and extension and member.isreg()) or member.issparse():
+        return
+    key = _printable(folder + slash + stem)
+    if not samples or samples[-1].key != key:
+        samples.append(_Sample(key))
+    sample, extent, extension = samples[-1], (member.offset_data, member.size), extension.lower()
+    if extension in IMAGE_EXTENSIONS:
+        sample.images.append(extent)
+    elif extension in LABEL_EXTENSIONS:
+        sample.labels[extension] = extent
+
+
+def _printable(key: str) -> str:
+    """The key without line breaks and other characters that would garble a message."""
+    if key.isprintable():
+        return key
+    return "".join(letter if letter.isprintable() else "?" for letter in key)
+
+
+def _find_label(sample: _Sample, file: BinaryIO) -> int | str | None:
+    """The class number; a description of what stands in its place, or None where nothing does."""
+    if extent := sample.labels.get("cls"):
+        text = _read(file, extent).decode("ascii", "replace").strip()
+        return int(text) if INTEGER.fullmatch(text) else reprlib.repr(text)
+    if extent := sample.labels.get("json"):
+        try:
+            fields = json.loads(_read(file, extent))
+        except (ValueError, RecursionError):
+            return "unreadable json"
+        if not isinstance(fields, dict):
+            return "json without names"
+        found = [fields[name] for name in ("label", "cls") if name in fields]
+        return next(filter(_is_label, found), reprlib.repr(found[0]) if found else None)
+    return None
+
+
+def _read(file: BinaryIO, extent: Extent) -> bytes:
+    offset, size = extent
+    return os.pread(file.fileno(), min(size, LARGEST_LABEL), offset)
+
+
+def _is_label(value: object) -> bool:
+    """Whether it is an integer of 64 bits; True and False are none."""
+    return type(value) is int and -(2**63) <= value < 2**63
+
+
+def _describe_images(sample: _Sample, shard: Path, flag: str) -> str:
+    got = "several" if sample.images else "none"
+    return f"{flag}: expected one image in each sample, got {got}: sample {sample.key} of {shard}"
+
+
+def _describe_damage(damaged_at: int, shard: Path, flag: str) -> str:
+    if damaged_at == 0:
+        return f"{flag}: expected an uncompressed .tar file, got {shard}"
+    return (
+        f"{flag}: expected a whole .tar file, got {shard}, cut off or damaged at byte {damaged_at}"
+    )

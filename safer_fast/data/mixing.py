@@ -1,0 +1,88 @@
+"""What happens to training batches on the device: random erasing, Mixup, CutMix."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from safer_fast.config import DataConfig
+from safer_fast.data.batch import Batch, as_pixels
+from safer_fast.data.seeds import derive_seed, make_generator
+
+ERASED_AREA = (0.02, 1 / 3)
+ERASED_RATIO = (0.3, 1 / 0.3)
+
+
+class Mixing:
+    """The batch augmentations of a run; what they draw depends on seed, epoch and batch alone."""
+
+    def __init__(self, config: DataConfig, num_classes: int, seed: int) -> None:
+        self.erasing, self.seed = config.random_erasing, seed
+        self.mixup: Any = None
+        if config.mixup or config.cutmix:
+            from timm.data.mixup import Mixup
+
+            # smoothing is the objective's
+            self.mixup = Mixup(  # type: ignore[no-untyped-call]
+                config.mixup, config.cutmix, label_smoothing=0.0, num_classes=num_classes
+            )
+
+    def __call__(self, batch: Batch, epoch: int, index: int) -> Batch:
+        """The batch with float32 pixels in [0, 1], augmented; probabilities [B, K] as labels where
+        images are mixed. Nothing waits for the device."""
+        images = as_pixels(batch.images)
+        if self.erasing:
+            images = erase(images, self.erasing, make_generator(self.seed, "erase", epoch, index))
+        if self.mixup is None:
+            return Batch(images, batch.labels, batch.num_padding)
+        # in place, so not on images that are somebody else's
+        own = images.clone() if images is batch.images else images
+        seed = derive_seed(self.seed, "mixup", epoch, index) % 2**32
+        images, labels = _drawing_from(seed, self.mixup, own, batch.labels)
+        return Batch(images, labels, batch.num_padding)
+
+
+def erase(images: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    """Float images [B, C, H, W] in [0, 1], some with a rectangle of one random colour.
+
+    Random erasing (Zhong et al., 2020): 2 to 33 % of the area, aspect ratio 0.3 to 3.3, uniform in
+    its logarithm. A rectangle that does not fit is cut off at the image's size, not drawn again.
+    generator: on the CPU.
+    """
+    batch, channels, height, width = images.shape
+    draws = torch.rand(5 + channels, batch, generator=generator, dtype=torch.float64)
+    area = height * width * _between(*ERASED_AREA, draws[1])
+    lowest, highest = map(math.log, ERASED_RATIO)
+    ratio = torch.exp(_between(lowest, highest, draws[2]))
+    tall = torch.sqrt(area * ratio).round().clamp(1, height)
+    wide = torch.sqrt(area / ratio).round().clamp(1, width)
+    tall = torch.where(draws[0] < probability, tall, 0.0)
+    top = (draws[3] * (height - tall + 1)).floor()
+    left = (draws[4] * (width - wide + 1)).floor()
+    numbers = torch.cat([torch.stack([top, left, tall, wide]), draws[5:]]).float()
+    numbers = numbers.to(images.device, non_blocking=True)  # [4 + C, B]
+    top, left, tall, wide = numbers[:4, :, None]  # [B, 1] each
+    rows = torch.arange(height, device=images.device)
+    columns = torch.arange(width, device=images.device)
+    is_row = (rows >= top) & (rows < top + tall)  # [B, H]
+    is_column = (columns >= left) & (columns < left + wide)  # [B, W]
+    colour = numbers[4:].T[:, :, None, None]  # [B, C, 1, 1]
+    return torch.where(is_row[:, None, :, None] & is_column[:, None, None, :], colour, images)
+
+
+def _between(low: float, high: float, share: Tensor) -> Tensor:
+    return low + (high - low) * share
+
+
+def _drawing_from(seed: int, function: Any, *arguments: Any) -> Any:
+    """What the function gives while numpy's global generator is lent to it, seeded."""
+    state = np.random.get_state()
+    np.random.seed(seed)
+    try:
+        return function(*arguments)
+    finally:
+        np.random.set_state(state)

@@ -1,0 +1,94 @@
+"""Which images come in which batch of which rank: decided by the seed and the epoch alone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from safer_fast.data.batch import Batch
+from safer_fast.data.seeds import make_generator
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Ordering:
+    """How a loader goes through its images.
+
+    batch_size: the most images of a batch, of all ranks together. augmentation: none, shift, crop
+    or random-resized-crop; None makes an evaluation loader. multiple: every rank's part of a
+    training batch is filled up to a multiple of this.
+    """
+
+    batch_size: int
+    seed: int
+    augmentation: str | None = None
+    rank: int = 0
+    num_ranks: int = 1
+    multiple: int = 1
+
+
+class OrderedLoader(ABC):
+    """The order of images; subclasses read them. Satisfies `Loader`.
+
+    An epoch is cut into the fewest batches of at most `batch_size` images, equal to within one
+    image: none is dropped, none weighs much more than another, and filling all up to one size costs
+    next to nothing. Ranks take consecutive parts of each batch, so that a batch is the same
+    whatever their number. Raises ValueError when there are fewer training images than fill a batch.
+    """
+
+    backend: str
+
+    def __init__(self, num_images: int, ordering: Ordering) -> None:
+        self.num_images, self.ordering = num_images, ordering
+        self.seed, self.augmentation = ordering.seed, ordering.augmentation
+        if self.augmentation is not None and ordering.batch_size > num_images:
+            raise ValueError(
+                f"batch_size: expected at most {num_images} training images, "
+                f"got {ordering.batch_size}"
+            )
+        largest = -(-num_images // len(self))
+        part = -(-largest // ordering.num_ranks)
+        self.batch_size = -(-part // ordering.multiple) * ordering.multiple
+
+    def __len__(self) -> int:
+        return -(-self.num_images // self.ordering.batch_size)
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+        """See `Loader.epoch`."""
+        is_training = self.augmentation is not None
+        order = self._permutation("order", number) if is_training else np.arange(self.num_images)
+        parts = self._parts(np.array_split(order, len(self)))[start:]
+        return self._padded(parts, number if is_training else None)
+
+    def probe(self, num_images: int, number: int) -> Iterator[Batch]:
+        """See `Loader.probe`."""
+        order = self._permutation("probe", number)[:num_images]
+        ends = range(self.ordering.batch_size, len(order), self.ordering.batch_size)
+        return self._read(self._parts(np.split(order, ends)), None)
+
+    @abstractmethod
+    def _read(self, batches: Sequence[Indices], epoch: int | None) -> Iterator[Batch]:
+        """The images of each index array, augmented as in `epoch` unless it is None.
+
+        Images that cannot be read and are to be skipped are left out of their batch.
+        """
+
+    def _padded(self, batches: Sequence[Indices], epoch: int | None) -> Iterator[Batch]:
+        for batch in self._read(batches, epoch):
+            yield batch.padded(self.batch_size)
+
+    def _parts(self, batches: Sequence[Indices]) -> list[Indices]:
+        """This rank's part of each batch."""
+        rank, num_ranks = self.ordering.rank, self.ordering.num_ranks
+        return [np.array_split(batch, num_ranks)[rank] for batch in batches]
+
+    def _permutation(self, purpose: str, number: int) -> Indices:
+        generator = make_generator(self.seed, purpose, number)
+        order: Indices = torch.randperm(self.num_images, generator=generator).numpy()
+        return order
