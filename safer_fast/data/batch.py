@@ -35,18 +35,15 @@ class Batch:
         return (positions < self.num_images).float() / max(self.num_images, 1)
 
     def padded(self, size: int) -> Batch:
-        """The batch with copies of its images up to `size`; zeros where there is nothing to copy.
-
-        Copies and not zeros, because statistics of batches may be taken over all of them.
-        """
+        """The batch with copies of its images up to `size`, see `fill_`."""
         missing = size - len(self.labels)
         if missing <= 0:
             return self
-        if not len(self.labels):
-            images = self.images.new_zeros(size, *self.images.shape[1:])
-            return Batch(images, self.labels.new_zeros(size), size)
-        positions = torch.arange(size, device=self.labels.device) % len(self.labels)
-        return Batch(self.images[positions], self.labels[positions], self.num_padding + missing)
+        images = self.images.new_empty(size, *self.images.shape[1:])
+        labels = self.labels.new_empty(size)
+        images[:-missing], labels[:-missing] = self.images, self.labels
+        kept = size - missing
+        return Batch(fill_(images, kept), fill_(labels, kept), self.num_padding + missing)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on `device`; `non_blocking` copies overlap only from pinned memory."""
@@ -59,6 +56,19 @@ class Batch:
     def pinned(self) -> Batch:
         """The same batch in pinned memory, from which a GPU copies without waiting."""
         return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.num_padding)
+
+
+def fill_(values: Tensor, num_images: int) -> Tensor:
+    """Rows from `num_images` on become copies of those before, zeros where there are none.
+
+    Copies, because statistics of batches may be taken over all of them.
+    """
+    missing = len(values) - num_images
+    if missing and num_images:
+        values[num_images:] = values[torch.arange(missing, device=values.device) % num_images]
+    elif missing:
+        values.zero_()
+    return values
 
 
 def as_pixels(images: Tensor) -> Tensor:

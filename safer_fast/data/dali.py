@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn import functional
 
 from safer_fast.data.augmentation import PADDING, DeviceDraws, draw
@@ -17,7 +19,14 @@ from safer_fast.data.batch import Batch
 from safer_fast.data.crops import Crop, draw_crop
 from safer_fast.data.dali_pipeline import PipelineSlot, Request, Run, as_file
 from safer_fast.data.formats import EncodedSource
-from safer_fast.data.images import BadImageError, centre, check_size, decode, open_encoded
+from safer_fast.data.images import (
+    BadImageError,
+    centre,
+    check_size,
+    decode,
+    open_encoded,
+    read_encoded,
+)
 from safer_fast.data.order import Indices, OrderedLoader, Ordering
 from safer_fast.data.reading import Reader, Samples, usable
 from safer_fast.data.seeds import derive_seed
@@ -48,8 +57,9 @@ class DaliLoader(OrderedLoader):
     ) -> None:
         super().__init__(len(rows), ordering)
         self.source, self.rows, self.slot, self.bad = source, rows, slot, bad
+        self._sizes = np.zeros((len(rows), 2), dtype=np.int32)
 
-    def _read(self, batches: Sequence[Indices], epoch: int | None) -> Iterator[Batch]:
+    def _read(self, batches: Sequence[Indices], epoch: int | None, size: int) -> Iterator[Batch]:
         crop_seed = None
         if epoch is not None and self.augmentation == "random-resized-crop":
             crop_seed = derive_seed(self.seed, "augmentation", epoch)
@@ -60,7 +70,7 @@ class DaliLoader(OrderedLoader):
                 try:
                     if run is None or self.slot.run is not run:
                         # the first batch, or another loader has used the slot since the last one
-                        run = self._start(batches[position:], crop_seed)
+                        run = self._start(batches[position:], crop_seed, size)
                     samples = run.next_batch()
                 except torch.OutOfMemoryError:
                     raise
@@ -69,18 +79,18 @@ class DaliLoader(OrderedLoader):
                     samples = self._read_plainly(indices, crop_seed, error)
                 # only now: requests are made ahead, and made again when a pipeline starts again
                 samples = usable(samples, self.bad)
-                batch = Batch(samples.images, samples.labels)
+                batch = samples.batch()
                 yield batch if augment is None else augment(batch, samples.indices)
         finally:
             if run is not None and self.slot.run is run:
                 self.slot.clear()
 
-    def _start(self, batches: Sequence[Indices], crop_seed: int | None) -> Run:
-        requests = (self._request(indices, crop_seed) for indices in batches)
+    def _start(self, batches: Sequence[Indices], crop_seed: int | None, size: int) -> Run:
+        requests = (self._request(indices, crop_seed, size) for indices in batches)
         return self.slot.start(requests, max(1, *map(len, batches)))
 
-    def _request(self, indices: Indices, crop_seed: int | None) -> Request:
-        request = Request(self.slot.image_format)
+    def _request(self, indices: Indices, crop_seed: int | None, size: int) -> Request:
+        request = Request(self.slot.image_format, size)
         for index in indices.tolist():
             try:
                 self._add(request, index, crop_seed)
@@ -91,17 +101,29 @@ class DaliLoader(OrderedLoader):
     def _add(self, request: Request, index: int, crop_seed: int | None) -> None:
         """Asks for one image; raises BadImageError where its head or its missing end shows that."""
         row = int(self.rows[index])
+        size = (int(self._sizes[index, 0]), int(self._sizes[index, 1]))
+        if size != (0, 0):
+            file = read_encoded(self.source, row)
+        else:
+            file, size = self._look(index, row)
+        if crop_seed is None:
+            crop = _unresized_centre(size, request.image_format.size)
+        else:
+            crop = draw_crop(*size, crop_seed, index)
+        request.add(file, size, crop, index, int(self.source.labels[row]))
+
+    def _look(self, index: int, row: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+        """What DALI is given of an image, and its width and height, which are remembered where it
+        is the file as it is."""
+        image_format = self.slot.image_format
         file, image = open_encoded(self.source, row)
-        check_size(image, self.source, row, request.image_format)
+        check_size(image, self.source, row, image_format)
         is_whole = image.format != "JPEG" or file[-2:].tobytes() == END_OF_JPEG
         # DALI rounds CMYK otherwise than PIL
         if image.format not in FORMATS or image.mode == "CMYK" or not is_whole:
-            file = as_file(decode(self.source, row, request.image_format))
-        if crop_seed is None:
-            crop = _unresized_centre(image.size, request.image_format.size)
-        else:
-            crop = draw_crop(*image.size, crop_seed, index)
-        request.add(file, image.size, crop, index, int(self.source.labels[row]))
+            return as_file(decode(self.source, row, image_format)), image.size
+        self._sizes[index] = image.size
+        return file, image.size
 
     def _read_plainly(
         self, indices: Indices, crop_seed: int | None, error: RuntimeError
@@ -124,10 +146,9 @@ class DaliLoader(OrderedLoader):
         draws = DeviceDraws(drawn, self.slot.device)
 
         def augment(batch: Batch, indices: Indices) -> Batch:
-            padded = functional.pad(batch.images, [draws.padding] * 4)
-            return Batch(
-                draws.augment(padded, torch.from_numpy(indices).to(padded.device)), batch.labels
-            )
+            padded = functional.pad(batch.images[: len(indices)], [draws.padding] * 4)
+            images = draws.augment(padded, torch.from_numpy(indices).to(padded.device))
+            return Batch(images, batch.labels[: len(indices)])
 
         return augment
 

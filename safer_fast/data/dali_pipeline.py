@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from safer_fast.data.batch import fill_
 from safer_fast.data.crops import Crop
 from safer_fast.data.images import ImageFormat, centre, fit
 from safer_fast.data.reading import Samples
@@ -52,10 +53,11 @@ class Request:
 
     files: encoded images. sizes: width and height of each in pixels. crops: what is taken of each;
     None takes the centre, as `fit` does. indices: which images of the split they are.
-    messages: a line for each image left out.
+    messages: a line for each image left out. batch_size: what the batch is filled up to.
     """
 
     image_format: ImageFormat
+    batch_size: int = 0
     files: list[NDArray[np.uint8]] = field(default_factory=list)
     sizes: list[tuple[int, int]] = field(default_factory=list)
     crops: list[Crop | None] = field(default_factory=list)
@@ -110,9 +112,10 @@ class Request:
         return request
 
     def finish(self, parts: Any) -> Tensor:
-        """Images uint8 [B, C, S, S] of decoded parts uint8 [H, W, C] on the CPU."""
+        """Images uint8 [B, C, S, S] of decoded parts uint8 [H, W, C] on the CPU, filled up."""
         num_channels, size = self.image_format.num_channels, self.image_format.size
-        images = torch.empty(len(self.files), num_channels, size, size, dtype=torch.uint8)
+        num_slots = max(self.batch_size, len(self.files))
+        images = torch.empty(num_slots, num_channels, size, size, dtype=torch.uint8)
         with _one_thread():
             for position, crop in enumerate(self.crops):
                 pixels = torch.utils.dlpack.from_dlpack(parts[position]).permute(2, 0, 1)
@@ -121,7 +124,7 @@ class Request:
                 else:
                     resized = _resized(pixels, size)
                     images[position] = resized.flip(2) if crop.is_flipped else resized
-        return images
+        return fill_(images, len(self.files))
 
 
 def _resized(pixels: Tensor, size: int) -> Tensor:
@@ -221,9 +224,11 @@ class Run:
         labels = torch.tensor(request.labels, dtype=torch.int64)
         indices = np.array(request.indices, dtype=np.int64)
         if stream is None:
-            return Samples(request.finish(output), labels, indices, request.messages)
-        images = _copied(output, stream)[: len(labels)]
-        labels = labels.to(self.device, non_blocking=True)
+            images = request.finish(output)
+            labels = fill_(labels.resize_(len(images)), len(indices))
+        else:
+            images = _copied(output, stream)[: len(labels)]
+            labels = labels.to(self.device, non_blocking=True)
         return Samples(images, labels, indices, request.messages)
 
 

@@ -108,8 +108,8 @@ def open_encoded(source: EncodedSource, index: int) -> tuple[NDArray[np.uint8], 
 
     Raises BadImageError as `decode` does.
     """
+    encoded = read_encoded(source, index)
     try:
-        encoded = source.encoded(index)
         try:
             image = Image.open(io.BytesIO(encoded[:HEAD_BYTES].data))
         except OSError:
@@ -117,6 +117,14 @@ def open_encoded(source: EncodedSource, index: int) -> tuple[NDArray[np.uint8], 
     except Exception as error:
         raise _unreadable(source, index) from error
     return encoded, _of_eight_bits(image, source, index)
+
+
+def read_encoded(source: EncodedSource, index: int) -> NDArray[np.uint8]:
+    """The bytes of an image file; raises BadImageError where they cannot be read."""
+    try:
+        return source.encoded(index)
+    except Exception as error:
+        raise _unreadable(source, index) from error
 
 
 def _of_eight_bits(image: Image.Image, source: Source, index: int) -> Image.Image:

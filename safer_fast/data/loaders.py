@@ -47,14 +47,16 @@ class SetLoader(OrderedLoader):
 class CpuSetLoader(SetLoader):
     """A set in the memory of the CPU, augmented by numpy: torch's threads would only wait."""
 
-    def _read(self, batches: Sequence[Indices], epoch: int | None) -> Iterator[Batch]:
+    def _read(self, batches: Sequence[Indices], epoch: int | None, size: int) -> Iterator[Batch]:
         draws, kept = self._draws(epoch), self._kept()
-        for indices in batches:
+        for real in batches:
+            indices = _filled(real, size)
             if draws is None:
                 images = self.padded[indices, :, kept, kept]
             else:
                 images = augment(self.padded, indices, draws, indices)
-            yield Batch(torch.from_numpy(images), torch.from_numpy(self.labels[indices]))
+            labels = torch.from_numpy(self.labels[indices])
+            yield Batch(torch.from_numpy(images), labels, len(indices) - len(real))
 
 
 class GpuSetLoader(SetLoader):
@@ -76,19 +78,26 @@ class GpuSetLoader(SetLoader):
         self.classes = torch.from_numpy(self.labels).to(device)
         self.padded = self.padded[:0]
 
-    def _read(self, batches: Sequence[Indices], epoch: int | None) -> Iterator[Batch]:
+    def _read(self, batches: Sequence[Indices], epoch: int | None, size: int) -> Iterator[Batch]:
         if not batches:
             return
         device, drawn, kept = self.set.device, self._draws(epoch), self._kept()
         draws = None if drawn is None else DeviceDraws(drawn, device)
-        order = torch.from_numpy(np.concatenate(batches)).to(device)
-        for indices in torch.split(order, [len(batch) for batch in batches]):
+        filled = [_filled(indices, size) for indices in batches]
+        order = torch.from_numpy(np.concatenate(filled)).to(device)
+        parts = torch.split(order, [len(indices) for indices in filled])
+        for indices, real in zip(parts, batches, strict=True):
             images = self.set[indices]
             if draws is None:
                 images = images[:, :, kept, kept].contiguous()
             else:
                 images = draws.augment(images, indices)
-            yield Batch(images, self.classes[indices])
+            yield Batch(images, self.classes[indices], len(indices) - len(real))
+
+
+def _filled(indices: Indices, size: int) -> Indices:
+    """The indices, from the start again up to `size` of them; none stay none."""
+    return np.resize(indices, size) if 0 < len(indices) < size else indices
 
 
 class StreamLoader(OrderedLoader):
@@ -115,16 +124,21 @@ class StreamLoader(OrderedLoader):
         self.source, self.rows, self.image_format, self.bad = source, rows, image_format, bad
         self.num_workers, self.prefetch, self.randaugment = num_workers, prefetch, randaugment
 
-    def _read(self, batches: Sequence[Indices], epoch: int | None) -> Iterator[Batch]:
+    def _read(self, batches: Sequence[Indices], epoch: int | None, size: int) -> Iterator[Batch]:
         pin_memory = torch.cuda.is_available()
         for samples in read_batches(
-            self._reader(epoch), batches, self.bad, self.num_workers, self.prefetch, pin_memory
+            self._reader(epoch, size),
+            batches,
+            self.bad,
+            self.num_workers,
+            self.prefetch,
+            pin_memory,
         ):
-            yield Batch(samples.images, samples.labels)
+            yield samples.batch()
 
-    def _reader(self, epoch: int | None) -> Reader:
+    def _reader(self, epoch: int | None, size: int) -> Reader:
         if epoch is None or self.augmentation is None:
-            return Reader(self.source, self.rows, self.image_format)
+            return Reader(self.source, self.rows, self.image_format, size)
         seed, draws = derive_seed(self.seed, "augmentation", epoch), None
         if self.augmentation in PADDING:
             draws = draw(self.augmentation, self.num_images, self.seed, epoch)
@@ -132,6 +146,7 @@ class StreamLoader(OrderedLoader):
             self.source,
             self.rows,
             self.image_format,
+            size,
             draws,
             seed if self.augmentation == "random-resized-crop" else None,
             self.randaugment,
@@ -167,6 +182,8 @@ class SyntheticLoader(OrderedLoader):
         labels = torch.randint(num_classes, (ordering.batch_size,), generator=generator)
         self.batch = Batch(images, labels).to(device)
 
-    def _read(self, batches: Sequence[Indices], epoch: int | None) -> Iterator[Batch]:
+    def _read(self, batches: Sequence[Indices], epoch: int | None, size: int) -> Iterator[Batch]:
         for indices in batches:
-            yield Batch(self.batch.images[: len(indices)], self.batch.labels[: len(indices)])
+            kept = slice(max(size, len(indices)))
+            num_padding = max(size - len(indices), 0)
+            yield Batch(self.batch.images[kept], self.batch.labels[kept], num_padding)

@@ -64,24 +64,23 @@ class OrderedLoader(ABC):
         is_training = self.augmentation is not None
         order = self._permutation("order", number) if is_training else np.arange(self.num_images)
         parts = self._parts(np.array_split(order, len(self)))[start:]
-        return self._padded(parts, number if is_training else None)
+        batches = self._read(parts, number if is_training else None, self.batch_size)
+        # what was left out, or comes from where nobody fills up
+        return (batch.padded(self.batch_size) for batch in batches)
 
     def probe(self, num_images: int, number: int) -> Iterator[Batch]:
         """See `Loader.probe`."""
         order = self._permutation("probe", number)[:num_images]
         ends = range(self.ordering.batch_size, len(order), self.ordering.batch_size)
-        return self._read(self._parts(np.split(order, ends)), None)
+        return self._read(self._parts(np.split(order, ends)), None, 0)
 
     @abstractmethod
-    def _read(self, batches: Sequence[Indices], epoch: int | None) -> Iterator[Batch]:
+    def _read(self, batches: Sequence[Indices], epoch: int | None, size: int) -> Iterator[Batch]:
         """The images of each index array, augmented as in `epoch` unless it is None.
 
-        Images that cannot be read and are to be skipped are left out of their batch.
+        Images that cannot be read and are to be skipped are left out of their batch. Batches may be
+        filled up to `size` already, where that saves a copy.
         """
-
-    def _padded(self, batches: Sequence[Indices], epoch: int | None) -> Iterator[Batch]:
-        for batch in self._read(batches, epoch):
-            yield batch.padded(self.batch_size)
 
     def _parts(self, batches: Sequence[Indices]) -> list[Indices]:
         """This rank's part of each batch."""

@@ -19,6 +19,7 @@ from torchvision.transforms import v2
 
 from safer_fast.data.augmentation import Draws, augment, pad
 from safer_fast.data.bad_images import BadImages
+from safer_fast.data.batch import Batch, fill_
 from safer_fast.data.crops import draw_crop
 from safer_fast.data.formats import Source
 from safer_fast.data.images import BadImageError, ImageFormat, cut, decode, fit
@@ -34,14 +35,18 @@ NUM_RANDOM_OPERATIONS = 2
 class Samples(NamedTuple):
     """Images that were read, and what is wrong with those left out.
 
-    images: uint8 [B, C, S, S]. labels: int64 [B]. indices: int64 [B], which they are. messages: a
-    line for each image left out.
+    images: uint8 [B, C, S, S]. labels: int64 [B]. indices: int64 [N], which images the first N are;
+    the others only fill up. messages: a line for each image left out.
     """
 
     images: Tensor
     labels: Tensor
     indices: Indices
     messages: list[str]
+
+    def batch(self) -> Batch:
+        """The images and labels as a batch."""
+        return Batch(self.images, self.labels, len(self.labels) - len(self.indices))
 
 
 def read_batches(
@@ -128,17 +133,19 @@ def decode_all(
     end = 0
     reader = Reader(source, rows, image_format)
     for samples in read_batches(reader, batches, bad, num_workers):
-        start, end = end, end + len(samples.labels)
-        images[start:end], labels[start:end] = samples.images.numpy(), samples.labels.numpy()
+        start, end = end, end + len(samples.indices)
+        read = slice(len(samples.indices))
+        images[start:end], labels[start:end] = samples.images[read], samples.labels[read]
     return images[:end], labels[:end]
 
 
 class Reader(Dataset[Any]):
     """Reads whole batches, which DataLoader's workers ask for through `__getitems__`.
 
-    draws: crops and flips of batches. crop_seed: random resized crops and flips, drawn with this
-    seed and the image's index; without it images are fitted to their size. randaugment: magnitude,
-    drawn with `random_seed` and the image's index; 0: none.
+    size: what batches are filled up to. draws: crops and flips of batches. crop_seed: random
+    resized crops and flips, drawn with this seed and the image's index; without it images are
+    fitted to their size. randaugment: magnitude, drawn with `random_seed` and the image's index; 0:
+    none.
     """
 
     def __init__(
@@ -146,12 +153,13 @@ class Reader(Dataset[Any]):
         source: Source,
         rows: Indices,
         image_format: ImageFormat,
+        size: int = 0,
         draws: Draws | None = None,
         crop_seed: int | None = None,
         randaugment: int = 0,
         random_seed: int = 0,
     ) -> None:
-        self.source, self.rows, self.image_format = source, rows, image_format
+        self.source, self.rows, self.image_format, self.size = source, rows, image_format, size
         self.draws, self.crop_seed, self.random_seed = draws, crop_seed, random_seed
         self.randaugment = None
         if randaugment:
@@ -164,8 +172,9 @@ class Reader(Dataset[Any]):
         An error is given back and not raised, because DataLoader would re-raise it as a page of
         traceback.
         """
-        num_channels, size = self.image_format.num_channels, self.image_format.size
-        images = np.empty((len(indices), num_channels, size, size), dtype=np.uint8)
+        num_channels, edge = self.image_format.num_channels, self.image_format.size
+        num_slots = max(self.size, len(indices))
+        images = np.empty((num_slots, num_channels, edge, edge), dtype=np.uint8)
         read: list[int] = []
         messages: list[str] = []
         for index in indices:
@@ -176,12 +185,14 @@ class Reader(Dataset[Any]):
                 messages.append(str(error))
             except ValueError as error:
                 return ValueError(str(error))
-        images, known = images[: len(read)], np.array(read, dtype=np.int64)
+        known = np.array(read, dtype=np.int64)
         if self.draws is not None and read:
-            padded = pad(images, self.draws.padding)
-            images = augment(padded, np.arange(len(read)), self.draws, known)
-        labels = self.source.labels[self.rows[known]]
-        return Samples(torch.from_numpy(images), torch.from_numpy(labels), known, messages)
+            padded = pad(images[: len(read)], self.draws.padding)
+            images[: len(read)] = augment(padded, np.arange(len(read)), self.draws, known)
+        labels = torch.empty(num_slots, dtype=torch.int64)
+        labels[: len(read)] = torch.from_numpy(self.source.labels[self.rows[known]])
+        pixels = fill_(torch.from_numpy(images), len(read))
+        return Samples(pixels, fill_(labels, len(read)), known, messages)
 
     def _read(self, index: int) -> Image.Image:
         image = decode(self.source, int(self.rows[index]), self.image_format)
