@@ -20,7 +20,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from bench.data_training import print_training, training_row
 from bench.measure import append, origin, quantiles, repeats, some_of, wait
 from safer_fast.config import DataConfig
 from safer_fast.data import load_data
+from safer_fast.data.dali_request import one_thread
 
 Row = dict[str, Any]
 PARTS = ("photos", "small", "training")
@@ -200,17 +200,6 @@ def measure(
     rows = [row | ratios(row, rows) for row in rows]
     print_rows(rows)
     return rows
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread of torch computes for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def run_epoch(pipeline: Pipeline, number: int, device: torch.device) -> Epoch:

@@ -27,7 +27,8 @@ def describe_run(config: Config, engine: Engine, data: Data) -> dict[str, Any]:
     num_test = 0 if data.test is None else data.test.num_images
     notes = [*engine.notes, *data.notes]
     if data.bad.num_different:
-        notes.append(f"data: {data.bad.num_different} images or shards left out at the start")
+        count = data.bad.num_different
+        notes.append(f"data: unreadable images or shards left out at the start: {count}")
     if model.num_blocks == 0:
         notes.append(f"prefix reuse: off ({config.model.name} cannot be cut into blocks)")
     return {

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from safer_fast.data import Data, dali_pipeline
+from safer_fast.data import Data, dali_pipeline, dali_request
 from safer_fast.data.crops import Crop
 from safer_fast.data.dali_pipeline import why_no_dali
 from safer_fast.data.images import fit
@@ -230,7 +230,7 @@ def test_the_region_that_a_gpu_resizes_is_the_one_that_fit_keeps(
     size: tuple[int, int], wanted: int
 ) -> None:
     image = photo(*size)
-    top, left, bottom, right = dali_pipeline._region(image.size, None, wanted)
+    top, left, bottom, right = dali_request._region(image.size, None, wanted)
     assert 0 <= top < bottom <= image.height
     assert 0 <= left < right <= image.width
     box = (left, top, right, bottom)
@@ -245,7 +245,7 @@ def test_the_region_is_that_of_fit_for_every_size() -> None:
     for _ in range(300):
         height, width = rng.integers(20, 700, 2).tolist()
         wanted = int(rng.choice([16, 64, 72, 224]))
-        top, left, bottom, right = dali_pipeline._region((width, height), None, wanted)
+        top, left, bottom, right = dali_request._region((width, height), None, wanted)
         y, x = np.mgrid[:height, :width].astype(np.float32)
         fitted = fit(torch.from_numpy(np.stack([y, x])), wanted)  # [2, S, S]
         # a pixel's value on a ramp is the place of its centre; the margins show the border
@@ -260,10 +260,10 @@ def test_the_region_is_that_of_fit_for_every_size() -> None:
 
 def test_the_region_of_a_crop_is_all_of_its_box() -> None:
     crop = Crop(5, 7, 30, 40, True)
-    assert dali_pipeline._region((100, 90), crop, 72) == (0, 0, 30, 40)
-    assert dali_pipeline._box((100, 90), crop) == (5, 7, 30, 40)
-    assert dali_pipeline._box((100, 90), None) == (0, 0, 90, 100)
-    assert dali_pipeline._region((72, 72), None, 72) == (0, 0, 72, 72)
+    assert dali_request._region((100, 90), crop, 72) == (0, 0, 30, 40)
+    assert dali_request._box((100, 90), crop) == (5, 7, 30, 40)
+    assert dali_request._box((100, 90), None) == (0, 0, 90, 100)
+    assert dali_request._region((72, 72), None, 72) == (0, 0, 72, 72)
 
 
 def gpu(function: Any) -> Any:

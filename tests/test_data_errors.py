@@ -197,15 +197,15 @@ DATA: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     ),
     "truncated image that no first look sees": (
         lambda p: write_parquet(
-            p / "a.parquet", [*MANY[:170], PNGS[1][:-60], *MANY[171:]], np.zeros(300, int)
+            p / "a.parquet", [*MANY[:172], PNGS[1][:-60], *MANY[173:]], np.zeros(300, int)
         ),
-        [UNREADABLE, "row 170 of", "a.parquet"],
+        [UNREADABLE, "row 172 of", "a.parquet"],
     ),
     "size that no first look sees": (
         lambda p: write_parquet(
-            p / "a.parquet", [*MANY[:170], png(COLOUR[0, :6]), *MANY[171:]], np.zeros(300, int)
+            p / "a.parquet", [*MANY[:172], png(COLOUR[0, :6]), *MANY[173:]], np.zeros(300, int)
         ),
-        [ONE_SIZE, "row 0 of", "and 8x6 (row 170 of"],
+        [ONE_SIZE, "row 0 of", "and 8x6 (row 172 of"],
     ),
     "not square": (
         lambda p: write_npz(p / "a.npz", COLOUR[:, :6]),
@@ -248,8 +248,8 @@ DATA: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
         [UNREADABLE, "sample 005 of", "a.tar"],
     ),
     "truncated image in a tar": (
-        lambda p: write_tar(p / "a.tar", [*MANY[:170], PNGS[1][:-60], *MANY[171:]]),
-        [UNREADABLE, "sample 170 of", "a.tar"],
+        lambda p: write_tar(p / "a.tar", [*MANY[:172], PNGS[1][:-60], *MANY[173:]]),
+        [UNREADABLE, "sample 172 of", "a.tar"],
     ),
     "shard that is not there": (
         lambda p: write_tar(p / "a0.tar", PNGS).with_name("a{0..1}.tar"),

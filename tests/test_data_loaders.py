@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from safer_fast.data import Batch, Data, ahead, as_pixels, backends, load_data
 from safer_fast.data.crops import draw_crop
 from safer_fast.data.loaders import CpuSetLoader, GpuSetLoader, StreamLoader
 from safer_fast.data.order import Ordering
+
+from .pictures import find_data
 
 NUM_IMAGES = 60
 
@@ -307,15 +308,6 @@ def test_the_probe_of_a_stream_is_unaugmented(photos: Path) -> None:
     evaluation = load(photos, batch_size=3, image_size=72, test_path=str(photos)).test
     assert evaluation is not None
     assert torch.equal(first.images, join(evaluation.epoch(1)).images[first.labels])
-
-
-def find_data(name: str) -> Path:
-    """A file of the shared test data; skips the test where there is none."""
-    beside = Path(__file__).parents[2] / "shared" / "data"
-    file = Path(os.environ.get("SAFER_FAST_TEST_DATA", beside)) / name
-    if not file.exists():
-        pytest.skip(f"{name} is not there: set SAFER_FAST_TEST_DATA to the folder that has it")
-    return file
 
 
 def test_cifar_loads_with_its_class_names() -> None:

@@ -17,7 +17,8 @@ from safer_fast.data.augmentation import PADDING, DeviceDraws, draw
 from safer_fast.data.bad_images import BadImages
 from safer_fast.data.batch import Batch
 from safer_fast.data.crops import Crop, draw_crop
-from safer_fast.data.dali_pipeline import PipelineSlot, Request, Run, as_file
+from safer_fast.data.dali_pipeline import PipelineSlot, Run
+from safer_fast.data.dali_request import Request, as_file
 from safer_fast.data.formats import EncodedSource
 from safer_fast.data.images import (
     BadImageError,
