@@ -250,7 +250,7 @@ class Config:
     epochs: int = 40
     """All epochs, selection.warmup_epochs among them."""
     batch_size: int = 64
-    """Images per step."""
+    """Images per step, at most: an epoch is cut into the fewest equal batches."""
     output: str | None = None
     """Run folder; default: runs/<date>-<model>-<data>; an existing non-empty one is refused."""
     dry_run: bool = False
@@ -288,7 +288,7 @@ class EvaluateConfig:
     num_images: int | None = None
     """Use only the first images; default: all."""
     batch_size: int = 256
-    """Images per batch."""
+    """Images per batch, at most."""
     seed: int = 0
     """Seed of the random starts."""
     device: str = "auto"

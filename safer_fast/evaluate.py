@@ -82,6 +82,8 @@ def evaluate(
                 is_right = model(attacked).argmax(1) == labels
                 correct[name] += is_right[:counted].sum()
         num_images += counted
+    if not num_images:
+        raise ValueError("data.path: expected an image that can be read to evaluate on, got none")
     return [
         Accuracy(
             name, 0.0 if name == "clean" else threat.epsilon, int(count) / num_images, num_images

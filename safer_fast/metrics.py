@@ -90,7 +90,8 @@ class MetricsLog:
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Ctrl-C comes after it: TensorBoard's queue, interrupted while it is locked, stays locked."""
-    if threading.current_thread() is not threading.main_thread():
+    is_ours = signal.getsignal(signal.SIGINT) is not None  # else it is that of a host program
+    if threading.current_thread() is not threading.main_thread() or not is_ours:
         yield
         return
     came: list[tuple[int, FrameType | None]] = []

@@ -112,8 +112,8 @@ class Trainer:
         epsilon, _ = radii_at(self.config.attack, epoch)
         elapsed = time.monotonic() - started
         return {
-            "train_loss": totals["loss"] / totals["images"],
-            "train_robust_accuracy": totals["correct"] / totals["images"],
+            "train_loss": totals["loss"] / max(totals["images"], 1),
+            "train_robust_accuracy": totals["correct"] / max(totals["images"], 1),
             "learning_rate": learning_rate,
             "epsilon": epsilon,
             "images_per_second": totals["images"] / elapsed,
@@ -240,13 +240,14 @@ class Trainer:
         sums = self.step.sums.take()
         for name, value in (sums | {"waited": self.waits.take()}).items():
             totals[name] = totals.get(name, 0.0) + value
+        num_images = max(sums["images"], 1)  # none where all of them were left out
         self.log.write(
             "step",
             epoch=epoch,
             step=self.num_steps,
-            loss=sums["loss"] / sums["images"],
-            loss_rise=sums["loss_rise"] / sums["images"],
-            robust_accuracy=sums["correct"] / sums["images"],
+            loss=sums["loss"] / num_images,
+            loss_rise=sums["loss_rise"] / num_images,
+            robust_accuracy=sums["correct"] / num_images,
             skipped_steps=int(sums["skipped"]),
             learning_rate=learning_rate,
         )

@@ -479,3 +479,49 @@ def test_images_left_out_of_a_stream_leave_batches_as_large_as_they_are(
         assert join(iter(batches)).labels.tolist() == [0, 1, 3, 4, 5, 6, 7, 9, 10, 11]
         assert data.bad.take() == 2
     assert len(lines) == 2
+
+
+def test_a_set_lies_on_the_gpu_where_there_is_one(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = []
+
+    def loader(images: Any, labels: Any, ordering: Ordering, device: torch.device) -> GpuSetLoader:
+        devices.append(device)
+        return GpuSetLoader(images, labels, ordering, torch.device("cpu"))
+
+    monkeypatch.setattr(backends, "GpuSetLoader", loader)
+    cuda = torch.device("cuda")
+    load_data(DataConfig(path=str(file)), batch_size=9, seed=0, device=cuda)
+    assert devices == [cuda, cuda]  # training and validation
+    stream = DataConfig(path=str(file), backend="torch")
+    assert load_data(stream, batch_size=9, seed=0, device=cuda).train.backend == "torch"
+    assert len(devices) == 2
+
+
+@pytest.mark.parametrize("batch_size", [4, 5])
+def test_noise_fills_mixed_batches_up(batch_size: int) -> None:
+    config = DataConfig(path="synthetic", mixup=0.8, max_images=1000, image_size=8)
+    data = load_data(config, batch_size=batch_size, seed=0)
+    batches = list(data.train.epoch(1))
+    assert {len(batch.labels) for batch in batches} == {batch_size + batch_size % 2}
+    assert sum(batch.num_images for batch in batches) == 1000
+    assert len(next(data.train.probe(batch_size, 1)).labels) == batch_size
+
+
+def test_a_split_without_an_image_that_can_be_read_is_named(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad" / "00").mkdir(parents=True)
+    (tmp_path / "bad" / "00" / "photo.jpg").write_bytes(b"no image")
+    settings: dict[str, Any] = {"test_path": str(tmp_path / "bad"), "bad_images": "skip"}
+    with pytest.raises(ValueError, match=r"^data\.[a-z_]+: expected [^\n]+, got [^\n]+$"):
+        load(photos, 3, image_size=32, augmentation="none", **settings)
+
+
+def test_an_evaluation_of_no_image_that_can_be_read_is_one_line() -> None:
+    from safer_fast.evaluate import ThreatModel, evaluate
+
+    from .networks import build
+
+    nothing = Batch(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(2).long(), 2)
+    with pytest.raises(ValueError, match=r"^data\.path: expected an image that can be read"):
+        evaluate(build(), iter([nothing]), ["clean"], ThreatModel("linf", 0.1))

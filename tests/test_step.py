@@ -479,3 +479,19 @@ def test_mixed_labels_are_learned_and_counted_by_their_larger_part() -> None:
     assert step.sums.take()["images"] == len(labels)
     logits = torch.nn.functional.one_hot(labels, 10)
     assert int(Targets.alike(mixed).num_right(logits)) == len(labels)
+
+
+def test_a_batch_that_counts_for_nothing_teaches_nothing() -> None:
+    images, labels = images_and_labels()
+    optim = OptimConfig(name="sgd", weight_decay=0.0)
+    step, arenas = make_step(build(), ["head"], optim=optim)
+    before = arenas.master.clone()
+    step(
+        images,
+        Targets(labels, torch.zeros(len(labels))),
+        torch.tensor(EPSILON),
+        torch.tensor(STEP_SIZE),
+    )
+    sums = step.sums.take()
+    assert (sums["images"], sums["loss"], sums["skipped"]) == (0, 0, 0)
+    assert torch.equal(arenas.master, before)

@@ -173,13 +173,15 @@ class SyntheticLoader(OrderedLoader):
         super().__init__(num_images, ordering)
         generator = make_generator(self.seed, "synthetic")
         size, num_channels = image_format.size, image_format.num_channels
+        # a probe's batches may be larger than an epoch's, and those larger by what fills them up
+        num_images = max(ordering.batch_size, self.batch_size)
         images = torch.randint(
             256,
-            (ordering.batch_size, num_channels, size, size),
+            (num_images, num_channels, size, size),
             dtype=torch.uint8,
             generator=generator,
         )
-        labels = torch.randint(num_classes, (ordering.batch_size,), generator=generator)
+        labels = torch.randint(num_classes, (num_images,), generator=generator)
         self.batch = Batch(images, labels).to(device)
 
     def _read(self, batches: Sequence[Indices], epoch: int | None, size: int) -> Iterator[Batch]:

@@ -39,7 +39,8 @@ class OrderedLoader(ABC):
     An epoch is cut into the fewest batches of at most `batch_size` images, equal to within one
     image: none is dropped, none weighs much more than another, and filling all up to one size costs
     next to nothing. Ranks take consecutive parts of each batch, so that a batch is the same
-    whatever their number. Raises ValueError when there are fewer training images than fill a batch.
+    whatever their number. Raises ValueError when there are fewer training images than fill a
+    batch, and when there is no image.
     """
 
     backend: str
@@ -51,6 +52,10 @@ class OrderedLoader(ABC):
             raise ValueError(
                 f"batch_size: expected at most {num_images} training images, "
                 f"got {ordering.batch_size}"
+            )
+        if not num_images:
+            raise ValueError(
+                "data.path: expected an image that can be read in every split, got none"
             )
         largest = -(-num_images // len(self))
         part = -(-largest // ordering.num_ranks)
