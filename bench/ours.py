@@ -105,7 +105,7 @@ def stages(step: Step, inputs: tuple[Tensor, ...]) -> dict[str, Run]:
 
     def ascent() -> None:
         loss, _ = step.differentiate([held["features"]], [targets])
-        step.loss_sum.copy_(loss)
+        step.selection.extra.copy_(loss)
 
     def descent() -> None:
         step.differentiate([held["features"]], [targets], is_second=True)
@@ -113,7 +113,7 @@ def stages(step: Step, inputs: tuple[Tensor, ...]) -> dict[str, Run]:
     parts: dict[str, Phase] = {"prefix": prefix, "ascent": ascent}
     if step.sam.rho > 0:
         parts |= {"perturb": step.ascend, "descent": descent}
-    parts["update"] = step.update
+    parts["update"] = lambda: step.update(targets)
     return {"attack": attack} | {name: _replayed(step, name, part) for name, part in parts.items()}
 
 

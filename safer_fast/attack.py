@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -13,6 +13,7 @@ from torch.nn import functional
 from safer_fast import kernels
 
 Norm = Literal["linf", "l2"]
+PLACES_PER_SEED = 32
 AttackLoss = Callable[[Tensor, Tensor], Tensor]
 """(logits [B, K], labels) -> the 0-d loss that the attack raises, a sum over images."""
 
@@ -90,14 +91,47 @@ def random_start(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Images plus noise uniform in the ball of radius `epsilon` (0-d), clamped to [0, 1]."""
-    if norm == "linf":
-        noise = torch.rand(images.shape, device=images.device, generator=generator) * 2 - 1
-    else:
-        noise = torch.randn(images.shape, device=images.device, generator=generator)
-        lengths = torch.rand(images.shape[0], device=images.device, generator=generator)
-        lengths = lengths ** (1 / images[0].numel()) / noise.flatten(1).norm(dim=1)
-        noise = noise * lengths.view(-1, 1, 1, 1)
+    noise = _uniform_in_ball(images.shape, norm, images.device, generator)
     return (images + noise.to(images.dtype) * epsilon).clamp_(0, 1)
+
+
+def placed_start(
+    images: Tensor,
+    epsilon: Tensor,
+    norm: Norm,
+    *,
+    position: int,
+    seed_of: Callable[[int], int],
+) -> Tensor:
+    """A random start whose noise depends on where an image stands, not on what is drawn with it.
+
+    Image k of `images` stands at `position` + k of some order. Noise is drawn for PLACES_PER_SEED
+    places at a time, with the seed that `seed_of` gives for their number: it is the same however
+    images are cut into batches, and batches into parts.
+    """
+    first, end = position // PLACES_PER_SEED, -(-(position + len(images)) // PLACES_PER_SEED)
+    generator = torch.Generator(images.device)
+    shape = (PLACES_PER_SEED, *images.shape[1:])
+    noise = torch.cat(
+        [
+            _uniform_in_ball(shape, norm, images.device, generator.manual_seed(seed_of(number)))
+            for number in range(first, max(end, first + 1))
+        ]
+    )
+    noise = noise.narrow(0, position - first * PLACES_PER_SEED, len(images))
+    return (images + noise.to(images.dtype) * epsilon).clamp_(0, 1)
+
+
+def _uniform_in_ball(
+    shape: Sequence[int], norm: Norm, device: torch.device, generator: torch.Generator | None
+) -> Tensor:
+    """Points [B, ...] of the unit ball."""
+    if norm == "linf":
+        return torch.rand(shape, device=device, generator=generator) * 2 - 1
+    noise = torch.randn(shape, device=device, generator=generator)
+    lengths = torch.rand(shape[0], device=device, generator=generator)
+    scale: Tensor = lengths ** (1 / noise[0].numel()) / noise.flatten(1).norm(dim=1)
+    return noise * scale.view(-1, 1, 1, 1)
 
 
 def pixel_gradient(

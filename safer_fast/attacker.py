@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,9 @@ from safer_fast.capture import Buffers, Replays
 from safer_fast.micro_batch import MicroBatch
 from safer_fast.network import RobustModel
 from safer_fast.objective import Objective
+
+Draw = Callable[[Tensor, Tensor, Norm], Tensor]
+"""(images, epsilon, norm) -> where the attack starts."""
 
 
 class Attacker:
@@ -20,7 +26,7 @@ class Attacker:
         objective: gives the loss that is raised.
         norm: linf or l2.
         steps: iterations; 0 leaves images as they are. May be changed between batches.
-        generator: source of the random starts, on the model's device.
+        generator: source of the random starts, on the model's device, unless `draw` is set anew.
         micro_batch: how many images are attacked at a time.
         replays: what iterations are run by, one at a time.
     """
@@ -37,7 +43,7 @@ class Attacker:
         replays: Replays | None = None,
     ) -> None:
         self.model, self.objective, self.norm, self.steps = model, objective, norm, steps
-        self.generator = generator
+        self.draw: Draw = partial(random_start, generator=generator)
         self.micro_batch = micro_batch or MicroBatch()
         self.replays = replays or Replays()
         self.buffers = Buffers()
@@ -52,7 +58,7 @@ class Attacker:
         pixels = self.model.arrange(images)
         if self.steps == 0:
             return self.buffers.hold("adversarial", pixels)
-        start = self.model.arrange(random_start(images, epsilon, self.norm, self.generator))
+        start = self.model.arrange(self.draw(images, epsilon, self.norm))
         adversarial = self.buffers.hold("adversarial", start)
         epsilon = self.buffers.hold("epsilon", epsilon)
         step_size = self.buffers.hold("step size", step_size)

@@ -12,6 +12,7 @@ from safer_fast import __version__
 from safer_fast.config import Config
 from safer_fast.data import Data
 from safer_fast.engine import Engine
+from safer_fast.sentinel import AttackGap
 
 MOST_WAIT = 0.1
 """Share of an epoch's time above which its line says that it waited for data."""
@@ -64,12 +65,34 @@ def banner(facts: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *(f"note:       {note}" for note in facts["notes"])])
 
 
+def training_figures(
+    totals: Mapping[str, float], *, epsilon: float, num_images: int, peak_memory_mib: float
+) -> dict[str, float]:
+    """The training figures of an epoch of `num_images` images, from the totals of its step lines.
+
+    Every image comes once: those that no step has counted could not be read.
+    """
+    counted, elapsed = max(totals["images"], 1), totals["seconds"]
+    return {
+        "train_loss": totals["loss"] / counted,
+        "train_robust_accuracy": totals["correct"] / counted,
+        "learning_rate": totals["learning_rate"],
+        "epsilon": epsilon,
+        "images_per_second": totals["images"] / elapsed,
+        "data_wait_fraction": totals["waited"] / elapsed,
+        "peak_memory_mib": peak_memory_mib,
+        "skipped_steps": int(totals["skipped"]),
+        "skipped_images": num_images - int(totals["images"]),
+    }
+
+
 def epoch_line(
     epoch: int,
     epochs: int,
     stage: str,
     figures: Mapping[str, float],
     accuracies: Mapping[str, float | None],
+    gap: AttackGap | None = None,
 ) -> str:
     """One line on an epoch: training figures, and validation accuracies where they were taken."""
     validation = ""
@@ -82,13 +105,27 @@ def epoch_line(
         f"epoch {epoch:>3}/{epochs} {stage:<7}  loss {figures['train_loss']:.4f}  "
         f"train robust {figures['train_robust_accuracy']:.3f}{validation}  "
         f"epsilon {figures['epsilon']:.4f}  lr {figures['learning_rate']:.2e}  "
-        f"{figures['images_per_second']:.0f} images/s{_trouble(figures)}"
+        f"{figures['images_per_second']:.0f} images/s{_trouble(figures, gap)}"
     )
 
 
-def _trouble(figures: Mapping[str, float]) -> str:
-    """What is wrong with the data of an epoch, if anything is."""
+def gap_figures(gap: AttackGap | None) -> dict[str, Any]:
+    """What an epoch's event says of catastrophic overfitting, null where it was not looked for."""
+    return {
+        "training_attack_accuracy": None if gap is None else gap.training_attack_accuracy,
+        "pgd_20_accuracy": None if gap is None else gap.pgd_20_accuracy,
+        "catastrophic_overfitting": None if gap is None else gap.is_catastrophic,
+    }
+
+
+def _trouble(figures: Mapping[str, float], gap: AttackGap | None) -> str:
+    """What is wrong with an epoch or its data, if anything is."""
     found = ""
+    if gap is not None and gap.is_catastrophic:
+        found += (
+            f"  CATASTROPHIC OVERFITTING (training images: {gap.training_attack_accuracy:.3f} "
+            f"under the training attack, {gap.pgd_20_accuracy:.3f} under PGD-20)"
+        )
     if figures["data_wait_fraction"] > MOST_WAIT:
         found += f"  waited {figures['data_wait_fraction']:.0%} for data (data.num_workers?)"
     if figures["skipped_images"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -126,6 +126,10 @@ class Buffers:
         if key not in self._tensors:
             self._tensors[key] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
         return self._tensors[key].copy_(value)
+
+    def hold_all(self, name: str, values: Iterable[Tensor]) -> list[Tensor]:
+        """Buffers for values that come one after the other, each now in its own."""
+        return [self.hold(f"{name} {index}", value) for index, value in enumerate(values)]
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from itertools import pairwise
@@ -16,10 +17,16 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from jsonargparse.typing import register_type
 
 from safer_fast.config import Config, Names, Radius
+from safer_fast.distributed import is_quiet
 from safer_fast.validation import check_config
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "digits"
+MOST_LEVELS = 20
+# What steers a terminal, turns the order of letters round, or is no text at all.
+UNPRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 T = TypeVar("T")
 
 
@@ -34,9 +41,46 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
 
 def fail(message: str) -> None:
-    """Prints one line on standard error and exits with status 2."""
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    """Prints one line on standard error, once for ranks that all see it; exits with status 2."""
+    if not is_quiet():
+        print("error: " + printable(" ".join(message.split())), file=sys.stderr)
     sys.exit(2)
+
+
+def printable(text: str) -> str:
+    """The text with ? in place of line breaks, escape sequences and marks that turn it round."""
+    return UNPRINTABLE.sub("?", text)
+
+
+def load_yaml(text: str) -> Any:
+    """The plain values that a YAML text stands for.
+
+    Raises ValueError for what is none, and for anchors (&name) and deep nesting, by which a small
+    file fills any memory or ends the process.
+    """
+    try:
+        for scalar in _scalars(text):
+            # jsonargparse takes texts for YAML once more
+            with suppress(yaml.YAMLError):
+                list(_scalars(scalar))
+        return yaml.safe_load(text)
+    except Exception as error:
+        # PyYAML raises whatever it stumbles over.
+        raise ValueError(str(error) or type(error).__name__) from None
+
+
+def _scalars(text: str) -> Iterator[str]:
+    """The texts and numbers in a YAML text, as they are written."""
+    level = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        level += isinstance(event, yaml.CollectionStartEvent)
+        level -= isinstance(event, yaml.CollectionEndEvent)
+        if level > MOST_LEVELS:
+            raise ValueError(f"more than {MOST_LEVELS} levels are not allowed")
+        if isinstance(event, yaml.ScalarEvent):
+            yield event.value
+        if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) and event.anchor:
+            raise ValueError(f"anchors are not allowed, such as &{event.anchor}")
 
 
 def parse_config(arguments: Sequence[str]) -> Config:
@@ -60,7 +104,12 @@ def new_parser(command: str, description: str) -> ArgumentParser:
         Radius, serializer=float, deserializer=_parse_radius, fail_already_registered=False
     )
     register_type(Names, serializer=list, deserializer=_parse_names, fail_already_registered=False)
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_parsing_settings(
+        docstring_parse_attribute_docstrings=True,
+        # nothing that a file names is imported, nor made
+        import_path_denylist=["*"],
+        instantiate_subclass_spec_in_any=False,
+    )
     return _Parser(
         prog=f"python -m safer_fast.{command}", description=description, exit_on_error=False
     )
@@ -128,11 +177,19 @@ def _check_mapping(file: Path) -> None:
     if not file.is_file():
         raise ValueError(f"--config: expected a YAML file or {_recipe_names()}, got {str(file)!r}")
     try:
-        content = yaml.safe_load(file.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = load_yaml(file.read_text())
+    except (OSError, ValueError) as error:
         raise ValueError(f"--config: expected YAML in {file}: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"--config: expected names with values in {file}, got {content!r:.40}")
+    # jsonargparse would read other files that these name
+    if "config" in content:
+        raise ValueError("--config: unknown setting 'config'")
+    for name in _group_names():
+        if not isinstance(group := content.get(name, {}), dict):
+            raise ValueError(
+                f"--config: expected names with values for {name} in {file}, got {group!r:.40}"
+            )
 
 
 def _without(words: Sequence[str], flag: str) -> tuple[list[str], str | None]:
@@ -155,12 +212,15 @@ def _recipe_names() -> str:
 
 
 def _known_names() -> list[str]:
-    config = Config()
-    names = []
-    for name, value in config.to_dict().items():
-        is_group = is_dataclass(getattr(config, name))
-        names += [f"{name}.{key}" for key in value] if is_group else [name]
+    names, groups = [], _group_names()
+    for name, value in Config().to_dict().items():
+        names += [f"{name}.{key}" for key in value] if name in groups else [name]
     return names
+
+
+def _group_names() -> list[str]:
+    config = Config()
+    return [item.name for item in fields(config) if is_dataclass(getattr(config, item.name))]
 
 
 def _suggestion(name: str, known: Sequence[str]) -> str:

@@ -145,6 +145,11 @@ class SelectionConfig:
     num_images: int = 512
     """Training images that the scores are measured on."""
 
+    @property
+    def takes_all(self) -> bool:
+        """Whether nothing is selected, and every parameter trained."""
+        return self.criterion == "all" and self.layers is None
+
 
 @dataclass
 class SAMConfig:
@@ -156,6 +161,10 @@ class SAMConfig:
     """ASAM: perturbation in proportion to each weight's size."""
     layerwise: bool = False
     """One radius for each layer (see selection.radius) instead of one for all together."""
+    sync: Literal["global", "local"] = "global"
+    """Whose gradient each rank of torchrun perturbs the weights by. global: that of the whole
+    batch, so that the number of ranks does not matter; local: that of its own part (as SAM's
+    authors do), which saves one of two all-reduces."""
 
 
 @dataclass
@@ -226,6 +235,21 @@ class RuntimeConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """What a run that was stopped or killed goes on from; none of it changes what is computed."""
+
+    every_steps: int | None = None
+    """Steps between two checkpoints; default: every_minutes decides alone."""
+    every_minutes: float | None = 10.0
+    """Minutes between two checkpoints; null: every_steps decides alone."""
+    keep: int = 2
+    """Checkpoints that are kept, the newest."""
+    grace_s: float = 25.0
+    """Seconds from the first SIGINT or SIGTERM after which the run ends even without a checkpoint;
+    torchrun and most schedulers kill after 30."""
+
+
+@dataclass
 class EvaluationConfig:
     """How accuracy is measured during and after training."""
 
@@ -237,6 +261,12 @@ class EvaluationConfig:
     """Validation images of the evaluation during training; null: all."""
     attacks: Names = field(default_factory=lambda: Names(["clean", "pgd-20"]))
     """Final figures: clean, fgsm or pgd-K, at attack.epsilon."""
+    patience: int | None = None
+    """End the run after this many evaluations at full epsilon without a better robust accuracy, in
+    its last stage; default: never."""
+    sentinel_images: int = 128
+    """Training images on which every evaluation compares the training attack with PGD-20, to notice
+    catastrophic overfitting; 0: none."""
 
 
 @dataclass
@@ -252,7 +282,11 @@ class Config:
     batch_size: int = 64
     """Images per step, at most: an epoch is cut into the fewest equal batches."""
     output: str | None = None
-    """Run folder; default: runs/<date>-<model>-<data>; an existing non-empty one is refused."""
+    """Run folder; default: runs/<date>-<model>-<data>; an existing non-empty one is refused unless
+    resumed."""
+    resume: Literal["never", "auto", "must"] = "never"
+    """Go on with the run in --output from its newest checkpoint. auto: start afresh where there is
+    none; must: that is an error."""
     dry_run: bool = False
     """Take 20 steps, print speed, memory, operations and the time the run would need, and write
     nothing."""
@@ -264,64 +298,9 @@ class Config:
     sam: SAMConfig = field(default_factory=SAMConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain nested dictionaries, ready for YAML or JSON."""
         return asdict(self)
-
-
-@dataclass
-class EvaluateConfig:
-    """What is evaluated."""
-
-    run: str
-    """Run folder."""
-    attacks: Names = field(default_factory=lambda: Names(["clean", "fgsm", "pgd-20"]))
-    """Attacks, comma-separated: clean, fgsm, pgd-K."""
-    epsilon: Radius | None = None
-    """Radius of the ball; default: the run's."""
-    weights: str = "last"
-    """last or best."""
-    path: str | None = None
-    """Data to evaluate on, in any format of --data.path; default: the run's test split."""
-    num_images: int | None = None
-    """Use only the first images; default: all."""
-    batch_size: int = 256
-    """Images per batch, at most."""
-    seed: int = 0
-    """Seed of the random starts."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-
-
-@dataclass
-class SelectConfig:
-    """How layers are scored."""
-
-    run: str
-    """Run folder."""
-    criterion: Criterion = "sharpness"
-    """Score that ranks the layers."""
-    fraction: float = 0.05
-    """Share of the layers that is selected, in (0, 1]; at least one layer."""
-    rho: float = 0.05
-    """Radius of the perturbation that measures sharpness."""
-    radius: Literal["absolute", "relative"] = "absolute"
-    """absolute: rho; relative: rho times the norm of the layer's weights."""
-    from_block: int = 0
-    """Only layers of this block and above (and the head) are candidates."""
-    epsilon: Radius | None = None
-    """Radius of the attack; default: the run's."""
-    steps: int | None = None
-    """Steps of the attack; default: the run's."""
-    num_images: int = 512
-    """Training images that the scores are measured on."""
-    weights: str = "last"
-    """last or best."""
-    seed: int = 0
-    """Seed of the images, the attack and the random criterion."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    output: str | None = None
-    """File to write; default: selection.json in the run folder."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from itertools import count, islice, pairwise
+from itertools import accumulate, count, islice, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,10 +17,12 @@ from tqdm import tqdm
 from safer_fast.config import Config
 from safer_fast.cut import STEM
 from safer_fast.data import Batch, Data, Loader, ahead
+from safer_fast.distributed import Ranks
 from safer_fast.evaluate import ThreatModel, evaluate
 from safer_fast.flops import costs, ideal_flops, matmul_rate
 from safer_fast.moments import Moment
-from safer_fast.schedule import Stage, stage_of
+from safer_fast.schedule import Stage, radii_at, stage_of
+from safer_fast.sentinel import STRONG_STEPS
 from safer_fast.trainer import Trainer
 from safer_fast.validation import num_attack_steps
 
@@ -77,7 +79,7 @@ class RunCost:
         return self.training_s + self.evaluation_s
 
 
-def dry_run(config: Config) -> RunCost:
+def dry_run(config: Config, ranks: Ranks | None = None) -> RunCost:
     """Prints what the run would cost, after 20 steps of each stage; leaves nothing behind.
 
     Steps run at full epsilon, so clean epochs will take less, and include the wait for data.
@@ -86,12 +88,14 @@ def dry_run(config: Config) -> RunCost:
     """
     with (
         TemporaryDirectory() as folder,
-        Trainer(replace(config, output=str(Path(folder) / "run"))) as trainer,
+        Trainer(
+            replace(config, output=str(Path(folder) / "run"), resume="never"), ranks
+        ) as trainer,
     ):
         stages = [_cost_of(trainer, stage) for stage in _stages(config)]
         rate = matmul_rate(trainer.runtime.device, trainer.runtime.compute_dtype)
         cost = RunCost(stages, _evaluation_seconds(trainer), rate)
-    print(table(cost))
+        trainer.log.say(table(cost))
     return cost
 
 
@@ -116,22 +120,23 @@ def passes_of_evaluation(config: Config, data: Data) -> int:
     An iteration of an attack counts as two: gradients of pixels take about as long as the pass.
     """
     num_validation = _num_evaluated(data.validation, config.evaluation.max_images)
-    num_times = -(-config.epochs // config.evaluation.every_epochs)
+    every, last = config.evaluation.every_epochs, config.epochs
+    epochs = [epoch for epoch in range(1, last + 1) if epoch % every == 0 or epoch == last]
+    num_watched = min(config.evaluation.sentinel_images, data.train.num_images)
+    watched = 2 * (config.attack.steps + STRONG_STEPS + 1) if config.attack.steps else 0
+    num_times = sum(radii_at(config.attack, epoch)[0] > 0 for epoch in epochs)
     final = _num_evaluated(data.test or data.validation) * _passes(config.evaluation.attacks)
     # final figures are those of the start of SAFER, of the best and of the last weights
-    return num_times * num_validation * _passes(_attacks_during(config)) + 3 * final
+    during = len(epochs) * num_validation * _passes(_attacks_during(config))
+    return during + num_times * num_watched * watched + 3 * final
 
 
 def _num_evaluated(loader: Loader, max_images: int | None = None) -> int:
     """Images that an evaluation computes, those that fill batches up included."""
-    left = min(max_images or loader.num_images, loader.num_images)
+    limit = loader.num_images if max_images is None else max_images
     smaller, num_larger = divmod(loader.num_images, len(loader))
-    total = 0
-    for index in range(len(loader)):
-        size = smaller + (index < num_larger)
-        total += loader.batch_size if left >= size else left
-        left = max(left - size, 0)
-    return total
+    starts = accumulate((smaller + (index < num_larger) for index in range(len(loader))), initial=0)
+    return loader.batch_size * sum(start < limit for start in islice(starts, len(loader)))
 
 
 def _stages(config: Config) -> list[Stage]:

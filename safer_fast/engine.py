@@ -6,14 +6,13 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
-from safer_fast.attack import pgd
 from safer_fast.attacker import Attacker
-from safer_fast.attention import pin_for
+from safer_fast.attention import Pinned, pin_for
 from safer_fast.config import Config
 from safer_fast.data import Data
+from safer_fast.distributed import Ranks
 from safer_fast.flops import costs
 from safer_fast.micro_batch import MicroBatch
 from safer_fast.model import build_model
@@ -21,19 +20,26 @@ from safer_fast.objective import Objective
 from safer_fast.optim import build_optimizer
 from safer_fast.parameters import ParameterArenas
 from safer_fast.runtime import Runtime, compile_blocks, plan
-from safer_fast.schedule import radii_at
 from safer_fast.step import Step
 
 
 class Engine:
     """Runtime, model, arenas and attack of one configuration; makes a step for each selection.
 
-    `notes` are lines on fast paths that are not live. Raises ValueError for settings that fit no
-    model.
+    `notes` are lines on fast paths that are not live. ranks: the processes that train together.
+    attention: the kernel in place of what `runtime.attention=auto` would choose. Raises ValueError
+    for settings that fit no model.
     """
 
-    def __init__(self, config: Config, runtime: Runtime, data: Data) -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: Config,
+        runtime: Runtime,
+        data: Data,
+        ranks: Ranks | None = None,
+        attention: str | None = None,
+    ) -> None:
+        self.config, self.ranks = config, ranks or Ranks()
         torch.manual_seed(config.seed)
         self.model = build_model(
             config.model,
@@ -46,9 +52,7 @@ class Engine:
         savings = config.runtime.exact_savings
         notes = self.model.save(savings, data.image_size)
         self.model.to(runtime.device)
-        self.attention = pin_for(
-            self.model, data.image_size, config.batch_size, config.runtime.attention
-        )
+        self.attention = self._pin_attention(data.image_size, attention)
         self.runtime = plan(runtime, config.runtime, self._num_operations(data))
         self.notes = [*self.runtime.notes, *notes]
         if self.attention is not None and self.attention.note is not None:
@@ -57,7 +61,6 @@ class Engine:
             compile_blocks(self.model)
         stored = runtime.compute_dtype if "stored-bf16" in savings else torch.float32
         self.arenas = ParameterArenas(self.model.network, self.model.layers, stored)
-        self.generator = runtime.generator(config.seed)
         self.replays = self.runtime.replays(_report)
         limits = config.runtime
         self.micro_batch = self._parts("runtime.train_micro_batch", limits.train_micro_batch)
@@ -67,7 +70,6 @@ class Engine:
             Objective(config.objective),
             norm=config.attack.norm,
             steps=config.attack.steps,
-            generator=self.generator,
             micro_batch=self._parts("runtime.attack_micro_batch", limits.attack_micro_batch),
             replays=self.replays,
         )
@@ -88,24 +90,20 @@ class Engine:
             clip_norm=config.optim.clip_norm,
             micro_batch=self.micro_batch,
             replays=self.replays,
+            ranks=self.ranks,
         )
 
-    def probe_attack(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        """The attack at full strength on the images by which layers are scored."""
-        config = self.config.attack
-        if config.steps == 0:
-            return images
-        epsilon, step_size = radii_at(config, self.config.epochs)
-        return pgd(
-            model,
-            images,
-            labels,
-            epsilon=epsilon,
-            step_size=step_size,
-            steps=config.steps,
-            norm=config.norm,
-            generator=self.generator,
-        )
+    def _pin_attention(self, image_size: int, known: str | None) -> Pinned | None:
+        """All ranks compute attention as the first one finds fastest."""
+        wanted = self.config.runtime.attention
+        if wanted == "auto" and known is not None:
+            wanted = known  # type: ignore[assignment]
+        if not self.ranks.is_first:
+            wanted = self.ranks.share(None)
+        pinned = pin_for(self.model, image_size, self.config.batch_size, wanted)
+        if self.ranks.is_first:
+            self.ranks.share(wanted if pinned is None else pinned.backend)
+        return pinned
 
     def _parts(self, flag: str, size: int | Literal["auto"]) -> MicroBatch:
         """So many images at a time; recordings give way when memory ends."""

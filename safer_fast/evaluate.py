@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safer_fast.command_configs import EvaluateConfig
 from safer_fast.command_line import new_parser, parse, run, with_underscores
-from safer_fast.config import EvaluateConfig
 from safer_fast.validation import check_attack_name
 
 if TYPE_CHECKING:  # torch is imported when there is something to compute: --help does not wait
     import torch
 
     from safer_fast.data import Batch, Loader
+    from safer_fast.distributed import Ranks
     from safer_fast.micro_batch import MicroBatch
     from safer_fast.network import RobustModel
     from safer_fast.run_folder import LoadedRun
@@ -45,50 +47,44 @@ def evaluate(
     threat: ThreatModel,
     *,
     seed: int = 0,
-    max_images: int | None = None,
     micro_batch: MicroBatch | None = None,
+    ranks: Ranks | None = None,
 ) -> list[Accuracy]:
-    """The accuracy under each attack over the batches, at most `max_images` images of them.
+    """The accuracy under each attack over the batches, over those of all ranks.
 
     clean: no attack. fgsm: one step of epsilon from the image itself (Goodfellow et al., 2015).
     pgd-K: K steps of 2.5 epsilon / K from a random start (Madry et al., 2018), one restart. Every
     attack runs in the model's own precision, with gradients of the cross-entropy, on as many images
-    at a time as `micro_batch` says; default: a batch, or less where memory ends.
+    at a time as `micro_batch` says; default: a batch, or less where memory ends. Random starts
+    depend on the seed, the attack and an image's position, not on how images are divided.
     """
     import torch
 
     from safer_fast.data import as_pixels
+    from safer_fast.data.seeds import derive_seed
+    from safer_fast.distributed import Ranks
     from safer_fast.micro_batch import MicroBatch
 
-    micro_batch = micro_batch or MicroBatch("--batch-size")
+    micro_batch, ranks = micro_batch or MicroBatch("--batch-size"), ranks or Ranks()
     device = model.mean.device
-    generators = {name: torch.Generator(device).manual_seed(seed) for name in attacks}
-    correct = {name: torch.zeros((), dtype=torch.int64, device=device) for name in attacks}
-    num_images = 0
+    counts = torch.zeros(len(attacks) + 1, dtype=torch.int64, device=device)
     for batch in batches:
-        left = batch.num_images if max_images is None else max_images - num_images
-        if left <= 0:
-            break
-        counted = min(left, batch.num_images)
         batch = batch.to(device, non_blocking=True)
         # padding goes along, so that all batches have one shape
-        kept = counted if counted < batch.num_images else len(batch.labels)
-        images, labels = as_pixels(batch.images)[:kept], batch.labels[:kept]
-        for name in attacks:
-            attacked = attack_by_name(
-                name, model, images, labels, threat, generators[name], micro_batch
-            )
+        images, labels = as_pixels(batch.images), batch.labels
+        for index, name in enumerate(attacks):
+            place = partial(derive_seed, seed, f"evaluation {name}"), batch.position
+            attacked = attack_by_name(name, model, images, labels, threat, place, micro_batch)
             with torch.no_grad():
                 is_right = model(attacked).argmax(1) == labels
-                correct[name] += is_right[:counted].sum()
-        num_images += counted
+                counts[index] += is_right[: batch.num_images].sum()
+        counts[-1] += batch.num_images
+    *num_right, num_images = ranks.sum_(counts).tolist()
     if not num_images:
         raise ValueError("data.path: expected an image that can be read to evaluate on, got none")
     return [
-        Accuracy(
-            name, 0.0 if name == "clean" else threat.epsilon, int(count) / num_images, num_images
-        )
-        for name, count in correct.items()
+        Accuracy(name, 0.0 if name == "clean" else threat.epsilon, count / num_images, num_images)
+        for name, count in zip(attacks, num_right, strict=True)
     ]
 
 
@@ -98,13 +94,16 @@ def attack_by_name(
     images: torch.Tensor,
     labels: torch.Tensor,
     threat: ThreatModel,
-    generator: torch.Generator,
+    place: tuple[Callable[[int], int], int],
     micro_batch: MicroBatch,
 ) -> torch.Tensor:
-    """Images [B, C, H, W] after the attack `name`: clean, fgsm or pgd-K."""
+    """Images [B, C, H, W] after the attack `name`: clean, fgsm or pgd-K.
+
+    place: seeds and position of the images, see `placed_start`.
+    """
     import torch
 
-    from safer_fast.attack import default_step_size, pgd, random_start
+    from safer_fast.attack import default_step_size, pgd, placed_start
 
     if name == "clean":
         return images
@@ -114,7 +113,9 @@ def attack_by_name(
     else:
         steps = int(name.removeprefix("pgd-"))
         step_size = default_step_size(radius, steps)
-        start = random_start(images, torch.full((), radius).to(images), norm, generator)
+        seed_of, position = place
+        largest = torch.full((), radius).to(images)
+        start = placed_start(images, largest, norm, position=position, seed_of=seed_of)
     attacked = torch.empty_like(images)
 
     def attack_in_parts(size: int) -> None:
@@ -153,42 +154,35 @@ def main(arguments: Sequence[str]) -> None:
 def evaluate_run(config: EvaluateConfig) -> list[Accuracy]:
     """Evaluates a run folder; the figures are appended to its metrics.jsonl and printed.
 
-    Raises ValueError for a folder that is no run and for data that does not fit its model.
+    Under torchrun the processes share the images. Raises ValueError for a folder that is no run and
+    for data that does not fit its model.
     """
-    from safer_fast.metrics import MetricsLog
+    from safer_fast.distributed import connected
     from safer_fast.run_folder import load_run
+    from safer_fast.run_log import RunLog
 
     folder = Path(config.run)
-    loaded = load_run(folder, config.weights, config.device)
-    threat = ThreatModel(
-        loaded.config.attack.norm,
-        float(loaded.config.attack.epsilon if config.epsilon is None else config.epsilon),
-    )
-    split, loader = _evaluation_data(config, loaded)
-    results = evaluate(
-        loaded.model,
-        with_progress(loader, "evaluating"),
-        config.attacks,
-        threat,
-        seed=config.seed,
-        max_images=config.num_images,
-    )
-    rows = [{"split": split, "weights": config.weights, **vars(result)} for result in results]
-    with MetricsLog(folder) as log:
+    with connected(config.device != "cpu") as ranks:
+        loaded = load_run(folder, config.weights, config.device, ranks.local_rank)
+        own = loaded.config.attack.epsilon
+        radius = float(own if config.epsilon is None else config.epsilon)
+        threat = ThreatModel(loaded.config.attack.norm, radius)
+        split, loader = _evaluation_data(config, loaded, ranks)
+        log = RunLog(folder, ranks)
+        batches = loader.epoch(1, limit=config.num_images)
+        bar = log.bar(batches, len(loader) if config.num_images is None else None, "evaluating")
+        results = evaluate(
+            loaded.model, iter(bar), config.attacks, threat, seed=config.seed, ranks=ranks
+        )
+        rows = [{"split": split, "weights": config.weights, **vars(result)} for result in results]
         for row in rows:
             log.write("evaluation", epoch=loaded.config.epochs, step=0, **row)
-    print(accuracy_table(rows))
+        log.close()
+        log.say(accuracy_table(rows))
     return results
 
 
-def with_progress(loader: Loader, label: str) -> Iterator[Batch]:
-    """The loader's batches, with a bar on a terminal."""
-    from tqdm import tqdm
-
-    yield from tqdm(loader.epoch(1), total=len(loader), desc=label, leave=False, disable=None)
-
-
-def _evaluation_data(config: EvaluateConfig, loaded: LoadedRun) -> tuple[str, Loader]:
+def _evaluation_data(config: EvaluateConfig, loaded: LoadedRun, ranks: Ranks) -> tuple[str, Loader]:
     """The name of the split and its loader: the data given, else the run's own."""
     from safer_fast.data import load_data, load_evaluation_data
 
@@ -203,6 +197,8 @@ def _evaluation_data(config: EvaluateConfig, loaded: LoadedRun) -> tuple[str, Lo
             image_size=loaded.image_size,
             class_names=loaded.class_names,
             device=loaded.model.mean.device,
+            rank=ranks.rank,
+            num_ranks=ranks.num_ranks,
         )
         return Path(config.path).stem, data
     own = load_data(
@@ -211,6 +207,8 @@ def _evaluation_data(config: EvaluateConfig, loaded: LoadedRun) -> tuple[str, Lo
         seed=settings.seed,
         evaluation_batch_size=config.batch_size,
         device=loaded.model.mean.device,
+        rank=ranks.rank,
+        num_ranks=ranks.num_ranks,
     )
     return ("validation", own.validation) if own.test is None else ("test", own.test)
 

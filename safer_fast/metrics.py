@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
-
-if TYPE_CHECKING:  # torch is imported where it is used: the report reads metrics without it
-    from torch import Tensor
+from typing import Any, Literal, NoReturn, get_args
 
 Event = Literal["run", "step", "epoch", "selection", "evaluation", "end"]
 
@@ -39,24 +37,35 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
 
 
 class MetricsLog:
-    """Appends events to `<run>/metrics.jsonl` and writes their scalars for TensorBoard.
+    """Appends events to `<run>/metrics.jsonl` and shows their scalars to TensorBoard.
 
     The run folder is created if need be. A last line that a killed run left half-written is cut off
-    first. Close it, or use it as a context manager.
+    first. With `resume_at`, the `size` when a checkpoint was made, what was logged after it is cut
+    off, and TensorBoard sees only what is left; raises ValueError, and changes nothing, where the
+    file cannot be that of the checkpoint. `report` is told, once, what cannot be written: lines are
+    kept and written later, and TensorBoard is done without. Close it, or use it as a context
+    manager.
     """
 
-    def __init__(self, run: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    def __init__(
+        self, run: Path, *, resume_at: int | None = None, report: Callable[[str], None] = print
+    ) -> None:
+        from safer_fast.metrics_tensorboard import EventFile
 
-        run.mkdir(parents=True, exist_ok=True)
         path = run / FILE_NAME
-        _mend_last_line(path)
-        self._file = path.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(run))
-        self._opened = time.monotonic()
+        kept = None if resume_at is None else _cut(path, resume_at)
+        run.mkdir(parents=True, exist_ok=True)
+        self._lines = _Lines(path, report)
+        self._event_file = EventFile(run, report, kept)
+        self._opened = time.monotonic() - _last_time_s(path)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all lines up to now: where a run resumed from a checkpoint of now goes on."""
+        return self._lines.size
 
     def write(self, event: Event, *, epoch: int, step: int, **values: Any) -> None:
-        """Writes one line and flushes it; `time_s` counts seconds since the log was opened.
+        """Writes one line; `time_s` counts seconds on from the last line that was there before.
 
         Values are what JSON knows: None, bool, int, float, str, lists and dictionaries with names
         as keys; a float that is not finite becomes null. Raises TypeError naming any other value.
@@ -67,18 +76,19 @@ class MetricsLog:
         assert "time_s" not in values, "time_s is the log's own"
         time_s = round(time.monotonic() - self._opened, 3)
         line = {"event": event, "epoch": epoch, "step": step, "time_s": time_s}
-        values = {key: _json_value(value, f"{event}.{key}") for key, value in values.items()}
+        line |= {key: _json_value(value, f"{event}.{key}") for key, value in values.items()}
         with uninterrupted():
-            self._file.write(json.dumps(line | values, allow_nan=False) + "\n")
-            self._file.flush()
-            for name, scalar in _scalars(event, values).items():
-                self._tensorboard.add_scalar(name, scalar, step)
+            self._lines.append(json.dumps(line, allow_nan=False).encode() + b"\n")
+            self._event_file.add(line)
+
+    def sync(self) -> None:
+        """All lines up to now are on the disk, or OSError is raised; any thread may call it."""
+        self._lines.sync()
 
     def close(self) -> None:
-        """Ends both files; a second call does nothing."""
+        """Lines that could not be written are tried a last time; says how many are lost."""
         with uninterrupted():
-            self._file.close()
-            self._tensorboard.close()
+            self._lines.close()
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -87,9 +97,111 @@ class MetricsLog:
         self.close()
 
 
+class _Lines:
+    """A file that grows by whole lines; those that cannot be written wait in memory.
+
+    It is opened for each write, so that nothing half-written stays in a buffer and a removed file
+    is noticed. Others may append whole lines too, as an evaluation of a running run does.
+    """
+
+    def __init__(self, path: Path, report: Callable[[str], None]) -> None:
+        _mend_last_line(path)
+        path.touch()
+        self._path = path.absolute()
+        self._report = report
+        self._lock = threading.RLock()
+        self._waiting: list[bytes] = []
+        self._end = path.stat().st_size  # of the last line written; what follows is part of a line
+        self._is_torn = False
+        self._is_failing = False
+
+    @property
+    def size(self) -> int:
+        with self._lock:
+            return self._end + sum(map(len, self._waiting))
+
+    def append(self, line: bytes) -> None:
+        """The line is in the file, behind all that wait, or waits itself."""
+        with self._lock:
+            self._waiting.append(line)
+            self._try_to_write()
+
+    def sync(self) -> None:
+        with uninterrupted(), self._lock:
+            if self._waiting and (error := self._try_to_write()):
+                raise error
+            end = self._end
+        with self._path.open("rb") as file:  # without the lock: writing does not wait for the disk
+            if os.fstat(file.fileno()).st_size < end:
+                raise OSError(f"{self._path}: lines that were written are gone")
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        with self._lock:
+            if self._waiting and (error := self._try_to_write()):
+                lost = f"lines lost: {len(self._waiting)}"
+                self._report(f"{FILE_NAME} could not be written: {_reason(error)}; {lost}")
+                self._waiting.clear()
+
+    def _try_to_write(self) -> OSError | None:
+        """Writes all lines that wait, or gives the error; reports its beginning and its end."""
+        num_lines = len(self._waiting)
+        try:
+            self._write()
+        except OSError as error:
+            if not self._is_failing:
+                problem = f"{FILE_NAME} cannot be written: {_reason(error)}"
+                self._report(f"{problem}; lines are kept and written later")
+            self._is_failing = True
+            return error
+        if self._is_failing:
+            self._report(f"{FILE_NAME} can be written again; lines written late: {num_lines}")
+        self._is_failing = False
+        return None
+
+    def _write(self) -> None:
+        content = b"".join(self._waiting)
+        self._find_end()
+        self._is_torn = True
+        try:
+            with self._path.open("ab") as file:
+                file.write(content)
+        except OSError:
+            with suppress(OSError):  # then it is cut off before the next try
+                self._cut_off_part()
+            raise
+        self._waiting.clear()
+        self._end += len(content)
+        self._is_torn = False
+
+    def _find_end(self) -> None:
+        """The file ends with a whole line, `_end` says where, whatever was done to it meanwhile."""
+        self._path.parent.mkdir(exist_ok=True)
+        self._cut_off_part()
+        if self._size_on_disk() == self._end:
+            return
+        _mend_last_line(self._path)
+        size = self._size_on_disk()
+        if size < self._end:
+            gone = f"{self._end - size} bytes that were written are gone"
+            self._report(f"{FILE_NAME} was removed or cut short: {gone}; it goes on from here")
+        self._end = size
+
+    def _cut_off_part(self) -> None:
+        if self._is_torn and self._size_on_disk() > self._end:
+            os.truncate(self._path, self._end)
+        self._is_torn = False
+
+    def _size_on_disk(self) -> int:
+        try:
+            return self._path.stat().st_size
+        except FileNotFoundError:
+            return 0
+
+
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C comes after it: TensorBoard's queue, interrupted while it is locked, stays locked."""
+    """Ctrl-C comes after it, so that a line and its scalars are written, and written once."""
     is_ours = signal.getsignal(signal.SIGINT) is not None  # else it is that of a host program
     if threading.current_thread() is not threading.main_thread() or not is_ours:
         yield
@@ -109,47 +221,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     Raises ValueError naming file and line for any other damage, OSError where there is no file.
     """
-    *lines, unfinished = path.read_bytes().split(b"\n")
-    events = []
-    for number, line in enumerate(lines, start=1):
-        event = _event(line)
-        if event is None:
-            raise ValueError(f"{path}, line {number}: expected a JSON object, got {_shown(line)}")
-        events.append(event)
-    last = _event(unfinished)
-    return events if last is None else [*events, last]
-
-
-class DeviceSums:
-    """Running sums of scalars that stay on the device until they are asked for.
-
-    They stay where they are, so that recordings of a step may add to them. Sums are fp64 on every
-    device: one element costs nothing there, and counts and losses of a whole epoch stay exact where
-    fp32 would drop the last digits.
-    """
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-
-    def add(self, **values: Tensor) -> None:
-        """Adds each 0-d tensor to the sum of its name, without waiting for the device."""
-        for name, value in values.items():
-            assert value.dim() == 0, f"{name}: expected a 0-d tensor, got {tuple(value.shape)}"
-            if name in self._sums:
-                self._sums[name].add_(value.detach())
-            else:
-                self._sums[name] = value.detach().clone().double()
-
-    def take(self) -> dict[str, float]:
-        """The sums as floats, in one transfer to the host; all of them start again from 0."""
-        import torch
-
-        if not self._sums:
-            return {}
-        values = torch.stack(list(self._sums.values())).tolist()
-        for total in self._sums.values():
-            total.zero_()
-        return dict(zip(self._sums, values, strict=True))
+    return _events(path, path.read_bytes())
 
 
 def _json_value(value: Any, name: str) -> Any:
@@ -165,17 +237,40 @@ def _json_value(value: Any, name: str) -> Any:
     raise TypeError(f"{name}: expected a JSON value, got {type(value).__name__}")
 
 
-def _scalars(event: str, values: Mapping[str, Any]) -> dict[str, float]:
-    """What TensorBoard plots of an event, by `group/name`."""
-    if event == "evaluation":
-        name = f"{values['weights']}-{values['split']}-{values['attack']}"
-        values = {name: values["accuracy"]}
-    elif event == "selection":
-        values = values["scores"]
-    elif event in ("run", "end"):
-        return {}
-    numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
-    return {f"{event}/{key}": float(value) for key, value in numbers.items()}
+def _cut(path: Path, size: int) -> list[dict[str, Any]]:
+    """The file ends after `size` bytes, which are whole lines; gives the events of these."""
+    assert size >= 0
+    if not path.is_file():
+        raise ValueError(f"{path}: expected the {size} bytes of the checkpoint, got no file")
+    content = path.read_bytes()
+    if len(content) < size:
+        raise ValueError(f"{path}: expected the {size} bytes of the checkpoint, got {len(content)}")
+    kept = content[:size]
+    if kept and not kept.endswith(b"\n"):
+        end = kept.rpartition(b"\n")[2]
+        raise ValueError(f"{path}: expected a line to end at byte {size}, got {_shown(end)}")
+    events = _events(path, kept)
+    os.truncate(path, size)
+    return events
+
+
+def _events(path: Path, content: bytes) -> list[dict[str, Any]]:
+    *lines, unfinished = content.split(b"\n")
+    events = []
+    for number, line in enumerate(lines, start=1):
+        event = _event(line)
+        if event is None:
+            raise ValueError(f"{path}, line {number}: expected a JSON object, got {_shown(line)}")
+        events.append(event)
+    last = _event(unfinished)
+    return events if last is None else [*events, last]
+
+
+def _last_time_s(path: Path) -> float:
+    """`time_s` of the last line; 0 where there is none."""
+    event = _event(path.read_bytes()[:-1].rpartition(b"\n")[2]) or {}
+    time_s = event.get("time_s")
+    return time_s if isinstance(time_s, int | float) else 0.0
 
 
 def _mend_last_line(path: Path) -> None:
@@ -195,7 +290,7 @@ def _mend_last_line(path: Path) -> None:
 def _event(line: bytes) -> dict[str, Any] | None:
     """The JSON object in the line, or None where there is none."""
     try:
-        event = json.loads(line, parse_constant=_refuse_constant)
+        event = _DECODER.decode(line.decode())
     except ValueError:
         return None
     return event if isinstance(event, dict) else None
@@ -205,6 +300,13 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
 def _shown(line: bytes) -> str:
     text = line.decode(errors="replace")
     return repr(text if len(text) <= 40 else text[:40] + "...")
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)

@@ -120,6 +120,12 @@ class RobustModel(nn.Module):
         """Block of a layer or parameter: STEM below the blocks, `num_blocks` for norm and head."""
         return self._parts.block_of(name)
 
+    def names_of(self, parameters: Iterable[nn.Parameter]) -> list[str]:
+        """The names of parameters of the network, in order of definition."""
+        chosen = {id(parameter) for parameter in parameters}
+        members = self.network.named_parameters()
+        return [name for name, parameter in members if id(parameter) in chosen]
+
     def cut_of(self, names: Iterable[str]) -> int:
         """The deepest cut below which none of the named layers or parameters lies."""
         return min(self.block_of(name) for name in names)

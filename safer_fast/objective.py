@@ -17,7 +17,8 @@ class Targets:
     """What a batch is to be classified as.
 
     labels: int64 [B], or class probabilities [B, K]. weights: what each image counts for in the
-    loss, float32 [B] with sum 1 over a batch; 0 for images that only fill it up.
+    loss, float32 [B] with sum 1 over a batch, of all ranks together; 0 for images that only fill it
+    up, the same for all others.
     """
 
     labels: Tensor
@@ -37,6 +38,11 @@ class Targets:
     def num_images(self) -> Tensor:
         """Images that count, 0-d."""
         return (self.weights > 0).sum()
+
+    def total(self, mean: Tensor) -> Tensor:
+        """The sum over images of what `mean`, 0-d, is the weighted sum of."""
+        weight = self.weights.amax()
+        return torch.where(weight > 0, mean / weight, 0.0)
 
     def num_right(self, logits: Tensor) -> Tensor:
         """Images that count and whose class the first logits [B or more, K] put first, 0-d."""

@@ -54,6 +54,15 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
             group["lr"] = value
 
 
+def step_unless(is_skipped: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """The optimizer has stepped unless `is_skipped`, 0-d, is 1: decided on the device."""
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf = is_skipped  # type: ignore[attr-defined]
+        optimizer.step()
+    elif not is_skipped:  # apex cannot skip on the device: one synchronisation per step
+        optimizer.step()
+
+
 def _with_momentum(optimizer: torch.optim.SGD) -> torch.optim.SGD:
     """The optimizer with momenta of zero, which torch would make, unfilled, in the first update.
 

@@ -50,6 +50,7 @@ class Selection:
 
     `groups` has the ranges of each layer apart, one for each parameter; parameters of no layer are
     groups of their own. `ranges` are the same weights with neighbours merged: the fewest launches.
+    `flat` [n] holds all gradients, and `extra` behind them: what ranks sum up in one go.
     """
 
     names: list[str]
@@ -57,6 +58,12 @@ class Selection:
     gradient_views: list[Tensor]
     ranges: list[Range]
     groups: dict[str, list[Range]]
+    flat: Tensor
+
+    @property
+    def extra(self) -> Tensor:
+        """Room for one number, 0-d, that is summed over ranks with the gradients."""
+        return self.flat[-1]
 
     def store_gradients(self, gradients: Sequence[Tensor], adds: bool = False) -> None:
         """The ranges hold these gradients, one for each of `parameters`, in their own dtype.
@@ -132,10 +139,8 @@ class ParameterArenas:
         for layer in chosen:
             wanted.update(self.layers[layer])
         ordered = [name for name in self.places if name in wanted]
-        gradient = torch.zeros(
-            sum(_aligned(self.places[name].num_elements) for name in ordered),
-            device=self.master.device,
-        )
+        num_elements = sum(_aligned(self.places[name].num_elements) for name in ordered)
+        gradient = torch.zeros(num_elements + 1, device=self.master.device)
         groups: dict[str, list[Range]] = {}
         views, merged, offset = [], _Merged(self, gradient), 0
         for name in ordered:
@@ -152,6 +157,7 @@ class ParameterArenas:
             gradient_views=views,
             ranges=merged.ranges(),
             groups=groups,
+            flat=gradient,
         )
 
     def _range(self, place: Place, gradient: Tensor, offset: int, size: int | None = None) -> Range:
@@ -197,24 +203,30 @@ def module_selection(layers: Mapping[str, Sequence[nn.Parameter]]) -> Selection:
 
     The parameters keep their storage and dtype, and are what a perturbation is written to.
     """
+    parameters = [parameter for own in layers.values() for parameter in own]
+    sizes = [parameter.numel() for parameter in parameters]
+    example = parameters[0]
+    flat = torch.zeros(sum(sizes) + 1, dtype=example.dtype, device=example.device)
+    gradients = iter(torch.split(flat[:-1], sizes))
     groups = {
         name: [
             Range(
                 compute=parameter.data,
                 master=parameter.detach().clone(),
-                gradient=torch.zeros_like(parameter, requires_grad=False),
+                gradient=next(gradients).view(parameter.shape),
             )
-            for parameter in parameters
+            for parameter in own
         ]
-        for name, parameters in layers.items()
+        for name, own in layers.items()
     }
     ranges = [part for parts in groups.values() for part in parts]
     return Selection(
         names=list(groups),
-        parameters=[parameter for parameters in layers.values() for parameter in parameters],
+        parameters=parameters,
         gradient_views=[part.gradient for part in ranges],
         ranges=ranges,
         groups=groups,
+        flat=flat,
     )
 
 

@@ -75,7 +75,10 @@ def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
         num_colours=len(RUN_COLOURS),
         drawing=Markup,
     )
-    output = runs[0] / "report.html" if output is None else output
+    if output is None:
+        output = runs[0] / "report.html"
+        # a link that came with the folder would lead elsewhere
+        output.unlink(missing_ok=True)
     output.write_text(page.lstrip(), encoding="utf-8")
     return output
 

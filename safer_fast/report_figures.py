@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -29,8 +30,10 @@ _VARIABLES = {colour: f"--run-{index}" for index, colour in enumerate(RUN_COLOUR
     _PAGE: "--page",
 }
 _WIDTH, _HEIGHT = 4.8, 2.7  # inches: 346 points, so that text stays readable on a phone
-_LAYER_IN_BLOCK = re.compile(r"(?:\w+\.(?P<stage>\d+)\.)?blocks\.(?P<block>\d+)\.(?P<kind>.+)")
-_LAYER_IN_STAGE = re.compile(r"\w+\.(?P<stage>\d+)\..+")
+_LAYER_IN_BLOCK = re.compile(
+    r"(?:\w+\.(?P<stage>\d{1,4})\.)?blocks\.(?P<block>\d{1,4})\.(?P<kind>.+)"
+)
+_LAYER_IN_STAGE = re.compile(r"\w+\.(?P<stage>\d{1,4})\..+")
 _KINDS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 _OTHER = "other"
 _IN, _OUT = -1, 1_000_000  # as stages: before the first one and after the last one
@@ -108,7 +111,7 @@ def draw_layer_map(
         grid[kinds.index(kind)][places.index(place)] = float("nan") if score is None else score
     dots = [cells[name] for name in selected if name in cells]
     figure, axes = _new_figure(0.75 + 0.24 * len(kinds))
-    axes.set_title(title, loc="left", fontsize=9, color=_INK)
+    axes.set_title(title, loc="left", fontsize=9, color=_INK, parse_math=False)
     mesh = axes.pcolormesh(grid, cmap=_colours(), edgecolors=_PAGE, linewidth=1.2)
     mesh.set_clim(*limits)
     columns = [places.index(place) + 0.5 for place, _ in dots]
@@ -178,7 +181,9 @@ def _label_cells(axes: Axes, places: Sequence[Place], kinds: Sequence[str]) -> N
     if len(places) > 16:
         labels = ["" if label.isdigit() and int(label) % 2 else label for label in labels]
     axes.set_xticks([index + 0.5 for index in range(len(places))], labels, fontsize=8)
-    axes.set_yticks([index + 0.5 for index in range(len(kinds))], kinds, fontsize=8)
+    axes.set_yticks(
+        [index + 0.5 for index in range(len(kinds))], kinds, fontsize=8, parse_math=False
+    )
     axes.invert_yaxis()
     axes.tick_params(length=0)
     axes.spines["bottom"].set_visible(False)
@@ -234,9 +239,14 @@ def _svg(figure: Figure, identity: str, title: str) -> str:
     import matplotlib
 
     buffer = io.StringIO()
-    with matplotlib.rc_context(
-        {"svg.fonttype": "none", "svg.hashsalt": identity, "text.parse_math": False}
+    with (
+        matplotlib.rc_context(
+            {"svg.fonttype": "none", "svg.hashsalt": identity, "text.parse_math": False}
+        ),
+        warnings.catch_warnings(),
     ):
+        # a browser has the letters that matplotlib's font lacks
+        warnings.simplefilter("ignore", UserWarning)
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", metadata=nothing)
     drawing = buffer.getvalue()
@@ -247,4 +257,4 @@ def _svg(figure: Figure, identity: str, title: str) -> str:
         drawing = drawing.replace(colour, f"var({variable})")
     width_and_height = re.compile(r'width="[\d.]+pt" height="[\d.]+pt"')
     label = f'role="img" aria-label="{escape(title)}"'
-    return width_and_height.sub(label, drawing, count=1)
+    return width_and_height.sub(lambda _: label, drawing, count=1)

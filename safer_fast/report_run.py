@@ -9,9 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safer_fast.command_line import MOST_LEVELS, load_yaml, printable
 from safer_fast.metrics import FILE_NAME, read_metrics
 
 _EVENT_KEYS = ("event", "epoch", "step", "time_s")
+_NUMBERS = (
+    "time_s",
+    "train_loss",
+    "train_robust_accuracy",
+    "clean_accuracy",
+    "robust_accuracy",
+    "learning_rate",
+    "epsilon",
+    "images_per_second",
+    "peak_memory_mib",
+    "skipped_steps",
+    "num_images",
+)
+_LARGEST = 1e100  # what is larger has no square
 
 
 @dataclass(frozen=True)
@@ -36,10 +51,15 @@ class Run:
         """The configured value of `group.name`, None where it is not known."""
         return flatten(self.config).get(name)
 
+    def number(self, name: str) -> float | None:
+        """The configured number `group.name`, None where it is not known or something else."""
+        value = self.setting(name)
+        return None if value is None or not _is_number(value) else float(value)
+
     def first_epoch_at_full_epsilon(self) -> float:
         """From here on accuracies in training and validation compare; infinity: not reached."""
         reached = {event["epoch"]: event.get("epsilon") or 0.0 for event in self.epochs}
-        full = self.setting("attack.epsilon") or max(reached.values(), default=0.0)
+        full = self.number("attack.epsilon") or max(reached.values(), default=0.0)
         # The log may have rounded: a millionth of the radius does not matter.
         epochs = [epoch for epoch, epsilon in reached.items() if epsilon >= full * (1 - 1e-6)]
         return min(epochs, default=math.inf)
@@ -52,7 +72,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     names = [folder.resolve().name for folder in folders]
     is_unique = len(set(names)) == len(names)
     return [
-        _read_run(folder, name if is_unique else str(folder))
+        _read_run(folder, printable(name if is_unique else str(folder)))
         for folder, name in zip(folders, names, strict=True)
     ]
 
@@ -72,7 +92,7 @@ def _read_run(folder: Path, name: str) -> Run:
     if not (folder / FILE_NAME).is_file():
         what = "a folder without it" if folder.is_dir() else "no such folder"
         raise ValueError(f"{folder}: expected a run folder with {FILE_NAME}, got {what}")
-    events = read_metrics(folder / FILE_NAME)
+    events = [_checked(event, folder / FILE_NAME) for event in read_metrics(folder / FILE_NAME)]
     environment: dict[str, Any] = {}
     for event in _of_kind(events, "run"):
         environment |= {key: event[key] for key in event if key not in _EVENT_KEYS}
@@ -89,12 +109,59 @@ def _read_run(folder: Path, name: str) -> Run:
     )
 
 
+def _checked(event: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The event as the report can use it; raises ValueError naming the file where it cannot."""
+    if event.get("event") not in ("run", "epoch", "selection", "evaluation"):
+        return event
+    event = _plain(event, path)
+    if event["event"] == "run":
+        return event
+    scores, selected = event.get("scores") or {}, event.get("selected", [])
+    accuracy = event.get("accuracy", 0.0)
+    is_usable = {key: _is_number(event.get(key)) for key in _NUMBERS} | {
+        "epoch": type(event.get("epoch")) is int and abs(event["epoch"]) < 2**31,
+        "accuracy": accuracy is None or (_is_number(accuracy) and 0 <= accuracy <= 1),
+        "scores": isinstance(scores, dict) and all(map(_is_number, scores.values())),
+        "selected": isinstance(selected, list) and all(isinstance(name, str) for name in selected),
+    }
+    for key in is_usable:
+        if not is_usable[key]:
+            raise ValueError(
+                f"{path}: expected events of a run, got {event.get(key)!r:.40} as {key} of "
+                f"event {event['event']}"
+            )
+    return event
+
+
+def _is_number(value: Any) -> bool:
+    """Whether one can compute with it, or it was not measured."""
+    if value is None:
+        return True
+    return isinstance(value, int | float) and type(value) is not bool and abs(value) < _LARGEST
+
+
+def _plain(value: Any, path: Path, levels: int = MOST_LEVELS) -> Any:
+    """The value with printable texts, and None for numbers beyond all measure.
+
+    Raises ValueError naming the file where values are nested too deeply.
+    """
+    if not levels:
+        raise ValueError(f"{path}: expected values, got more than {MOST_LEVELS} levels of them")
+    if isinstance(value, Mapping):
+        return {printable(str(k)): _plain(v, path, levels - 1) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, path, levels - 1) for item in value]
+    if isinstance(value, int | float):
+        return value if abs(value) < _LARGEST else None
+    return printable(value) if isinstance(value, str) else value
+
+
 def _of_kind(events: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [event for event in events if event.get("event") == kind]
 
 
 def _last_per_epoch(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    by_epoch = {event.get("epoch", 0): event for event in events}
+    by_epoch = {event["epoch"]: event for event in events}
     return [by_epoch[epoch] for epoch in sorted(by_epoch)]
 
 
@@ -110,7 +177,9 @@ def _time_s(events: Sequence[dict[str, Any]]) -> float:
     for event in events:
         if event.get("event") not in ("step", "epoch", "selection"):
             continue
-        now = float(event.get("time_s") or 0.0)
+        now = event.get("time_s") or 0.0
+        if not _is_number(now):
+            continue
         if now < previous:
             total += previous
         previous = now
@@ -119,16 +188,15 @@ def _time_s(events: Sequence[dict[str, Any]]) -> float:
 
 def _read_mapping(path: Path) -> dict[str, Any]:
     """The content of a YAML or JSON file, empty where there is no such file."""
-    import yaml
-
     if not path.is_file():
         return {}
     try:
         text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
+        values = json.loads(text) if path.suffix == ".json" else load_yaml(text)
+    except (ValueError, RecursionError) as error:
         problem = " ".join(str(error).split())
         raise ValueError(f"{path}: expected YAML or JSON, got {problem}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected names with values, got {type(values).__name__}")
-    return values
+    plain: dict[str, Any] = _plain(values, path)
+    return plain

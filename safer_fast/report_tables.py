@@ -220,14 +220,14 @@ def _measured(run: Run, key: str) -> dict[int, float]:
 
 
 def _attack(run: Run) -> str:
-    norm, epsilon = run.setting("attack.norm"), run.setting("attack.epsilon")
+    norm, epsilon = run.setting("attack.norm"), run.number("attack.epsilon")
     steps = run.setting("attack.steps")
     if epsilon is None or steps is None:
         return NOTHING
     if steps == 0:
         return "none, clean training"
     name = "FGSM-RS" if steps == 1 else f"PGD-{steps}"
-    return f"{name}, {shown(norm)}, {radius(float(epsilon))}"
+    return f"{name}, {shown(norm)}, {radius(epsilon)}"
 
 
 def _method(run: Run) -> str:
@@ -239,8 +239,8 @@ def _method(run: Run) -> str:
         return f"layers by name, {sam}"
     if criterion == "all":
         return f"all parameters, {sam}"
-    share = run.setting("selection.fraction")
-    return f"{percent(float(share or 0.0))} of layers by {criterion}, {sam}"
+    share = run.number("selection.fraction")
+    return f"{percent(share or 0.0)} of layers by {criterion}, {sam}"
 
 
 def _progress(run: Run) -> str:

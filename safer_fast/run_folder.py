@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from safer_fast.network import RobustModel
 
 CONFIG = "run.yaml"
+CHECKPOINTS = "checkpoints"
 KEY = "safer_fast"
 
 
@@ -53,9 +55,23 @@ def check_output(folder: Path) -> None:
         raise ValueError(f"--output: expected a new or empty folder, got {folder}, which is in use")
 
 
+def clear_run_folder(folder: Path) -> None:
+    """What a run wrote before its first checkpoint is gone, so that it can begin again.
+
+    Only a folder that holds nothing but that is cleared; others are left as they are.
+    """
+    if not (folder / CONFIG).is_file():
+        return
+    own = {CONFIG, "metrics.jsonl", "best.safetensors", CHECKPOINTS}
+    found = list(folder.iterdir())
+    if all(path.name in own or path.name.startswith("events.out.tfevents.") for path in found):
+        for path in found:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def save_config(config: Config, folder: Path) -> None:
     """`run.yaml` holds the resolved configuration; `--config` on it repeats the run."""
-    content = _plain(config.to_dict()) | {"output": None}
+    content = _plain(config.to_dict()) | {"output": None, "resume": "never"}
     (folder / CONFIG).write_text(
         f"# safer_fast {__version__}: python -m safer_fast.train --config {folder / CONFIG}\n"
         + yaml.safe_dump(content, sort_keys=False)
@@ -90,8 +106,10 @@ def export_model(
     save_json(content, folder / MODEL_CONFIG)
 
 
-def load_run(folder: Path, weights: str = "last", device: str = "auto") -> LoadedRun:
-    """A finished or stopped run, with its last or best weights.
+def load_run(
+    folder: Path, weights: str = "last", device: str = "auto", local_rank: int = 0
+) -> LoadedRun:
+    """A finished or stopped run, with its last or best weights, on GPU `local_rank` if on a GPU.
 
     Raises ValueError, one line, for a folder that is no run, damaged files and unknown weights.
     """
@@ -109,7 +127,7 @@ def load_run(folder: Path, weights: str = "last", device: str = "auto") -> Loade
     config = parse_config(["--config", str(folder / CONFIG)])
     config.runtime.device = device  # type: ignore[assignment]
     config.data.backend = "auto"  # what this machine has
-    runtime = prepare_runtime(config.runtime, config.amp)
+    runtime = prepare_runtime(config.runtime, config.amp, local_rank)
     facts = read_json(folder / MODEL_CONFIG)[KEY]
     settings = ModelConfig(**vars(config.model) | {"pretrained": False, "checkpoint": str(folder)})
     model = build_model(

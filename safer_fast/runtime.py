@@ -55,9 +55,10 @@ class Runtime:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def prepare_runtime(config: RuntimeConfig, amp: str = "off") -> Runtime:
+def prepare_runtime(config: RuntimeConfig, amp: str = "off", local_rank: int = 0) -> Runtime:
     """The process computes on the device that is asked for, each time with the same result.
 
+    local_rank: number of the GPU on this machine.
     What is left to `auto` is off until `plan` decides. Raises ValueError for CUDA on a machine
     without a GPU.
     """
@@ -66,7 +67,9 @@ def prepare_runtime(config: RuntimeConfig, amp: str = "off") -> Runtime:
         raise ValueError(
             "--runtime.device: expected cpu or auto on a machine without a GPU, got cuda"
         )
-    device = torch.device("cuda" if has_gpu and config.device != "cpu" else "cpu")
+    device = torch.device("cpu")
+    if has_gpu and config.device != "cpu":
+        device = torch.device("cuda", local_rank)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     if device.type == "cuda":

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from safer_fast import kernels
+from safer_fast.config import SAMConfig
 from safer_fast.parameters import Range, Selection, module_selection
 
 
@@ -32,6 +33,14 @@ def ascend_(
         perturb_(ranges, scale, adaptive=adaptive)
 
 
+def ascend_as_set_(selection: Selection, config: SAMConfig, is_relative: bool) -> None:
+    """`ascend_` over a selection, as one group or layer by layer; relative radii are those of
+    layers."""
+    groups = selection.groups.values() if config.layerwise else [selection.ranges]
+    relative = config.layerwise and is_relative
+    ascend_(groups, config.rho, adaptive=config.adaptive, relative=relative)
+
+
 def perturb_(ranges: Iterable[Range], scale: Tensor, *, adaptive: bool = False) -> None:
     """Compute <- cast(master + scale * gradient) for each range; `scale` is 0-d on the device."""
     for part in ranges:
@@ -42,6 +51,13 @@ def restore_(ranges: Iterable[Range]) -> None:
     """Compute <- cast(master): the very weights of before `ascend_`."""
     for part in ranges:
         kernels.restore_(part.compute, part.master)
+
+
+def clip_(ranges: Iterable[Range], squares: Tensor, norm: float) -> None:
+    """The gradients, whose squares sum up to `squares`, are no longer than `norm` together."""
+    shrink = (norm * inverse_norm(squares)).clamp(max=1.0)
+    for part in ranges:
+        part.gradient.mul_(torch.where(squares == 0, 1.0, shrink))
 
 
 def gradient_squares(ranges: Iterable[Range], adaptive: bool = False) -> Tensor:

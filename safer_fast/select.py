@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from safer_fast.command_configs import SelectConfig
 from safer_fast.command_line import new_parser, parse, run, with_underscores
-from safer_fast.config import SelectConfig
 
 
 def main(arguments: Sequence[str]) -> None:

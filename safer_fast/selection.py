@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from safer_fast.attack import cross_entropy, frozen
 from safer_fast.config import Criterion, SelectionConfig
 from safer_fast.cut import STEM
+from safer_fast.distributed import Ranks
 from safer_fast.network import RobustModel, find_layers
 from safer_fast.parameters import ParameterArenas, Range, Selection, module_selection
 from safer_fast.sam import ascend_, gradient_squares, restore_, weight_norm
@@ -22,6 +23,8 @@ from safer_fast.sam import ascend_, gradient_squares, restore_, weight_norm
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """(model, images, labels) -> adversarial images."""
 Batches = Sequence[tuple[Tensor, Tensor]]
+Watch = Callable[[Iterable[str]], Iterable[str]]
+"""Gives what it is given, and may do something in between: show progress, raise."""
 
 
 def rank_layers(
@@ -35,6 +38,8 @@ def rank_layers(
     names: Sequence[str] | None = None,
     arenas: ParameterArenas | None = None,
     generator: torch.Generator | None = None,
+    ranks: Ranks | None = None,
+    watch: Watch = iter,
 ) -> dict[str, float]:
     """A score for each layer; the layers that should be fine-tuned score highest.
 
@@ -55,6 +60,8 @@ def rank_layers(
         names: the layers to score; default: every linear layer and 2-d convolution.
         arenas: where the model's parameters lie, if they lie in arenas.
         generator: source of `random`, on the CPU.
+        ranks: the processes whose batches make up the probe together; all get the same scores.
+        watch: what the layers go through, one after the other, where each takes its time.
 
     Raises:
         ValueError: no batches, unknown names, a criterion that gives no scores (`all`).
@@ -68,21 +75,28 @@ def rank_layers(
         return dict(zip(names, draws.tolist(), strict=True))
     if criterion == "all":
         raise ValueError("criterion: expected one that scores layers, got 'all'")
+    ranks = ranks or Ranks()
     probes = [
-        (images, images if attack is None else attack(model, images, labels), labels)
+        (images, attack(model, images, labels) if attack and len(labels) else images, labels)
         for images, labels in batches
     ]
-    if not probes:
+    if not any(len(labels) for _, _, labels in probes):
         raise ValueError("batches: expected at least one batch, got none")
     adversarial = [(attacked, labels) for _, attacked, labels in probes]
     with frozen(model):
         if criterion == "criticality":
-            return _criticality(model, [(clean, attacked) for clean, attacked, _ in probes], names)
+            pairs = [(clean, attacked) for clean, attacked, _ in probes if len(clean)]
+            return _criticality(model, pairs, names, ranks)
         chosen = _selection_of(model, names, layers, arenas)
-        _store_mean_gradients(model, chosen, adversarial)
+        num_images = sum(len(labels) for _, labels in adversarial)
+        total = ranks.sum_(torch.tensor(num_images)).item()
+        _store_mean_gradients(model, chosen, adversarial, total)
+        ranks.sum_(chosen.flat)
         if criterion == "gradient-norm":
             return _gradient_norms(chosen, names, rho, radius)
-        rises = _loss_rises(model, chosen.groups, names, adversarial, rho, radius)
+        sums = _loss_rises(model, chosen.groups, names, adversarial, rho, radius, watch)
+        means = ranks.sum_(torch.stack(list(sums.values()))) / total
+        rises = dict(zip(sums, means.tolist(), strict=True))
     sign = -1.0 if criterion == "least-sharp" else 1.0
     return {name: sign * rise for name, rise in rises.items()}
 
@@ -121,6 +135,8 @@ def choose_layers(
     sam_rho: float,
     attack: Attack,
     seed: int,
+    ranks: Ranks | None = None,
+    watch: Watch = iter,
 ) -> Choice:
     """The layers that the configuration selects for these training images."""
     if config.layers is not None:
@@ -137,6 +153,8 @@ def choose_layers(
         names=candidates(model, config.from_block),
         arenas=arenas,
         generator=torch.Generator().manual_seed(seed),
+        ranks=ranks,
+        watch=watch,
     )
     return Choice(config.criterion, scores, select_layers(scores, fraction=config.fraction))
 
@@ -182,11 +200,14 @@ def _selection_of(
     return module_selection({name: layers[name] for name in names})
 
 
-def _store_mean_gradients(model: nn.Module, chosen: Selection, batches: Batches) -> None:
-    """The ranges hold the gradient of the mean loss over all batches."""
-    total = sum(len(labels) for _, labels in batches)
+def _store_mean_gradients(
+    model: nn.Module, chosen: Selection, batches: Batches, total: float
+) -> None:
+    """The ranges hold the gradient of the loss summed over all batches, divided by `total`."""
     with requiring_gradients(chosen.parameters):
         for images, labels in batches:
+            if not len(labels):
+                continue
             loss = cross_entropy(model(images), labels) / total
             gradients = torch.autograd.grad(loss, chosen.parameters)
             for view, gradient in zip(chosen.gradient_views, gradients, strict=True):
@@ -212,20 +233,22 @@ def _loss_rises(
     batches: Batches,
     rho: float,
     radius: str,
-) -> dict[str, float]:
-    """For each layer the rise of the mean loss when it alone is perturbed."""
-    total = sum(len(labels) for _, labels in batches)
+    watch: Watch,
+) -> dict[str, Tensor]:
+    """For each layer the rise of the summed loss when it alone is perturbed, 0-d float64."""
     rises = {name: torch.zeros((), dtype=torch.float64) for name in names}
     for images, labels in batches:
+        if not len(labels):  # other ranks have some: all go through the layers at the same time
+            list(watch(names))
+            continue
         run_from, base = _cached_run(model, images, labels)
-        for name in names:
+        for name in watch(names):
             ascend_([groups[name]], rho, relative=radius == "relative")
             try:
                 rises[name] = rises[name].to(base) + (run_from(name) - base)
             finally:
                 restore_(groups[name])
-    values = (torch.stack(list(rises.values())) / total).tolist()
-    return dict(zip(names, values, strict=True))
+    return rises
 
 
 def _cached_run(
@@ -251,12 +274,12 @@ def _loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _criticality(
-    model: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]], names: Sequence[str]
+    model: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]], names: Sequence[str], ranks: Ranks
 ) -> dict[str, float]:
     if isinstance(model, RobustModel):
         with model.plainly():
-            return _feature_changes(model, model.network, pairs, names)
-    return _feature_changes(model, model, pairs, names)
+            return _feature_changes(model, model.network, pairs, names, ranks)
+    return _feature_changes(model, model, pairs, names, ranks)
 
 
 def _feature_changes(
@@ -264,6 +287,7 @@ def _feature_changes(
     network: nn.Module,
     pairs: Sequence[tuple[Tensor, Tensor]],
     names: Sequence[str],
+    ranks: Ranks,
 ) -> dict[str, float]:
     changes: dict[str, Tensor] = {}
     for clean, attacked in pairs:
@@ -273,9 +297,8 @@ def _feature_changes(
             size = change.norm(dim=1).sum() / change.shape[1]
             changes[name] = changes.get(name, torch.zeros_like(size)) + size
     order = list(changes)
-    below = dict(zip(order[1:], order[:-1], strict=True))
-    values = torch.stack([changes[name] / changes[below[name]] for name in order[1:]]).tolist()
-    scores = dict(zip(order[1:], values, strict=True))
+    sums = ranks.sum_(torch.stack(list(changes.values())))
+    scores = dict(zip(order[1:], (sums[1:] / sums[:-1]).tolist(), strict=True))
     return {name: scores[name] for name in names}
 
 

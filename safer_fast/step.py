@@ -4,30 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from safer_fast.attacker import Attacker
-from safer_fast.capture import Replays
+from safer_fast.capture import Key, Replays
 from safer_fast.config import SAMConfig
 from safer_fast.cut import STEM
-from safer_fast.metrics import DeviceSums
+from safer_fast.distributed import Ranks
 from safer_fast.micro_batch import MicroBatch
 from safer_fast.network import RobustModel, training_mode
 from safer_fast.objective import Objective, Targets
+from safer_fast.optim import step_unless
 from safer_fast.parameters import Selection
-from safer_fast.sam import ascend_, gradient_squares, inverse_norm, restore_
+from safer_fast.sam import ascend_as_set_, clip_, gradient_squares, restore_
 from safer_fast.selection import requiring_gradients
+from safer_fast.sums import DeviceSums, Skips
+
+SUMS = ("loss", "loss_rise", "correct", "images", "skipped")
+PHASES = ("first pass", "ascent", "second pass", "update")
 
 
 @dataclass
 class Step:
     """The method, over one selection of layers; everything stays on the device, nothing waits.
 
-    Masters change only in `update`. While a step runs the compute weights of the selection are
-    perturbed; before and after it they are cast(masters). `passes` and `update` read and write
-    tensors that stay where they are, so that `replays` may repeat them from a recording.
+    Masters change only in `update`; the network reads cast(masters) before and after a step. Passes
+    work on tensors that stay where they are, so that `replays` may repeat them from a recording.
     """
 
     model: RobustModel
@@ -41,17 +46,17 @@ class Step:
     clip_norm: float | None = None
     micro_batch: MicroBatch = field(default_factory=MicroBatch)
     replays: Replays = field(default_factory=Replays)
+    ranks: Ranks = field(default_factory=Ranks)
     sums: DeviceSums = field(default_factory=DeviceSums)
 
     def __post_init__(self) -> None:
-        chosen = {id(parameter) for parameter in self.selection.parameters}
-        members = self.model.network.named_parameters()
-        names = [name for name, parameter in members if id(parameter) in chosen]
+        names = self.model.names_of(self.selection.parameters)
         self.cut = self.model.cut_of(names) if self.reuses_prefix else STEM
         self.modules = self.model.random_modules(names)
-        device = self.selection.parameters[0].device
-        self.loss_sum, self.skipped_in_a_row, self.longest_skip = torch.zeros(3, device=device)
-        self.replays.forget("SAM passes", "update")
+        self.loss, self.worst_loss, self.num_right = self.selection.flat.new_zeros(3)
+        self.skips = Skips(self.selection.flat.device)
+        self.features: dict[Key, list[Tensor]] = {}
+        self.replays.forget(*PHASES)
 
     def __call__(
         self, images: Tensor, targets: Targets, epsilon: Tensor, step_size: Tensor
@@ -62,31 +67,39 @@ class Step:
         if self.objective.needs_clean:
             inputs.append(hold("clean", self.model.arrange(images)))
         held = Targets(hold("labels", targets.labels), hold("weights", targets.weights))
+        self._pass("first pass", inputs, held)
+        if self.sam.rho > 0:
+            if self.sam.sync == "global":
+                self.ranks.sum_(self.selection.flat)
+            self.replays(("ascent",), self.ascend)
+            self._pass("second pass", inputs, held)
+        self.ranks.sum_(self.selection.flat)
+        self.replays(("update", held.labels.shape), lambda: self.update(held))
 
-        def both_passes(size: int) -> None:
-            key = ("SAM passes", inputs[0].shape, held.labels.shape, held.labels.dtype, size)
-            self.replays(key, lambda: self.passes(inputs, held, size))
+    def _pass(self, name: str, inputs: Sequence[Tensor], targets: Targets) -> None:
+        """Does a pass, recorded where that is possible, on as many images as memory holds."""
+        key = (name, inputs[0].shape, targets.labels.shape, targets.labels.dtype)
+        work = partial(self.differentiate_at, inputs, targets, name == "second pass")
+        self.micro_batch.run(
+            len(targets.labels), lambda size: self.replays((*key, size), partial(work, size))
+        )
 
-        self.micro_batch.run(len(images), both_passes)
-        self.replays(("update",), self.update)
-
-    def passes(self, inputs: Sequence[Tensor], targets: Targets, size: int) -> None:
-        """The selection's ranges hold the gradients at the worst weights nearby.
+    def differentiate_at(
+        self, inputs: Sequence[Tensor], targets: Targets, is_second: bool, size: int
+    ) -> None:
+        """The ranges hold the gradients where the network now is, on features of the first pass.
 
         `inputs` are the adversarial examples and, for losses that read them, the clean images.
         """
-        features, parts = self.prefix(inputs, size), targets.split(size)
-        loss, num_correct = self.differentiate(features, parts)
-        worst_loss = loss
-        if self.sam.rho > 0:
-            self.ascend()
-            worst_loss, _ = self.differentiate(features, parts, is_second=True)
-        self.loss_sum.copy_(loss + worst_loss)
-        num_images = targets.num_images()
-        rise = (worst_loss - loss) * num_images
-        self.sums.add(
-            loss=loss * num_images, loss_rise=rise, correct=num_correct, images=num_images
-        )
+        key = inputs[0].shape, size
+        if not is_second or key not in self.features:
+            self.features[key] = self.attack.buffers.hold_all("features", self.prefix(inputs, size))
+        loss, num_right = self.differentiate(self.features[key], targets.split(size), is_second)
+        self.worst_loss.copy_(loss)
+        if not is_second:
+            self.loss.copy_(loss)
+            self.num_right.copy_(num_right)
+        self.selection.extra.copy_(self.loss + loss)
 
     @torch.no_grad()
     def prefix(self, inputs: Sequence[Tensor], size: int) -> list[Tensor]:
@@ -116,35 +129,21 @@ class Step:
 
     def ascend(self) -> None:
         """The suffix reads the weights within the radius at which the loss is highest."""
-        groups = list(self.selection.groups.values())
-        ascend_(
-            groups if self.sam.layerwise else [self.selection.ranges],
-            self.sam.rho,
-            adaptive=self.sam.adaptive,
-            relative=self.sam.layerwise and self.relative_radius,
-        )
+        ascend_as_set_(self.selection, self.sam, self.relative_radius)
 
-    def update(self) -> None:
-        """The optimizer applies the stored gradients to the masters, unless they are not finite.
-
-        Afterwards the suffix reads the masters again.
-        """
+    def update(self, targets: Targets) -> None:
+        """The optimizer applies the gradients to the masters, unless something is not finite."""
         squares = gradient_squares(self.selection.ranges)
-        is_skipped = 1.0 - torch.isfinite(self.loss_sum + squares).float()
+        is_skipped = 1.0 - torch.isfinite(self.selection.extra + squares).float()
         if self.clip_norm is not None:
-            shrink = (self.clip_norm * inverse_norm(squares)).clamp(max=1.0)
-            for part in self.selection.ranges:
-                part.gradient.mul_(torch.where(squares == 0, 1.0, shrink))
-        self.skipped_in_a_row.add_(1).mul_(is_skipped)
-        torch.maximum(self.longest_skip, self.skipped_in_a_row, out=self.longest_skip)
-        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
-            self.optimizer.found_inf = is_skipped  # type: ignore[attr-defined]
-            self.optimizer.step()
-        elif not is_skipped:  # apex cannot skip on the device: one synchronisation per step
-            self.optimizer.step()
+            clip_(self.selection.ranges, squares, self.clip_norm)
+        self.skips.count(is_skipped)
+        step_unless(is_skipped, self.optimizer)
         restore_(self.selection.ranges)
-        self.sums.add(skipped=is_skipped)
-
-    def most_skipped_in_a_row(self) -> int:
-        """The most steps in a row that were skipped since the step was built; waits for it."""
-        return int(self.longest_skip)
+        self.sums.add(
+            loss=targets.total(self.loss),
+            loss_rise=targets.total(self.worst_loss - self.loss),
+            correct=self.num_right,
+            images=targets.num_images(),
+            skipped=is_skipped,
+        )

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from safer_fast.command_line import parse_config, run
 from safer_fast.config import Config
-from safer_fast.run_folder import check_output
+from safer_fast.distributed import connected
+from safer_fast.stopping import Stopped
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -16,7 +17,8 @@ def main(arguments: Sequence[str]) -> None:
     if config.dry_run:
         from safer_fast.dry_run import dry_run
 
-        dry_run(config)
+        with connected(config.runtime.device != "cpu") as ranks:
+            dry_run(config, ranks)
     else:
         train_model(config)
 
@@ -25,21 +27,34 @@ def train_model(config: Config) -> Path:
     """Trains what `config` describes and gives the run folder, complete with its report.
 
     Two stages: `selection.warmup_epochs` of adversarial training of everything, then SAFER on the
-    selected layers. Raises ValueError for what a user can mend, before anything is written, and
-    FloatingPointError when too many steps in a row are not finite.
+    selected layers. Under torchrun all processes train it together. SIGINT and SIGTERM end it with
+    a checkpoint and SystemExit. Raises ValueError for what a user can mend, before anything is
+    written, and FloatingPointError when too many steps in a row are not finite.
     """
     if config.dry_run:
         raise ValueError("--dry-run: expected false where a run is trained, got true")
-    from safer_fast.trainer import Trainer
+    with connected(config.runtime.device != "cpu") as ranks:
+        from safer_fast.report import write_report
+        from safer_fast.resume import find_run
+        from safer_fast.trainer import Trainer
 
-    if config.output is not None:
-        check_output(Path(config.output))
-    with Trainer(config) as trainer:
-        for epoch in range(1, config.epochs + 1):
-            trainer.begin_epoch(epoch)
-            figures = trainer.train_epoch(epoch)
-            trainer.end_epoch(epoch, figures)
-        return trainer.finish()
+        found = find_run(config, ranks)
+        if found.finished is not None:
+            if ranks.is_first:
+                print(f"finished already; report: {write_report([found.finished])}")
+            return found.finished
+        trainer = Trainer(config, ranks, found)
+        del found  # its tensors are the trainer's by now
+        with trainer:
+            try:
+                for epoch in trainer.epochs():
+                    trainer.begin_epoch(epoch)
+                    figures = trainer.train_epoch(epoch)
+                    trainer.end_epoch(epoch, figures)
+                return trainer.finish()
+            except Stopped as stop:
+                trainer.stop(stop.signal.name)
+                raise
 
 
 if __name__ == "__main__":

@@ -3,224 +3,277 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from safer_fast.banner import banner, describe_run, epoch_line
-from safer_fast.checkpoint import BEST_WEIGHTS, load_tensors, save_weights
+from safer_fast.attack import placed_start
+from safer_fast.banner import epoch_line, gap_figures, training_figures
+from safer_fast.checkpoint import load_tensors
+from safer_fast.checkpoint_folder import Checkpoint
 from safer_fast.config import Config
-from safer_fast.data import Batch, Loader, Mixing, ahead, as_pixels, load_data
-from safer_fast.engine import Engine
-from safer_fast.evaluate import Accuracy, ThreatModel, accuracy_table, evaluate
-from safer_fast.metrics import MetricsLog
+from safer_fast.data import Batch, Mixing, ahead
+from safer_fast.data.seeds import derive_seed
+from safer_fast.distributed import Ranks
+from safer_fast.evaluate import accuracy_table
+from safer_fast.examiner import Examiner
+from safer_fast.metrics import Event
 from safer_fast.moments import Waits
 from safer_fast.objective import Targets
-from safer_fast.optim import AveragedWeights, build_optimizer, set_learning_rate
+from safer_fast.optim import AveragedWeights, set_learning_rate
+from safer_fast.probe import choose_by_probe
 from safer_fast.report import write_report
-from safer_fast.run_folder import create_run_folder, export_model, save_config
-from safer_fast.runtime import prepare_runtime
+from safer_fast.resume import Found
+from safer_fast.run_folder import export_model
+from safer_fast.run_setup import set_up
+from safer_fast.run_state import Parts
+from safer_fast.saving import Saver
 from safer_fast.schedule import Stage, learning_rate_at, radii_at, stage_of
-from safer_fast.selection import candidates, choose_layers, match_layers
 from safer_fast.step import Step
-
-EVALUATION_SEED_OFFSET = 1_000_003
+from safer_fast.stopping import Stops
 
 
 class Trainer:
-    """Model, data, weights and log of one run; a context manager that closes the log.
+    """Model, data, weights and log of one run; a context manager that notices signals.
 
     Everything a user can get wrong raises ValueError in the constructor, before the run folder is
-    made.
+    made. ranks: the processes that train together. found: what the run goes on from.
     """
 
-    step: Step
     stage: Stage
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        runtime = prepare_runtime(config.runtime, config.amp)
-        self.data = load_data(
-            config.data,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            device=runtime.device,
-            report=tqdm.write,
-        )
-        self.mixing = Mixing(config.data, self.data.num_classes, config.seed)
-        self.engine = Engine(config, runtime, self.data)
+    def __init__(
+        self, config: Config, ranks: Ranks | None = None, found: Found | None = None
+    ) -> None:
+        self.config, self.ranks = config, ranks or Ranks()
+        checkpoint = None if found is None else found.checkpoint
+        run = set_up(config, self.ranks, checkpoint)
+        self.data, self.engine, self.folder, self.log = run.data, run.engine, run.folder, run.log
         self.runtime, self.model = self.engine.runtime, self.engine.model
         self.arenas = self.engine.arenas
         self.average: AveragedWeights | None = None
+        self._step: Step | None = None
         self.epsilon = torch.zeros((), device=self.runtime.device)
         self.step_size = torch.zeros((), device=self.runtime.device)
-        self.num_steps = 0
-        self.best = (-1.0, -1.0)
-        self.accuracies: list[dict[str, Any]] = []
-        self._check_settings()
-        self.folder = create_run_folder(config, self.data.name)
-        save_config(config, self.folder)
-        self.log = MetricsLog(self.folder)
-        self._introduce()
+        self.mixing = Mixing(config.data, self.data.num_classes, config.seed)
+        self.saver = Saver(config, self.folder, self.ranks, run.facts, self.log)
+        self.stops = Stops(self.ranks, config.checkpoint.grace_s)
+        self.examiner = Examiner(config, self.engine, self.data, self.log, self.stops)
+        self.progress = run.progress
+        if checkpoint is not None:
+            self._resume(checkpoint)
 
     def __enter__(self) -> Trainer:
+        self.stops.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
+        self.stops.__exit__(*error)
+        self.saver.close()
         self.log.close()
+
+    @property
+    def step(self) -> Step:
+        """The step over what is selected now."""
+        assert self._step is not None, "no epoch has begun"
+        return self._step
+
+    def epochs(self) -> Iterator[int]:
+        """The epochs that are left, as long as there is patience."""
+        patience = self.config.evaluation.patience
+        while self.progress.epoch <= self.config.epochs:
+            if patience is not None and self.progress.num_without_gain >= patience:
+                self.log.say(f"evaluation.patience: no gain in {patience} evaluations")
+                return
+            yield self.progress.epoch
 
     def begin_epoch(self, epoch: int) -> None:
         """The stage of the epoch is entered, and layers are selected if this is the time."""
         self.stage = stage_of(self.config, epoch)
-        if not self.stage.selects_at(epoch, self.config.selection.every_epochs):
+        if self.progress.has_begun:  # and was resumed from
             return
-        if self.stage.name == "safer" and epoch == self.stage.first_epoch:
-            self._start_safer(epoch)
-        self.choose(epoch)
+        changes: dict[str, Any] = {}
+        if self.stage.selects_at(epoch, self.config.selection.every_epochs):
+            if self.stage.name == "safer" and epoch == self.stage.first_epoch:
+                changes |= self._start_safer(epoch)
+            self.choose(epoch)
+            selected = None if self._trains_all() else self.step.selection.names
+            moved = changes.get("moved", self.progress.moved)
+            changes |= {"selected": selected, "moved": [*moved, *self._new(moved)]}
+        self._reach(has_begun=True, index=0, totals={}, **changes)
 
     def choose(self, epoch: int) -> None:
         """The step from this epoch on: over all parameters, or over newly selected layers."""
         self.stage = stage_of(self.config, epoch)
         if self.stage.name == "warm-up":
-            self.step = self.engine.step_over(None, rho=0.0)
+            self._step = self.engine.step_over(None, rho=0.0)
         else:
             self._select(epoch)
         if epoch == self.stage.first_epoch and self.config.optim.ema_decay is not None:
             self.average = AveragedWeights(self.arenas.master, self.config.optim.ema_decay)
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
-        """One pass over the training images; gives the epoch's training figures."""
-        started = time.monotonic()
-        totals: dict[str, float] = {}
-        num_batches = len(self.data.train)
-        self.data.bad.take()  # counted from here on
+        """What is left of one pass over the training images; gives the epoch's training figures."""
+        self._logged = time.monotonic()
+        num_batches, first = len(self.data.train), self.progress.index
         self.waits = Waits(self.runtime.device)
-        batches = self.waits.watch(ahead(self.data.train.epoch(epoch), self.runtime.device))
+        batches = ahead(self.data.train.epoch(epoch, first), self.runtime.device)
         label = f"epoch {epoch}/{self.config.epochs} {self.stage.name}"
-        for index, batch in enumerate(
-            tqdm(batches, total=num_batches, desc=label, leave=False, disable=None)
-        ):
+        bar = self.log.bar(self.waits.watch(batches), num_batches, label, initial=first)
+        for index, batch in enumerate(bar, start=first):
             learning_rate = self.take_step(epoch, index, num_batches, batch)
-            if (
-                self.num_steps % self.config.runtime.log_every_steps == 0
-                or index + 1 == num_batches
-            ):
-                self._log_step(epoch, learning_rate, totals)
-        epsilon, _ = radii_at(self.config.attack, epoch)
-        elapsed = time.monotonic() - started
-        return {
-            "train_loss": totals["loss"] / max(totals["images"], 1),
-            "train_robust_accuracy": totals["correct"] / max(totals["images"], 1),
-            "learning_rate": learning_rate,
-            "epsilon": epsilon,
-            "images_per_second": totals["images"] / elapsed,
-            "data_wait_fraction": totals["waited"] / elapsed,
-            "peak_memory_mib": self.runtime.peak_memory_mib(),
-            "skipped_steps": int(totals["skipped"]),
-            "skipped_images": self.data.bad.take(),
-        }
+            num_steps, totals = self.progress.num_steps + 1, self.progress.totals
+            if num_steps % self.config.runtime.log_every_steps == 0 or index + 1 == num_batches:
+                totals = self._log_step(epoch, num_steps, learning_rate)
+            self._reach(index=index + 1, num_steps=num_steps, totals=totals)
+        return training_figures(
+            self.progress.totals,
+            epsilon=radii_at(self.config.attack, epoch)[0],
+            num_images=self.data.train.num_images,
+            peak_memory_mib=self.runtime.peak_memory_mib(),
+        )
 
     def take_step(self, epoch: int, index: int, num_batches: int, batch: Batch) -> float:
-        """Step `index` (from 0) of an epoch, on a batch on the device; gives its learning rate."""
+        """Step `index` (from 0) of an epoch, on a batch on the device; gives its learning rate.
+
+        Everything random in it depends on the seed, the epoch, the batch and the rank alone.
+        """
         learning_rate = self._schedule(epoch, index, num_batches)
+        seed = self.config.seed
+        torch.manual_seed(derive_seed(seed, "step", epoch, index, self.ranks.rank))
+        seed_of = partial(derive_seed, seed, "attack", epoch)
+        self.step.attack.draw = partial(placed_start, position=batch.position, seed_of=seed_of)
         batch = self.mixing(batch, epoch, index)
-        targets = Targets(batch.labels, batch.weights())
+        targets = Targets(batch.labels, self.ranks.mean_weights(batch.weights()))
         self.step(batch.images, targets, self.epsilon, self.step_size)
         if self.average is not None:
             self.average.update(self.arenas.master)
-        self.num_steps += 1
         return learning_rate
 
     def end_epoch(self, epoch: int, figures: dict[str, float]) -> None:
         """Evaluates on the validation split when it is time, logs the epoch, keeps the best."""
         every = self.config.evaluation.every_epochs
         accuracies: dict[str, float | None] = {"clean_accuracy": None, "robust_accuracy": None}
+        changes: dict[str, Any] = {}
+        gap = None
         if epoch % every == 0 or epoch == self.config.epochs:
-            attack = f"pgd-{self.config.evaluation.steps}"
-            limit = self.config.evaluation.max_images
-            clean, robust = self._evaluate(
-                self.data.validation, ["clean", attack], self._source(), limit
-            )
-            accuracies = {"clean_accuracy": clean.accuracy, "robust_accuracy": robust.accuracy}
-            if (robust.accuracy, clean.accuracy) >= self.best:
-                self.best = (robust.accuracy, clean.accuracy)
-                save_weights(self._weights(), self.folder / BEST_WEIGHTS)
-        self.log.write("epoch", epoch=epoch, step=self.num_steps, **figures, **accuracies)
-        tqdm.write(epoch_line(epoch, self.config.epochs, self.stage.name, figures, accuracies))
+            gap = self.examiner.attack_gap(epoch)
+            robust, clean = self.examiner.on_validation(self._source())
+            accuracies = {"clean_accuracy": clean, "robust_accuracy": robust}
+            changes = self._keep_best(epoch, (robust, clean))
+        self._write("epoch", epoch, **figures, **accuracies, **gap_figures(gap))
+        self.log.say(
+            epoch_line(epoch, self.config.epochs, self.stage.name, figures, accuracies, gap)
+        )
+        self._reach(epoch=epoch + 1, has_begun=False, index=0, totals={}, **changes)
 
     def finish(self) -> Path:
         """Final figures of the best and last weights, the exported model, and the report."""
-        epoch = self.config.epochs
-        best = load_tensors(self.folder / BEST_WEIGHTS)
-        self._evaluate_finally("best", epoch, self.arenas.vector_of(best))
-        self._evaluate_finally("last", epoch, self._source())
-        export_model(
-            self.model,
-            self._weights(),
-            self.folder,
-            config=self.config,
-            data=self.data,
-            accuracies=self.accuracies,
-        )
-        self.log.write("end", epoch=epoch, step=self.num_steps)
-        report = write_report([self.folder])
-        tqdm.write(accuracy_table(self.accuracies))
-        tqdm.write(f"run folder: {self.folder}\nreport: {report}")
+        self.save()
+        self.saver.wait()
+        epoch = self.progress.epoch - 1
+        best = self.arenas.vector_of(load_tensors(self.saver.best))
+        accuracies = list(self.progress.accuracies)
+        for weights, source in (("best", best), ("last", self._source())):
+            accuracies += self._finally(weights, epoch, source)
+        if self.ranks.is_first:
+            facts: dict[str, Any] = {"config": self.config, "data": self.data}
+            export_model(self.model, self._weights(), self.folder, accuracies=accuracies, **facts)
+            self._write("end", epoch)
+            report = write_report([self.folder])
+            self.log.say(accuracy_table(accuracies))
+            self.log.say(f"run folder: {self.folder}\nreport: {report}")
         return self.folder
 
-    def _check_settings(self) -> None:
-        """Raises ValueError for settings that fit no model, or not this one."""
-        config = self.config.selection
-        candidates(self.model, config.from_block)
-        if config.layers is not None:
-            match_layers(config.layers, self.model.layers)
-        build_optimizer(self.config.optim, self.arenas.select(list(self.model.layers)[:1]))
+    def save(self) -> None:
+        """A checkpoint of the last point that was reached; it is written while the run goes on."""
+        self.saver.save(self.progress, self._parts())
 
-    def _introduce(self) -> None:
-        facts = describe_run(self.config, self.engine, self.data)
-        self.log.write("run", epoch=0, step=0, **facts)
-        tqdm.write(banner(facts))
+    def stop(self, reason: str) -> None:
+        """Writes a checkpoint and says how to go on from it."""
+        self.save()
+        self.saver.wait()
+        self.log.say(
+            f"{reason}: stopped after step {self.progress.num_steps}; the same command with "
+            f"--output {self.folder} --resume auto goes on from {self.saver.store.last}"
+        )
 
-    def _start_safer(self, epoch: int) -> None:
-        """The weights that SAFER starts from are measured; a new average starts with them."""
+    def _reach(self, **changes: Any) -> None:
+        """A point where the run may end, and be gone on from."""
+        self.progress = replace(self.progress, metrics_size=self.log.size, **changes)
+        if self.stops.check(self.saver.is_due(self.progress.num_steps)):
+            self.save()
+
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        """The run is where it was when the checkpoint was taken."""
+        progress, decay = self.progress, self.config.optim.ema_decay
+        epoch = progress.epoch if progress.has_begun else progress.epoch - 1
+        if epoch > 0:  # there is a step
+            is_warmup = stage_of(self.config, epoch).name == "warm-up"
+            rho = 0.0 if is_warmup else self.config.sam.rho
+            self._step = self.engine.step_over(progress.selected, rho)
+        if decay is not None and any(name.startswith("average.") for name in checkpoint.tensors):
+            self.average = AveragedWeights(self.arenas.master, decay)
+        self.saver.restore(checkpoint, progress, self._parts())
+        self.log.say(
+            f"resumed from {checkpoint.path}: step {progress.num_steps}, epoch {progress.epoch}, "
+            f"batch {progress.index}"
+        )
+
+    def _watched(self, label: str) -> Callable[[Iterable[Any]], Iterator[Any]]:
+        """What takes its time goes through it: a progress bar, and a stop in between."""
+        return lambda values: iter(self.log.bar(self.stops.watch(values), None, label))
+
+    def _write(self, event: Event, epoch: int, **values: Any) -> None:
+        """A line of metrics.jsonl, at the last point that was reached."""
+        self.log.write(event, epoch=epoch, step=self.progress.num_steps, **values)
+
+    def _finally(self, weights: str, epoch: int, source: Tensor) -> list[dict[str, Any]]:
+        """Logs the final figures of the weights in `source`."""
+        rows = self.examiner.finally_(weights, source)
+        for row in rows:
+            self._write("evaluation", epoch, **row)
+        return rows
+
+    def _trains_all(self) -> bool:
+        return self.stage.name == "warm-up" or self.config.selection.takes_all
+
+    def _new(self, moved: list[str]) -> list[str]:
+        """Parameters of the selected layers that are not among `moved`."""
+        names = self.model.names_of(self.step.selection.parameters)
+        return [name for name in names if name not in moved]
+
+    def _start_safer(self, epoch: int) -> dict[str, Any]:
+        """The weights that SAFER starts from are measured, and kept where most of them stay."""
         self.average = None
-        self._evaluate_finally("start", epoch - 1, self.arenas.master)
+        rows = self._finally("start", epoch - 1, self.arenas.master)
+        name = None
+        if not self._trains_all():
+            name = f"start-{self.progress.num_steps:08d}"
+            self.saver.keep_start(name, self.arenas.state_dict())
+        accuracies = [*self.progress.accuracies, *rows]
+        return {"accuracies": accuracies, "start_file": name, "moved": []}
 
     def _select(self, epoch: int) -> None:
-        config = self.config.selection
-        batches = [
-            (as_pixels(batch.images), batch.labels)
-            for batch in (
-                batch.to(self.runtime.device)
-                for batch in self.data.train.probe(config.num_images, epoch)
-            )
-        ]
-        choice = choose_layers(
-            self.model,
-            self.arenas,
-            batches,
-            config,
-            sam_rho=self.config.sam.rho,
-            attack=self.engine.probe_attack,
-            seed=self.config.seed + epoch,
-        )
-        self.step = self.engine.step_over(
-            choice.selected if config.criterion != "all" else None, self.config.sam.rho
-        )
-        self.log.write(
+        loader, seen = self.data.train, self._watched("scoring layers")
+        choice = choose_by_probe(self.config, self.engine, loader, epoch, seen)
+        selected = None if self._trains_all() else choice.selected
+        self._step = self.engine.step_over(selected, self.config.sam.rho)
+        self._write(
             "selection",
-            epoch=epoch,
-            step=self.num_steps,
+            epoch,
             criterion=choice.criterion,
             scores=choice.scores,
             selected=choice.selected,
             cut=self.step.cut,
         )
         shown = ", ".join(choice.selected[:6]) + (", ..." if len(choice.selected) > 6 else "")
-        tqdm.write(f"selected by {choice.criterion}: {shown} (suffix from block {self.step.cut})")
+        self.log.say(f"selected by {choice.criterion}: {shown} (suffix from block {self.step.cut})")
 
     def _schedule(self, epoch: int, index: int, num_batches: int) -> float:
         """Sets epsilon, step size and learning rate of the next step."""
@@ -235,58 +288,62 @@ class Trainer:
         set_learning_rate(self.step.optimizer, rate)
         return rate
 
-    def _log_step(self, epoch: int, learning_rate: float, totals: dict[str, float]) -> None:
-        """The only place of the training loop that waits for the device."""
-        sums = self.step.sums.take()
-        for name, value in (sums | {"waited": self.waits.take()}).items():
+    def _log_step(self, epoch: int, num_steps: int, learning_rate: float) -> dict[str, float]:
+        """Logs what the steps since the last line have summed up to; gives the epoch's totals.
+
+        The only place of the training loop that waits for the device.
+        """
+        sums = self.step.sums.take(self.ranks.sum_)
+        sums["skipped"] /= self.ranks.num_ranks  # each has counted all
+        now = time.monotonic()
+        times = {"waited": self.waits.take(), "seconds": now - self._logged}
+        self._logged = now
+        totals = dict(self.progress.totals)
+        for name, value in (sums | times).items():
             totals[name] = totals.get(name, 0.0) + value
-        num_images = max(sums["images"], 1)  # none where all of them were left out
+        totals["learning_rate"] = learning_rate
+        counted = max(sums["images"], 1)  # none where all of them were left out
         self.log.write(
             "step",
             epoch=epoch,
-            step=self.num_steps,
-            loss=sums["loss"] / num_images,
-            loss_rise=sums["loss_rise"] / num_images,
-            robust_accuracy=sums["correct"] / num_images,
+            step=num_steps,
+            loss=sums["loss"] / counted,
+            loss_rise=sums["loss_rise"] / counted,
+            robust_accuracy=sums["correct"] / counted,
             skipped_steps=int(sums["skipped"]),
             learning_rate=learning_rate,
         )
+        self._check_health(epoch)
+        return totals
+
+    def _check_health(self, epoch: int) -> None:
+        """Raises FloatingPointError after too many skipped steps, or where ranks differ."""
         limit = self.config.runtime.max_skipped_steps
-        if self.step.most_skipped_in_a_row() >= limit:
+        if self.step.skips.most_in_a_row() >= limit:
+            last = self.saver.store.last
             raise FloatingPointError(
                 f"runtime.max_skipped_steps: the loss or its gradient was not finite in {limit} "
-                f"steps in a row, at epoch {epoch}; lower the learning rate or clip the gradient"
+                f"steps in a row, at epoch {epoch}; lower the learning rate or clip the gradient; "
+                + ("no checkpoint was written" if last is None else f"last checkpoint: {last}")
             )
+        self.ranks.check_alike(self.arenas.master, f"at epoch {epoch}")
 
-    def _evaluate(
-        self, loader: Loader, attacks: list[str], source: Tensor, limit: int | None = None
-    ) -> list[Accuracy]:
-        """Accuracies of the weights in `source`; the network reads the masters again afterwards."""
-        threat = ThreatModel(self.config.attack.norm, float(self.config.attack.epsilon))
-        self.arenas.load_compute(source)
-        results = evaluate(
-            self.model,
-            loader.epoch(1),
-            attacks,
-            threat,
-            seed=self.config.seed + EVALUATION_SEED_OFFSET,
-            max_images=limit,
-            micro_batch=self.engine.evaluation_batch,
-        )
-        self.arenas.load_compute()
-        return results
+    def _keep_best(self, epoch: int, accuracies: tuple[float, float]) -> dict[str, Any]:
+        """Keeps the weights if they are as good as the best; gives what changes in the progress."""
+        attack = self.config.attack
+        is_full = epoch > attack.clean_epochs + attack.epsilon_warmup_epochs
+        counts = is_full and self.stage.last_epoch == self.config.epochs
+        changes = self.progress.judged(accuracies, counts)
+        if "best_file" in changes:
+            self.saver.keep_best(changes["best_file"], self._weights())
+        return changes
 
-    def _evaluate_finally(self, weights: str, epoch: int, source: Tensor) -> None:
-        """Logs the final figures of the weights in `source`, on the test split if there is one."""
-        loader = self.data.test or self.data.validation
-        split = "test" if self.data.test is not None else "validation"
-        for result in self._evaluate(loader, self.config.evaluation.attacks, source):
-            values = {"split": split, "weights": weights, **vars(result)}
-            self.accuracies.append(values)
-            self.log.write("evaluation", epoch=epoch, step=self.num_steps, **values)
+    def _parts(self) -> Parts:
+        return Parts(self.model.network, self.arenas, self.average, self._step)
 
     def _source(self) -> Tensor:
         return self.arenas.master if self.average is None else self.average.average
 
     def _weights(self) -> dict[str, Tensor]:
-        return self.arenas.state_dict(self._source()) | dict(self.model.network.named_buffers())
+        buffers = {name: buffer.clone() for name, buffer in self.model.network.named_buffers()}
+        return self.arenas.state_dict(self._source()) | buffers

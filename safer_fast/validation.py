@@ -50,9 +50,15 @@ _RANGES: dict[str, tuple[str, float, float]] = {
     "runtime.train_micro_batch": ("auto or at least 1", 1, float("inf")),
     "runtime.log_every_steps": ("at least 1", 1, float("inf")),
     "runtime.max_skipped_steps": ("at least 1", 1, float("inf")),
+    "checkpoint.every_steps": ("at least 1", 1, float("inf")),
+    "checkpoint.every_minutes": ("above 0", 1e-9, float("inf")),
+    "checkpoint.keep": ("at least 1", 1, float("inf")),
+    "checkpoint.grace_s": ("above 0", 1e-3, float("inf")),
     "evaluation.every_epochs": ("at least 1", 1, float("inf")),
     "evaluation.steps": ("at least 1", 1, float("inf")),
     "evaluation.max_images": ("at least 1", 1, float("inf")),
+    "evaluation.patience": ("at least 1", 1, float("inf")),
+    "evaluation.sentinel_images": ("at least 0", 0, float("inf")),
 }
 
 
@@ -66,6 +72,10 @@ def check_config(config: Config) -> None:
 
 
 def _check_together(config: Config) -> None:
+    if config.resume != "never" and config.output is None:
+        raise ValueError(
+            f"--resume: expected --output with the folder of the run, got {config.resume} alone"
+        )
     selection, attack = config.selection, config.attack
     if selection.warmup_epochs >= config.epochs and selection.warmup_epochs > 0:
         raise ValueError(

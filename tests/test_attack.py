@@ -8,7 +8,7 @@ import torchattacks
 from torch import Tensor, nn
 
 from safer_fast import pgd
-from safer_fast.attack import Norm, default_step_size, random_start
+from safer_fast.attack import Norm, default_step_size, placed_start, random_start
 
 from .networks import PlainNetwork, build, images_and_labels
 
@@ -204,3 +204,30 @@ def test_wrong_arguments_are_refused(change: dict[str, object], message: str) ->
     settings: dict[str, object] = {"epsilon": 0.1, "step_size": 0.1, "steps": 1, "images": images}
     with pytest.raises(ValueError, match=message):
         pgd(PlainNetwork(), labels=labels, **settings | change)  # type: ignore[arg-type]
+
+
+def seed_of(number: int) -> int:
+    return 1000 + number
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_placed_start_is_the_same_however_images_are_divided(norm: Norm) -> None:
+    images = torch.rand(100, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    epsilon = torch.tensor(0.1)
+    whole = placed_start(images, epsilon, norm, position=0, seed_of=seed_of)
+    for size in (1, 7, 32, 50, 64):
+        parts = [
+            placed_start(images[i : i + size], epsilon, norm, position=i, seed_of=seed_of)
+            for i in range(0, len(images), size)
+        ]
+        assert torch.equal(torch.cat(parts), whole)
+    other = placed_start(images, epsilon, norm, position=1, seed_of=seed_of)
+    assert not torch.equal(other, whole)
+    noise = (whole - images).flatten(1)
+    assert len({tuple(row) for row in noise.tolist()}) == len(images)
+
+
+def test_a_placed_start_of_no_images_is_none() -> None:
+    images = torch.zeros(0, 3, 4, 4)
+    start = placed_start(images, torch.tensor(0.1), "linf", position=64, seed_of=seed_of)
+    assert start.shape == images.shape

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from safer_fast.config import DataConfig
 from safer_fast.data import Data, load_data, load_evaluation_data
 from safer_fast.data.formats import check_labels, empty_classes, open_splits
 from safer_fast.data.formats.synthetic import SIZE, SyntheticSource
+
+from .test_data_tar import write_tar
 
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
@@ -315,3 +318,54 @@ def test_sources_survive_pickling(tmp_path: Path) -> None:
         assert np.array_equal(np.asarray(copy.read(7)), np.asarray(source.read(7)))
         assert copy.describe(7) == source.describe(7)
         assert np.array_equal(copy.labels, source.labels)
+
+
+class Shuffled:
+    """What os.scandir gives, in an order that is drawn."""
+
+    draw = np.random.default_rng(0)
+    scandir = staticmethod(os.scandir)
+
+    def __init__(self, path: Any = ".") -> None:
+        with self.scandir(path) as entries:
+            found = list(entries)
+        self.entries = iter([found[place] for place in self.draw.permutation(len(found))])
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.entries
+
+    def __next__(self) -> Any:
+        return next(self.entries)
+
+    def __enter__(self) -> Shuffled:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet", "tar"])
+def test_rows_come_in_the_order_of_names_in_whatever_order_a_disk_lists_them(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in reversed(range(12)):
+        image, name = encode(COLOUR[number]), tmp_path / f"{number:02}"
+        if kind == "folder":
+            name = tmp_path / f"{number // 4}" / f"{number % 2}" / f"{number:02}.png"
+            name.parent.mkdir(parents=True, exist_ok=True)
+            name.write_bytes(image)
+        elif kind == "parquet":
+            write_parquet(name.with_suffix(".parquet"), [image], [number])
+        else:
+            write_tar(name.with_suffix(".tar"), [("a.png", image), ("a.cls", b"%d" % number)])
+    monkeypatch.setattr(os, "scandir", Shuffled)
+    listed = []
+    for _ in range(5):
+        (source,) = open_splits(str(tmp_path), "data.path").values()
+        pixels = [np.asarray(source.read(row)).tobytes() for row in range(len(source))]
+        listed.append((pixels, source.labels.tolist(), source.class_names))
+    assert len(listed[0][0]) == 12
+    assert all(each == listed[0] for each in listed)

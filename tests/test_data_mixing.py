@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,45 @@ def test_draws_depend_on_seed_epoch_and_batch_alone(settings: Any) -> None:
     used(batch, 1, 0)  # what was drawn before makes no difference
     torch.rand(1), np.random.random()
     assert same(used(batch, 3, 4), first)
-    others = [used(batch, 4, 4), used(batch, 3, 5), mixing(1, **settings)(batch, 3, 4)]
+    moved = replace(batch, position=12)
+    others = [used(batch, 4, 4), used(moved, 3, 5), mixing(1, **settings)(batch, 3, 4)]
     assert not any(torch.equal(other.images, first.images) for other in others)
+
+
+@pytest.mark.parametrize("position", [0, 7, 1018, 1024, 3000])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 12])
+def test_erasing_draws_by_position_in_the_epoch(num_ranks: int, position: int) -> None:
+    batch = replace(make_batch(), position=position)
+    mix = mixing(random_erasing=0.5)
+    whole = mix(batch, 3, 4)
+    assert (whole.position, whole.num_padding) == (position, 0)
+    parts, start = [], 0
+    for rows in torch.arange(12).tensor_split(num_ranks):
+        part = Batch(batch.images[rows], batch.labels[rows], position=position + start)
+        mixed = mix(part.padded(5), 3, index=start)
+        assert (mixed.position, mixed.num_images) == (position + start, len(rows))
+        parts.append(mixed.images[: len(rows)])
+        start += len(rows)
+    assert torch.equal(torch.cat(parts), whole.images)
+    is_erased = (whole.images != as_pixels(batch.images)).flatten(1).any(1)
+    assert 1 <= int(is_erased.sum()) <= 11
+
+
+@pytest.mark.parametrize("height", [1, 7])
+def test_what_is_erased_depends_on_no_other_image(height: int) -> None:
+    mix, batch = mixing(random_erasing=0.9), make_batch(11, 1, height, 5)
+    whole = mix(batch, 1, 0).images
+    for first in range(11):
+        for last in range(first + 1, 12):
+            part = Batch(batch.images[first:last], batch.labels[first:last], position=first)
+            assert torch.equal(mix(part, 1, 0).images, whole[first:last])
+
+
+def test_an_empty_batch_stays_empty() -> None:
+    for position in (0, 5, 1024):
+        empty = Batch(torch.zeros(0, 3, 8, 8, dtype=torch.uint8), torch.zeros(0).long())
+        erased_ = mixing(random_erasing=0.5)(replace(empty, position=position), 1, 0)
+        assert (erased_.images.shape, erased_.position) == ((0, 3, 8, 8), position)
 
 
 @each_mixing
@@ -151,8 +189,14 @@ def erased(images: Tensor, probability: float, index: int = 0) -> tuple[Tensor, 
 
     The images must have no pixel that erasing could leave as it is.
     """
-    after = erase(images, probability, make_generator(0, "erase", 1, index))
+    after = erase(images, probability, uniform(len(images), images.shape[1], index))
     return after, (after != images).any(1)
+
+
+def uniform(num_images: int, channels: int, index: int = 0) -> Tensor:
+    """Numbers for `erase`."""
+    generator = make_generator(0, "erase", 1, index)
+    return torch.rand(num_images, 5 + channels, generator=generator, dtype=torch.float64)
 
 
 def canvas(num_images: int = 2000, channels: int = 3, height: int = 32, width: int = 32) -> Tensor:
@@ -270,11 +314,26 @@ def test_mixup_and_cutmix_take_turns() -> None:
 
 def test_images_are_erased_before_they_are_mixed() -> None:
     batch = make_batch()
-    pixels = Batch(
-        erase(as_pixels(batch.images), 0.5, make_generator(0, "erase", 1, 0)), batch.labels
-    )
+    pixels = mixing(random_erasing=0.5)(batch, 1, 0)
     both = mixing(random_erasing=0.5, mixup=0.8)(batch, 1, 0)
     assert same(both, mixing(mixup=0.8)(pixels, 1, 0))
+    assert not same(both, mixing(mixup=0.8)(batch, 1, 0))
+
+
+@pytest.mark.parametrize("settings", [{"mixup": 0.8}, {"cutmix": 1.0}])
+def test_all_ranks_mix_alike_each_its_own_images(settings: Any) -> None:
+    batch = make_batch(12)
+    pixels, mix = as_pixels(batch.images), mixing(**settings)
+    whole = mix(batch, 1, 4)
+    for first, last in ((0, 6), (6, 10)):
+        part = Batch(batch.images[first:last], batch.labels[first:last], position=first)
+        mixed = mix(part, 1, 4)
+        assert mixed.position == first
+        assert shares_of(mixed, part.labels)[0] == pytest.approx(shares_of(whole, batch.labels)[0])
+        if "mixup" in settings:
+            share = shares_of(mixed, part.labels)[0]
+            own = pixels[first:last]
+            torch.testing.assert_close(mixed.images, own * share + own.flip(0) * (1 - share))
 
 
 @pytest.fixture

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,10 +16,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.utils.data._utils import signal_handling
 
 from safer_fast.config import DataConfig
 from safer_fast.data import Loader, load_data
+from safer_fast.data.reading import Reader
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -196,10 +201,154 @@ def test_workers_do_not_outlive_a_main_process_that_is_killed(
         assert process.stdout is not None
         assert process.stdout.readline() == "in mid-epoch\n"
         assert len(processes_of(session=process.pid)) == 3
-        process.send_signal(number)
+        if number == signal.SIGTERM:
+            os.killpg(process.pid, number)  # as a scheduler does
+        else:
+            process.send_signal(number)
     for number, process in streams.items():
         assert process.wait(5) == -number
     wait_until(lambda: not any(processes_of(session=each.pid) for each in streams.values()), 15)
+
+
+def send(*signals: signal.Signals, to: list[int]) -> None:
+    """As a terminal or a scheduler does: the workers' main process is not who sends."""
+    for number in signals:
+        subprocess.run(["kill", f"-{number.value}", *map(str, to)], check=True)
+
+
+def test_workers_go_on_when_all_processes_are_asked_to_end(photos: Path) -> None:
+    loader = load(photos, "torch", num_workers=2, max_images=80)
+    expected = [
+        batch.images for batch in load(photos, "torch", num_workers=0, max_images=80).epoch(1)
+    ]
+    images = []
+    for index, batch in enumerate(loader.epoch(1)):
+        images.append(batch.images)
+        if index in (0, 3, 8):
+            workers = processes_of(parent=os.getpid())
+            assert len(workers) == 2
+            send(signal.SIGINT, signal.SIGTERM, to=workers)
+    assert len(images) == 20
+    assert all(torch.equal(*pair) for pair in zip(images, expected, strict=True))
+    assert processes_of(parent=os.getpid()) == []
+
+
+def test_workers_that_have_just_started_go_on_too(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_handlers = signal_handling._set_worker_signal_handlers
+
+    def set_handlers_late() -> None:
+        time.sleep(0.5)
+        set_handlers()
+
+    monkeypatch.setattr(signal_handling, "_set_worker_signal_handlers", set_handlers_late)
+    loader = load(photos, "torch", num_workers=2, max_images=40)
+
+    def ask_to_end() -> None:
+        wait_until(lambda: len(processes_of(parent=os.getpid())) == 2, 5)
+        send(signal.SIGINT, signal.SIGTERM, to=processes_of(parent=os.getpid()))
+
+    sender = threading.Thread(target=ask_to_end)
+    sender.start()
+    assert len(list(loader.epoch(1))) == 10
+    sender.join()
+
+
+def test_workers_end_when_their_main_process_asks(photos: Path) -> None:
+    batches = load(photos, "torch", num_workers=2).epoch(1)
+    next(batches)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        worker.terminate()  # the last resort of torch and of multiprocessing
+        worker.join(2)
+        assert worker.exitcode == 0
+    with pytest.raises(
+        ValueError, match=r"^data\.num_workers: expected worker processes that live"
+    ):
+        list(batches)
+
+
+HELD = """
+import sys
+from safer_fast.config import DataConfig
+from safer_fast.data import load_data
+
+config = DataConfig(path=sys.argv[1], image_size=72, num_workers=2, backend="torch")
+batches = load_data(config, batch_size=4, seed=0).train.epoch(1)
+next(batches)
+print("in mid-epoch", flush=True)
+"""
+# Much to decode at the start, and not by this process alone.
+DECODING = """
+import sys
+from safer_fast.command_line import run
+from safer_fast.config import DataConfig
+from safer_fast.data import load_data, reading
+
+reading.BYTES_PER_TASK = 2**15
+
+def load(_):
+    config = DataConfig(path=sys.argv[1], image_size=64, num_workers=2, backend="device")
+    config.augmentation = "crop"
+    print("loading", flush=True)
+    while True:
+        load_data(config, batch_size=4, seed=0)
+
+run(load)
+"""
+
+
+def test_no_worker_keeps_a_process_from_its_end(started: Started, photos: Path) -> None:
+    held, decoding = started("-c", HELD, photos), started("-c", DECODING, photos)
+    assert decoding.stdout is not None
+    assert decoding.stdout.readline() == "loading\n"
+    wait_until(lambda: len(processes_of(parent=decoding.pid)) == 2, 30)
+    os.killpg(decoding.pid, signal.SIGINT)
+    assert ending_of(decoding, seconds=5) == Ending(130, "", 0)
+    assert ending_of(held, seconds=30) == Ending(0, "", 0)
+
+
+@pytest.mark.timeout(60)
+def test_workers_leave_the_pipelines_of_their_main_process_alone(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Reader.__getitems__
+
+    def collect_and_read(reader: Reader, indices: list[int]) -> Any:
+        gc.collect()
+        return read(reader, indices)
+
+    monkeypatch.setattr(Reader, "__getitems__", collect_and_read)
+    gc.collect()
+    gc.disable()
+    try:
+        before = num_pipelines()
+        list(load(photos, "dali", max_images=8).epoch(1))
+        assert num_pipelines() == before + 1  # one that has ended, in a circle of references
+        assert len(list(load(photos, "torch", num_workers=2, max_images=8).epoch(1))) == 2
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+        for worker in multiprocessing.active_children():
+            worker.kill()  # they would hang, and this process with them
+    list(load(photos, "torch", num_workers=2, max_images=8).epoch(1))
+    assert gc.isenabled()
+
+
+def test_dali_leaves_the_handlers_of_signals_alone(photos: Path) -> None:
+    before = caught()
+    for _ in load(photos, "dali", max_images=40).epoch(1):
+        assert caught() == before
+
+
+def caught() -> list[int]:
+    """Which signals this process blocks, ignores and catches, as the system knows it; those of
+    glibc left out."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    found = dict(line.split(":") for line in lines if line.startswith("Sig"))
+    return [int(found[name], 16) & (2**31 - 1) for name in ("SigBlk", "SigIgn", "SigCgt")]
 
 
 def test_training_whose_worker_is_killed_ends_with_one_line(
@@ -296,15 +445,18 @@ def test_an_epoch_that_is_abandoned_leaves_nothing_behind(
 def left_behind() -> dict[str, int]:
     """Processes, threads, open files and pipelines of this process."""
     gc.collect()
-    pipelines = sys.modules.get("nvidia.dali.pipeline")
     return {
         "processes": len(processes_of(parent=os.getpid())),
         "threads": len(os.listdir("/proc/self/task")),
         "files": len(os.listdir("/proc/self/fd")),
-        "pipelines": 0
-        if pipelines is None
-        else sum(type(each) is pipelines.Pipeline for each in gc.get_objects()),
+        "pipelines": num_pipelines(),
     }
+
+
+def num_pipelines() -> int:
+    """Those of DALI that are not yet collected."""
+    module = sys.modules.get("nvidia.dali.pipeline")
+    return 0 if module is None else sum(type(e) is module.Pipeline for e in gc.get_objects())
 
 
 def test_what_is_left_behind_would_be_noticed(photos: Path) -> None:

@@ -19,6 +19,16 @@ from safer_fast.data import Batch, Data, Loader, load_data
 from safer_fast.data.mixing import Mixing
 
 BACKENDS = ["device", "torch", "dali"]
+WAYS: dict[str, dict[str, Any]] = {
+    "device": {},
+    "torch": {},
+    "torch with workers": {"backend": "torch", "num_workers": 2},
+    "dali": {},
+    "synthetic": {"backend": "auto", "path": "synthetic", "max_images": 61, "image_size": 8},
+}
+"""Backends and settings by which images come."""
+# Noise has as many validation images as ImageNet; workers take a tenth of a second to start.
+SPLITS = {"synthetic": ["train"], "torch with workers": ["validation"]}
 SIZES = [61, 62, 64]
 BATCH_SIZES = [7, 16, 60]
 EDGE = 8
@@ -46,32 +56,34 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 
 def load(
-    path: Path, backend: Any, batch_size: int, rank: int = 0, num_ranks: int = 1, **settings: Any
+    path: Path, way: str, batch_size: int, rank: int = 0, num_ranks: int = 1, **settings: Any
 ) -> Data:
-    if backend == "dali":
+    if way == "dali":
         pytest.importorskip("nvidia.dali")
     defaults: dict[str, Any] = {"num_workers": 0, "augmentation": "crop"}
-    config = DataConfig(path=str(path), backend=backend, **(defaults | settings))
+    defaults |= {"path": str(path), "backend": way} | WAYS[way]
+    config = DataConfig(**(defaults | settings))
     return load_data(
         config, batch_size=batch_size, seed=5, rank=rank, num_ranks=num_ranks, report=pytest.fail
     )
 
 
 def load_ranks(
-    path: Path, backend: str, batch_size: int, num_ranks: int, **settings: Any
+    path: Path, way: str, batch_size: int, num_ranks: int, **settings: Any
 ) -> list[Data]:
-    return [
-        load(path, backend, batch_size, rank, num_ranks, **settings) for rank in range(num_ranks)
-    ]
+    return [load(path, way, batch_size, rank, num_ranks, **settings) for rank in range(num_ranks)]
 
 
-def read(loaders: list[Loader], number: int = 2, start: int = 0) -> list[Parts]:
+def read(
+    loaders: list[Loader], number: int = 2, start: int = 0, limit: int | None = None
+) -> list[Parts]:
     """The batches of an epoch, each in the parts of its ranks; all ranks have as many."""
     assert len({len(loader) for loader in loaders}) == 1
     assert len({loader.batch_size for loader in loaders}) == 1
-    epochs = [list(loader.epoch(number, start)) for loader in loaders]
+    epochs = [list(loader.epoch(number, start, limit)) for loader in loaders]
+    assert len({len(epoch) for epoch in epochs}) == 1
     for epoch, loader in zip(epochs, loaders, strict=True):
-        assert len(epoch) == len(loader) - start
+        assert limit is not None or len(epoch) == len(loader) - start
         assert {len(batch.labels) for batch in epoch} <= {loader.batch_size}
         assert {len(batch.images) for batch in epoch} <= {loader.batch_size}
     return [list(parts) for parts in zip(*epochs, strict=True)]
@@ -171,12 +183,128 @@ def test_the_probe_is_of_as_many_different_images_whatever_the_number_of_ranks(
     sets: dict[int, Path], backend: str, num_ranks: int, num_images: int
 ) -> None:
     ranks = [data.train for data in load_ranks(sets[61], backend, 7, num_ranks)]
-    probes = [list(loader.probe(num_images, 1)) for loader in ranks]
-    batches = [list(parts) for parts in zip(*probes, strict=True)]
+    batches = probe(ranks, num_images)
     labels = all_labels(batches)
     assert len(set(labels)) == len(labels) == min(num_images, 61)
     alone = load(sets[61], backend, 7).train.probe(num_images, 1)
     assert_same_images(batches, [[batch] for batch in alone])
+
+
+def probe(loaders: list[Loader], num_images: int) -> list[Parts]:
+    probes = [list(loader.probe(num_images, 1)) for loader in loaders]
+    return [list(parts) for parts in zip(*probes, strict=True)]
+
+
+@pytest.mark.parametrize("num_images", [0, 1, 8])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_rank_without_an_image_to_probe_gets_an_empty_batch(
+    sets: dict[int, Path], way: str, num_images: int
+) -> None:
+    ranks = [data.train for data in load_ranks(sets[61], way, 7, 3)]
+    *_, parts = probe(ranks, num_images)
+    assert [len(part.labels) for part in parts] == ([0, 0, 0] if num_images == 0 else [1, 0, 0])
+    assert [part.position for part in parts] == [7 if num_images == 8 else 0] + [num_images] * 2
+    for part in parts[1:]:
+        assert part.images.shape == (0, 3, EDGE, EDGE)
+        assert (part.images.dtype, part.labels.dtype) == (torch.uint8, torch.int64)
+        assert (part.num_images, part.num_padding) == (0, 0)
+
+
+def assert_in_place(batches: list[Parts], order: list[int], start: int = 0) -> None:
+    """Image k of the epoch has position k, and `order` says which image that is."""
+    for parts in batches:
+        for part in parts:
+            assert part.position == start
+            start += part.num_images
+            assert labels_of([part]) == order[part.position : part.position + part.num_images]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("way", WAYS)
+def test_image_k_of_an_epoch_or_a_probe_has_position_k(
+    sets: dict[int, Path], way: str, num_ranks: int
+) -> None:
+    alone = load(sets[61], "synthetic" if way == "synthetic" else "device", 16)
+    ranks = load_ranks(sets[61], way, 16, num_ranks)
+    for split in SPLITS.get(way, ["train", "validation"]):
+        loaders: list[Loader] = [getattr(data, split) for data in ranks]
+        order = all_labels(read([getattr(alone, split)]))
+        assert len(order) == 61
+        assert_in_place(read(loaders), order)
+        assert_in_place(read(loaders, start=3), order, start=46)
+    assert_in_place(probe(loaders, 20), all_labels(probe([getattr(alone, split)], 20)))
+
+
+def test_a_part_without_an_image_stands_where_its_first_would(sets: dict[int, Path]) -> None:
+    batches = read([data.validation for data in load_ranks(sets[61], "device", 2, 3)])
+    assert [[part.position for part in parts] for parts in batches[:2]] == [[0, 1, 2], [2, 3, 4]]
+    assert [part.position for part in batches[-1]] == [60, 61, 61]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("way", WAYS)
+def test_only_the_first_images_count_and_they_are_the_same_for_any_number_of_ranks(
+    sets: dict[int, Path], way: str, num_ranks: int
+) -> None:
+    alone = load(sets[61], "synthetic" if way == "synthetic" else "device", 16)
+    ranks = load_ranks(sets[61], way, 16, num_ranks)
+    for split in SPLITS.get(way, ["train", "validation"]):
+        loaders: list[Loader] = [getattr(data, split) for data in ranks]
+        whole = read([getattr(alone, split)])
+        order, images = all_labels(whole), torch.cat([images_of(parts) for parts in whole])
+        # batches begin at 0, 16, 31 and 46
+        for limit, num_batches in {1: 1, 16: 1, 17: 2, 61: 4, 100: 4}.items():
+            batches = read(loaders, limit=limit)
+            assert len(batches) == num_batches
+            assert all_labels(batches) == order[:limit]
+            found = torch.cat([images_of(parts) for parts in batches])
+            assert torch.equal(found, images[:limit])
+            assert_in_place(batches, order)
+    assert read(loaders, limit=0) == read(loaders, start=2, limit=31) == []
+    assert_in_place(read(loaders, start=1, limit=20), order, start=16)
+
+
+@pytest.mark.parametrize("way", ["torch", "torch with workers", "dali"])
+def test_images_beyond_the_limit_are_not_read(
+    tmp_path: Path, sets: dict[int, Path], way: str
+) -> None:
+    for split in ("train", "validation"):
+        table = pq.read_table(sets[61] / f"{split}.parquet")
+        images = table["image"].to_pylist()
+        images[20:] = [b"no image"] * 41
+        pq.write_table(table.set_column(0, "image", [images]), tmp_path / f"{split}.parquet")
+    for num_ranks in (1, 3):
+        loaders: list[Loader] = [
+            data.validation for data in load_ranks(tmp_path, way, 16, num_ranks, image_size=EDGE)
+        ]
+        assert len(all_labels(read(loaders, limit=20))) == 20
+    with pytest.raises(ValueError, match="expected an image, got an unreadable one: row 20 of"):
+        read(loaders, limit=21)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("settings", [{}, {"mixup": 1e-9}])
+def test_the_same_is_erased_whatever_the_number_of_ranks(
+    sets: dict[int, Path], num_ranks: int, settings: Any
+) -> None:
+    def erased(batch_size: int, num_ranks: int, **settings: Any) -> dict[int, Tensor]:
+        ranks = load_ranks(sets[61], "device", batch_size, num_ranks, **settings)
+        mix = Mixing(DataConfig(random_erasing=0.5), 61, seed=0)
+        return {
+            int(label): image
+            for index, parts in enumerate(read([data.train for data in ranks]))
+            for part in (mix(part, 2, index) for part in parts)
+            for label, image in zip(
+                part.labels[: part.num_images], part.images[: part.num_images], strict=True
+            )
+        }
+
+    alone, found = erased(16, 1), erased(16, num_ranks, **settings)
+    assert len(found) == 61
+    assert all(torch.equal(found[label], alone[label]) for label in alone)
+    # nor does the size of the batches matter
+    other = erased(7, num_ranks, **settings)
+    assert all(torch.equal(other[label], alone[label]) for label in alone)
 
 
 @pytest.mark.parametrize("augmentation", ["none", "shift", "crop"])
@@ -249,3 +377,15 @@ def test_noise_comes_in_parts_of_the_same_sizes() -> None:
 
     parts = zip(*(sizes(rank, 3) for rank in range(3)), strict=True)
     assert [sum(part) for part in parts] == sizes(0, 1)
+
+
+@pytest.mark.parametrize(("num_ranks", "batch_size"), [(2, 61), (3, 2), (3, 16)])
+def test_noise_is_the_same_whatever_the_number_of_ranks(
+    tmp_path: Path, num_ranks: int, batch_size: int
+) -> None:
+    ranks = load_ranks(tmp_path, "synthetic", batch_size, num_ranks, mixup=0.4)
+    alone = load(tmp_path, "synthetic", batch_size).train
+    batches = read([data.train for data in ranks])
+    assert_same_images(batches, read([alone]))
+    first, second = (batches[index][0].images for index in (0, 1 % len(batches)))
+    assert first.data_ptr() == second.data_ptr()

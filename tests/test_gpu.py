@@ -22,7 +22,7 @@ from safer_fast.optim import build_optimizer, set_learning_rate
 from safer_fast.parameters import ParameterArenas
 from safer_fast.reference import PlainModel
 from safer_fast.runtime import compile_blocks
-from safer_fast.step import Step
+from safer_fast.step import PHASES, Step
 
 from .networks import build, images_and_labels
 from .test_step import EPSILON, STEP_SIZE, error, make_reference, make_step
@@ -74,7 +74,7 @@ def run_steps(mode: str, dtype: torch.dtype, num_steps: int, **settings: Any) ->
         )
         step(images, Targets.alike(labels), epsilon, step_size)
     if "captured" in mode and num_steps > 3:
-        assert {key[0] for key in step.replays.recorded} == {"attack", "SAM passes", "update"}
+        assert {key[0] for key in step.replays.recorded} == {"attack", *PHASES}
     return {name: tensor.cpu() for name, tensor in arenas.state_dict().items()}
 
 

@@ -404,7 +404,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     run_step(step, images, labels)
     assert not torch.equal(arenas.master, before)
     assert arenas.master.isfinite().all()
-    assert step.most_skipped_in_a_row() == 2
+    assert step.skips.most_in_a_row() == 2
 
 
 def test_layerwise_radii_perturb_every_layer_by_its_own_share() -> None:

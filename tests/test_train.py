@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from safer_fast import train_model
+from safer_fast.command_configs import EvaluateConfig, SelectConfig
 from safer_fast.command_line import parse_config
-from safer_fast.config import EvaluateConfig, Names, SelectConfig
+from safer_fast.config import Names
 from safer_fast.evaluate import evaluate_run
 from safer_fast.metrics import read_metrics
 from safer_fast.select import select

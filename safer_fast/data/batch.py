@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -16,12 +16,15 @@ class Batch:
 
     images: uint8 in 0..255 or float32 in [0, 1], [B, C, H, W]. labels: int64 [B], or probabilities
     float32 [B, K] of mixed images. num_padding: the last images that are there only to fill the
-    batch up, and count for nothing.
+    batch up, and count for nothing. position: where the first image stands among all images of the
+    epoch, or of the probe, of all ranks together, counted from 0: image k has position k whatever
+    the number of ranks, as long as none before it is left out of its part of the batch.
     """
 
     images: Tensor
     labels: Tensor
     num_padding: int = 0
+    position: int = 0
 
     @property
     def num_images(self) -> int:
@@ -31,8 +34,8 @@ class Batch:
     def weights(self) -> Tensor:
         """What each image counts for in a mean, float32 [B] on the batch's device; sum 1, or 0
         where no image counts."""
-        positions = torch.arange(len(self.labels), device=self.labels.device)
-        return (positions < self.num_images).float() / max(self.num_images, 1)
+        rows = torch.arange(len(self.labels), device=self.labels.device)
+        return (rows < self.num_images).float() / max(self.num_images, 1)
 
     def padded(self, size: int) -> Batch:
         """The batch with copies of its images up to `size`, see `fill_`."""
@@ -42,20 +45,20 @@ class Batch:
         images = self.images.new_empty(size, *self.images.shape[1:])
         labels = self.labels.new_empty(size)
         images[:-missing], labels[:-missing] = self.images, self.labels
-        kept = size - missing
-        return Batch(fill_(images, kept), fill_(labels, kept), self.num_padding + missing)
+        kept, num_padding = size - missing, self.num_padding + missing
+        return Batch(fill_(images, kept), fill_(labels, kept), num_padding, self.position)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on `device`; `non_blocking` copies overlap only from pinned memory."""
-        return Batch(
-            self.images.to(device, non_blocking=non_blocking),
-            self.labels.to(device, non_blocking=non_blocking),
-            self.num_padding,
+        return replace(
+            self,
+            images=self.images.to(device, non_blocking=non_blocking),
+            labels=self.labels.to(device, non_blocking=non_blocking),
         )
 
     def pinned(self) -> Batch:
         """The same batch in pinned memory, from which a GPU copies without waiting."""
-        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.num_padding)
+        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
 
 
 def fill_(values: Tensor, num_images: int) -> Tensor:
@@ -101,17 +104,20 @@ class Loader(Protocol):
     def __len__(self) -> int:
         """Batches per epoch."""
 
-    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, number: int, start: int = 0, limit: int | None = None) -> Iterator[Batch]:
         """The batches of epoch `number`, counted from 1, from batch `start` on, counted from 0.
 
         Every image comes exactly once; what comes from `start` on is what would have come there
         anyway. A training loader shuffles and augments, the others give every image in order and
-        unaugmented, whatever the number.
+        unaugmented, whatever the number. limit: only so many images count, the first ones of all
+        ranks together; the others are not read, and batches of none but them do not come. Every
+        rank has as many batches, some perhaps of nothing but padding.
         Raises ValueError that names the file when an image cannot be read and is not to be skipped.
         """
 
     def probe(self, num_images: int, number: int) -> Iterator[Batch]:
         """At most `num_images` different images, unaugmented, drawn with the seed and `number`.
 
-        The last batch may be smaller than the others.
+        The last batch may be smaller than the others, and a rank's part of it empty; every rank
+        has as many batches.
         """

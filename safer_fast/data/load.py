@@ -15,6 +15,7 @@ from safer_fast.config import DataConfig
 from safer_fast.data.backends import Backends
 from safer_fast.data.bad_images import BadImages
 from safer_fast.data.batch import Loader
+from safer_fast.data.fingerprint import fingerprint
 from safer_fast.data.formats import Source, check_labels, empty_classes, open_splits
 from safer_fast.data.formats.synthetic import SIZE as SYNTHETIC_SIZE
 from safer_fast.data.formats.synthetic import SyntheticSource
@@ -34,8 +35,9 @@ class Data:
     name: "digits" or the stem of the path. test: None where there is no test data.
     num_channels: 1 for grey images, else 3. image_size: edge in pixels of the images that the
     loaders give. validation_rows: rows of the training data that were cut off as validation
-    split, sorted; None where the data has its own. bad: knows of the images left out. notes: lines
-    on what a user may not expect.
+    split, sorted; None where the data has its own. fingerprint: the same for the same data wherever
+    it lies, see fingerprint.py. bad: knows of the images left out. notes: lines on what a user may
+    not expect.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Data:
     num_channels: int
     image_size: int
     validation_rows: list[int] | None
+    fingerprint: str
     bad: BadImages = field(default_factory=BadImages)
     notes: list[str] = field(default_factory=list)
 
@@ -88,7 +91,7 @@ def load_data(
     splits = _open(config, bad)
     class_names = _agree_on_classes(splits)
     image_format = _agree_on_images(splits, config.image_size)
-    training_rows, validation_rows = _cut(splits, config, seed)
+    rows = _cut(splits, config, seed)
     backends = Backends(config, image_format, len(class_names), device or torch.device("cpu"), bad)
     evaluation = Ordering(evaluation_batch_size or batch_size, seed, rank=rank, num_ranks=num_ranks)
     training = replace(
@@ -98,19 +101,21 @@ def load_data(
         # timm mixes pairs
         multiple=2 if config.mixup or config.cutmix else 1,
     )
-    train = backends.loader(splits.train, training_rows, training)
-    validation = backends.loader(splits.validation or splits.train, validation_rows, evaluation)
-    test = splits.test
+    loaders = {
+        split: backends.loader(source, numbers, training if split == "train" else evaluation)
+        for split, (source, numbers) in rows.items()
+    }
     return Data(
         name=_name(config.path),
-        train=train,
-        validation=validation,
-        test=None if test is None else backends.loader(test, np.arange(len(test)), evaluation),
+        train=loaders["train"],
+        validation=loaders["validation"],
+        test=loaders.get("test"),
         num_classes=len(class_names),
         class_names=class_names,
         num_channels=image_format.num_channels,
         image_size=image_format.size,
-        validation_rows=validation_rows.tolist() if splits.validation is None else None,
+        validation_rows=rows["validation"][1].tolist() if splits.validation is None else None,
+        fingerprint=fingerprint(rows, loaders, class_names, image_format),
         bad=bad,
         notes=[*_notes(splits.train, class_names), *backends.notes],
     )
@@ -126,6 +131,8 @@ def load_evaluation_data(
     image_size: int,
     class_names: list[str] | None = None,
     device: torch.device | None = None,
+    rank: int = 0,
+    num_ranks: int = 1,
 ) -> Loader:
     """A loader of other data for a trained model: the test split at `path`, else its validation
     split, else all of it where it has no splits.
@@ -146,7 +153,8 @@ def load_evaluation_data(
     _check_channels(source, num_channels)
     image_format = ImageFormat(image_size, num_channels)
     backends = Backends(config, image_format, num_classes, device or torch.device("cpu"), bad)
-    return backends.loader(source, np.arange(len(source)), Ordering(batch_size, seed=0))
+    ordering = Ordering(batch_size, seed=0, rank=rank, num_ranks=num_ranks)
+    return backends.loader(source, np.arange(len(source)), ordering)
 
 
 def _notes(train: Source, class_names: list[str]) -> list[str]:
@@ -253,8 +261,8 @@ def _check_channels(source: Source, num_channels: int) -> None:
         )
 
 
-def _cut(splits: _Splits, config: DataConfig, seed: int) -> tuple[Indices, Indices]:
-    """Sorted rows for training, at most max_images, and for validation."""
+def _cut(splits: _Splits, config: DataConfig, seed: int) -> dict[str, tuple[Source, Indices]]:
+    """Source and sorted rows of each split; for training at most max_images."""
     generator = np.random.default_rng(derive_seed(seed, "split"))
     num_rows = len(splits.train)
     order = generator.permutation(num_rows)
@@ -269,7 +277,11 @@ def _cut(splits: _Splits, config: DataConfig, seed: int) -> tuple[Indices, Indic
     training, validation = np.sort(order[num_validation:]), np.sort(order[:num_validation])
     if config.max_images is not None:
         training = np.sort(generator.permutation(training)[: config.max_images])
-    return training, validation if splits.validation is None else np.arange(len(splits.validation))
+    rows = {"train": (splits.train, training), "validation": (splits.train, validation)}
+    for split, source in (("validation", splits.validation), ("test", splits.test)):
+        if source is not None:
+            rows[split] = (source, np.arange(len(source)))
+    return rows
 
 
 def _augmentation(config: DataConfig, image_size: int) -> str:

@@ -13,7 +13,7 @@ from safer_fast.data.bad_images import BadImages
 from safer_fast.data.batch import Batch
 from safer_fast.data.formats import Source
 from safer_fast.data.images import ImageFormat
-from safer_fast.data.order import Indices, OrderedLoader, Ordering
+from safer_fast.data.order import Indices, OrderedLoader, Ordering, Part
 from safer_fast.data.reading import Reader, read_batches
 from safer_fast.data.seeds import derive_seed, make_generator
 
@@ -157,7 +157,7 @@ class StreamLoader(OrderedLoader):
 class SyntheticLoader(OrderedLoader):
     """One batch of noise that lies on the device, again and again: what a step costs without data.
 
-    Every batch has the labels of the first; all of it depends on the seed alone.
+    Every batch has the images and labels of the first; all of it depends on the seed alone.
     """
 
     backend = "device"
@@ -171,21 +171,28 @@ class SyntheticLoader(OrderedLoader):
         device: torch.device,
     ) -> None:
         super().__init__(num_images, ordering)
-        generator = make_generator(self.seed, "synthetic")
         size, num_channels = image_format.size, image_format.num_channels
         # a probe's batches may be larger than an epoch's, and those larger by what fills them up
-        num_images = max(ordering.batch_size, self.batch_size)
+        (largest,) = self._parts([np.arange(ordering.batch_size)])
+        num_rows = max(ordering.batch_size, largest.position + self.batch_size)
         images = torch.randint(
             256,
-            (num_images, num_channels, size, size),
+            (num_rows, num_channels, size, size),
             dtype=torch.uint8,
-            generator=generator,
+            generator=make_generator(self.seed, "synthetic"),
         )
-        labels = torch.randint(num_classes, (num_images,), generator=generator)
+        labels = torch.randint(
+            num_classes, (num_rows,), generator=make_generator(self.seed, "synthetic labels")
+        )
         self.batch = Batch(images, labels).to(device)
 
+    def _parts(self, batches: Sequence[Indices], limit: int | None = None) -> list[Part]:
+        """Rows of the noise in place of the images that they stand for."""
+        return super()._parts([np.arange(len(batch)) for batch in batches], limit)
+
     def _read(self, batches: Sequence[Indices], epoch: int | None, size: int) -> Iterator[Batch]:
-        for indices in batches:
-            kept = slice(max(size, len(indices)))
-            num_padding = max(size - len(indices), 0)
+        for rows in batches:
+            first = int(rows[0]) if len(rows) else 0
+            kept = slice(first, first + max(size, len(rows)))
+            num_padding = max(size - len(rows), 0)
             yield Batch(self.batch.images[kept], self.batch.labels[kept], num_padding)

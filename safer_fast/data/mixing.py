@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,16 @@ from safer_fast.data.seeds import derive_seed, make_generator
 
 ERASED_AREA = (0.02, 1 / 3)
 ERASED_RATIO = (0.3, 1 / 0.3)
+POSITIONS_PER_DRAW = 1024
 
 
 class Mixing:
-    """The batch augmentations of a run; what they draw depends on seed, epoch and batch alone."""
+    """The batch augmentations of a run.
+
+    What is erased depends on the seed, the epoch and the image's position in it. Mixup and CutMix
+    draw once for a batch, by seed, epoch and `index`, the same on all ranks; each rank mixes the
+    images of its own part, so that which are mixed with which depends on the number of ranks.
+    """
 
     def __init__(self, config: DataConfig, num_classes: int, seed: int) -> None:
         self.erasing, self.seed = config.random_erasing, seed
@@ -36,25 +43,42 @@ class Mixing:
         images are mixed. Nothing waits for the device."""
         images = as_pixels(batch.images)
         if self.erasing:
-            images = erase(images, self.erasing, make_generator(self.seed, "erase", epoch, index))
+            images = erase(images, self.erasing, self._draws(batch, epoch))
         if self.mixup is None:
-            return Batch(images, batch.labels, batch.num_padding)
+            return replace(batch, images=images)
         # in place, so not on images that are somebody else's
         own = images.clone() if images is batch.images else images
         seed = derive_seed(self.seed, "mixup", epoch, index) % 2**32
         images, labels = _drawing_from(seed, self.mixup, own, batch.labels)
-        return Batch(images, labels, batch.num_padding)
+        return replace(batch, images=images, labels=labels)
+
+    def _draws(self, batch: Batch, epoch: int) -> Tensor:
+        """What `erase` is told. Positions draw in groups of one size, whatever the batches: so none
+        depends on who has the others."""
+        num_images, num_numbers = len(batch.labels), 5 + batch.images.shape[1]
+        first, skipped = divmod(batch.position, POSITIONS_PER_DRAW)
+        last = (batch.position + max(num_images, 1) - 1) // POSITIONS_PER_DRAW
+        groups = [
+            torch.rand(
+                POSITIONS_PER_DRAW,
+                num_numbers,
+                generator=make_generator(self.seed, "erase", epoch, group),
+                dtype=torch.float64,
+            )
+            for group in range(first, last + 1)
+        ]
+        return torch.cat(groups)[skipped : skipped + num_images]
 
 
-def erase(images: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+def erase(images: Tensor, probability: float, draws: Tensor) -> Tensor:
     """Float images [B, C, H, W] in [0, 1], some with a rectangle of one random colour.
 
     Random erasing (Zhong et al., 2020): 2 to 33 % of the area, aspect ratio 0.3 to 3.3, uniform in
     its logarithm. A rectangle that does not fit is cut off at the image's size, not drawn again.
-    generator: on the CPU.
+    draws: for each image numbers in [0, 1), float64 [B, 5 + C] on the CPU.
     """
-    batch, channels, height, width = images.shape
-    draws = torch.rand(5 + channels, batch, generator=generator, dtype=torch.float64)
+    height, width = images.shape[2:]
+    draws = draws.T
     area = height * width * _between(*ERASED_AREA, draws[1])
     lowest, highest = map(math.log, ERASED_RATIO)
     ratio = torch.exp(_between(lowest, highest, draws[2]))

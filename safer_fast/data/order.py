@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +32,16 @@ class Ordering:
     rank: int = 0
     num_ranks: int = 1
     multiple: int = 1
+
+
+class Part(NamedTuple):
+    """What a rank reads of one batch.
+
+    position: where the first of `indices` stands in the order of all ranks together.
+    """
+
+    position: int
+    indices: Indices
 
 
 class OrderedLoader(ABC):
@@ -64,12 +75,12 @@ class OrderedLoader(ABC):
     def __len__(self) -> int:
         return -(-self.num_images // self.ordering.batch_size)
 
-    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, number: int, start: int = 0, limit: int | None = None) -> Iterator[Batch]:
         """See `Loader.epoch`."""
         is_training = self.augmentation is not None
         order = self._permutation("order", number) if is_training else np.arange(self.num_images)
-        parts = self._parts(np.array_split(order, len(self)))[start:]
-        batches = self._read(parts, number if is_training else None, self.batch_size)
+        parts = self._parts(np.array_split(order, len(self)), limit)[start:]
+        batches = self._read_parts(parts, number if is_training else None, self.batch_size)
         # what was left out, or comes from where nobody fills up
         return (batch.padded(self.batch_size) for batch in batches)
 
@@ -77,7 +88,7 @@ class OrderedLoader(ABC):
         """See `Loader.probe`."""
         order = self._permutation("probe", number)[:num_images]
         ends = range(self.ordering.batch_size, len(order), self.ordering.batch_size)
-        return self._read(self._parts(np.split(order, ends)), None, 0)
+        return self._read_parts(self._parts(np.split(order, ends)), None, 0)
 
     @abstractmethod
     def _read(self, batches: Sequence[Indices], epoch: int | None, size: int) -> Iterator[Batch]:
@@ -87,10 +98,27 @@ class OrderedLoader(ABC):
         filled up to `size` already, where that saves a copy.
         """
 
-    def _parts(self, batches: Sequence[Indices]) -> list[Indices]:
-        """This rank's part of each batch."""
+    def _read_parts(self, parts: Sequence[Part], epoch: int | None, size: int) -> Iterator[Batch]:
+        """The images of each part, which know their position."""
+        batches = self._read([part.indices for part in parts], epoch, size)
+        for part, batch in zip(parts, batches, strict=True):
+            yield replace(batch, position=part.position)
+
+    def _parts(self, batches: Sequence[Indices], limit: int | None = None) -> list[Part]:
+        """This rank's part of each batch that has some of the first `limit` images."""
         rank, num_ranks = self.ordering.rank, self.ordering.num_ranks
-        return [np.array_split(batch, num_ranks)[rank] for batch in batches]
+        parts, start = [], 0
+        for batch in batches:
+            if limit is not None and start >= limit:
+                break
+            counted = batch if limit is None else batch[: limit - start]
+            # the first ranks have one image more where they do not have as many
+            share, num_larger = divmod(len(counted), num_ranks)
+            first = rank * share + min(rank, num_larger)
+            last = first + share + (rank < num_larger)
+            parts.append(Part(start + first, counted[first:last]))
+            start += len(batch)
+        return parts
 
     def _permutation(self, purpose: str, number: int) -> Indices:
         generator = make_generator(self.seed, purpose, number)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-import sys
-import threading
 from collections.abc import Iterator, Sequence
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from safer_fast.data.augmentation import Draws, augment, pad
@@ -25,6 +21,7 @@ from safer_fast.data.formats import Source
 from safer_fast.data.images import BadImageError, ImageFormat, cut, decode, fit
 from safer_fast.data.order import Indices
 from safer_fast.data.seeds import derive_seed
+from safer_fast.data.workers import start_loader
 
 # Small, because what workers give back lies in shared memory, of which containers have little.
 BYTES_PER_TASK = 2**20
@@ -63,18 +60,8 @@ def read_batches(
     cannot be used, or the setting where worker processes die.
     """
     num_workers = min(num_workers, len(batches))
-    loader: DataLoader[Any] = DataLoader(
-        reader,
-        batch_sampler=[indices.tolist() for indices in batches],
-        num_workers=num_workers,
-        prefetch_factor=prefetch if num_workers else None,
-        collate_fn=_as_they_are,
-        pin_memory=pin_memory,
-        worker_init_fn=_ends_in_silence,
-        # Its own, so that loading draws nothing from the global one.
-        generator=torch.Generator(),
-    )
-    for samples in _alive(_started(loader)):
+    lists = [indices.tolist() for indices in batches]
+    for samples in start_loader(reader, lists, num_workers, prefetch, pin_memory):
         yield usable(samples, bad)
 
 
@@ -85,35 +72,6 @@ def usable(samples: Samples | ValueError, bad: BadImages) -> Samples:
     for message in samples.messages:
         bad.refuse(message)
     return samples
-
-
-def _started(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The loader's iterator, whose workers' deaths show when it is asked for more, and only then:
-    torch's handler of SIGCHLD would raise wherever the main thread is, in a step for one."""
-    handler = signal.getsignal(signal.SIGCHLD)
-    samples = iter(loader)
-    if threading.current_thread() is threading.main_thread() and handler is not None:
-        signal.signal(signal.SIGCHLD, handler)
-    return samples
-
-
-def _alive(samples: Iterator[Any]) -> Iterator[Any]:
-    """The samples; workers that died raise ValueError, in up to five seconds."""
-    while True:
-        try:
-            sample = next(samples)
-        except StopIteration:
-            return
-        # a worker may die while it hands over a batch: then a socket breaks
-        except (RuntimeError, EOFError, OSError) as error:
-            if str(error).startswith("Caught ") or not getattr(samples, "_workers", ()):
-                raise
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise ValueError(
-                f"data.num_workers: expected worker processes that live, got: {reason} "
-                "(is there enough memory?)"
-            ) from None
-        yield sample
 
 
 def decode_all(
@@ -218,20 +176,3 @@ def _channels_first(image: Image.Image) -> NDArray[np.uint8]:
     """Pixels [C, S, S]."""
     pixels = np.asarray(image)
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-
-
-def _ends_in_silence(_: int) -> None:
-    """In a worker: a main process that ends while it is handed a batch is worth no traceback."""
-    hook = sys.excepthook
-
-    def unless_it_ended(
-        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
-    ) -> None:
-        if not issubclass(kind, ConnectionError | EOFError):
-            hook(kind, error, traceback)
-
-    sys.excepthook = unless_it_ended
-
-
-def _as_they_are(samples: Any) -> Any:
-    return samples

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 
+from safer_fast.command_line import printable
 from safer_fast.data.bad_images import BadImages
 from safer_fast.data.formats.source import EncodedSource, Source, check_labels, empty_classes
 from safer_fast.data.formats.splits import expand_pattern, group_by_split, is_pattern
@@ -60,7 +62,7 @@ def _open(path: Path, flag: str, bad: BadImages) -> dict[str, Source]:
         if files:
             return _open_files(group_by_split(files, flag), flag, bad)
         return open_folder(path, flag)
-    path.stat()  # raises OSError that says why: not there, or no permission
+    _refuse_special(path, flag)
     if path.suffix == ".npz":
         from safer_fast.data.formats.arrays import open_npz
 
@@ -71,6 +73,9 @@ def _open(path: Path, flag: str, bad: BadImages) -> dict[str, Source]:
 def _open_files(groups: dict[str, list[Path]], flag: str, bad: BadImages) -> dict[str, Source]:
     """One source for each split of files of one format."""
     first = next(file for files in groups.values() for file in files)
+    for files in groups.values():
+        for file in files:
+            _refuse_special(file, flag)
     if first.suffix == ".parquet":
         from safer_fast.data.formats.parquet import open_parquet
 
@@ -82,9 +87,24 @@ def _open_files(groups: dict[str, list[Path]], flag: str, bad: BadImages) -> dic
     raise ValueError(f"{flag}: expected {EXPECTED}, got {first}")
 
 
+def _refuse_special(file: Path, flag: str) -> None:
+    """Raises ValueError for pipes and devices, which could be read for ever, and for folders.
+
+    Raises OSError that says why a file is not there, or may not be read.
+    """
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise ValueError(f"{flag}: expected {EXPECTED}, got {file}, which is no file")
+
+
 def _check(source: Source, path: Path) -> None:
     if not len(source):
         raise ValueError(f"{source.flag}: expected at least one image, got none in {path}")
     names = source.class_names
+    for name in names or ():
+        if printable(name) != name:
+            raise ValueError(
+                f"{source.flag}: expected class names without control characters, "
+                f"got {name!a} in {path}"
+            )
     num_labels = max(1, min(int(source.labels.max()) + 1, MOST_UNNAMED_CLASSES))
     check_labels(source, num_labels if names is None else len(names))

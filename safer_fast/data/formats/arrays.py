@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,7 +10,8 @@ from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 from PIL import Image
 
-from safer_fast.data.formats.source import Source
+from safer_fast.command_line import printable
+from safer_fast.data.formats.source import Source, physical_memory
 
 NUM_TRAINING_DIGITS = 1000
 SPLIT_KEYS = {"train": ("x_train", "y_train"), "test": ("x_test", "y_test")}
@@ -71,9 +70,11 @@ def open_npz(path: Path, flag: str) -> dict[str, Source]:
         if not found:
             raise ValueError(
                 f"{flag}: expected arrays images and labels, x and y, or x_train and y_train, "
-                f"got {', '.join(archive.files) or 'none'} in {path}"
+                f"got {printable(', '.join(archive.files)) or 'none'} in {path}"
             )
-        arrays = {key: _load(archive, key, path, flag) for keys in found.values() for key in keys}
+        wanted = [key for keys in found.values() for key in keys]
+        _check_memory(archive, wanted, path, flag)
+        arrays = {key: _load(archive, key, path, flag) for key in wanted}
     return {
         split: _source(arrays[images], arrays[labels], path, flag)
         for split, (images, labels) in found.items()
@@ -83,18 +84,34 @@ def open_npz(path: Path, flag: str) -> dict[str, Source]:
 def _open_archive(file: BinaryIO, path: Path, flag: str) -> NpzFile:
     try:
         archive = np.load(file, allow_pickle=False)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:
+        # Crafted bytes make numpy and zipfile raise whatever they stumble over.
         raise ValueError(f"{flag}: expected a readable .npz file, got {path}") from error
     if not isinstance(archive, NpzFile):
         raise ValueError(f"{flag}: expected an .npz file of named arrays, got one array in {path}")
     return archive
 
 
+def _check_memory(archive: NpzFile, wanted: list[str], path: Path, flag: str) -> None:
+    """Before anything is read: a small file can hold zeros without end."""
+    members = archive.zip.infolist() if archive.zip is not None else []
+    num_bytes = sum(
+        member.file_size for member in members if member.filename.removesuffix(".npy") in wanted
+    )
+    if num_bytes > (memory := physical_memory()):
+        raise ValueError(
+            f"{flag}: expected arrays that fit in memory ({memory / 2**30:.1f} GiB), "
+            f"got {num_bytes / 2**30:.1f} GiB in {path}"
+        )
+
+
 def _load(archive: NpzFile, key: str, path: Path, flag: str) -> NDArray[Any]:
     """One array; numpy refuses those that it would have to unpickle."""
     try:
-        array: NDArray[Any] = archive[key]
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        array = archive[key]
+        if not isinstance(array, np.ndarray):
+            raise TypeError("numpy gives the bytes of what is no array")
+    except Exception as error:
         raise ValueError(
             f"{flag}: expected a readable array without Python objects, got {key} in {path}"
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -17,31 +18,62 @@ class FolderSource(EncodedSource):
     """DIR/CLASS/*.jpg with the classes and files of torchvision's ImageFolder, sorted by name."""
 
     def __init__(self, path: Path, flag: str) -> None:
-        from torchvision.datasets import ImageFolder
-
-        if not any(entry.is_dir() for entry in path.iterdir()):
+        names = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+        if not names:
             raise ValueError(f"{flag}: expected a folder for each class, got none in {path}")
-        folder = ImageFolder(str(path), allow_empty=True)
-        self.flag, self.class_names = flag, list(folder.classes)
-        self.labels = np.array(folder.targets, dtype=np.int64)
+        files = [_find_images(os.path.join(path, name), flag) for name in names]
+        self.flag, self.class_names = flag, names
+        self.labels = np.repeat(np.arange(len(names)), [len(found) for found in files])
         # One buffer: worker processes would copy a list of strings page by page as they count
         # references in it.
-        self.files = np.array([os.fsencode(file) for file, _ in folder.samples], dtype=np.bytes_)
-        self._refuse_empty_classes(path)
-
-    def _refuse_empty_classes(self, path: Path) -> None:
-        counts = np.bincount(self.labels, minlength=len(self.class_names or []))
-        if len(empty := np.flatnonzero(counts == 0)):
-            name = (self.class_names or [])[int(empty[0])]
-            raise ValueError(
-                f"{self.flag}: expected images in every class folder, got none in {path / name}"
-            )
+        encoded = [os.fsencode(file) for found in files for file in found]
+        self.files = np.array(encoded, dtype=np.bytes_)
 
     def encoded(self, index: int) -> NDArray[np.uint8]:
         return np.fromfile(self.describe(index), dtype=np.uint8)
 
     def describe(self, index: int) -> str:
         return os.fsdecode(self.files[index])
+
+
+def _find_images(folder: str, flag: str) -> list[str]:
+    """The image files below the folder of a class, at least one, by folder and name.
+
+    Links are followed, but no folder is entered twice: links may form circles.
+    """
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    found, waiting, seen = [], [folder], set()
+    while waiting:
+        status = os.stat(parent := waiting.pop())
+        if (place := (status.st_dev, status.st_ino)) in seen:
+            continue
+        seen.add(place)
+        with os.scandir(parent) as entries:
+            folders, files = _sort_out(entries, flag)
+        waiting += sorted(folders)
+        found += [(parent, name) for name in files if name.lower().endswith(IMG_EXTENSIONS)]
+    if not found:
+        raise ValueError(f"{flag}: expected images in every class folder, got none in {folder}")
+    return [os.path.join(parent, name) for parent, name in sorted(found)]
+
+
+def _sort_out(entries: Iterable[os.DirEntry[str]], flag: str) -> tuple[list[str], list[str]]:
+    """The paths of folders and the names of files, links that lead nowhere among them.
+
+    Raises ValueError for pipes and devices, which could be read for ever.
+    """
+    folders, files = [], []
+    for entry in entries:
+        if entry.is_dir():
+            folders.append(entry.path)
+        elif entry.is_file() or not os.path.exists(entry.path):
+            files.append(entry.name)
+        else:
+            raise ValueError(
+                f"{flag}: expected files of images, got a pipe or device: {entry.path}"
+            )
+    return folders, files
 
 
 def open_folder(path: Path, flag: str) -> dict[str, Source]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from safer_fast.data.formats.source import EncodedSource, Source
+from safer_fast.command_line import printable
+from safer_fast.data.formats.source import EncodedSource, Source, physical_memory
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMN = "label"
@@ -67,11 +67,6 @@ def open_parquet(groups: dict[str, list[Path]], flag: str) -> dict[str, Source]:
     return {split: ParquetSource(files, flag) for split, files in groups.items()}
 
 
-def physical_memory() -> int:
-    """The memory of this machine in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def _check_memory(files: list[Path], flag: str) -> None:
     """Before anything is read: what would not fit would end the process without a message."""
     num_bytes, memory = sum(_count_bytes(file, flag) for file in files), physical_memory()
@@ -87,21 +82,20 @@ def _count_bytes(file: Path, flag: str) -> int:
     """Bytes of the two columns once they are read."""
     with _one_line_errors(file, flag):
         metadata = pq.read_metadata(file)
-        wanted = {_image_column(metadata.schema.to_arrow_schema(), file, flag), LABEL_COLUMN}
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    columns = [group.column(number) for group in groups for number in range(group.num_columns)]
-    return sum(
-        column.total_uncompressed_size
-        for column in columns
-        if column.path_in_schema.split(".")[0] in wanted
-    )
+        schema = metadata.schema.to_arrow_schema()
+        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+        columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+        sizes = [(column.path_in_schema, column.total_uncompressed_size) for column in columns]
+    wanted = {_image_column(schema, file, flag), LABEL_COLUMN}
+    return sum(size for path, size in sizes if path.split(".")[0] in wanted)
 
 
 def _read(file: Path, flag: str) -> tuple[Column, NDArray[np.int64], list[str] | None]:
     """Encoded images (large_binary, null where there are none), labels and class names."""
     with _one_line_errors(file, flag):
         schema = pq.read_schema(file)
-        column = _image_column(schema, file, flag)
+    column = _image_column(schema, file, flag)
+    with _one_line_errors(file, flag):
         table = pq.read_table(file, columns=[column, LABEL_COLUMN], memory_map=True)
     images = _encoded(table[column], file, flag)
     return images, _labels(table[LABEL_COLUMN], file, flag), _class_names(schema)
@@ -111,7 +105,8 @@ def _read(file: Path, flag: str) -> tuple[Column, NDArray[np.int64], list[str] |
 def _one_line_errors(file: Path, flag: str) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except Exception as error:
+        # Crafted bytes make pyarrow raise whatever it stumbles over.
         raise ValueError(f"{flag}: expected a readable parquet file, got {file}") from error
 
 
@@ -120,7 +115,7 @@ def _image_column(schema: pa.Schema, file: Path, flag: str) -> str:
     if column is None or LABEL_COLUMN not in schema.names:
         raise ValueError(
             f"{flag}: expected columns image (or img) and label, "
-            f"got {', '.join(schema.names) or 'none'} in {file}"
+            f"got {printable(', '.join(schema.names)) or 'none'} in {file}"
         )
     return column
 
@@ -151,6 +146,6 @@ def _class_names(schema: pa.Schema) -> list[str] | None:
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         names = features[LABEL_COLUMN]["names"]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return None
     return [str(name) for name in names] if isinstance(names, list) and names else None

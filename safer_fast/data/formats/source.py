@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import io
+import os
 from abc import ABC, abstractmethod
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+# Not all that PIL knows: it would have Ghostscript run what an EPS file says.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "PPM", "BMP", "GIF", "TIFF", "JPEG2000", "AVIF")
 
 
 class Source(ABC):
@@ -34,7 +38,7 @@ class Source(ABC):
 
 
 class EncodedSource(Source):
-    """A source of image files, in bytes: JPEG, PNG or whatever else PIL knows."""
+    """A source of image files, in bytes, of any of `IMAGE_FORMATS`."""
 
     @abstractmethod
     def encoded(self, index: int) -> NDArray[np.uint8]:
@@ -44,7 +48,7 @@ class EncodedSource(Source):
         """
 
     def read(self, index: int) -> Image.Image:
-        return Image.open(io.BytesIO(self.encoded(index).data))
+        return Image.open(io.BytesIO(self.encoded(index).data), formats=IMAGE_FORMATS)
 
 
 def check_labels(source: Source, num_classes: int) -> None:
@@ -61,3 +65,8 @@ def empty_classes(source: Source, num_classes: int) -> list[int]:
     """The class numbers without any row. The source's labels are in 0..num_classes-1."""
     counts = np.bincount(source.labels, minlength=num_classes)
     return [int(number) for number in np.flatnonzero(counts == 0)]
+
+
+def physical_memory() -> int:
+    """The memory of this machine in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

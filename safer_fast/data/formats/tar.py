@@ -100,7 +100,7 @@ def _map_shard(shard: Path) -> NDArray[np.uint8]:
 
 
 def _read_class_names(file: Path, flag: str) -> list[str] | None:
-    if not file.exists():
+    if not file.is_file():
         return None
     try:
         lines = file.read_text(encoding="utf-8").rstrip().split("\n")

@@ -14,6 +14,8 @@ from typing import BinaryIO, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from safer_fast.command_line import printable
+
 IMAGE_EXTENSIONS = {"jpg", "jpeg", "png", "webp", "ppm", "bmp", "gif", "tif", "tiff"}
 LABEL_EXTENSIONS = {"cls", "json"}
 INTEGER = re.compile(r"-?[0-9]{1,18}")
@@ -110,7 +112,7 @@ def _add(member: tarfile.TarInfo, samples: list[_Sample]) -> None:
     stem, _, extension = name.partition(".")
     if not (stem and extension and member.isreg()) or member.issparse():
         return
-    key = _printable(folder + slash + stem)
+    key = printable(folder + slash + stem)
     if not samples or samples[-1].key != key:
         samples.append(_Sample(key))
     sample, extent, extension = samples[-1], (member.offset_data, member.size), extension.lower()
@@ -118,13 +120,6 @@ def _add(member: tarfile.TarInfo, samples: list[_Sample]) -> None:
         sample.images.append(extent)
     elif extension in LABEL_EXTENSIONS:
         sample.labels[extension] = extent
-
-
-def _printable(key: str) -> str:
-    """The key without line breaks and other characters that would garble a message."""
-    if key.isprintable():
-        return key
-    return "".join(letter if letter.isprintable() else "?" for letter in key)
 
 
 def _find_label(sample: _Sample, file: BinaryIO) -> int | str | None:

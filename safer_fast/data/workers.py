@@ -1,0 +1,147 @@
+"""Worker processes: they outlive signals to all processes of a run, and never the main process."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+# What a terminal or a scheduler sends to all processes of a run; the main one decides what follows.
+SIGNALS = {signal.SIGINT, signal.SIGTERM}
+SECONDS_BETWEEN_LOOKS = 0.5
+
+
+def start_loader(
+    reader: Any,
+    batch_sampler: list[list[int]],
+    num_workers: int,
+    prefetch: int,
+    pin_memory: bool,
+) -> Iterator[Any]:
+    """What `reader` gives for each list of indices, read by `num_workers` processes.
+
+    prefetch: lists that each of them reads ahead. Workers that died raise ValueError, in up to five
+    seconds.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        reader,
+        batch_sampler=batch_sampler,
+        num_workers=num_workers,
+        prefetch_factor=prefetch if num_workers else None,
+        collate_fn=_as_they_are,
+        pin_memory=pin_memory,
+        worker_init_fn=_live_and_die_with_main,
+        # Its own, so that loading draws nothing from the global one.
+        generator=torch.Generator(),
+    )
+    return _alive(_started(loader))
+
+
+def _started(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The loader's iterator, whose workers' deaths show when it is asked for more, and only then:
+    torch's handler of SIGCHLD would raise wherever the main thread is, in a step for one."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    with _signals_held_back(), _no_collection():  # nor in workers, until they see to it themselves
+        samples = iter(loader)
+    if threading.current_thread() is threading.main_thread() and handler is not None:
+        signal.signal(signal.SIGCHLD, handler)
+    return samples
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """They come to this thread afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """The garbage that this process has stays where it is."""
+    is_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if is_enabled:
+            gc.enable()
+
+
+def _alive(samples: Iterator[Any]) -> Iterator[Any]:
+    """The samples; workers that died raise ValueError."""
+    while True:
+        try:
+            sample = next(samples)
+        except StopIteration:
+            return
+        # a worker may die while it hands over a batch: then a socket breaks
+        except (RuntimeError, EOFError, OSError) as error:
+            if str(error).startswith("Caught ") or not getattr(samples, "_workers", ()):
+                raise
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ValueError(
+                f"data.num_workers: expected worker processes that live, got: {reason} "
+                "(is there enough memory?)"
+            ) from None
+        yield sample
+
+
+def _live_and_die_with_main(_: int) -> None:
+    """In a worker, at its start."""
+    # What a worker inherits is not its own to collect: the end of a pipeline of DALI waits for
+    # threads that only the main process has.
+    gc.freeze()
+    gc.enable()
+    _end_in_silence()
+    if sys.platform != "linux":  # who sent a signal is not to be known
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        return
+    # Held back and not ignored, because ignored ones could not be waited for.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    threading.Thread(target=_end_with_main, daemon=True).start()
+
+
+def _end_with_main() -> None:
+    """Ends this process when the main one has ended or sends SIGTERM itself.
+
+    That is how torch and, at exit, multiprocessing end workers which do not by themselves; they
+    then wait for them, without end.
+    """
+    main, parent = multiprocessing.parent_process(), os.getppid()
+    # The parent tells sooner, but may have ended before this was called.
+    while main is not None and main.is_alive() and os.getppid() == parent:
+        came = signal.sigtimedwait({signal.SIGTERM}, SECONDS_BETWEEN_LOOKS)
+        if came is not None and came.si_pid == main.pid:
+            break
+    os._exit(0)
+
+
+def _end_in_silence() -> None:
+    """A main process that ends while it is handed a batch is worth no traceback."""
+    hook = sys.excepthook
+
+    def unless_it_ended(
+        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+    ) -> None:
+        if not issubclass(kind, ConnectionError | EOFError):
+            hook(kind, error, traceback)
+
+    sys.excepthook = unless_it_ended
+
+
+def _as_they_are(samples: Any) -> Any:
+    return samples

@@ -1,0 +1,110 @@
+"""Before the first step: everything a run is made of, checked, built, and put in its folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from safer_fast.banner import banner, describe_run
+from safer_fast.checkpoint_folder import Checkpoint
+from safer_fast.config import Config
+from safer_fast.data import Data, load_data
+from safer_fast.distributed import Ranks
+from safer_fast.engine import Engine
+from safer_fast.optim import build_optimizer
+from safer_fast.resume import check_facts, check_settings
+from safer_fast.run_folder import create_run_folder, save_config
+from safer_fast.run_log import RunLog
+from safer_fast.run_state import Progress
+from safer_fast.runtime import prepare_runtime
+from safer_fast.selection import candidates, match_layers
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What `set_up` has made; `facts` decide the bits that are computed, besides the settings."""
+
+    data: Data
+    engine: Engine
+    folder: Path
+    log: RunLog
+    progress: Progress
+    facts: dict[str, Any]
+
+
+def set_up(config: Config, ranks: Ranks, checkpoint: Checkpoint | None) -> Setup:
+    """The run is ready and has introduced itself; its weights are those that it once began with.
+
+    Raises ValueError for everything that a user can get wrong, before the run folder is made.
+    """
+    stored = {} if checkpoint is None else checkpoint.state
+    notes = check_settings(stored["config"], config) if stored else []
+    runtime = prepare_runtime(config.runtime, config.amp, ranks.local_rank)
+    data = load_data(
+        config.data,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        device=runtime.device,
+        rank=ranks.rank,
+        num_ranks=ranks.num_ranks,
+        report=tqdm.write,
+    )
+    attention = stored["facts"]["attention"] if stored else None
+    engine = Engine(config, runtime, data, ranks, attention)
+    check_fit(config, engine)
+    facts = facts_of(engine, data)
+    notes += check_facts(stored["facts"], facts) if stored else []
+    ranks.check_alike(engine.arenas.master, "at the start")
+    described = describe_run(config, engine, data)
+    if checkpoint is None:
+        folder, progress = make_folder(config, data.name, ranks), Progress()
+        log = RunLog(folder, ranks)
+        log.write("run", epoch=0, step=0, **described)
+    else:
+        folder, progress = checkpoint.path.parent.parent, Progress.read(stored["progress"])
+        log = RunLog(folder, ranks, progress.metrics_size)
+    log.say(banner(described | {"notes": [*described["notes"], *notes]}))
+    return Setup(data, engine, folder, log, progress, facts)
+
+
+def check_fit(config: Config, engine: Engine) -> None:
+    """Raises ValueError for settings that fit no model, or not this one, or not so many ranks."""
+    selection, num_ranks = config.selection, engine.ranks.num_ranks
+    candidates(engine.model, selection.from_block)
+    if selection.layers is not None:
+        match_layers(selection.layers, engine.model.layers)
+    build_optimizer(config.optim, engine.arenas.select(list(engine.model.layers)[:1]))
+    sizes = {"--batch-size": config.batch_size, "--selection.num_images": selection.num_images}
+    for flag, size in sizes.items():
+        if size < num_ranks:
+            raise ValueError(
+                f"{flag}: expected at least one image for each of {num_ranks} ranks, got {size}"
+            )
+
+
+def facts_of(engine: Engine, data: Data) -> dict[str, Any]:
+    """What decides the bits that are computed, besides the settings, by name."""
+    device = engine.runtime.device
+    return {
+        "data": data.fingerprint,
+        "backend": data.train.backend,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "ranks": engine.ranks.num_ranks,
+        "attention": engine.attention.backend if engine.attention is not None else None,
+    }
+
+
+def make_folder(config: Config, data_name: str, ranks: Ranks) -> Path:
+    """The folder of a new run with its run.yaml, made by the first rank and known to all."""
+    made = None
+    if ranks.is_first:
+        folder = create_run_folder(config, data_name)
+        save_config(config, folder)
+        made = str(folder)
+    return Path(ranks.share(made))

@@ -1,0 +1,67 @@
+"""What a step counts on the device until somebody asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+class DeviceSums:
+    """Running sums of scalars that stay on the device until they are asked for.
+
+    They stay where they are, so that recordings of a step may add to them. Sums are fp64 on every
+    device: one element costs nothing there, and counts and losses of a whole epoch stay exact where
+    fp32 would drop the last digits.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def values(self) -> Tensor:
+        """A copy of the sums in order of their names, fp64 [n], on the device."""
+        ordered = [self._sums[name] for name in sorted(self._sums)]
+        return torch.stack(ordered) if ordered else torch.zeros(0, dtype=torch.float64)
+
+    def load(self, names: Sequence[str], values: Tensor) -> None:
+        """The sums of these names are what `values` once gave."""
+        for name, value in zip(sorted(names), values, strict=True):
+            self._sums[name] = value.clone()
+
+    def add(self, **values: Tensor) -> None:
+        """Adds each 0-d tensor to the sum of its name, without waiting for the device."""
+        for name, value in values.items():
+            assert value.dim() == 0, f"{name}: expected a 0-d tensor, got {tuple(value.shape)}"
+            if name in self._sums:
+                self._sums[name].add_(value.detach())
+            else:
+                self._sums[name] = value.detach().clone().double()
+
+    def take(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
+        """The sums as floats, in one transfer to the host; all of them start again from 0.
+
+        reduce: gives the sums of all ranks in place of those [n] of this one.
+        """
+        if not self._sums:
+            return {}
+        values = reduce(self.values()).tolist()
+        for total in self._sums.values():
+            total.zero_()
+        return dict(zip(sorted(self._sums), values, strict=True))
+
+
+class Skips:
+    """How many steps in a row were skipped: now, and at most so far; 0-d float32 each."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.in_a_row, self.longest = torch.zeros(2, device=device)
+
+    def count(self, is_skipped: Tensor) -> None:
+        """One more step, skipped where `is_skipped`, 0-d, is 1."""
+        self.in_a_row.add_(1).mul_(is_skipped)
+        torch.maximum(self.longest, self.in_a_row, out=self.longest)
+
+    def most_in_a_row(self) -> int:
+        """The most that were skipped one after the other; waits for the device."""
+        return int(self.longest)
