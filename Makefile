@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 FLAGS ?=
 
-.PHONY: train test install native lint types bench format
+.PHONY: train test install native lint types bench soak format
 
 train: install
 	$(BIN)/python -m safer_fast.train --amp bf16 $(FLAGS)
@@ -43,6 +43,10 @@ bench: install
 	$(BIN)/python -m bench.ops
 	$(BIN)/python -m bench.step
 	$(BIN)/python -m bench.attack
+
+# runs that are killed and resumed, a few seconds each: FLAGS="--cycles 1000 --seed 7"
+soak: install
+	$(BIN)/python -m tests.soak $(FLAGS)
 
 format: install
 	$(BIN)/ruff check --fix .

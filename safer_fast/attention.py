@@ -278,7 +278,7 @@ def _read(file: Path) -> dict[str, Measured]:
             key: Measured({n: float(ms) for n, ms in times.items()}, dict(refused))
             for key, (times, refused) in json.loads(file.read_text()).items()
         }
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
 
 

@@ -26,6 +26,7 @@ def describe_run(config: Config, engine: Engine, data: Data) -> dict[str, Any]:
         device = torch.cuda.get_device_name(runtime.device)
     num_weights = sum(parameter.numel() for parameter in model.parameters())
     num_test = 0 if data.test is None else data.test.num_images
+    largest = -(-data.train.num_images // len(data.train))  # of all ranks together
     notes = [*engine.notes, *data.notes]
     if data.bad.num_different:
         count = data.bad.num_different
@@ -43,7 +44,7 @@ def describe_run(config: Config, engine: Engine, data: Data) -> dict[str, Any]:
         "data": f"{data.name}, {data.num_classes} classes, {data.train.num_images} training, "
         f"{data.validation.num_images} validation, {num_test} test images of "
         f"{data.num_channels}x{data.image_size}x{data.image_size}; "
-        f"{len(data.train)} batches of {data.train.batch_size} by {data.train.backend}",
+        f"{len(data.train)} batches of {largest} by {data.train.backend}",
         "notes": notes,
     }
 

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from safer_fast.checkpoint_file import naming, write_tensors
 
 WEIGHTS = "model.safetensors"
 BEST_WEIGHTS = "best.safetensors"
@@ -53,16 +55,27 @@ def read_normalisation(path: str) -> tuple[list[float], list[float]] | None:
     """Mean and standard deviation that a run folder was trained with; None for a lone file."""
     if not (Path(path) / MODEL_CONFIG).is_file():
         return None
-    settings = read_json(Path(path) / MODEL_CONFIG)["pretrained_cfg"]
-    return list(settings["mean"]), list(settings["std"])
+    content = read_json(file := Path(path) / MODEL_CONFIG)
+    try:
+        settings = content["pretrained_cfg"]
+        mean, std = ([float(value) for value in settings[name]] for name in ("mean", "std"))
+    except (KeyError, TypeError, ValueError):
+        mean = std = []
+    if not (len(mean) == len(std) > 0 and min(std) > 0):
+        raise ValueError(
+            f"model.checkpoint: expected mean and std of the pixels in {file}, got none"
+        )
+    return mean, std
 
 
 def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
-    """`path` holds these tensors; a reader never sees half of them."""
-    temporary = path.with_name(path.name + ".tmp")
+    """`path` holds these tensors; a reader never sees half of them.
+
+    Raises ValueError naming it where it cannot be written.
+    """
     contents = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    save_file(contents, temporary, metadata={"format": "pt"})
-    os.replace(temporary, path)
+    with naming(path):
+        write_tensors(path, contents, {})
 
 
 def save_json(content: Mapping[str, Any], path: Path) -> None:
@@ -76,7 +89,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; raises ValueError naming the file if it is none."""
     try:
         content = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected a JSON object: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")

@@ -8,6 +8,7 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -22,6 +23,34 @@ from torch import Tensor
 _OPENING = b'{"__metadata__":{"sha256":"'
 _DIGEST_AT = 8 + len(_OPENING)
 _NO_DIGEST = b"0" * 64
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds, and the companions it refers to."""
+
+    step: int
+    path: Path
+    state: dict[str, Any]  # what JSON knows
+    tensors: dict[str, Tensor]  # on the CPU
+    needs: dict[str, str]  # sha256 of the companions by name
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in a file, every byte as it was written; its companions are not looked at.
+
+    Raises ValueError naming the file and what is wrong with it. Nothing in a file is executed.
+    """
+    metadata = verify(path)
+    with naming(path):
+        step, state = int(metadata["step"]), json_object(metadata["state"])
+    return Checkpoint(step, path, state, read_tensors(path), needs_of(path, metadata))
+
+
+def needs_of(path: Path, metadata: Mapping[str, str]) -> dict[str, str]:
+    """The companions that a checkpoint needs, from its metadata, with their sha256."""
+    with naming(path):
+        return json_object(metadata["needs"])
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -99,6 +128,15 @@ def verify(path: Path, expected: str | None = None) -> dict[str, str]:
         if expected not in (None, digest.hexdigest()):
             raise ValueError("it is not the one that was meant")
     return read_metadata(path)
+
+
+def is_verified(path: Path, digest: str | None) -> bool:
+    """Whether the file is whole, and has this sha256 where one is given."""
+    try:
+        verify(path, digest)
+    except ValueError:
+        return False
+    return True
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -8,17 +8,19 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from safer_fast.checkpoint_file import (
-    json_object,
+    Checkpoint,
+    is_verified,
     link_or_copy,
     naming,
+    needs_of,
+    read_checkpoint,
     read_metadata,
     read_tensors,
     reason,
@@ -36,15 +38,13 @@ _TEMPORARY = re.compile(r"[a-z]+-[0-9]+\.safetensors\.tmp")
 _COMPANION = re.compile(r"(?!step-)[a-z]+-[0-9]+")
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a checkpoint holds, and the companions it refers to."""
+class _Companion(NamedTuple):
+    """What there is to write; `link`: its other name."""
 
-    step: int
+    name: str
     path: Path
-    state: dict[str, Any]  # what JSON knows
-    tensors: dict[str, Tensor]  # on the CPU
-    needs: dict[str, str]  # sha256 of the companions by name
+    take: Callable[[], dict[str, Tensor]]
+    link: Path | None
 
 
 class CheckpointFolder:
@@ -72,6 +72,7 @@ class CheckpointFolder:
         self._waiting: list[str] = []  # companions handed over and not yet written
         self._digests: dict[str, str] = {}  # sha256 of the companions known to be there
         self._not_yet_needed: set[str] = set()  # companions that the next checkpoint may need
+        self._failed: dict[str, _Companion] = {}  # companions to be tried again
         self._failing: dict[str, str] = {}  # the reason by task
 
     def save(
@@ -94,10 +95,18 @@ class CheckpointFolder:
     def save_companion(
         self, name: str, tensors: Mapping[str, Tensor], *, link: Path | None = None
     ) -> None:
-        """The companion will be written, and `link` be another name of it; see `save`."""
-        write = partial(self._write_companion, name, self._path(name), snapshot(tensors), link)
-        self._waiting.append(name)
-        self._hand_over(write)
+        """The companion will be written, and `link` be another name of it; see `save`.
+
+        Where it cannot be, `try_again` does.
+        """
+        # what was taken is kept until it is written
+        self._try(_Companion(name, self._path(name), cache(snapshot(tensors)), link))
+
+    def try_again(self) -> None:
+        """Companions that could not be written are handed over anew, but for outdated ones."""
+        for companion in list(self._failed.values()):
+            if companion.name not in self._waiting:
+                self._try(companion)
 
     def holds(self, name: str) -> bool:
         """Whether a checkpoint may need this companion: it is there, or waits to be written."""
@@ -146,9 +155,17 @@ class CheckpointFolder:
         self._digests.update(checkpoint.needs)
         self.last = checkpoint.path
 
-    def link(self, name: str, link: Path) -> None:
-        """`link` is another name of the companion from here on."""
-        replace(link, partial(link_or_copy, self._path(name)))
+    def provide(self, name: str, link: Path) -> None:
+        """`link` is this companion, also where that could not be written or `link` was changed.
+
+        Raises ValueError, naming `link`, where that cannot be.
+        """
+        self.wait()
+        with naming(link):
+            if companion := self._failed.get(name):
+                write_tensors(link, companion.take(), {})
+            elif not is_verified(link, self._digests.get(name)):
+                replace(link, partial(link_or_copy, self._path(name)))
 
     def read_companion(self, name: str) -> dict[str, Tensor]:
         """The tensors of a companion on the CPU, every byte as it was written.
@@ -162,6 +179,10 @@ class CheckpointFolder:
     def close(self) -> None:
         """Everything handed over is written or has failed; a second call does nothing."""
         self._thread.shutdown()
+
+    def _try(self, companion: _Companion) -> None:
+        self._waiting.append(companion.name)
+        self._hand_over(partial(self._write_companion, companion))
 
     def _hand_over(self, write: Callable[[], None]) -> None:
         assert self._is_writer, "another process writes the checkpoints"
@@ -193,17 +214,22 @@ class CheckpointFolder:
             prune = partial(self._prune, path)
             self._attempt("removing old checkpoints", "not all that is old was removed", prune)
 
-    def _write_companion(
-        self, name: str, path: Path, take: Callable[[], dict[str, Tensor]], link: Path | None
-    ) -> None:
+    def _write_companion(self, companion: _Companion) -> None:
+        name, path, take, link = companion
+        for other in [other for other in self._failed if _is_outdated(other, [name])]:
+            del self._failed[other]
+
         def write() -> None:
             self._digests[name] = self._write(path, take, {})
             self._not_yet_needed.add(name)
 
         failure = f"companion {name} was not written"
+        is_written = False
         try:
             is_written = self._attempt("writing companions", failure, write)
         finally:
+            if not is_written:
+                self._failed[name] = companion
             self._waiting.remove(name)
         if is_written and link is not None:
             make_link = partial(replace, link, partial(link_or_copy, path))
@@ -242,7 +268,7 @@ class CheckpointFolder:
         for path in others[self._keep - 1 :]:
             path.unlink(missing_ok=True)
         kept = [written, *others[: self._keep - 1]]
-        needed = {name for path in kept for name in _needs(path, read_metadata(path))}
+        needed = {name for path in kept for name in needs_of(path, read_metadata(path))}
         # a kind that neither this run nor its checkpoints know is someone else's
         kinds = {_kind(name) for name in needed | set(self._digests)}
         names = [n.removesuffix(_SUFFIX) for n in os.listdir(self._folder) if n.endswith(_SUFFIX)]
@@ -276,22 +302,6 @@ class CheckpointFolder:
         for path in paths if self._is_writer else ():
             with suppress(OSError):
                 path.rename(f"{path}.damaged")
-
-
-def read_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in a file, every byte as it was written; its companions are not looked at.
-
-    Raises ValueError naming the file and what is wrong with it. Nothing in a file is executed.
-    """
-    metadata = verify(path)
-    with naming(path):
-        step, state = int(metadata["step"]), json_object(metadata["state"])
-    return Checkpoint(step, path, state, read_tensors(path), _needs(path, metadata))
-
-
-def _needs(path: Path, metadata: Mapping[str, str]) -> dict[str, str]:
-    with naming(path):
-        return json_object(metadata["needs"])
 
 
 def _checkpoints(folder: Path) -> list[Path]:

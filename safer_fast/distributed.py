@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 COLUMNS = 64
 """What the sizes of arenas are multiples of."""
+BETWEEN_LOOKS_S = 0.02
+TELLING_S = 10.0
+"""How long others wait for the one that tells of a mistake; torchrun ends them sooner."""
 
 if TYPE_CHECKING:  # torch is imported when there is something to compute: --help does not wait
     from torch import Tensor
@@ -43,6 +48,17 @@ class Ranks:
             with self._together():
                 dist.all_reduce(values)
         return values
+
+    def average_(self, values: Sequence[Tensor]) -> None:
+        """`values` hold their means over all ranks, by one sum of all of them."""
+        if self.num_ranks == 1 or not values:
+            return
+        import torch
+
+        flat = self.sum_(torch.cat([value.flatten() for value in values])) / self.num_ranks
+        means = torch.split(flat, [value.numel() for value in values])
+        for value, mean in zip(values, means, strict=True):
+            value.copy_(mean.view_as(value))
 
     def mean_weights(self, weights: Tensor) -> Tensor:
         """What each image counts for in a mean over all ranks, of weights [B] over this one alone.
@@ -143,29 +159,85 @@ def connected(wants_gpu: bool = True) -> Iterator[Ranks]:
         return
     import torch
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     backend = "gloo"
     if wants_gpu and torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
+        num_local = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+        if num_local > torch.cuda.device_count():  # all of the machine say so, not only the last
             raise ValueError(
                 f"--nproc-per-node: expected at most {torch.cuda.device_count()} processes, one "
-                f"for each GPU of the machine, got {os.environ.get('LOCAL_WORLD_SIZE')}"
+                f"for each GPU of the machine, got {num_local}"
             )
         torch.cuda.set_device(local_rank)
         backend = "cpu:gloo,cuda:nccl"
         # segments that grow and registered graph memory do not go together
         os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
-    dist.init_process_group(backend)
+    common, rank, _ = next(rendezvous("env://"))
+    store = _meet(common, rank, num_ranks)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks)
+    has_failed = False
     try:
-        yield Ranks(dist.get_rank(), num_ranks, local_rank)
+        yield Ranks(rank, num_ranks, local_rank)
+    except Exception:
+        has_failed = True  # others may be in the midst of a sum: they end when this process has
+        raise
     finally:
-        dist.destroy_process_group()
+        if not has_failed:
+            dist.destroy_process_group()
+
+
+def _meet(store: Any, rank: int, num_ranks: int) -> Any:
+    """A part of the store that only these processes, all alive, know of.
+
+    torchrun keeps its store when it starts processes anew, with the addresses of those that have
+    ended. So the first calls, all answer, and go on once their own answer is among those it has.
+    """
+    from torch.distributed.distributed_c10d import PrefixStore
+
+    own, called = uuid4().hex, ""
+    if rank == 0:
+        store.set("call", own)
+        answers = [store.get(f"{own} answer {other}").decode() for other in range(1, num_ranks)]
+        store.set(f"{own} met", " ".join(answers))
+        return PrefixStore(own, store)
+    deadline = time.monotonic() + store.timeout.total_seconds()
+    while time.monotonic() < deadline:
+        if (call := store.get("call").decode()) != called:
+            called = call
+            store.set(f"{called} answer {rank}", own)
+        if store.check([f"{called} met"]) and own in store.get(f"{called} met").decode().split():
+            return PrefixStore(called, store)
+        time.sleep(BETWEEN_LOOKS_S)
+    raise ConnectionError(f"rank {rank}: the first rank has not called")
+
+
+def is_under_torchrun() -> bool:
+    """Whether torchrun has started this process, and passes on to it what signals it gets."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def is_quiet() -> bool:
-    """Whether a process is to leave a message to the first one: all have found the same mistake."""
-    return int(os.environ.get("RANK", "0")) > 0 and not _is_connected()
+    """Whether another process tells what has gone wrong: of several, the first to ask this does.
+
+    Before they are connected the first of each machine does: all read the same command and files.
+    The others give it time, because torchrun ends all as soon as one has ended.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return False
+    if not _is_connected():
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            return False
+        time.sleep(TELLING_S)
+        return True
+    import torch.distributed as dist
+
+    try:
+        told: int = dist.distributed_c10d._get_default_store().add("told", 1)
+    except RuntimeError:  # whoever kept the count has ended
+        return False
+    return told > 1
 
 
 def _is_connected() -> bool:

@@ -94,6 +94,7 @@ def dry_run(config: Config, ranks: Ranks | None = None) -> RunCost:
     ):
         stages = [_cost_of(trainer, stage) for stage in _stages(config)]
         rate = matmul_rate(trainer.runtime.device, trainer.runtime.compute_dtype)
+        rate *= trainer.ranks.num_ranks
         cost = RunCost(stages, _evaluation_seconds(trainer), rate)
         trainer.log.say(table(cost))
     return cost
@@ -156,7 +157,7 @@ def _cost_of(trainer: Trainer, stage: Stage) -> StageCost:
         cut=trainer.step.cut,
         num_steps=stage.num_epochs * len(trainer.data.train),
         step_s=statistics.median(times[NUM_WARM_UP:]),
-        batch_size=trainer.data.train.batch_size,
+        batch_size=-(-trainer.data.train.num_images // len(trainer.data.train)),
         operations=_operations(trainer),
         peak_memory_mib=trainer.runtime.peak_memory_mib(),
     )

@@ -291,7 +291,7 @@ def _event(line: bytes) -> dict[str, Any] | None:
     """The JSON object in the line, or None where there is none."""
     try:
         event = _DECODER.decode(line.decode())
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return event if isinstance(event, dict) else None
 

@@ -22,6 +22,9 @@ from safer_fast.config import ModelConfig
 from safer_fast.cut import Column, ConvitColumn, RotaryColumn, SwinColumn, Whole
 from safer_fast.network import RobustModel, find_layers
 
+# What timm would take for the name of a file to load, with its own rules for what is safe.
+NO_ARGUMENTS = {"pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+
 
 def build_model(
     config: ModelConfig,
@@ -38,6 +41,11 @@ def build_model(
     sizes it does not take, weights that cannot be had, and weights of another model.
     """
     _check_name(config.name)
+    if others := NO_ARGUMENTS & config.arguments.keys():
+        raise ValueError(
+            f"model.arguments: expected arguments of the network, got {min(others)}; weights are "
+            "named by --model.checkpoint"
+        )
     arguments = {"drop_path_rate": config.drop_path_rate, **config.arguments}
     if config.patch_size is not None:
         arguments["patch_size"] = config.patch_size
@@ -127,7 +135,7 @@ def _create(
             if "'img_size'" not in str(error):
                 raise
             return create()  # an architecture for images of any size
-    except (TypeError, AssertionError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, AssertionError, ValueError, ZeroDivisionError, LookupError) as error:
         with torch.device("meta"):
             _check_transformer(config.name, timm.create_model(config.name))
         raise ValueError(
@@ -136,7 +144,10 @@ def _create(
         ) from error
     except (OSError, RuntimeError) as error:
         if not config.pretrained:
-            raise
+            raise ValueError(
+                f"model: {config.name} cannot be built with arguments {config.arguments} for "
+                f"{image_size}x{image_size} images: {error}"
+            ) from error
         raise ValueError(
             f"model.pretrained: weights of {config.name} could not be fetched from timm's hub; go "
             f"online once or give --model.checkpoint FILE ({type(error).__name__})"

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safer_fast.checkpoint_folder import Checkpoint, CheckpointFolder, read_checkpoint
+from safer_fast.checkpoint_file import Checkpoint, read_checkpoint
+from safer_fast.checkpoint_folder import CheckpointFolder
 from safer_fast.config import Config
 from safer_fast.distributed import Ranks
 from safer_fast.metrics import FILE_NAME, read_metrics

@@ -62,8 +62,9 @@ def clear_run_folder(folder: Path) -> None:
     """
     if not (folder / CONFIG).is_file():
         return
-    own = {CONFIG, "metrics.jsonl", "best.safetensors", CHECKPOINTS}
-    found = list(folder.iterdir())
+    own = {CONFIG, "metrics.jsonl", "best.safetensors", "best.safetensors.tmp", CHECKPOINTS}
+    # by its configuration the folder is known as one of ours: that goes last
+    found = sorted(folder.iterdir(), key=lambda path: path.name == CONFIG)
     if all(path.name in own or path.name.startswith("events.out.tfevents.") for path in found):
         for path in found:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -128,7 +129,7 @@ def load_run(
     config.runtime.device = device  # type: ignore[assignment]
     config.data.backend = "auto"  # what this machine has
     runtime = prepare_runtime(config.runtime, config.amp, local_rank)
-    facts = read_json(folder / MODEL_CONFIG)[KEY]
+    facts = _checked(read_json(folder / MODEL_CONFIG).get(KEY), folder / MODEL_CONFIG)
     settings = ModelConfig(**vars(config.model) | {"pretrained": False, "checkpoint": str(folder)})
     model = build_model(
         settings,
@@ -147,6 +148,16 @@ def load_run(
         facts["num_channels"],
         facts["image_size"],
     )
+
+
+def _checked(facts: Any, file: Path) -> dict[str, Any]:
+    """What `export_model` wrote of a run; raises ValueError naming the file if it did not."""
+    expected = {"class_names": list, "num_channels": int, "image_size": int}
+    for name, kind in expected.items():
+        value = facts.get(name) if isinstance(facts, dict) else None
+        if type(value) is not kind or not value:
+            raise ValueError(f"{file}: expected {name} of a run under {KEY}, got {value!r:.40}")
+    return dict(facts)
 
 
 def _plain(value: Any) -> Any:

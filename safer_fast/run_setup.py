@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from safer_fast.banner import banner, describe_run
-from safer_fast.checkpoint_folder import Checkpoint
+from safer_fast.checkpoint_file import Checkpoint
 from safer_fast.config import Config
 from safer_fast.data import Data, load_data
 from safer_fast.distributed import Ranks
@@ -51,8 +51,9 @@ def set_up(config: Config, ranks: Ranks, checkpoint: Checkpoint | None) -> Setup
         device=runtime.device,
         rank=ranks.rank,
         num_ranks=ranks.num_ranks,
-        report=tqdm.write,
+        report=tqdm.write if ranks.is_first else _say_nothing,
     )
+    data.bad.report = tqdm.write  # up to here all ranks have looked at the same images
     attention = stored["facts"]["attention"] if stored else None
     engine = Engine(config, runtime, data, ranks, attention)
     check_fit(config, engine)
@@ -108,3 +109,7 @@ def make_folder(config: Config, data_name: str, ranks: Ranks) -> Path:
         save_config(config, folder)
         made = str(folder)
     return Path(ranks.share(made))
+
+
+def _say_nothing(_: str) -> None:
+    """The first rank says the same."""

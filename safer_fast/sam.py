@@ -54,10 +54,14 @@ def restore_(ranges: Iterable[Range]) -> None:
 
 
 def clip_(ranges: Iterable[Range], squares: Tensor, norm: float) -> None:
-    """The gradients, whose squares sum up to `squares`, are no longer than `norm` together."""
+    """The gradients, whose squares sum up to `squares`, are no longer than `norm` together.
+
+    Where that is NaN they stay as they are: what lies between parameters is never written again,
+    and must not become NaN with them.
+    """
     shrink = (norm * inverse_norm(squares)).clamp(max=1.0)
     for part in ranges:
-        part.gradient.mul_(torch.where(squares == 0, 1.0, shrink))
+        part.gradient.mul_(torch.where(squares > 0, shrink, 1.0))
 
 
 def gradient_squares(ranges: Iterable[Range], adaptive: bool = False) -> Tensor:

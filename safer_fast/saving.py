@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from safer_fast.checkpoint import BEST_WEIGHTS
-from safer_fast.checkpoint_folder import Checkpoint, CheckpointFolder
+from safer_fast.checkpoint_file import Checkpoint
+from safer_fast.checkpoint_folder import CheckpointFolder
 from safer_fast.config import Config
 from safer_fast.distributed import Ranks
 from safer_fast.run_folder import CHECKPOINTS
@@ -59,8 +60,10 @@ class Saver:
         """Takes what the run goes on from, and writes it while the run goes on.
 
         Once layers are selected, only parameters that have moved since are taken, if the others
-        are on the disk already. Best weights that could not be written are forgotten.
+        are on the disk already. Best weights that are no longer there are forgotten.
         """
+        if self.ranks.is_first:
+            self.store.try_again()
         if progress.start_file is not None and not self._has(progress.start_file):
             progress = replace(progress, start_file=None)
         if progress.best_file is not None and not self._has(progress.best_file):
@@ -88,13 +91,18 @@ class Saver:
         if self.ranks.is_first:
             self.store.save_companion(name, weights, link=self.best)
 
+    def provide_best(self, progress: Progress) -> None:
+        """`best` holds the best weights so far, if any; raises ValueError where that cannot be."""
+        if progress.best_file is not None and self.ranks.is_first:
+            self.store.provide(progress.best_file, self.best)
+        self.ranks.share(None)
+
     def restore(self, checkpoint: Checkpoint, progress: Progress, parts: Parts) -> None:
         """The run is where it was when the checkpoint was taken."""
         start = {}
         self.store.go_on_from(checkpoint)
-        if progress.best_file is not None and self.ranks.is_first:
-            # a run that went further may have found better ones, which are not those of this run
-            self.store.link(progress.best_file, self.best)
+        # a run that went further may have found better ones, which are not those of this run
+        self.provide_best(progress)
         if progress.start_file is not None:
             start = self.store.read_companion(progress.start_file)
         put_tensors(parts, checkpoint.tensors, start, self.ranks)

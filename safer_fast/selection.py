@@ -80,16 +80,16 @@ def rank_layers(
         (images, attack(model, images, labels) if attack and len(labels) else images, labels)
         for images, labels in batches
     ]
-    if not any(len(labels) for _, _, labels in probes):
+    num_images = sum(len(labels) for _, _, labels in probes)
+    total = ranks.sum_(torch.tensor(num_images)).item()
+    if not total:
         raise ValueError("batches: expected at least one batch, got none")
     adversarial = [(attacked, labels) for _, attacked, labels in probes]
     with frozen(model):
         if criterion == "criticality":
-            pairs = [(clean, attacked) for clean, attacked, _ in probes if len(clean)]
+            pairs = [_pair_of(clean, attacked) for clean, attacked, _ in probes]
             return _criticality(model, pairs, names, ranks)
         chosen = _selection_of(model, names, layers, arenas)
-        num_images = sum(len(labels) for _, labels in adversarial)
-        total = ranks.sum_(torch.tensor(num_images)).item()
         _store_mean_gradients(model, chosen, adversarial, total)
         ranks.sum_(chosen.flat)
         if criterion == "gradient-norm":
@@ -236,7 +236,8 @@ def _loss_rises(
     watch: Watch,
 ) -> dict[str, Tensor]:
     """For each layer the rise of the summed loss when it alone is perturbed, 0-d float64."""
-    rises = {name: torch.zeros((), dtype=torch.float64) for name in names}
+    device = groups[names[0]][0].master.device
+    rises = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
     for images, labels in batches:
         if not len(labels):  # other ranks have some: all go through the layers at the same time
             list(watch(names))
@@ -270,6 +271,14 @@ def _cached_run(
 
 def _loss(logits: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(logits.double(), labels)
+
+
+def _pair_of(clean: Tensor, attacked: Tensor) -> tuple[Tensor, Tensor]:
+    """The pair of batches, or of one black image where they are empty: nothing in it changes."""
+    if len(clean):
+        return clean, attacked
+    black = clean.new_zeros(1, *clean.shape[1:])
+    return black, black
 
 
 @torch.no_grad()

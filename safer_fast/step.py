@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from safer_fast.attacker import Attacker
+from safer_fast.batch_norms import Statistics
 from safer_fast.capture import Key, Replays
 from safer_fast.config import SAMConfig
 from safer_fast.cut import STEM
@@ -53,6 +54,7 @@ class Step:
         names = self.model.names_of(self.selection.parameters)
         self.cut = self.model.cut_of(names) if self.reuses_prefix else STEM
         self.modules = self.model.random_modules(names)
+        self.statistics = Statistics(self.modules)
         self.loss, self.worst_loss, self.num_right = self.selection.flat.new_zeros(3)
         self.skips = Skips(self.selection.flat.device)
         self.features: dict[Key, list[Tensor]] = {}
@@ -67,6 +69,7 @@ class Step:
         if self.objective.needs_clean:
             inputs.append(hold("clean", self.model.arrange(images)))
         held = Targets(hold("labels", targets.labels), hold("weights", targets.weights))
+        self.statistics.keep()
         self._pass("first pass", inputs, held)
         if self.sam.rho > 0:
             if self.sam.sync == "global":
@@ -74,6 +77,7 @@ class Step:
             self.replays(("ascent",), self.ascend)
             self._pass("second pass", inputs, held)
         self.ranks.sum_(self.selection.flat)
+        self.statistics.average(self.ranks)
         self.replays(("update", held.labels.shape), lambda: self.update(held))
 
     def _pass(self, name: str, inputs: Sequence[Tensor], targets: Targets) -> None:
@@ -87,10 +91,7 @@ class Step:
     def differentiate_at(
         self, inputs: Sequence[Tensor], targets: Targets, is_second: bool, size: int
     ) -> None:
-        """The ranges hold the gradients where the network now is, on features of the first pass.
-
-        `inputs` are the adversarial examples and, for losses that read them, the clean images.
-        """
+        """The ranges hold the gradients where the network now is, on features of the first pass."""
         key = inputs[0].shape, size
         if not is_second or key not in self.features:
             self.features[key] = self.attack.buffers.hold_all("features", self.prefix(inputs, size))
@@ -103,7 +104,7 @@ class Step:
 
     @torch.no_grad()
     def prefix(self, inputs: Sequence[Tensor], size: int) -> list[Tensor]:
-        """Features [size, N, D] below the first selected layer, part by part, for both passes."""
+        """Features [size, N, D] below the first selected layer, part by part, of all inputs."""
         parts = zip(*(torch.split(whole, size) for whole in inputs), strict=True)
         return [self.model.prefix(torch.cat(part), self.cut) for part in parts]
 
@@ -114,17 +115,16 @@ class Step:
 
         The selection's ranges hold the gradient of that loss.
         """
-        losses: list[Tensor] = []
-        hits: list[Tensor] = []
+        results: list[tuple[Tensor, Tensor]] = []
         mode = training_mode(self.modules, keeps_statistics=is_second)
         with mode, requiring_gradients(self.selection.parameters):
             for part, part_targets in zip(features, targets, strict=True):
                 logits = self.model.suffix(part, self.cut)
                 loss = self.objective.loss(logits, part_targets)
                 gradients = torch.autograd.grad(loss, self.selection.parameters)
-                self.selection.store_gradients(gradients, adds=bool(losses))
-                losses.append(loss.detach())
-                hits.append(part_targets.num_right(logits))
+                self.selection.store_gradients(gradients, adds=bool(results))
+                results.append((loss.detach(), part_targets.num_right(logits)))
+        losses, hits = zip(*results, strict=True)
         return torch.stack(losses).sum(), torch.stack(hits).sum()
 
     def ascend(self) -> None:
@@ -138,6 +138,7 @@ class Step:
         if self.clip_norm is not None:
             clip_(self.selection.ranges, squares, self.clip_norm)
         self.skips.count(is_skipped)
+        self.statistics.undo_where(is_skipped)
         step_unless(is_skipped, self.optimizer)
         restore_(self.selection.ranges)
         self.sums.add(

@@ -6,12 +6,15 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
-from safer_fast.distributed import Ranks
+from safer_fast.distributed import Ranks, is_under_torchrun
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAME_S = 1.0
+"""A signal that torchrun passes on comes within so many seconds of the one sent to all."""
 T = TypeVar("T")
 
 
@@ -27,13 +30,14 @@ class Stops:
     """Notices SIGINT and SIGTERM while it is entered, and lets what is in progress come to its end.
 
     The first signal is noticed by `check`. A second one ends the process at once, as does the first
-    when `grace_s` seconds have passed since and the process is still there. Signals are left alone
-    outside the main thread. ranks: all stop at the same check when one is asked to.
+    when `grace_s` seconds have passed since and the process is still there. Where a scheduler or a
+    terminal sends one to all processes, torchrun passes on its own too: both are the first. Signals
+    are left alone outside the main thread. ranks: all stop at the same check when one is asked to.
     """
 
     def __init__(self, ranks: Ranks, grace_s: float) -> None:
         self._ranks, self._grace_s = ranks, grace_s
-        self._received = 0
+        self._received, self._received_at = 0, 0.0
         self._handlers: dict[signal.Signals, Any] = {}
         self._timer: threading.Timer | None = None
 
@@ -68,8 +72,11 @@ class Stops:
 
     def _receive(self, number: int, _: object) -> None:
         if self._received:
-            _end_now(number, "")
-        self._received = number
+            is_same = is_under_torchrun() and time.monotonic() - self._received_at < SAME_S
+            if not is_same:
+                _end_now(number, "")
+            return
+        self._received, self._received_at = number, time.monotonic()
         name = signal.Signals(number).name
         reason = f"{name}: not at its next checkpoint within checkpoint.grace_s={self._grace_s:g}"
         self._timer = threading.Timer(self._grace_s, _end_now, (number, reason))

@@ -15,7 +15,7 @@ from torch import Tensor
 from safer_fast.attack import placed_start
 from safer_fast.banner import epoch_line, gap_figures, training_figures
 from safer_fast.checkpoint import load_tensors
-from safer_fast.checkpoint_folder import Checkpoint
+from safer_fast.checkpoint_file import Checkpoint
 from safer_fast.config import Config
 from safer_fast.data import Batch, Mixing, ahead
 from safer_fast.data.seeds import derive_seed
@@ -177,6 +177,7 @@ class Trainer:
         self.save()
         self.saver.wait()
         epoch = self.progress.epoch - 1
+        self.saver.provide_best(self.progress)
         best = self.arenas.vector_of(load_tensors(self.saver.best))
         accuracies = list(self.progress.accuracies)
         for weights, source in (("best", best), ("last", self._source())):

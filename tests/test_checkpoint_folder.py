@@ -23,7 +23,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from safer_fast.checkpoint_folder import Checkpoint, CheckpointFolder, read_checkpoint
+from safer_fast.checkpoint_file import Checkpoint, read_checkpoint
+from safer_fast.checkpoint_folder import CheckpointFolder
 
 STATE: dict[str, Any] = {"epoch": 3, "best": 0.1 + 0.2, "layers": ["head"], "none": None}
 WEIGHTS = {"head.weight": torch.arange(12.0).view(3, 4), "step": torch.tensor(7)}

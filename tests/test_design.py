@@ -10,7 +10,7 @@ PACKAGE = ROOT / "safer_fast"
 ORDER = [
     {"kernels"},
     {"config", "command_configs", "validation", "command_line", "distributed", "stopping"},
-    {"capture", "moments", "micro_batch", "savings", "cut", "sums"},
+    {"capture", "moments", "micro_batch", "savings", "cut", "sums", "batch_norms"},
     {"data", "checkpoint", "checkpoint_file", "metrics", "metrics_tensorboard", "parameters"},
     {"network", "checkpoint_folder", "run_log"},
     {"model"},

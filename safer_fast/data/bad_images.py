@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
+from safer_fast.command_line import printable
+
 MOST_REPORTED = 10
 
 
@@ -33,7 +35,7 @@ class BadImages:
             return
         self._known.add(message)
         if len(self._known) <= MOST_REPORTED:
-            self.report(f"left out: {message}")
+            self.report(f"left out: {printable(message)}")
         elif len(self._known) == MOST_REPORTED + 1:
             self.report("left out: more images, which are counted and no longer named")
 

@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import functional
 
 from safer_fast.data.crops import Crop
 from safer_fast.data.formats import EncodedSource, Source
+from safer_fast.data.formats.source import IMAGE_FORMATS
 
 GREY_MODES = {"1", "L", "LA"}
 EIGHT_BIT_MODES = GREY_MODES | {"P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
@@ -111,9 +112,9 @@ def open_encoded(source: EncodedSource, index: int) -> tuple[NDArray[np.uint8], 
     encoded = read_encoded(source, index)
     try:
         try:
-            image = Image.open(io.BytesIO(encoded[:HEAD_BYTES].data))
+            image = Image.open(io.BytesIO(encoded[:HEAD_BYTES].data), formats=IMAGE_FORMATS)
         except OSError:
-            image = Image.open(io.BytesIO(encoded.data))
+            image = Image.open(io.BytesIO(encoded.data), formats=IMAGE_FORMATS)
     except Exception as error:
         raise _unreadable(source, index) from error
     return encoded, _of_eight_bits(image, source, index)
