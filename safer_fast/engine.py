@@ -61,7 +61,7 @@ class Engine:
             compile_blocks(self.model)
         stored = runtime.compute_dtype if "stored-bf16" in savings else torch.float32
         self.arenas = ParameterArenas(self.model.network, self.model.layers, stored)
-        self.replays = self.runtime.replays(_report)
+        self.replays = self.runtime.replays(self._report)
         limits = config.runtime
         self.micro_batch = self._parts("runtime.train_micro_batch", limits.train_micro_batch)
         self.evaluation_batch = self._parts("evaluation", "auto")
@@ -107,7 +107,7 @@ class Engine:
 
     def _parts(self, flag: str, size: int | Literal["auto"]) -> MicroBatch:
         """So many images at a time; recordings give way when memory ends."""
-        return MicroBatch(flag, size, self.replays.forget, _report)
+        return MicroBatch(flag, size, self.replays.forget, self._report)
 
     def _num_operations(self, data: Data) -> float:
         """About how many operations the run will take: forward and backward as long as each."""
@@ -119,7 +119,7 @@ class Engine:
         passes = config.attack.steps + (2 if config.sam.rho > 0 else 1)
         return config.epochs * data.train.num_images * passes * 2 * forward
 
-
-def _report(line: str) -> None:
-    """A line on what changed while the run went on, between progress bars."""
-    tqdm.write(f"note:       {line}")
+    def _report(self, line: str) -> None:
+        """A line on what changed while the run went on, between progress bars, once for all."""
+        if self.ranks.is_first:
+            tqdm.write(f"note:       {line}")

@@ -216,7 +216,8 @@ class Training:
 
     def send(self, number: int) -> None:
         """The process gets the signal; it does no harm where it has ended already."""
-        os.kill(self.pid, number)  # its number is its own until it is asked how it ended
+        # its number is its own until it is asked how it ended, or another one starts
+        os.kill(self.pid, number)
 
     def ending(self, seconds: float = 60) -> Ending:
         """How it ended; fails if that takes longer."""
@@ -257,7 +258,7 @@ def serve() -> None:
             importlib.import_module(name)
     gc.freeze()  # what is never collected stays shared
     signal.pthread_sigmask(signal.SIG_BLOCK, _ASKING)
-    fork, running = multiprocessing.get_context("fork"), {}
+    fork, running = multiprocessing.get_context("fork"), dict[int | None, Any]()
     while (request := _get(sys.stdin.buffer)) is not None:
         if isinstance(request, int):
             process = running.pop(request)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
@@ -110,7 +111,8 @@ class Team:
             ended = wait(left, remaining)
             left = [sentinel for sentinel in left if sentinel not in ended]
         for process in self.processes:
-            process.kill()
+            if process.is_alive():
+                process.kill()
             process.join()
         return [self._ending(rank) for rank in range(len(self.processes))]
 
@@ -158,7 +160,8 @@ def command(flags: Sequence[str], *patches: Callable[[], object]) -> None:
 
 
 class Torchrun:
-    """`torchrun ... -m safer_fast.train ...` as it is typed, in a process of its own."""
+    """`torchrun ... -m safer_fast.train ...` as it is typed; a context manager that leaves no
+    process behind."""
 
     def __init__(self, output: Path, options: Sequence[str], flags: Sequence[str]) -> None:
         self._output = output
@@ -170,6 +173,16 @@ class Torchrun:
                 stderr=subprocess.STDOUT,
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
             )
+
+    def __enter__(self) -> Torchrun:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            for pid in [self.process.pid, *self.ranks()]:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.process.wait()
 
     def ranks(self) -> list[int]:
         """Process numbers of the ranks that run now, in their order."""
@@ -183,12 +196,12 @@ class Torchrun:
                 found.update({int(name.removeprefix("RANK=")): int(child) for name in ranks})
         return [found[rank] for rank in sorted(found)]
 
-    def wait(self, seconds: float = 120) -> Ending:
-        """How it ended; it is killed where that takes longer."""
+    def ending(self, seconds: float = 120) -> Ending:
+        """How it ended; fails where that takes longer."""
         try:
             status = self.process.wait(seconds)
-        finally:
-            self.process.kill()
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"torchrun did not end: {self.output()}") from None
         return Ending(status, None, self.output())
 
     def output(self) -> str:

@@ -97,6 +97,7 @@ class Soak:
         self.figures = Figures()
         self._photos = write_photos(place / "photos")
         self._twins: dict[tuple[str, ...], tuple[State, float]] = {}
+        self._is_damaged = False
         self._start_run()
 
     def cycle(self) -> None:

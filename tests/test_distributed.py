@@ -723,22 +723,23 @@ def test_torchrun_goes_on_after_a_kill_and_after_a_signal_with_the_same_bits(
     team = training(2, [*flags, f"--output={undisturbed}"])
     options = ["--nproc-per-node=2", "--max-restarts=1"]
     flags += [f"--output={folder}", "--resume=auto", "--checkpoint.every_steps=1"]
-    torchrun = Torchrun(tmp_path / "first.txt", options, flags)
-    further(torchrun, folder)
-    os.kill(torchrun.ranks()[1], signal.SIGKILL)
-    further(torchrun, folder)
-    torchrun.process.terminate()
-    ending = torchrun.wait()
+    with Torchrun(tmp_path / "first.txt", options, flags) as torchrun:
+        further(torchrun, folder)
+        os.kill(torchrun.ranks()[1], signal.SIGKILL)
+        further(torchrun, folder)
+        torchrun.process.terminate()
+        ending = torchrun.ending()
     assert ending.output.count("SIGTERM: stopped after step") == 1, ending.output
     assert ending.status == 1
-    ending = Torchrun(tmp_path / "second.txt", options, flags).wait()
+    with Torchrun(tmp_path / "second.txt", options, flags) as torchrun:
+        ending = torchrun.ending()
     assert ending.status == 0, ending.output
     assert_status(0, team.endings())
     assert_same_run(folder, undisturbed)
 
 
 def test_a_mistake_is_told_once_under_torchrun(tmp_path: Path) -> None:
-    options = ["--nproc-per-node=2"]
-    ending = Torchrun(tmp_path / "output.txt", options, ["--unknown=3"]).wait()
+    with Torchrun(tmp_path / "output.txt", ["--nproc-per-node=2"], ["--unknown=3"]) as torchrun:
+        ending = torchrun.ending()
     assert ending.status == 1
     assert ending.output.count("error: unknown flag --unknown") == 1

@@ -24,6 +24,7 @@ from safer_fast.command_configs import EvaluateConfig
 from safer_fast.command_line import parse_config
 from safer_fast.config import Names
 from safer_fast.evaluate import evaluate_run
+from safer_fast.run_folder import clear_run_folder
 from safer_fast.trainer import Trainer
 
 from .kills import (
@@ -285,7 +286,7 @@ def test_a_run_on_a_gpu_that_is_killed_ends_like_one_never_stopped(
 
 @pytest.mark.slow
 def test_runs_outlive_kills_signals_and_damage_again_and_again(tmp_path: Path) -> None:
-    figures = soak(12, seed=0, place=tmp_path)
+    figures = soak(8, seed=0, place=tmp_path)
     print("\n".join(figures.lines(0)))
     assert figures.num_finished >= 1  # the last one is left alone until it ends
     assert figures.failures == []
@@ -308,6 +309,33 @@ def test_a_run_killed_while_its_first_best_weights_get_their_name_begins_again(
     assert ending.status == -signal.SIGKILL
     assert (tmp_path / "run" / "best.safetensors.tmp").exists()
     ends_alike()
+
+
+@pytest.mark.parametrize("is_reversed", [False, True])
+def test_a_folder_that_was_half_cleared_is_still_known_as_that_of_a_run(
+    is_reversed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    iterdir, unlink = Path.iterdir, Path.unlink
+    monkeypatch.setattr(Path, "iterdir", lambda self: sorted(iterdir(self), reverse=is_reversed))
+    own = ["best.safetensors", "best.safetensors.tmp", "events.out.tfevents.1", "run.yaml"]
+    for num_removed in range(len(own)):
+        for name in own:
+            (tmp_path / name).touch()
+        left = num_removed
+
+        def remove_some(path: Path) -> None:
+            nonlocal left
+            if not left:
+                raise KeyboardInterrupt
+            left -= 1
+            unlink(path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", remove_some)
+            with pytest.raises(KeyboardInterrupt):
+                clear_run_folder(tmp_path)
+        clear_run_folder(tmp_path)
+        assert list(tmp_path.iterdir()) == []
 
 
 # When, which signal, and the step at which the run stops.
@@ -688,7 +716,7 @@ def not_finite_at(
         objective = self.step.objective
         loss = type(objective).loss
         if (epoch, index) in steps:
-            type(objective).loss = lambda *each: loss(*each) * torch.nan  # type: ignore[assignment]
+            type(objective).loss = lambda *each: loss(*each) * torch.nan  # type: ignore[method-assign]
         try:
             return take_step(self, epoch, index, *others)
         finally:
@@ -716,30 +744,33 @@ def test_steps_that_are_not_finite_are_counted_across_a_resume(
     assert skipped == [0, 2, 1, 2, 3]
 
 
+# With lines after steps 3, 4, 6, 8, 9 and 12: those in a row are the last before a line, or not.
+@pytest.mark.parametrize("steps", [{(2, 1), (2, 2), (2, 3)}, {(3, 1), (3, 2)}])
 def test_too_many_steps_that_are_not_finite_end_a_run_that_was_resumed_between_them(
-    train: Train, tmp_path: Path
+    steps: set[tuple[int, int]], train: Train, tmp_path: Path
 ) -> None:
-    steps = {(2, 1), (2, 2), (2, 3)}
     changes = EACH_STEP, Patch(f"{TRAINER}.take_step", partial(not_finite_at, steps))
-    flags = ("--runtime.max_skipped_steps=3",)
-    kill = Moment("safer_fast.sums.Skips.count", STEPS_PER_EPOCH + 4)
+    flags = (f"--runtime.max_skipped_steps={len(steps)}",)
+    epoch = max(epoch for epoch, _ in steps)
+    last_step = epoch * STEPS_PER_EPOCH
+    kill = Moment("safer_fast.sums.Skips.count", last_step)
     assert train(*changes, kill, flags=flags).status == -signal.SIGKILL
-    last = checkpoints_of(tmp_path / "run")[-1]
-    assert read_checkpoint(last).step == STEPS_PER_EPOCH + 3
+    assert read_checkpoint(checkpoints_of(tmp_path / "run")[-1]).step == last_step - 1
     for _ in range(2):
         status, _, errors = train(*changes, flags=flags)
-        assert status == 2
-        assert errors.startswith(
-            "error: runtime.max_skipped_steps: the loss or its gradient was not finite in 3 steps "
-            "in a row, at epoch 2; "
+        last = checkpoints_of(tmp_path / "run")[-1]
+        assert (status, errors) == (
+            2,
+            "error: runtime.max_skipped_steps: the loss or its gradient was not finite in "
+            f"{len(steps)} steps in a row, at epoch {epoch}; lower the learning rate or clip the "
+            f"gradient; last checkpoint: {last}\n",
         )
-        assert errors.endswith(f"; last checkpoint: {checkpoints_of(tmp_path / 'run')[-1]}\n")
 
 
 def test_a_run_that_lost_its_patience_ends_at_the_same_epoch(
     train: Train, twins: Twins, ends_alike: Train
 ) -> None:
-    flags = ("--evaluation.patience=1",)
+    flags = ("--evaluation.patience=2",)
     epochs = [line["epoch"] for line in twins.state("device", *flags).lines]
     assert WARMUP_EPOCHS < max(epochs) < EPOCHS
     for moment in (
@@ -748,7 +779,7 @@ def test_a_run_that_lost_its_patience_ends_at_the_same_epoch(
     ):
         assert train(EACH_STEP, moment, flags=flags).status == -signal.SIGKILL
     output = ends_alike(flags=flags).output
-    assert "evaluation.patience: no gain in 1 evaluations" in output
+    assert "evaluation.patience: no gain in 2 evaluations" in output
 
 
 def test_a_run_that_was_made_to_be_resumed_can_be_evaluated(twins: Twins, tmp_path: Path) -> None:
