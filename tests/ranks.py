@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,7 +115,9 @@ class Team:
             if process.is_alive():
                 process.kill()
             process.join()
-        return [self._ending(rank) for rank in range(len(self.processes))]
+        found = [self._ending(rank) for rank in range(len(self.processes))]
+        shutil.rmtree(self._folder)
+        return found
 
     def _ending(self, rank: int) -> Ending:
         file, status = self._folder / str(rank), self.processes[rank].exitcode
