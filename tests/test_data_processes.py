@@ -327,13 +327,10 @@ def load(backend, num_workers):
     config.num_workers = num_workers
     return load_data(config, batch_size=4, seed=0).train
 
-def num_pipelines():
-    return sum(type(e).__name__ == "Pipeline" for e in gc.get_objects())
-
 Reader.__getitems__ = collect_and_read
 gc.disable()
 list(load("dali", 2).epoch(1))
-print(num_pipelines())  # one that has ended, in a circle of references
+# what has ended may lie about in a circle of references, for workers to collect
 print(len(list(load("torch", 2).epoch(1))), gc.isenabled())
 gc.enable()
 print(len(list(load("torch", 2).epoch(1))), gc.isenabled())
@@ -347,7 +344,7 @@ def test_workers_leave_the_pipelines_of_their_main_process_alone(
     process = started("-c", PIPELINES, photos)
     output, errors = process.communicate(timeout=100)
     assert process.returncode == 0, errors
-    assert output.split() == ["1", "2", "False", "2", "True"]
+    assert output.split() == ["2", "False", "2", "True"]
 
 
 def test_dali_leaves_the_handlers_of_signals_alone(photos: Path) -> None:
