@@ -1,4 +1,4 @@
-"""What a run measured: one JSON object per line, TensorBoard beside it, sums kept on the device."""
+"""What a run measured: one JSON object per line, and TensorBoard beside it."""
 
 from __future__ import annotations
 

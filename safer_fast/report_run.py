@@ -172,7 +172,7 @@ def _is_finished(events: Sequence[dict[str, Any]]) -> bool:
 
 
 def _time_s(events: Sequence[dict[str, Any]]) -> float:
-    """Seconds of training in all sessions together; the clock starts at 0 again with each."""
+    """Seconds of training; where the clock starts at 0 again, as it once did, sessions add up."""
     total, previous = 0.0, 0.0
     for event in events:
         if event.get("event") not in ("step", "epoch", "selection"):
