@@ -3,9 +3,9 @@
     python -m bench.table [--check]
 
 A table lies between `<!-- table: peers cpu -->` and `<!-- /table -->`: the first word selects what
-was measured (peers, attack, ops, attention, data), the second where (cpu, gpu). Of several
-measurements of the same case the newest counts. `--check` writes nothing and fails if a table is
-out of date.
+was measured (peers, attack, ops, attention, data, accuracy), the second where (cpu, gpu). Of
+several measurements of the same case the newest counts. `--check` writes nothing and fails if a
+table is out of date.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from bench.accuracy import accuracy_tables
+
 Row = dict[str, Any]
 ROOT = Path(__file__).parent.parent
 MARKED = re.compile(r"(<!-- table: (\w+) (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 SAME = ("what", "case", "layers", "dtype", "deterministic", "compiled", "captured", "num_workers")
+SAME += ("seed", "weights", "attack", "epsilon")
 OURS = ("native", "triton", "fallback")
 
 
@@ -173,6 +176,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "ops": ops_table,
     "attention": attention_table,
     "data": data_tables,
+    "accuracy": accuracy_tables,
 }
 
 

@@ -7,26 +7,34 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from safer_fast.attack import pgd
+    from safer_fast.criteria import register_criterion
     from safer_fast.model import build_model
+    from safer_fast.objective import Formula, register_objective
     from safer_fast.sam import SharpnessAware
     from safer_fast.selection import rank_layers, select_layers
     from safer_fast.train import train_model
 
 __version__ = "0.1.0"
 __all__ = [
+    "Formula",
     "SharpnessAware",
     "build_model",
     "pgd",
     "rank_layers",
+    "register_criterion",
+    "register_objective",
     "select_layers",
     "train_model",
 ]
 
 _HOMES = {
+    "Formula": "objective",
     "SharpnessAware": "sam",
     "build_model": "model",
     "pgd": "attack",
     "rank_layers": "selection",
+    "register_criterion": "criteria",
+    "register_objective": "objective",
     "select_layers": "selection",
     "train_model": "train",
 }

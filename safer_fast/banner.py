@@ -66,27 +66,6 @@ def banner(facts: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *(f"note:       {note}" for note in facts["notes"])])
 
 
-def training_figures(
-    totals: Mapping[str, float], *, epsilon: float, num_images: int, peak_memory_mib: float
-) -> dict[str, float]:
-    """The training figures of an epoch of `num_images` images, from the totals of its step lines.
-
-    Every image comes once: those that no step has counted could not be read.
-    """
-    counted, elapsed = max(totals["images"], 1), totals["seconds"]
-    return {
-        "train_loss": totals["loss"] / counted,
-        "train_robust_accuracy": totals["correct"] / counted,
-        "learning_rate": totals["learning_rate"],
-        "epsilon": epsilon,
-        "images_per_second": totals["images"] / elapsed,
-        "data_wait_fraction": totals["waited"] / elapsed,
-        "peak_memory_mib": peak_memory_mib,
-        "skipped_steps": int(totals["skipped"]),
-        "skipped_images": num_images - int(totals["images"]),
-    }
-
-
 def epoch_line(
     epoch: int,
     epochs: int,

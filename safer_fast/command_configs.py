@@ -15,21 +15,34 @@ class EvaluateConfig:
     run: str
     """Run folder."""
     attacks: Names = field(default_factory=lambda: Names(["clean", "fgsm", "pgd-20"]))
-    """Attacks, comma-separated: clean, fgsm, pgd-K."""
+    """Attacks, comma-separated: clean, fgsm, pgd-K, cw, cw-K, apgd-ce, apgd-dlr, square,
+    autoattack; docs/evaluation.md."""
+    norm: Literal["linf", "l2"] | None = None
+    """Norm of the ball; default: the run's."""
     epsilon: Radius | None = None
     """Radius of the ball; default: the run's."""
+    restarts: int = 1
+    """Random starts of pgd and cw; an image that one of them fools is not right."""
     weights: str = "last"
     """last or best."""
+    source: str | None = None
+    """Transfer: a run folder whose model the attacks are made on; default: RUN's own."""
+    source_weights: str = "last"
+    """last or best, of --source."""
     path: str | None = None
     """Data to evaluate on, in any format of --data.path; default: the run's test split."""
     num_images: int | None = None
     """Use only the first images; default: all."""
     batch_size: int = 256
-    """Images per batch, at most."""
+    """Images per batch, at most; an evaluation that was stopped goes on at the next batch."""
     seed: int = 0
-    """Seed of the random starts."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
+    """Seed of all that attacks draw."""
+    amp: Literal["run", "off", "bf16"] = "run"
+    """Precision; run: the one that RUN was trained in."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is a GPU."""
+    fresh: bool = False
+    """Measure again what was measured already."""
 
 
 @dataclass
@@ -40,6 +53,13 @@ class SelectConfig:
     """Run folder."""
     criterion: Criterion = "sharpness"
     """Score that ranks the layers."""
+    criteria: Names = field(
+        default_factory=lambda: Names(
+            ["sharpness-absolute", "sharpness-relative", "gradient-norm", "criticality"]
+        )
+    )
+    """What it is compared with, comma-separated: sharpness-absolute, sharpness-relative,
+    gradient-norm, criticality; fewer take less time."""
     fraction: float = 0.05
     """Share of the layers that is selected, in (0, 1]; at least one layer."""
     rho: float = 0.05
@@ -51,14 +71,19 @@ class SelectConfig:
     epsilon: Radius | None = None
     """Radius of the attack; default: the run's."""
     steps: int | None = None
-    """Steps of the attack; default: the run's."""
+    """Steps of the attack, 0 for none; default: the run's."""
     num_images: int = 512
     """Training images that the scores are measured on."""
     weights: str = "last"
     """last or best."""
     seed: int = 0
     """Seed of the images, the attack and the random criterion."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is a GPU."""
+    amp: Literal["run", "off", "bf16"] = "run"
+    """Precision; run: the one that RUN was trained in."""
     output: str | None = None
     """File to write; default: selection.json in the run folder."""
+    plot: str | None = None
+    """Draw a map of the layers for each criterion: a .svg or .png file; --plot alone:
+    selection.svg in the run folder."""

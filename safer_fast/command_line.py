@@ -18,6 +18,7 @@ from jsonargparse.typing import register_type
 
 from safer_fast.config import Config, Names, Radius
 from safer_fast.distributed import is_quiet
+from safer_fast.help_text import HelpFormatter, dashed, tidy
 from safer_fast.validation import check_config
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -92,7 +93,9 @@ def parse_config(arguments: Sequence[str]) -> Config:
     parser = new_parser("train", "Train a robust vision transformer.")
     parser.add_argument("--config", action="config", help=f"a YAML file or {_recipe_names()}")
     parser.add_class_arguments(Config, None)
-    words = _with_value("--dry_run", with_underscores(arguments))
+    words = with_underscores(arguments)
+    for switch in _switches():
+        words = _with_value(switch, words)
     config = parse(parser, _config_first(words), Config)
     check_config(config)
     return config
@@ -111,7 +114,10 @@ def new_parser(command: str, description: str) -> ArgumentParser:
         instantiate_subclass_spec_in_any=False,
     )
     return _Parser(
-        prog=f"python -m safer_fast.{command}", description=description, exit_on_error=False
+        prog=f"python -m safer_fast.{command}",
+        description=description,
+        exit_on_error=False,
+        formatter_class=HelpFormatter,
     )
 
 
@@ -119,12 +125,7 @@ class _Parser(ArgumentParser):
     """Shows flags of the top level as they are typed: --batch-size, but --group.its_name."""
 
     def format_help(self, *arguments: Any, **settings: Any) -> str:
-        text: str = super().format_help(*arguments, **settings)
-        return re.sub(r"(?<![\w.])--[a-z_]+(?![\w.])", lambda flag: _dashed(flag[0]), text)
-
-
-def _dashed(flag: str) -> str:
-    return "--" + flag.removeprefix("--").replace("_", "-")
+        return tidy(super().format_help(*arguments, **settings))
 
 
 def parse(parser: ArgumentParser, arguments: Sequence[str], kind: Callable[..., T]) -> T:
@@ -218,6 +219,16 @@ def _known_names() -> list[str]:
     return names
 
 
+def _switches() -> list[str]:
+    """Flags that are true where they stand alone."""
+    flags = []
+    for name, value in Config().to_dict().items():
+        values = value if name in _group_names() else {"": value}
+        inner = ((f"{name}.{key}" if key else name, item) for key, item in values.items())
+        flags += [f"--{flag}" for flag, item in inner if isinstance(item, bool)]
+    return flags
+
+
 def _group_names() -> list[str]:
     config = Config()
     return [item.name for item in fields(config) if is_dataclass(getattr(config, item.name))]
@@ -242,7 +253,7 @@ def _one_line(message: str) -> str:
     if not (found := re.match(r'Parser key "(.+?)": *(.*)', message)):
         return message
     name, text = found[1], found[2]
-    flag = f"--{name}" if "." in name else _dashed(f"--{name}")
+    flag = f"--{name}" if "." in name else dashed(f"--{name}")
     if value := re.search(r"(?:Got|Given) value: (?:type: .*?Given value: )?(.*)$", text):
         return f"{flag}: expected {_expected(text)}, got {value[1]}"
     return f"{flag}: {text}"

@@ -110,8 +110,9 @@ class AttackConfig:
 class ObjectiveConfig:
     """What the adversarial examples are scored with."""
 
-    name: Literal["pgd-at", "trades", "mart"] = "pgd-at"
-    """pgd-at: cross-entropy; trades, mart: with a regulariser towards the clean prediction."""
+    name: str = "pgd-at"
+    """pgd-at: cross-entropy; trades, mart: with a regulariser towards the clean prediction; or the
+    name of one of your own (docs/extending.md)."""
     beta: float = 6.0
     """Weight of the TRADES or MART regulariser."""
     label_smoothing: float = 0.0
@@ -122,8 +123,9 @@ class ObjectiveConfig:
 class SelectionConfig:
     """Which layers SAFER fine-tunes."""
 
-    criterion: Criterion = "sharpness"
-    """Score that ranks the layers; all: every parameter, norms and embeddings too."""
+    criterion: str = "sharpness"
+    """Score that ranks the layers: sharpness, gradient-norm, criticality, random, least-sharp; all:
+    every parameter, norms and embeddings too; or one of your own (docs/extending.md)."""
     fraction: float = 0.05
     """Share of the layers that is selected, in (0, 1]; at least one layer."""
     every_epochs: int = 10
@@ -144,6 +146,10 @@ class SelectionConfig:
     to skip."""
     num_images: int = 512
     """Training images that the scores are measured on."""
+    lora_rank: int = 0
+    """Train low-rank factors of this rank beside the selected layers (LoRA, by PEFT) in place of
+    their weights; they are added to the weights at the next selection and at the end; 0: train the
+    weights themselves."""
 
     @property
     def takes_all(self) -> bool:
@@ -260,13 +266,22 @@ class EvaluationConfig:
     max_images: int | None = 1000
     """Validation images of the evaluation during training; null: all."""
     attacks: Names = field(default_factory=lambda: Names(["clean", "pgd-20"]))
-    """Final figures: clean, fgsm or pgd-K, at attack.epsilon."""
+    """Final figures: clean, fgsm, pgd-K, cw or cw-K, at attack.epsilon."""
     patience: int | None = None
     """End the run after this many evaluations at full epsilon without a better robust accuracy, in
     its last stage; default: never."""
     sentinel_images: int = 128
     """Training images on which every evaluation compares the training attack with PGD-20, to notice
     catastrophic overfitting; 0: none."""
+
+
+@dataclass
+class LogConfig:
+    """Who else is told of a run; metrics.jsonl and TensorBoard's event file are always written."""
+
+    wandb: bool = False
+    """Send the metrics to Weights & Biases too, where it is installed (pip install wandb); its own
+    variables such as WANDB_PROJECT and WANDB_MODE=offline apply."""
 
 
 @dataclass
@@ -300,6 +315,7 @@ class Config:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain nested dictionaries, ready for YAML or JSON."""

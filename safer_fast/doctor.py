@@ -1,77 +1,62 @@
 """Which fast paths are live on this machine, and what to do about the others.
 
-`python -m safer_fast.doctor [--json]` prints the checks; the trainer's banner uses `diagnose`.
+`python -m safer_fast.doctor [--json] [--data.path PATH] [--output DIR]` prints the machine and the
+checks, ready to be pasted into an issue.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import platform
-import shutil
-import subprocess
-import sysconfig
 import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from safer_fast import command_line
-
-_INSTALL = "make install"
-_LEAST_DISK_GIB = 5
-# What the compiled code of a block includes: a compiler without one of them is of no use to it.
-_PROBE = "#include <Python.h>\n#include <omp.h>\n#include <vector>\nint main() { return 0; }\n"
-
-
-@dataclass(frozen=True)
-class Check:
-    """One fast path: whether it is live, what was found, and what would make it live."""
-
-    name: str
-    is_live: bool
-    detail: str
-    remedy: str | None = None
+from safer_fast.config import DataConfig
+from safer_fast.doctor_checks import Check, diagnose
+from safer_fast.doctor_data import check_data, check_disk
+from safer_fast.doctor_machine import Facts, describe_machine
 
 
 @dataclass
-class _Arguments:
+class DoctorConfig:
+    """What is looked at beside the machine."""
+
+    output: str | None = None
+    """Folder that a run would write to, for its disk; default: the current folder."""
+    batch_size: int = 64
+    """Images per batch that the data, if there is any, is tried with."""
+    data: DataConfig = field(default_factory=DataConfig)
     json: bool = False
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Prints the checks, as a table or as JSON."""
+    """Prints machine and checks as a block for an issue, or as JSON."""
     parser = command_line.new_parser("doctor", "Say which fast paths are live here, and why not.")
-    parser.add_argument("--json", action="store_true", help="print a JSON list of the checks")
-    asked = command_line.parse(parser, command_line.with_underscores(arguments), _Arguments)
-    checks = diagnose()
-    print(
-        json.dumps([asdict(check) for check in checks], indent=2) if asked.json else table(checks)
-    )
+    parser.add_class_arguments(DoctorConfig, None, skip={"json"})
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    words = command_line.with_underscores(arguments)
+    config = command_line.parse(parser, words, DoctorConfig)
+    if config.batch_size < 1:
+        raise ValueError(f"--batch-size: expected at least 1, got {config.batch_size}")
+    checks = [*diagnose(), check_disk(config.output)]
+    if config.data.path is not None:
+        checks += check_data(config.data, config.batch_size)
+    report = as_json if config.json else as_block
+    print(without_home(report(describe_machine(), checks)))
 
 
-def diagnose() -> list[Check]:
-    """All checks, in the order in which one would repair a machine. Nothing is changed."""
-    return [
-        Check("python", True, platform.python_version()),
-        _torch(),
-        _gpu(),
-        _package("timm", "models cannot be built"),
-        _native(),
-        _triton(),
-        _compile(),
-        _graphs(),
-        _attention(),
-        _bf16(),
-        _dali(),
-        _apex(),
-        _threads(),
-        _disk(),
-    ]
+def as_block(machine: Facts, checks: Sequence[Check]) -> str:
+    """The facts and the table of checks between fences, for an issue."""
+    return "\n".join(["```text", *_lines(machine), "", table(checks), "```"])
+
+
+def as_json(machine: Facts, checks: Sequence[Check]) -> str:
+    """The same as one JSON object."""
+    content = {"machine": machine, "checks": [asdict(check) for check in checks]}
+    return json.dumps(content, indent=2)
 
 
 def table(checks: Sequence[Check]) -> str:
@@ -80,7 +65,7 @@ def table(checks: Sequence[Check]) -> str:
     lines = []
     for check in checks:
         state = "live" if check.is_live else "off"
-        lines.append(f"{check.name:{width}}{state:6}{check.detail}")
+        lines.append(f"{check.name:{width}}{state:6}{command_line.printable(check.detail)}")
         if check.remedy:
             indent = " " * (width + 6)
             lines += textwrap.wrap(
@@ -94,198 +79,22 @@ def table(checks: Sequence[Check]) -> str:
     return "\n".join(lines)
 
 
-def _torch() -> Check:
-    built_for = (
-        f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-    )
-    return Check("torch", True, f"{torch.__version__}, {built_for}")
+def without_home(text: str) -> str:
+    """The text with ~ for the user's own folder, whose name is nobody's business."""
+    home = str(Path.home())
+    return text.replace(home, "~") if len(home) > 1 else text
 
 
-def _gpu() -> Check:
-    if not torch.version.cuda:
-        return Check(
-            "gpu",
-            False,
-            "torch is built without CUDA",
-            f"install torch from the default registry: {_INSTALL}",
-        )
-    if not torch.cuda.is_available():
-        return Check("gpu", False, "no GPU that torch can use", _gpu_remedy())
-    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return Check("gpu", True, f"{len(names)}: {', '.join(dict.fromkeys(names))}")
+def _lines(machine: Facts) -> list[str]:
+    width = max(map(len, machine)) + 2
+    return [f"{name:{width}}{line}" for name, value in machine.items() for line in _texts(value)]
 
 
-def _gpu_remedy() -> str:
-    """Where there is a driver, the mistake is one of versions or of visibility."""
-    if shutil.which("nvidia-smi") is None:
-        return "use a machine with an NVIDIA GPU and its driver; the CPU is for small runs"
-    return (
-        "nvidia-smi is there: compare the CUDA version it prints with the one torch is built for, "
-        "and look whether CUDA_VISIBLE_DEVICES hides the GPU"
-    )
-
-
-def _package(name: str, consequence: str) -> Check:
-    try:
-        return Check(name, True, version(name))
-    except PackageNotFoundError:
-        return Check(name, False, f"not installed: {consequence}", _INSTALL)
-
-
-def _native() -> Check:
-    try:
-        from safer_fast.kernels import native_status
-    except ImportError as error:
-        return Check("native library", False, str(error), f"{_INSTALL}, then make native")
-    status = native_status()
-    if status.library is not None:
-        return Check("native library", True, Path(status.library).name)
-    reason = f"{status.library_reason}; plain PyTorch serves the CPU instead"
-    is_off = "SAFER_FAST_NATIVE" in status.library_reason
-    remedy = "unset SAFER_FAST_NATIVE" if is_off else "make native"
-    return Check("native library", False, reason, remedy)
-
-
-def _triton() -> Check:
-    found = _package("triton", "plain PyTorch serves the GPU instead")
-    if found.is_live and not torch.cuda.is_available():
-        return Check("triton", False, f"{found.detail}, but no GPU to compile for", "see gpu")
-    return found
-
-
-def _dali() -> Check:
-    """Decodes an image on the device that runs would use."""
-    from safer_fast.data.dali_pipeline import INSTALL, why_no_dali
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if reason := why_no_dali(device):
-        detail = f"{reason}; worker processes decode images"
-        return Check("dali", False, detail, f"{INSTALL} (data.backend=torch does without)")
-    return Check("dali", True, f"{version('nvidia-dali-cuda130')}, decodes on the {device.type}")
-
-
-def _compile() -> Check:
-    """torch.compile needs a compiler that finds Python's, OpenMP's and the language's headers."""
-    if torch.cuda.is_available() and not _triton().is_live:
-        return Check("torch.compile", False, "on a GPU it needs triton", "see triton")
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    package = "install a C++ compiler and Python's headers, e.g. apt-get install g++ python3-dev"
-    if compiler is None:
-        return Check("torch.compile", False, "no C++ compiler", package)
-    problem = _compiler_problem(compiler)
-    if problem:
-        return Check("torch.compile", False, f"{compiler}: {problem}", package)
-    return Check("torch.compile", True, f"with {compiler}")
-
-
-def _graphs() -> Check:
-    if not torch.cuda.is_available():
-        return Check("cuda graphs", False, "no GPU to capture on", "see gpu")
-    total, graph = torch.zeros((), device="cuda"), torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            total.add_(1)
-        graph.replay()
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        return Check("cuda graphs", False, reason, "train with --runtime.cuda_graph off")
-    is_right = float(total) == 1
-    detail = "captured and replayed" if is_right else f"a replay gave {float(total)}, expected 1"
-    remedy = None if is_right else "train with --runtime.cuda_graph off"
-    return Check("cuda graphs", is_right, detail, remedy)
-
-
-def _attention() -> Check:
-    """Torch's kernels, tried on 2 images of a ViT-S in bf16."""
-    from safer_fast.attention import Shape, usable_backends
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        usable, refused = usable_backends(Shape(1, 6, 197, 64), 2, torch.bfloat16, device)
-    except RuntimeError as error:
-        return Check("attention", False, str(error).splitlines()[0], "see gpu")
-    fused = [name for name in usable if name != "math"]
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
-    detail = f"{', '.join(usable)} work" + (f" ({reasons})" if reasons else "")
-    remedy = None if fused else "plain products are slow for long sequences: update torch"
-    return Check("attention", bool(fused), detail, remedy)
-
-
-def _compiler_problem(compiler: str) -> str:
-    """The first complaint of the compiler about a program such as torch.compile writes."""
-    words = [*compiler.split(), "-x", "c++", "-fsyntax-only", "-fopenmp"]
-    words += [f"-I{sysconfig.get_paths()['include']}", "-"]
-    try:
-        result = subprocess.run(
-            words, input=_PROBE, capture_output=True, text=True, timeout=60, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return str(error)
-    if result.returncode == 0:
-        return ""
-    lines = [line for line in result.stderr.splitlines() if "error" in line]
-    return lines[0] if lines else f"exit status {result.returncode}"
-
-
-def _bf16() -> Check:
-    if torch.cuda.is_available():
-        is_live = torch.cuda.is_bf16_supported(including_emulation=False)
-        detail = "the GPU multiplies in bfloat16" if is_live else "this GPU only emulates bfloat16"
-        return Check("bf16", is_live, detail, None if is_live else "train with --amp off")
-    found = sorted(_cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
-    if found:
-        return Check("bf16", True, f"the CPU multiplies in bfloat16 ({', '.join(found)})")
-    detail = "no bfloat16 instructions found on this CPU: bf16 works, but slower than float32"
-    return Check("bf16", False, detail, "train with --amp off")
-
-
-def _cpu_flags() -> set[str]:
-    """What Linux says the processor can do; empty elsewhere."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    words = (line.partition(":")[2] for line in lines if line.lower().startswith(("flags", "feat")))
-    return set(next(words, "").split())
-
-
-def _apex() -> Check:
-    """The extension is what counts: the package of that name on PyPI is another project."""
-    remedy = (
-        "only for optim.name=apex-...: build it from source (https://github.com/NVIDIA/apex); "
-        "torch's fused optimizers are the default"
-    )
-    try:
-        import amp_C  # noqa: F401
-    except ImportError as error:
-        if find_spec("apex") is None:
-            return Check("apex", False, "not installed", remedy)
-        if find_spec("amp_C") is not None:
-            return Check("apex", False, f"amp_C does not load: {error}", remedy)
-        detail = "a package named apex is there, but not NVIDIA's fused kernels (amp_C)"
-        return Check("apex", False, detail, f"pip uninstall apex; {remedy}")
-    return Check("apex", True, "fused optimizers (amp_C)")
-
-
-def _threads() -> Check:
-    threads, cores = torch.get_num_threads(), _num_usable_cores()
-    detail = f"{threads} of {cores} usable cores"
-    # Two hardware threads share a core: half the count is torch's own choice there.
-    if 2 * threads >= cores:
-        return Check("cpu threads", True, detail)
-    remedy = "unset OMP_NUM_THREADS or give --runtime.num_threads"
-    return Check("cpu threads", False, detail, remedy)
-
-
-def _num_usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _disk() -> Check:
-    free = shutil.disk_usage(Path.cwd()).free / 2**30
-    is_live = free >= _LEAST_DISK_GIB
-    remedy = None if is_live else "make room, or put --output on another disk"
-    return Check("disk", is_live, f"{free:,.1f} GiB free in the current folder", remedy)
+def _texts(value: Any) -> list[str]:
+    """A fact in one line, or in one for each of several."""
+    if isinstance(value, dict):
+        return [", ".join(f"{name} {item}" for name, item in value.items())]
+    return (value or ["none"]) if isinstance(value, list) else [str(value)]
 
 
 if __name__ == "__main__":

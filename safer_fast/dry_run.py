@@ -19,6 +19,7 @@ from safer_fast.cut import STEM
 from safer_fast.data import Batch, Data, Loader, ahead
 from safer_fast.distributed import Ranks
 from safer_fast.evaluate import ThreatModel, evaluate
+from safer_fast.examiner import NUM_IMAGES_SHOWN, attack_shown
 from safer_fast.flops import costs, ideal_flops, matmul_rate
 from safer_fast.moments import Moment
 from safer_fast.schedule import Stage, radii_at, stage_of
@@ -129,7 +130,18 @@ def passes_of_evaluation(config: Config, data: Data) -> int:
     final = _num_evaluated(data.test or data.validation) * _passes(config.evaluation.attacks)
     # final figures are those of the start of SAFER, of the best and of the last weights
     during = len(epochs) * num_validation * _passes(_attacks_during(config))
-    return during + num_times * num_watched * watched + 3 * final
+    shown = _num_galleries(config) * min(
+        NUM_IMAGES_SHOWN, (data.test or data.validation).num_images
+    )
+    gallery = shown * 2 * (num_attack_steps(attack_shown(config.evaluation)) + 1)
+    return during + num_times * num_watched * watched + 3 * final + gallery
+
+
+def _num_galleries(config: Config) -> int:
+    """One at each selection, and one at the end."""
+    stages = [(epoch, stage_of(config, epoch)) for epoch in range(1, config.epochs + 1)]
+    every = config.selection.every_epochs
+    return 1 + sum(s.name == "safer" and s.selects_at(epoch, every) for epoch, s in stages)
 
 
 def _num_evaluated(loader: Loader, max_images: int | None = None) -> int:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Literal
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from safer_fast.adapters import Adapters, check_called
 from safer_fast.attacker import Attacker
 from safer_fast.attention import Pinned, pin_for
-from safer_fast.config import Config
+from safer_fast.config import Config, Names
 from safer_fast.data import Data
 from safer_fast.distributed import Ranks
 from safer_fast.flops import costs
@@ -18,7 +22,7 @@ from safer_fast.micro_batch import MicroBatch
 from safer_fast.model import build_model
 from safer_fast.objective import Objective
 from safer_fast.optim import build_optimizer
-from safer_fast.parameters import ParameterArenas
+from safer_fast.parameters import ParameterArenas, Selection
 from safer_fast.runtime import Runtime, compile_blocks, plan
 from safer_fast.step import Step
 
@@ -50,8 +54,16 @@ class Engine:
             norms=config.selection.norms,
         )
         savings = config.runtime.exact_savings
-        notes = self.model.save(savings, data.image_size)
+        notes = []
+        if config.selection.lora_rank:
+            # both read weights past the modules that hold them, and would miss the factors
+            savings = Names(name for name in savings if name not in ("patch-order", "class-token"))
+            notes.append("patch-order, class-token: off (selection.lora_rank)")
+        notes += self.model.save(savings, data.image_size)
         self.model.to(runtime.device)
+        if config.selection.lora_rank:
+            image = torch.zeros(1, data.num_channels, data.image_size, data.image_size)
+            check_called(self.model, list(self.model.layers), image.to(runtime.device))
         self.attention = self._pin_attention(data.image_size, attention)
         self.runtime = plan(runtime, config.runtime, self._num_operations(data))
         self.notes = [*self.runtime.notes, *notes]
@@ -59,8 +71,10 @@ class Engine:
             self.notes.append(self.attention.note)
         if self.runtime.is_compiled:
             compile_blocks(self.model)
-        stored = runtime.compute_dtype if "stored-bf16" in savings else torch.float32
-        self.arenas = ParameterArenas(self.model.network, self.model.layers, stored)
+        self.stored = runtime.compute_dtype if "stored-bf16" in savings else torch.float32
+        self.arenas = ParameterArenas(self.model.network, self.model.layers, self.stored)
+        self.adapters: Adapters | None = None
+        """What is trained beside the layers selected last, with `selection.lora_rank`."""
         self.replays = self.runtime.replays(self._report)
         limits = config.runtime
         self.micro_batch = self._parts("runtime.train_micro_batch", limits.train_micro_batch)
@@ -74,10 +88,15 @@ class Engine:
             replays=self.replays,
         )
 
-    def step_over(self, names: list[str] | None, rho: float) -> Step:
-        """The step that trains these layers (None: every parameter), with a new optimizer."""
+    def step_over(self, names: list[str] | None, rho: float, seed: int = 0) -> Step:
+        """The step that trains these layers (None: every parameter), with a new optimizer.
+
+        With `selection.lora_rank` it trains factors beside layers that are named, drawn with the
+        seed; those of before have become part of the weights.
+        """
         config = self.config
-        selection = self.arenas.select(names)
+        self._fold()
+        selection = self.arenas.select(names) if names is None else self._select(names, seed)
         return Step(
             model=self.model,
             selection=selection,
@@ -92,6 +111,59 @@ class Engine:
             replays=self.replays,
             ranks=self.ranks,
         )
+
+    def weights(self) -> Tensor:
+        """The weights that the network computes with, fp32, laid out as the masters; read only."""
+        if self.adapters is None:
+            return self.arenas.master
+        merged = self.arenas.master.clone()
+        self.adapters.add_to(self.arenas, merged)
+        return merged
+
+    @contextmanager
+    def reading(self, source: Tensor) -> Iterator[None]:
+        """The network reads these weights, laid out as the masters, for a while; no others."""
+        self.arenas.load_compute(source)
+        try:
+            with nullcontext() if self.adapters is None else self.adapters.away():
+                yield
+        finally:
+            self.arenas.load_compute()
+
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        """The masters are `weights()` for a while, and the network's layers its own."""
+        if self.adapters is None:
+            yield
+            return
+        before = self.arenas.master.clone()
+        self.adapters.add_to(self.arenas, self.arenas.master)
+        self.arenas.load_compute()
+        try:
+            with self.adapters.away():
+                yield
+        finally:
+            self.arenas.master.copy_(before)
+            self.arenas.load_compute()
+
+    def _fold(self) -> None:
+        """Factors have become part of the masters, and are gone."""
+        if self.adapters is not None:
+            self.adapters.add_to(self.arenas, self.arenas.master)
+            self.adapters.detach()
+            self.adapters = None
+            self.arenas.load_compute()
+            self.replays.forget()
+
+    def _select(self, names: list[str], seed: int) -> Selection:
+        """What is trained of these layers: their parameters, or factors beside their weights."""
+        rank = self.config.selection.lora_rank
+        if not rank:
+            return self.arenas.select(names)
+        layers = {name: self.model.layers[name] for name in names}
+        self.adapters = Adapters(self.model.network, layers, rank, self.stored, seed)
+        self.replays.forget()  # they call other modules now
+        return self.adapters.selection()
 
     def _pin_attention(self, image_size: int, known: str | None) -> Pinned | None:
         """All ranks compute attention as the first one finds fastest."""

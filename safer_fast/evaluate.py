@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safer_fast.command_configs import EvaluateConfig
-from safer_fast.command_line import new_parser, parse, run, with_underscores
-from safer_fast.validation import check_attack_name
+from safer_fast.command_line import new_parser, parse, printable, run, with_underscores
+from safer_fast.validation import LIBRARY_ATTACKS, check_attack_name
 
 if TYPE_CHECKING:  # torch is imported when there is something to compute: --help does not wait
     import torch
 
-    from safer_fast.data import Batch, Loader
+    from safer_fast.data import Batch
     from safer_fast.distributed import Ranks
     from safer_fast.micro_batch import MicroBatch
     from safer_fast.network import RobustModel
-    from safer_fast.run_folder import LoadedRun
+
+MOST_CLASSES = 20
+"""Classes that a table names, the ones on which the last attack leaves least."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,16 @@ class ThreatModel:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Share of `num_images` images that are classified rightly under an attack."""
+    """Share of `num_images` images that are classified rightly under an attack.
+
+    loss: mean cross-entropy of the attacked images, None where it is not finite.
+    """
 
     attack: str
     epsilon: float
     accuracy: float
     num_images: int
+    loss: float | None = None
 
 
 def evaluate(
@@ -52,13 +58,15 @@ def evaluate(
 ) -> list[Accuracy]:
     """The accuracy under each attack over the batches, over those of all ranks.
 
-    clean: no attack. fgsm: one step of epsilon from the image itself (Goodfellow et al., 2015).
-    pgd-K: K steps of 2.5 epsilon / K from a random start (Madry et al., 2018), one restart. Every
-    attack runs in the model's own precision, with gradients of the cross-entropy, on as many images
-    at a time as `micro_batch` says; default: a batch, or less where memory ends. Random starts
-    depend on the seed, the attack and an image's position, not on how images are divided.
+    What training looks at: an image is right if the prediction on the attacked image is. (The
+    command counts it only if it is right without an attack too, as RobustBench does.) clean: no
+    attack; fgsm, pgd-K, cw, cw-K: see `climb_of`, one restart. Every attack runs in the model's own
+    precision on as many images at a time as `micro_batch` says; default: a batch, or less where
+    memory ends. Random starts depend on the seed, the attack and an image's position, not on how
+    images are divided.
     """
     import torch
+    from torch.nn.functional import cross_entropy
 
     from safer_fast.data import as_pixels
     from safer_fast.data.seeds import derive_seed
@@ -67,24 +75,33 @@ def evaluate(
 
     micro_batch, ranks = micro_batch or MicroBatch("--batch-size"), ranks or Ranks()
     device = model.mean.device
-    counts = torch.zeros(len(attacks) + 1, dtype=torch.int64, device=device)
+    # of each attack: images that are right, and losses; float64 counts exactly
+    sums = torch.zeros(2, len(attacks) + 1, dtype=torch.float64, device=device)
     for batch in batches:
         batch = batch.to(device, non_blocking=True)
         # padding goes along, so that all batches have one shape
-        images, labels = as_pixels(batch.images), batch.labels
+        images, labels, counted = as_pixels(batch.images), batch.labels, slice(batch.num_images)
         for index, name in enumerate(attacks):
             place = partial(derive_seed, seed, f"evaluation {name}"), batch.position
             attacked = attack_by_name(name, model, images, labels, threat, place, micro_batch)
             with torch.no_grad():
-                is_right = model(attacked).argmax(1) == labels
-                counts[index] += is_right[: batch.num_images].sum()
-        counts[-1] += batch.num_images
-    *num_right, num_images = ranks.sum_(counts).tolist()
+                logits = model(attacked)
+                losses = cross_entropy(logits, labels, reduction="none")
+                sums[0, index] += (logits.argmax(1) == labels)[counted].sum()
+                sums[1, index] += losses[counted].double().sum()
+        sums[:, -1] += batch.num_images
+    (*num_right, num_images), (*losses_of, _) = ranks.sum_(sums).tolist()
     if not num_images:
         raise ValueError("data.path: expected an image that can be read to evaluate on, got none")
     return [
-        Accuracy(name, 0.0 if name == "clean" else threat.epsilon, count / num_images, num_images)
-        for name, count in zip(attacks, num_right, strict=True)
+        Accuracy(
+            name,
+            0.0 if name == "clean" else threat.epsilon,
+            count / num_images,
+            int(num_images),
+            loss / num_images if math.isfinite(loss) else None,
+        )
+        for name, count, loss in zip(attacks, num_right, losses_of, strict=True)
     ]
 
 
@@ -97,22 +114,20 @@ def attack_by_name(
     place: tuple[Callable[[int], int], int],
     micro_batch: MicroBatch,
 ) -> torch.Tensor:
-    """Images [B, C, H, W] after the attack `name`: clean, fgsm or pgd-K.
+    """Images [B, C, H, W] after the attack `name`: clean, or one that `climb_of` knows.
 
     place: seeds and position of the images, see `placed_start`.
     """
     import torch
 
-    from safer_fast.attack import default_step_size, pgd, placed_start
+    from safer_fast.attack import pgd, placed_start
+    from safer_fast.attack_suite import climb_of
 
     if name == "clean":
         return images
     radius, norm = threat.epsilon, threat.norm
-    if name == "fgsm":
-        start, steps, step_size = images, 1, radius
-    else:
-        steps = int(name.removeprefix("pgd-"))
-        step_size = default_step_size(radius, steps)
+    climb, start = climb_of(name, radius), images
+    if climb.is_random:
         seed_of, position = place
         largest = torch.full((), radius).to(images)
         start = placed_start(images, largest, norm, position=position, seed_of=seed_of)
@@ -126,10 +141,11 @@ def attack_by_name(
                 images[part],
                 labels[part],
                 epsilon=radius,
-                step_size=step_size,
-                steps=steps,
+                step_size=climb.step_size,
+                steps=climb.steps,
                 norm=norm,
                 start=start[part],
+                objective=climb.loss,
             )
 
     micro_batch.run(len(images), attack_in_parts)
@@ -137,93 +153,107 @@ def attack_by_name(
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`python -m safer_fast.evaluate RUN [flags]`: prints a table, appends to metrics.jsonl."""
+    """`python -m safer_fast.evaluate RUN [flags]`: prints tables, appends to metrics.jsonl."""
     parser = new_parser("evaluate", "Measure clean and robust accuracy of a run.")
     parser.add_class_arguments(EvaluateConfig, None, skip={"run"})
     parser.add_argument("run", type=str, metavar="RUN", help="run folder")
     words = [word.replace("--data.path", "--path", 1) for word in with_underscores(arguments)]
-    config = parse(parser, words, EvaluateConfig)
-    for name in config.attacks:
-        check_attack_name(name, "--attacks")
-    for flag, value in (("--batch-size", config.batch_size), ("--num-images", config.num_images)):
-        if value is not None and value < 1:
-            raise ValueError(f"{flag}: expected at least 1, got {value}")
-    evaluate_run(config)
+    words = [f"{word}=true" if word == "--fresh" else word for word in words]
+    evaluate_run(parse(parser, words, EvaluateConfig))
 
 
 def evaluate_run(config: EvaluateConfig) -> list[Accuracy]:
     """Evaluates a run folder; the figures are appended to its metrics.jsonl and printed.
 
-    Under torchrun the processes share the images. Raises ValueError for a folder that is no run and
-    for data that does not fit its model.
+    An image is right under an attack if it is right without one and after it. What was measured
+    before is not measured again. Under torchrun the processes share the images. SIGINT and SIGTERM
+    end it with SystemExit. Raises ValueError for a folder that is no run and for data and settings
+    that do not fit its model.
     """
-    from safer_fast.distributed import connected
-    from safer_fast.run_folder import load_run
-    from safer_fast.run_log import RunLog
+    _check(config)
+    from safer_fast.evaluation_run import measure_run
 
-    folder = Path(config.run)
-    with connected(config.device != "cpu") as ranks:
-        loaded = load_run(folder, config.weights, config.device, ranks.local_rank)
-        own = loaded.config.attack.epsilon
-        radius = float(own if config.epsilon is None else config.epsilon)
-        threat = ThreatModel(loaded.config.attack.norm, radius)
-        split, loader = _evaluation_data(config, loaded, ranks)
-        log = RunLog(folder, ranks)
-        batches = loader.epoch(1, limit=config.num_images)
-        bar = log.bar(batches, len(loader) if config.num_images is None else None, "evaluating")
-        results = evaluate(
-            loaded.model, iter(bar), config.attacks, threat, seed=config.seed, ranks=ranks
-        )
-        rows = [{"split": split, "weights": config.weights, **vars(result)} for result in results]
-        for row in rows:
-            log.write("evaluation", epoch=loaded.config.epochs, step=0, **row)
-        log.close()
-        log.say(accuracy_table(rows))
-    return results
+    rows = measure_run(config)
+    names = ("attack", "epsilon", "accuracy", "num_images", "loss")
+    return [Accuracy(**{name: row[name] for name in names}) for row in rows]
 
 
-def _evaluation_data(config: EvaluateConfig, loaded: LoadedRun, ranks: Ranks) -> tuple[str, Loader]:
-    """The name of the split and its loader: the data given, else the run's own."""
-    from safer_fast.data import load_data, load_evaluation_data
-
-    settings = loaded.config
-    if config.path is not None:
-        data = load_evaluation_data(
-            config.path,
-            settings.data,
-            batch_size=config.batch_size,
-            num_classes=len(loaded.class_names),
-            num_channels=loaded.num_channels,
-            image_size=loaded.image_size,
-            class_names=loaded.class_names,
-            device=loaded.model.mean.device,
-            rank=ranks.rank,
-            num_ranks=ranks.num_ranks,
-        )
-        return Path(config.path).stem, data
-    own = load_data(
-        settings.data,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        evaluation_batch_size=config.batch_size,
-        device=loaded.model.mean.device,
-        rank=ranks.rank,
-        num_ranks=ranks.num_ranks,
-    )
-    return ("validation", own.validation) if own.test is None else ("test", own.test)
+def _check(config: EvaluateConfig) -> None:
+    """Raises ValueError for settings that fit no run."""
+    if not config.attacks:
+        raise ValueError("--attacks: expected at least one attack, got none")
+    for name in config.attacks:
+        check_attack_name(name, "--attacks", LIBRARY_ATTACKS)
+    for name in ("batch_size", "num_images", "restarts"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+    if not 0 <= config.seed <= 2**31:
+        raise ValueError(f"--seed: expected a whole number from 0 to 2^31, got {config.seed}")
+    if config.epsilon is not None and not 0 <= config.epsilon < math.inf:
+        raise ValueError(f"--epsilon: expected a radius of at least 0, got {config.epsilon:g}")
 
 
 def accuracy_table(accuracies: Sequence[Mapping[str, Any]]) -> str:
-    """Lines of text, one for each weights, split and attack."""
-    lines = [
-        f"{'weights':<8} {'split':<11} {'attack':<8} {'epsilon':>7} {'accuracy':>8} {'images':>7}"
-    ]
-    lines += [
-        f"{row['weights']:<8} {row['split']:<11} {row['attack']:<8} {row['epsilon']:>7.4f} "
-        f"{row['accuracy']:>8.4f} {row['num_images']:>7}"
-        for row in accuracies
-    ]
+    """Lines of text, one for each weights, split and attack, with 95 % intervals (Wilson, 1927)."""
+    titles = ["weights", "split", "attack", "norm", "epsilon", "accuracy", "95 %", "images", "s"]
+    cells = [_cells(row) for row in accuracies]
+    used = [index for index in range(len(titles)) if any(row[index] for row in cells)]
+    widths = [max(len(row[index]) for row in [titles, *cells]) for index in used]
+    return "\n".join(
+        "  ".join(
+            row[index].ljust(width) if index < 4 else row[index].rjust(width)
+            for index, width in zip(used, widths, strict=True)
+        ).rstrip()
+        for row in [titles, *cells]
+    )
+
+
+def class_table(accuracies: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> str:
+    """Lines of text, one for each class that has images, under each attack.
+
+    Of many classes those are named on which the last attack leaves least.
+    """
+    columns = [row["per_class_accuracy"] for row in accuracies]
+    present = [index for index, value in enumerate(columns[-1]) if value is not None]
+    shown = sorted(sorted(present, key=lambda index: columns[-1][index])[:MOST_CLASSES])
+    names = {index: printable(str(class_names[index]))[:24] for index in shown}
+    width = max(5, *map(len, names.values()))
+    title = "class" if len(shown) == len(present) else "worst"
+    titles = [row["attack"] for row in accuracies]
+    lines = ["  ".join([title.ljust(width), *(f"{name:>8}" for name in titles)])]
+    for index in shown:
+        figures = (
+            f"{column[index]:.4f}".rjust(max(8, len(name)))
+            for column, name in zip(columns, titles, strict=True)
+        )
+        lines.append("  ".join([names[index].ljust(width), *figures]))
     return "\n".join(lines)
+
+
+def interval(accuracy: float, num_images: int) -> tuple[float, float]:
+    """Ends of the 95 % interval of a share that was found on so many images (Wilson, 1927)."""
+    z, share, count = 1.96, accuracy, num_images
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    root = math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    half = z / (1 + z * z / count) * root
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    low, high = interval(row["accuracy"], row["num_images"])
+    seconds = row.get("seconds")
+    return [
+        row["weights"],
+        printable(row["split"]),
+        row["attack"],
+        row.get("norm") or "",
+        f"{row['epsilon']:.4f}",
+        f"{row['accuracy']:.4f}",
+        f"{low:.4f}-{high:.4f}",
+        str(row["num_images"]),
+        "" if seconds is None else f"{seconds:.1f}",
+    ]
 
 
 if __name__ == "__main__":

@@ -4,23 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from safer_fast.attack import placed_start
-from safer_fast.config import Config
+from safer_fast.config import Config, EvaluationConfig
 from safer_fast.data import Batch, Data, Loader, as_pixels
 from safer_fast.data.seeds import derive_seed
 from safer_fast.engine import Engine
-from safer_fast.evaluate import Accuracy, ThreatModel, evaluate
+from safer_fast.evaluate import Accuracy, ThreatModel, attack_by_name, evaluate
+from safer_fast.gallery import gallery_strip, make_gallery, write_gallery
+from safer_fast.report_run import GALLERY
 from safer_fast.run_log import RunLog
 from safer_fast.schedule import radii_at
 from safer_fast.sentinel import AttackGap, count_right
 from safer_fast.stopping import Stops
 
 SEED_OFFSET = 1_000_003
+NUM_IMAGES_SHOWN = 8  # images of the gallery
+
+
+def attack_shown(config: EvaluationConfig) -> str:
+    """The attack of the gallery: the last PGD of the final figures, else PGD-20."""
+    own = [name for name in config.attacks if name.startswith("pgd-")]
+    return (own or ["pgd-20"])[-1]
 
 
 class Examiner:
@@ -33,14 +43,14 @@ class Examiner:
         self.log, self.stops = log, stops
         self._watched: list[Batch] | None = None
 
-    def on_validation(self, source: Tensor) -> tuple[float, float]:
-        """Robust and clean accuracy on as many validation images as are asked for."""
+    def on_validation(self, source: Tensor) -> tuple[Accuracy, Accuracy]:
+        """Clean and robust accuracy on as many validation images as are asked for."""
         settings = self.config.evaluation
         attacks = ["clean", f"pgd-{settings.steps}"]
         clean, robust = self._accuracies(
             self.data.validation, attacks, source, "validation", settings.max_images
         )
-        return robust.accuracy, clean.accuracy
+        return clean, robust
 
     def finally_(self, weights: str, source: Tensor) -> list[dict[str, Any]]:
         """The final figures of what is called `weights`, on the test split if there is one."""
@@ -49,6 +59,41 @@ class Examiner:
         attacks = self.config.evaluation.attacks
         results = self._accuracies(loader, attacks, source, f"{split}, weights {weights}")
         return [{"split": split, "weights": weights, **vars(result)} for result in results]
+
+    def show_images(self, source: Tensor, folder: Path, step: int) -> None:
+        """The first images of the final split, attacked, are in the run's gallery, and in its log.
+
+        The first rank does that, with its own images; where it has none there is no gallery.
+        """
+        loader = self.data.test or self.data.validation
+        if not self.engine.ranks.is_first:
+            return
+        batch = next(iter(loader.epoch(1, limit=NUM_IMAGES_SHOWN)), None)
+        if batch is None or not batch.num_images:
+            return
+        batch, count = batch.to(self.engine.runtime.device), min(NUM_IMAGES_SHOWN, batch.num_images)
+        name, config = attack_shown(self.config.evaluation), self.config.attack
+        threat = ThreatModel(config.norm, float(config.epsilon))
+        images, labels = as_pixels(batch.images)[:count], batch.labels[:count]
+        place, micro_batch = (self._seed_of, batch.position), self.engine.evaluation_batch
+        model = self.engine.model
+        with self.engine.reading(source):
+            attacked = attack_by_name(name, model, images, labels, threat, place, micro_batch)
+            gallery = make_gallery(model, images, labels, attacked)
+        split = "test" if self.data.test is not None else "validation"
+        try:
+            write_gallery(
+                gallery,
+                folder / GALLERY,
+                class_names=self.data.class_names,
+                attack=name,
+                epsilon=threat.epsilon,
+                weights="last",
+                split=split,
+            )
+        except ValueError as error:  # pictures are no reason to end a run
+            self.log.say(f"the gallery is left as it is: {error}")
+        self.log.add_images("gallery", *gallery_strip(gallery), step=step)
 
     def attack_gap(self, epoch: int) -> AttackGap | None:
         """What the training attack of this epoch leaves right, and PGD-20, on training images.
@@ -105,10 +150,8 @@ class Examiner:
     ) -> list[Accuracy]:
         """The network reads the masters again afterwards, also where the run is stopped."""
         threat = ThreatModel(self.config.attack.norm, float(self.config.attack.epsilon))
-        arenas = self.engine.arenas
-        arenas.load_compute(source)
         batches = self.stops.watch(loader.epoch(1, limit=limit))
-        try:
+        with self.engine.reading(source):
             return evaluate(
                 self.engine.model,
                 iter(self.log.bar(batches, len(loader) if limit is None else None, label)),
@@ -118,5 +161,3 @@ class Examiner:
                 micro_batch=self.engine.evaluation_batch,
                 ranks=self.engine.ranks,
             )
-        finally:
-            arenas.load_compute()

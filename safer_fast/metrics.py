@@ -64,8 +64,8 @@ class MetricsLog:
         """Bytes of all lines up to now: where a run resumed from a checkpoint of now goes on."""
         return self._lines.size
 
-    def write(self, event: Event, *, epoch: int, step: int, **values: Any) -> None:
-        """Writes one line; `time_s` counts seconds on from the last line that was there before.
+    def write(self, event: Event, *, epoch: int, step: int, **values: Any) -> dict[str, Any]:
+        """Writes one line, and gives it; `time_s` counts seconds on from the last that was there.
 
         Values are what JSON knows: None, bool, int, float, str, lists and dictionaries with names
         as keys; a float that is not finite becomes null. Raises TypeError naming any other value.
@@ -80,6 +80,12 @@ class MetricsLog:
         with uninterrupted():
             self._lines.append(json.dumps(line, allow_nan=False).encode() + b"\n")
             self._event_file.add(line)
+        return line
+
+    def add_images(self, tag: str, png: bytes, width: int, height: int, step: int) -> None:
+        """TensorBoard shows a PNG file of this many pixels under `tag`."""
+        with uninterrupted():
+            self._event_file.add_images(tag, png, width, height, step)
 
     def sync(self) -> None:
         """All lines up to now are on the disk, or OSError is raised; any thread may call it."""

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run: the scalars of metrics.jsonl, in an event file beside it."""
+"""What TensorBoard shows of a run: scalars and pictures, in an event file beside metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import CRC_TABLE
 
 _NAME = "events.out.tfevents."
 _NOT_PLOTTED = ("event", "epoch", "step", "time_s")
+_MOST_MAPS = 12  # of selections before a resume: each takes a quarter of a second to draw
+_MOST_LEVELS = 3  # of values within values
 
 
 class EventFile:
@@ -27,6 +29,7 @@ class EventFile:
     with their scalars. SummaryWriter is not used: after one error in its thread every call raises,
     that of `close` too; a removed file it makes anew, without a header; and it opens the file for
     each scalar, so that 100 000 lines of a resumed run would take a minute in place of seconds.
+    A selection also has a map of the layers; where it cannot be drawn, there are no more of them.
     """
 
     def __init__(
@@ -34,8 +37,9 @@ class EventFile:
     ) -> None:
         self._report = report
         self._path: Path | None = None
+        self._draws_maps = True
         header = Event(wall_time=time.time(), file_version="brain.Event:2")
-        records = [_record(header.SerializeToString()), *_records_of(kept or ())]
+        records = [_record(header.SerializeToString()), *self._records_of(kept or ())]
         try:
             for old in run.glob(_NAME + "*") if kept is not None else ():
                 old.unlink()
@@ -46,16 +50,49 @@ class EventFile:
             self._give_up(error)
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """The scalars of a line of metrics.jsonl are in the file, if it can be written."""
-        if self._path is None:
-            return
-        record = _record_of(line, time.time())
+        """What is shown of a line of metrics.jsonl is in the file, if it can be written."""
+        if self._path is not None:
+            now = time.time()
+            self._append(_record_of(line, now) + self._map_of(line, now))
+
+    def add_images(self, tag: str, png: bytes, width: int, height: int, step: int) -> None:
+        """A PNG file of this many pixels is shown under `tag`, if the file can be written."""
+        if self._path is not None:
+            self._append(_image_record(tag, (png, width, height), step, time.time()))
+
+    def _append(self, record: bytes) -> None:
+        assert self._path is not None
         try:
             with self._path.open("r+b") as file:  # not "ab": a removed file is not made anew
                 file.seek(0, os.SEEK_END)
                 file.write(record)
         except OSError as error:
             self._give_up(error)
+
+    def _records_of(self, lines: Sequence[Mapping[str, Any]]) -> Iterator[bytes]:
+        """The records of lines written earlier, as if the last had been written just now."""
+        num_selections = sum(line["event"] == "selection" for line in lines)
+        now = time.time() - (lines[-1]["time_s"] if lines else 0.0)
+        for line in lines:
+            at = now + line["time_s"]
+            yield _record_of(line, at)
+            if line["event"] == "selection":
+                num_selections -= 1
+                if num_selections < _MOST_MAPS:
+                    yield self._map_of(line, at)
+
+    def _map_of(self, line: Mapping[str, Any], wall_time: float) -> bytes:
+        """A record with the map of the layers of a selection, empty where there is none."""
+        if line["event"] != "selection" or not line["scores"] or not self._draws_maps:
+            return b""
+        try:
+            picture = layer_map(line)
+        except Exception as error:  # a picture is no reason to end a run
+            self._draws_maps = False
+            problem = " ".join(f"{type(error).__name__}: {error}".split())
+            self._report(f"TensorBoard's map of layers cannot be drawn: {problem}; it is left out")
+            return b""
+        return _image_record("selection/layers", picture, line["step"], wall_time)
 
     def _give_up(self, error: OSError) -> None:
         self._path = None
@@ -70,11 +107,21 @@ def _new_path(run: Path) -> Path:
     return next(path for path in paths if not path.exists())
 
 
-def _records_of(lines: Sequence[Mapping[str, Any]]) -> list[bytes]:
-    """The records of lines written earlier, as if the last of them had been written just now."""
-    times = [line["time_s"] for line in lines]
-    now = time.time()
-    return [_record_of(line, now - times[-1] + at) for line, at in zip(lines, times, strict=True)]
+def layer_map(line: Mapping[str, Any]) -> tuple[bytes, int, int]:
+    """The map of a selection as a PNG file, with its width and height."""
+    from safer_fast.report_drawing import as_png
+    from safer_fast.report_map import draw_layer_map, score_limits
+
+    scores, title = line["scores"], f"epoch {line['epoch']}: {line['criterion']}"
+    limits = score_limits([scores])
+    return as_png(draw_layer_map(scores, line["selected"], limits=limits, title=title))
+
+
+def _image_record(tag: str, picture: tuple[bytes, int, int], step: int, wall_time: float) -> bytes:
+    png, width, height = picture
+    image = Summary.Image(width=width, height=height, encoded_image_string=png)
+    summary = Summary(value=[Summary.Value(tag=tag, image=image)])
+    return _record(Event(wall_time=wall_time, step=step, summary=summary).SerializeToString())
 
 
 def _record_of(line: Mapping[str, Any], wall_time: float) -> bytes:
@@ -91,15 +138,25 @@ def _scalars(line: Mapping[str, Any]) -> dict[str, float]:
     """What TensorBoard plots of a line, by `group/name`."""
     event = line["event"]
     if event == "evaluation":
-        values = {f"{line['weights']}-{line['split']}-{line['attack']}": line["accuracy"]}
+        words = [line["weights"], line["split"], line["attack"], line.get("source")]
+        values = {"-".join(str(word) for word in words if word): line["accuracy"]}
     elif event == "selection":
         values = line["scores"]
     elif event in ("run", "end"):
         return {}
     else:
         values = {key: value for key, value in line.items() if key not in _NOT_PLOTTED}
-    numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
-    return {f"{event}/{key}": float(value) for key, value in numbers.items()}
+    return dict(_flat(event, values, _MOST_LEVELS))
+
+
+def _flat(name: str, value: Any, levels: int) -> Iterator[tuple[str, float]]:
+    """The numbers in a value: by name in dictionaries, by place in lists."""
+    if isinstance(value, int | float):
+        yield name, float(value)
+    elif levels and isinstance(value, Mapping | list):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, item in items:
+            yield from _flat(f"{name}/{key}", item, levels - 1)
 
 
 def _record(data: bytes) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -48,3 +49,28 @@ class Waits:
         """Seconds since it was last asked for; waits for the device."""
         gaps, self._gaps = self._gaps, []
         return sum(end.seconds_until(start) for end, start in gaps)
+
+
+class Stages:
+    """How long the stages of steps take, one after the other."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks: list[tuple[str | None, Moment]] = []
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._marks.append((None, Moment(self._device)))
+
+    def end(self, name: str) -> None:
+        """A stage ends that began where the one before it ended, or the step began."""
+        self._marks.append((name, Moment(self._device)))
+
+    def take(self) -> dict[str, float]:
+        """Seconds in each stage since it was last asked for; waits for the device."""
+        marks, self._marks = self._marks, []
+        seconds: dict[str, float] = {}
+        for (_, start), (name, end) in pairwise(marks):
+            if name is not None:
+                seconds[name] = seconds.get(name, 0.0) + start.seconds_until(end)
+        return seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -46,9 +47,43 @@ class Targets:
 
     def num_right(self, logits: Tensor) -> Tensor:
         """Images that count and whose class the first logits [B or more, K] put first, 0-d."""
-        classes = self.labels if self.labels.ndim == 1 else self.labels.argmax(1)
-        is_right = logits.detach()[: len(classes)].argmax(1) == classes
-        return (is_right & (self.weights > 0)).sum()
+        first = logits[: len(self.labels)]
+        return (is_right(first, self.labels) & (self.weights > 0)).sum()
+
+
+def is_right(logits: Tensor, labels: Tensor) -> Tensor:
+    """Which images' class, or most probable class, the logits [B, K] put first; bool [B]."""
+    classes = labels if labels.ndim == 1 else labels.argmax(1)
+    return logits.detach().argmax(1) == classes
+
+
+Losses = Callable[[Tensor, Tensor, Tensor, ObjectiveConfig], Tensor]
+"""(adversarial logits [B, K], clean logits [B, K], labels, settings) -> the loss of each image [B].
+
+The clean logits are the adversarial ones where an objective does not need them."""
+
+
+@dataclass(frozen=True)
+class Formula:
+    """What an objective is: its losses, whether they read clean logits, what its attack raises.
+
+    attacks: (logits, clean logits) -> the 0-d loss that the attack raises, a sum over images; the
+    cross-entropy where it is None.
+    """
+
+    losses: Losses
+    needs_clean: bool = False
+    attacks: Callable[[Tensor, Tensor], Tensor] | None = None
+
+
+def register_objective(name: str, formula: Formula) -> None:
+    """`--objective.name NAME` stands for this formula from now on, in this process.
+
+    Raises ValueError for a name that is taken.
+    """
+    if name in FORMULAS:
+        raise ValueError(f"name: expected a new one, got {name!r}, which is an objective already")
+    FORMULAS[name] = formula
 
 
 @dataclass(frozen=True)
@@ -60,45 +95,47 @@ class Objective:
         that KL (Zhang et al., 2019).
     mart: boosted cross-entropy + beta * KL(clean || adversarial), weighted by how uncertain the
         clean prediction is (Wang et al., 2020); labels must be class numbers.
+    Others: see `register_objective`.
     """
 
     config: ObjectiveConfig
 
+    def __post_init__(self) -> None:
+        if self.config.name not in FORMULAS:
+            known = ", ".join(FORMULAS)
+            raise ValueError(f"--objective.name: expected one of {known}, got {self.config.name!r}")
+
     @property
     def needs_clean(self) -> bool:
         """Whether the loss reads the clean logits too."""
-        return self.config.name != "pgd-at"
+        return self._formula.needs_clean
 
     def loss(self, logits: Tensor, targets: Targets) -> Tensor:
         """Weighted loss, 0-d, of the logits [B, K] of a batch.
 
         With `needs_clean` the logits are [2B, K]: adversarial examples first, then clean images.
         """
-        return (self._losses(logits, targets.labels) * targets.weights).sum()
-
-    def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The loss of each image, [B]."""
-        smoothing = self.config.label_smoothing
-        if self.config.name == "pgd-at":
-            return _cross_entropies(logits, labels, smoothing)
-        adversarial, clean = logits.chunk(2)
-        if self.config.name == "trades":
-            natural = _cross_entropies(clean, labels, smoothing)
-            return natural + self.config.beta * divergences(adversarial, clean)
-        return _mart(adversarial, clean, labels, self.config.beta)
+        adversarial, clean = logits.chunk(2) if self.needs_clean else (logits, logits)
+        losses = self._formula.losses(adversarial, clean, targets.labels, self.config)
+        return (losses * targets.weights).sum()
 
     def attack_loss(self, clean_logits: Tensor | None) -> AttackLoss:
-        """The loss that the attack raises; TRADES needs the logits [B, K] of the clean images."""
-        if self.config.name != "trades":
+        """The loss that the attack raises; some need the logits [B, K] of the clean images."""
+        attacks = self._formula.attacks
+        if attacks is None:
             return cross_entropy
         assert clean_logits is not None
         clean = clean_logits.detach()
-        return lambda logits, _: divergences(logits, clean).sum()
+        return lambda logits, _: attacks(logits, clean)
 
     @property
     def attack_needs_clean(self) -> bool:
         """Whether `attack_loss` reads the clean logits."""
-        return self.config.name == "trades"
+        return self._formula.attacks is not None
+
+    @property
+    def _formula(self) -> Formula:
+        return FORMULAS[self.config.name]
 
 
 def divergences(logits: Tensor, clean: Tensor) -> Tensor:
@@ -112,7 +149,16 @@ def _cross_entropies(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> 
     return functional.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
 
 
-def _mart(adversarial: Tensor, clean: Tensor, labels: Tensor, beta: float) -> Tensor:
+def _pgd_at(adversarial: Tensor, _: Tensor, labels: Tensor, config: ObjectiveConfig) -> Tensor:
+    return _cross_entropies(adversarial, labels, config.label_smoothing)
+
+
+def _trades(adversarial: Tensor, clean: Tensor, labels: Tensor, config: ObjectiveConfig) -> Tensor:
+    natural = _cross_entropies(clean, labels, config.label_smoothing)
+    return natural + config.beta * divergences(adversarial, clean)
+
+
+def _mart(adversarial: Tensor, clean: Tensor, labels: Tensor, config: ObjectiveConfig) -> Tensor:
     """Equations (10) and (11) of MART, with the paper's guard of 1e-4 within the logarithm."""
     probabilities = adversarial.softmax(1)
     top_two = probabilities.topk(2, dim=1).indices
@@ -120,4 +166,14 @@ def _mart(adversarial: Tensor, clean: Tensor, labels: Tensor, beta: float) -> Te
     margins = -torch.log(1.0001 - probabilities.gather(1, runner_up[:, None]).squeeze(1) + 1e-12)
     boosted = _cross_entropies(adversarial, labels) + margins
     uncertainty = 1.0000001 - clean.softmax(1).gather(1, labels[:, None]).squeeze(1)
-    return boosted + beta * divergences(adversarial, clean) * uncertainty
+    return boosted + config.beta * divergences(adversarial, clean) * uncertainty
+
+
+FORMULAS = {
+    "pgd-at": Formula(_pgd_at),
+    "trades": Formula(
+        _trades, needs_clean=True, attacks=lambda logits, clean: divergences(logits, clean).sum()
+    ),
+    "mart": Formula(_mart, needs_clean=True),
+}
+"""All objectives there are, by name."""

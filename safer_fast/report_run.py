@@ -12,6 +12,7 @@ from typing import Any
 from safer_fast.command_line import MOST_LEVELS, load_yaml, printable
 from safer_fast.metrics import FILE_NAME, read_metrics
 
+GALLERY = "gallery.safetensors"  # in a run folder, if there is one
 _EVENT_KEYS = ("event", "epoch", "step", "time_s")
 _NUMBERS = (
     "time_s",
@@ -25,7 +26,19 @@ _NUMBERS = (
     "peak_memory_mib",
     "skipped_steps",
     "num_images",
+    "validation_loss",
+    "train_start_accuracy",
+    "loss_rise",
+    "gradient_norm",
+    "gradient_cosine",
+    "training_attack_accuracy",
+    "pgd_20_accuracy",
+    "restarts",
+    "seed",
+    "loss",
 )
+_TEXTS = ("split", "attack", "weights", "norm", "source")
+_LONGEST_LIST = 100_000  # values of an event: classes, steps of an attack
 _LARGEST = 1e100  # what is larger has no square
 
 
@@ -40,6 +53,7 @@ class Run:
     epochs: list[dict[str, Any]]
     selections: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
+    folder: Path
     is_finished: bool
     time_s: float
 
@@ -104,6 +118,7 @@ def _read_run(folder: Path, name: str) -> Run:
         epochs=_last_per_epoch(_of_kind(events, "epoch")),
         selections=_last_per_epoch(_of_kind(events, "selection")),
         evaluations=_of_kind(events, "evaluation"),
+        folder=folder,
         is_finished=_is_finished(events),
         time_s=_time_s(events),
     )
@@ -124,6 +139,13 @@ def _checked(event: dict[str, Any], path: Path) -> dict[str, Any]:
         "scores": isinstance(scores, dict) and all(map(_is_number, scores.values())),
         "selected": isinstance(selected, list) and all(isinstance(name, str) for name in selected),
     }
+    is_usable |= {key: isinstance(event.get(key), str | None) for key in _TEXTS}
+    is_usable |= {
+        "attack_success": _is_list_of_shares(event.get("attack_success")),
+        "per_class_accuracy": _is_list_of_shares(event.get("per_class_accuracy")),
+        "stage_ms": _is_times(event.get("stage_ms")),
+        "catastrophic_overfitting": isinstance(event.get("catastrophic_overfitting"), bool | None),
+    }
     for key in is_usable:
         if not is_usable[key]:
             raise ValueError(
@@ -138,6 +160,23 @@ def _is_number(value: Any) -> bool:
     if value is None:
         return True
     return isinstance(value, int | float) and type(value) is not bool and abs(value) < _LARGEST
+
+
+def _is_list_of_shares(values: Any) -> bool:
+    """Whether it is a list of shares in [0, 1], some of which may not be known."""
+    if not isinstance(values, list):
+        return values is None
+    shares = [value for value in values if value is not None]
+    are_shares = all(_is_number(share) and 0 <= share <= 1 for share in shares)
+    return are_shares and len(values) <= _LONGEST_LIST
+
+
+def _is_times(values: Any) -> bool:
+    """Whether it is a dictionary of times, some of which may not be known."""
+    if not isinstance(values, dict):
+        return values is None
+    times = [time for time in values.values() if time is not None]
+    return all(_is_number(time) and time >= 0 for time in times)
 
 
 def _plain(value: Any, path: Path, levels: int = MOST_LEVELS) -> Any:

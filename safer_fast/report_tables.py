@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from safer_fast.report_run import Run, flatten
 
 NOTHING = "\N{EN DASH}"
 _NUM_SHOWN = 12  # entries of a long list that are shown
-_WEIGHTS = ("start", "best", "last")
 
 
 @dataclass(frozen=True)
@@ -31,17 +29,6 @@ class Table:
     headings: list[str]
     rows: list[list[Cell]]
     num_keys: int = 1
-
-
-def accuracies(runs: Sequence[Run]) -> Table:
-    """Final accuracies: a row for each (weights, split, attack), a column for each run."""
-    found = [{_evaluation_key(event): event for event in run.evaluations} for run in runs]
-    keys = sorted({key for events in found for key in events}, key=_evaluation_order)
-    rows = []
-    for key in keys:
-        cells = [_accuracy(events.get(key)) for events in found]
-        rows.append([Cell(key[0]), Cell(key[1]), Cell(key[2], _radius_note(key)), *cells])
-    return Table(["weights", "split", "attack", *_columns(runs, "accuracy")], rows, 3)
 
 
 def overview(runs: Sequence[Run]) -> Table:
@@ -129,45 +116,6 @@ def _side_by_side(heading: str, runs: Sequence[Run], columns: Sequence[dict[str,
         is_different = len(set(texts)) > 1
         rows.append([Cell(name), *(Cell(text, is_different=is_different) for text in texts)])
     return Table([heading, *_columns(runs, "value" if heading else "")], rows)
-
-
-def _evaluation_key(event: dict[str, Any]) -> tuple[str, str, str, float]:
-    weights, split, attack = (str(event.get(key)) for key in ("weights", "split", "attack"))
-    return weights, split, attack, 0.0 if attack == "clean" else float(event.get("epsilon") or 0.0)
-
-
-def _evaluation_order(key: tuple[str, str, str, float]) -> tuple[Any, ...]:
-    weights, split, attack, epsilon = key
-    place = _WEIGHTS.index(weights) if weights in _WEIGHTS else len(_WEIGHTS)
-    kind, _, steps = attack.partition("-")
-    num_steps = int(steps) if steps.isdigit() else math.inf
-    kinds = ("clean", "fgsm", "pgd")
-    strength = kinds.index(kind) if kind in kinds else len(kinds)
-    return place, weights, split, epsilon > 0, strength, num_steps, attack, epsilon
-
-
-def _radius_note(key: tuple[str, str, str, float]) -> str:
-    return f"\N{GREEK SMALL LETTER EPSILON} = {radius(key[3])}" if key[3] > 0 else ""
-
-
-def _accuracy(event: dict[str, Any] | None) -> Cell:
-    if event is None or event.get("accuracy") is None:
-        return Cell(NOTHING)
-    share, num_images = float(event["accuracy"]), int(event.get("num_images") or 0)
-    if num_images < 1:
-        return Cell(percent(share))
-    low, high = _interval(share, num_images)
-    note = f"{100 * low:.1f}\N{EN DASH}{100 * high:.1f}, {num_images:,} images"
-    return Cell(percent(share), note)
-
-
-def _interval(share: float, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share seen in `count` trials (Wilson 1927)."""
-    z = 1.96
-    centre = share + z * z / (2 * count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    scale = 1 + z * z / count
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
 def _overview(run: Run) -> dict[str, Cell]:

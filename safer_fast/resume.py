@@ -28,7 +28,7 @@ _FREE = {
     "data.prefetch",
     "runtime.max_skipped_steps",
 }
-_FREE_GROUP, _ROUNDING_GROUP = "checkpoint.", "runtime."
+_FREE_GROUPS, _ROUNDING_GROUP = ("checkpoint.", "log."), "runtime."
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def check_settings(stored: Mapping[str, Any], config: Config) -> list[str]:
         for name in {**before, **now}
         if before.get(name) != now.get(name)
         and name not in _FREE
-        and not name.startswith(_FREE_GROUP)
+        and not name.startswith(_FREE_GROUPS)
     }
     refused = [text for name, text in changes.items() if not name.startswith(_ROUNDING_GROUP)]
     if refused:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
@@ -18,6 +18,7 @@ from safer_fast.config import Config, ModelConfig
 if TYPE_CHECKING:
     from safer_fast.data import Data
     from safer_fast.network import RobustModel
+    from safer_fast.runtime import Runtime
 
 CONFIG = "run.yaml"
 CHECKPOINTS = "checkpoints"
@@ -26,13 +27,18 @@ KEY = "safer_fast"
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A run read back: its configuration, its model on the device in eval mode, its classes."""
+    """A run read back: its configuration, its model on the device in eval mode, its classes.
+
+    weights: the file that the model's are from.
+    """
 
     config: Config
     model: RobustModel
     class_names: list[str]
     num_channels: int
     image_size: int
+    runtime: Runtime
+    weights: Path
 
 
 def create_run_folder(config: Config, data_name: str) -> Path:
@@ -63,6 +69,7 @@ def clear_run_folder(folder: Path) -> None:
     if not (folder / CONFIG).is_file():
         return
     own = {CONFIG, "metrics.jsonl", "best.safetensors", "best.safetensors.tmp", CHECKPOINTS}
+    own |= {"gallery.safetensors", "wandb", "wandb-id.txt"}
     # by its configuration the folder is known as one of ours: that goes last
     found = sorted(folder.iterdir(), key=lambda path: path.name == CONFIG)
     if all(path.name in own or path.name.startswith("events.out.tfevents.") for path in found):
@@ -95,6 +102,8 @@ def export_model(
     save_weights(weights, folder / WEIGHTS)
     save_timm_config(model, folder / MODEL_CONFIG, data.image_size, data.class_names)
     content = read_json(folder / MODEL_CONFIG)
+    for claim in ("tag", "license"):  # of timm's own weights, which these are not
+        content["pretrained_cfg"].pop(claim, None)
     content[KEY] = {
         "version": __version__,
         "threat_model": {"norm": config.attack.norm, "epsilon": float(config.attack.epsilon)},
@@ -108,15 +117,26 @@ def export_model(
 
 
 def load_run(
-    folder: Path, weights: str = "last", device: str = "auto", local_rank: int = 0
+    folder: Path,
+    weights: str = "last",
+    device: str = "auto",
+    local_rank: int = 0,
+    *,
+    amp: Literal["run", "off", "bf16"] = "run",
+    is_frozen: bool = False,
 ) -> LoadedRun:
     """A finished or stopped run, with its last or best weights, on GPU `local_rank` if on a GPU.
 
-    Raises ValueError, one line, for a folder that is no run, damaged files and unknown weights.
+    amp: its precision; run: that of training. is_frozen: the weights will not change, so that the
+    run's exact savings are switched on, and no weight requires gradients. Raises ValueError, one
+    line, for a folder that is no run, damaged files and unknown weights.
     """
+    import torch
+
     from safer_fast.attention import pin_for
     from safer_fast.checkpoint import BEST_WEIGHTS, MODEL_CONFIG, WEIGHTS, load_weights, read_json
     from safer_fast.model import build_model
+    from safer_fast.parameters import ParameterArenas
     from safer_fast.runtime import prepare_runtime
 
     files = {"last": WEIGHTS, "best": BEST_WEIGHTS}
@@ -128,6 +148,8 @@ def load_run(
     config = parse_config(["--config", str(folder / CONFIG)])
     config.runtime.device = device  # type: ignore[assignment]
     config.data.backend = "auto"  # what this machine has
+    if amp != "run":
+        config.amp = amp
     runtime = prepare_runtime(config.runtime, config.amp, local_rank)
     facts = _checked(read_json(folder / MODEL_CONFIG).get(KEY), folder / MODEL_CONFIG)
     settings = ModelConfig(**vars(config.model) | {"pretrained": False, "checkpoint": str(folder)})
@@ -139,7 +161,14 @@ def load_run(
         compute_dtype=runtime.compute_dtype,
     )
     load_weights(model.network, str(folder / files[weights]))
+    savings = config.runtime.exact_savings if is_frozen else []
+    model.save(savings, facts["image_size"])
     model.to(runtime.device)
+    if is_frozen:  # parameters become views of the arenas, which live on with them
+        is_stored = "stored-bf16" in savings
+        ParameterArenas(
+            model.network, model.layers, runtime.compute_dtype if is_stored else torch.float32
+        )
     pin_for(model, facts["image_size"], config.batch_size, config.runtime.attention)
     return LoadedRun(
         config,
@@ -147,6 +176,8 @@ def load_run(
         facts["class_names"],
         facts["num_channels"],
         facts["image_size"],
+        runtime,
+        folder / files[weights],
     )
 
 

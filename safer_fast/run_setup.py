@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from safer_fast.adapters import check_adapters
 from safer_fast.banner import banner, describe_run
 from safer_fast.checkpoint_file import Checkpoint
 from safer_fast.config import Config
+from safer_fast.criteria import check_criterion
 from safer_fast.data import Data, load_data
 from safer_fast.distributed import Ranks
 from safer_fast.engine import Engine
+from safer_fast.metrics_wandb import check_wandb
 from safer_fast.optim import build_optimizer
 from safer_fast.resume import check_facts, check_settings
 from safer_fast.run_folder import create_run_folder, save_config
@@ -41,6 +44,11 @@ def set_up(config: Config, ranks: Ranks, checkpoint: Checkpoint | None) -> Setup
 
     Raises ValueError for everything that a user can get wrong, before the run folder is made.
     """
+    if config.log.wandb:
+        check_wandb()
+    if config.selection.lora_rank:
+        check_adapters()
+    check_criterion(config.selection.criterion)
     stored = {} if checkpoint is None else checkpoint.state
     notes = check_settings(stored["config"], config) if stored else []
     runtime = prepare_runtime(config.runtime, config.amp, ranks.local_rank)
@@ -61,13 +69,14 @@ def set_up(config: Config, ranks: Ranks, checkpoint: Checkpoint | None) -> Setup
     notes += check_facts(stored["facts"], facts) if stored else []
     ranks.check_alike(engine.arenas.master, "at the start")
     described = describe_run(config, engine, data)
+    shown = config.to_dict() | described if config.log.wandb else None
     if checkpoint is None:
         folder, progress = make_folder(config, data.name, ranks), Progress()
-        log = RunLog(folder, ranks)
+        log = RunLog(folder, ranks, wandb=shown)
         log.write("run", epoch=0, step=0, **described)
     else:
         folder, progress = checkpoint.path.parent.parent, Progress.read(stored["progress"])
-        log = RunLog(folder, ranks, progress.metrics_size)
+        log = RunLog(folder, ranks, progress.metrics_size, shown)
     log.say(banner(described | {"notes": [*described["notes"], *notes]}))
     return Setup(data, engine, folder, log, progress, facts)
 

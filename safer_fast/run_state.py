@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from safer_fast.distributed import Ranks
 from safer_fast.optim import AveragedWeights
 from safer_fast.parameters import ParameterArenas
-from safer_fast.step import SUMS, Step
+from safer_fast.step import Step
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class Parts:
     arenas: ParameterArenas
     average: AveragedWeights | None
     step: Step | None
+    factors: ParameterArenas | None = None
 
 
 def take_tensors(parts: Parts, moved: list[str] | None, ranks: Ranks) -> dict[str, Tensor]:
@@ -79,13 +80,17 @@ def take_tensors(parts: Parts, moved: list[str] | None, ranks: Ranks) -> dict[st
     for kind, source in sources.items():
         for name in names:
             taken[f"{kind}.{name}"] = arenas.view(name, source).detach().clone()
+    if parts.factors is not None:
+        for name, value in parts.factors.state_dict().items():
+            taken[f"factor.{name}"] = value
     for name, buffer in _buffers(parts.network).items():
         taken[f"buffer.{name}"] = buffer.clone()
     if parts.step is not None:
         for name, value in optimizer_tensors(parts.step.optimizer).items():
             taken[f"optimizer.{name}"] = value.clone()
-        taken["skips"] = torch.stack([parts.step.skips.in_a_row, parts.step.skips.longest])
-        taken["sums"] = ranks.gather(parts.step.sums.values())
+        health = parts.step.health
+        taken["skips"] = torch.stack([health.skips.in_a_row, health.skips.longest])
+        taken["sums"] = ranks.gather(health.sums.values())
     return taken
 
 
@@ -101,12 +106,15 @@ def put_tensors(
     arenas.load_compute()
     if parts.average is not None:
         parts.average.average.copy_(arenas.vector_of({**start, **_of_kind(tensors, "average")}))
+    if parts.factors is not None:
+        parts.factors.master.copy_(parts.factors.vector_of(_of_kind(tensors, "factor")))
+        parts.factors.load_compute()
     for name, buffer in _of_kind(tensors, "buffer").items():
         _buffers(parts.network)[name].copy_(buffer)
     if parts.step is None:
         return
     load_optimizer(parts.step.optimizer, _of_kind(tensors, "optimizer"))
-    skips = parts.step.skips
+    skips = parts.step.health.skips
     skips.in_a_row.copy_(tensors["skips"][0])
     skips.longest.copy_(tensors["skips"][1])
     sums = tensors["sums"]
@@ -115,7 +123,8 @@ def put_tensors(
     else:
         own = sums.sum(0) if ranks.is_first else torch.zeros_like(sums[0])
     if own.numel():  # a step was taken
-        parts.step.sums.load(SUMS, own.to(arenas.master.device))
+        health = parts.step.health
+        health.sums.load(health.shapes, own.to(arenas.master.device))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -1,101 +1,128 @@
-"""The table of layers by score: `python -m safer_fast.select CHECKPOINT`; writes selection.json."""
+"""The layers by every criterion: `python -m safer_fast.select RUN`; writes selection.json."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from safer_fast.command_configs import SelectConfig
 from safer_fast.command_line import new_parser, parse, run, with_underscores
+from safer_fast.select_plot import FORMATS, save_maps
+from safer_fast.select_scores import CRITERIA, Measured, measure_run, rank_correlations
+from safer_fast.select_table import correlation_table, score_table
+
+_LEFT_OUT = "random measures nothing and least-sharp is sharpness turned round: neither is compared"
 
 
 def main(arguments: Sequence[str]) -> None:
     """`python -m safer_fast.select RUN [flags]`: prints the ranked layers, writes them as JSON."""
-    parser = new_parser("select", "Rank the layers of a trained model by sharpness.")
+    parser = new_parser("select", "Score the layers of a trained model by every criterion.")
     parser.add_class_arguments(SelectConfig, None, skip={"run"})
     parser.add_argument("run", type=str, metavar="RUN", help="run folder")
-    config = parse(parser, with_underscores(arguments), SelectConfig)
-    for flag, value in (("--num-images", config.num_images), ("--steps", config.steps)):
-        if value is not None and value < 1:
-            raise ValueError(f"{flag}: expected at least 1, got {value}")
+    config = parse(parser, _with_plot_file(with_underscores(arguments)), SelectConfig)
+    _check(config)
+    select(config)
+
+
+def select(config: SelectConfig) -> list[str]:
+    """Scores the layers of a run's model; prints the tables, writes them, gives the selected names.
+
+    The names are those that `criterion` selects; the other criteria stand beside it.
+    """
+    from safer_fast.checkpoint import save_json
+    from safer_fast.selection import select_layers
+
+    chosen = f"sharpness-{config.radius}" if config.criterion == "sharpness" else config.criterion
+    measured = measure_run(config, chosen, config.criteria)
+    selected = {
+        name: select_layers(by_layer, fraction=config.fraction)
+        for name, by_layer in measured.scores.items()
+    }
+    correlations = rank_correlations(measured.scores)
+    print(score_table(measured.scores, selected))
+    print("\n" + correlation_table(correlations))
+    output = Path(config.output) if config.output else Path(config.run) / "selection.json"
+    save_json(_content(config, chosen, measured, selected, correlations), output)
+    print("\n" + _conclusion(config, chosen, measured, selected))
+    print(f"written to {output}")
+    if config.plot is not None:
+        picture = Path(config.plot) if config.plot else Path(config.run) / "selection.svg"
+        save_maps(picture, measured.scores, selected)
+        print(f"drawn in {picture}")
+    return selected[chosen]
+
+
+def _with_plot_file(words: Sequence[str]) -> list[str]:
+    """The words with `--plot` alone as `--plot=`: a file that it may name has a known ending."""
+    joined = []
+    for index, word in enumerate(words):
+        following = words[index + 1] if index + 1 < len(words) else ""
+        has_file = following.endswith(FORMATS)
+        joined.append("--plot=" if word == "--plot" and not has_file else word)
+    return joined
+
+
+def _check(config: SelectConfig) -> None:
+    least = (("--num-images", config.num_images, 1), ("--steps", config.steps, 0))
+    for flag, value, minimum in least:
+        if value is not None and value < minimum:
+            raise ValueError(f"{flag}: expected at least {minimum}, got {value}")
     if not config.rho > 0:
         raise ValueError(f"--rho: expected above 0, got {config.rho}")
     if not 0 < config.fraction <= 1:
         raise ValueError(f"--fraction: expected above 0, at most 1, got {config.fraction}")
     if config.criterion == "all":
         raise ValueError("--criterion: expected one that scores layers, got all")
-    select(config)
+    if unknown := [name for name in config.criteria if name not in CRITERIA]:
+        raise ValueError(f"--criteria: expected some of {', '.join(CRITERIA)}, got {unknown[0]}")
+    if config.plot and not config.plot.endswith(FORMATS):
+        raise ValueError(f"--plot: expected a .svg or .png file, got {config.plot}")
+    if Path(config.run).is_file():
+        raise ValueError(
+            f"RUN: expected a run folder, got {config.run}: weights alone do not say which data "
+            "the layers are scored on"
+        )
 
 
-def select(config: SelectConfig) -> list[str]:
-    """Scores the layers of a run's model; prints the table, writes it, gives the selected names."""
-    from safer_fast.checkpoint import save_json
-    from safer_fast.selection import select_layers
-
-    scores = _scores(config)
-    selected = select_layers(scores, fraction=config.fraction)
-    ranked = sorted(scores, key=lambda name: (-scores[name], name))
-    for place, name in enumerate(ranked, start=1):
-        mark = "*" if name in selected else " "
-        print(f"{place:>4} {mark} {name:<32} {scores[name]: .6e}")
-    output = Path(config.output) if config.output else Path(config.run) / "selection.json"
-    content = {
+def _content(
+    config: SelectConfig,
+    chosen: str,
+    measured: Measured,
+    selected: dict[str, list[str]],
+    correlations: dict[str, dict[str, float | None]],
+) -> dict[str, Any]:
+    scores = measured.scores[chosen]
+    return {
         "criterion": config.criterion,
         "rho": config.rho,
         "radius": config.radius,
         "fraction": config.fraction,
-        "selected": selected,
-        "scores": {name: scores[name] for name in ranked},
+        "selected": selected[chosen],
+        "scores": {name: scores[name] for name in sorted(scores, key=lambda n: (-scores[n], n))},
+        "criteria": {
+            name: {"scores": by_layer, "selected": selected[name]}
+            for name, by_layer in measured.scores.items()
+        },
+        "rank_correlations": correlations,
+        **measured.facts,
     }
-    save_json(content, output)
-    print(f"{len(selected)} of {len(scores)} layers selected (*); written to {output}")
-    return selected
 
 
-def _scores(config: SelectConfig) -> dict[str, float]:
-    import torch
-
-    from safer_fast.attack import default_step_size, pgd
-    from safer_fast.data import as_pixels, load_data
-    from safer_fast.run_folder import load_run
-    from safer_fast.selection import candidates, rank_layers
-
-    loaded = load_run(Path(config.run), config.weights, config.device)
-    threat, device = loaded.config.attack, loaded.model.mean.device
-    epsilon = float(threat.epsilon if config.epsilon is None else config.epsilon)
-    steps = config.steps or threat.steps
-    data = load_data(
-        loaded.config.data,
-        batch_size=loaded.config.batch_size,
-        seed=loaded.config.seed,
-        device=device,
+def _conclusion(
+    config: SelectConfig, chosen: str, measured: Measured, selected: dict[str, list[str]]
+) -> str:
+    facts, names = measured.facts, selected[chosen]
+    lines = [f"{name} would select {', '.join(layers)}" for name, layers in selected.items()]
+    lines[0] = (
+        f"{chosen} selects {len(names)} of {len(measured.scores[chosen])} layers (*): "
+        f"{', '.join(names)}"
     )
-    batches = [batch.to(device) for batch in data.train.probe(config.num_images, config.seed)]
-    generator = torch.Generator(device).manual_seed(config.seed)
-
-    def attack(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        step_size = default_step_size(epsilon, steps)
-        return pgd(
-            model,
-            images,
-            labels,
-            epsilon=epsilon,
-            step_size=step_size,
-            steps=steps,
-            norm=threat.norm,
-            generator=generator,
-        )
-
-    return rank_layers(
-        loaded.model,
-        [(as_pixels(batch.images), batch.labels) for batch in batches],
-        criterion=config.criterion,
-        rho=config.rho,
-        radius=config.radius,
-        attack=attack,
-        names=candidates(loaded.model, config.from_block),
-        generator=torch.Generator().manual_seed(config.seed),
+    circumstances = (
+        f"{facts['images']} images, {facts['attack']} in {facts['norm']} epsilon "
+        f"{facts['epsilon']:.4g}, rho {config.rho:g}, amp {facts['amp']}, {facts['seconds']} s"
     )
+    return "\n".join([*lines, circumstances, _LEFT_OUT])
 
 
 if __name__ == "__main__":

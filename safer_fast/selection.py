@@ -13,9 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from safer_fast.attack import cross_entropy, frozen
-from safer_fast.config import Criterion, SelectionConfig
+from safer_fast.config import SelectionConfig
+from safer_fast.criteria import REGISTERED, check_criterion, registered_scores
+from safer_fast.criticality import criticality
 from safer_fast.cut import STEM
 from safer_fast.distributed import Ranks
+from safer_fast.layer_runs import cached_run
 from safer_fast.network import RobustModel, find_layers
 from safer_fast.parameters import ParameterArenas, Range, Selection, module_selection
 from safer_fast.sam import ascend_, gradient_squares, restore_, weight_norm
@@ -25,15 +28,24 @@ Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 Batches = Sequence[tuple[Tensor, Tensor]]
 Watch = Callable[[Iterable[str]], Iterable[str]]
 """Gives what it is given, and may do something in between: show progress, raise."""
+WeightRadius = Literal["absolute", "relative"]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What layers are scored by: see `rank_layers`."""
+
+    criterion: str
+    radius: WeightRadius = "absolute"
 
 
 def rank_layers(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
-    criterion: Criterion = "sharpness",
+    criterion: str = "sharpness",
     rho: float = 0.05,
-    radius: Literal["absolute", "relative"] = "absolute",
+    radius: WeightRadius = "absolute",
     attack: Attack | None = None,
     names: Sequence[str] | None = None,
     arenas: ParameterArenas | None = None,
@@ -50,6 +62,7 @@ def rank_layers(
     - `criticality`: W(F_l) / W(F_l-1), W(F) the mean over images of ||F(x + d) - F(x)|| / dim
       (CLAT, Gopal et al., 2024), with d from `attack`; the first layer is compared with the image.
     - `random`: uniform in [0, 1).
+    - others: see `register_criterion`.
 
     Args:
         model: takes pixels in [0, 1]; its weights are perturbed meanwhile and restored exactly. A
@@ -64,17 +77,56 @@ def rank_layers(
         watch: what the layers go through, one after the other, where each takes its time.
 
     Raises:
-        ValueError: no batches, unknown names, a criterion that gives no scores (`all`).
+        ValueError: no batches, unknown names, an unknown criterion or one without scores (`all`).
+    """
+    measure = Measure(criterion, radius)
+    return score_layers(
+        model,
+        batches,
+        [measure],
+        rho=rho,
+        attack=attack,
+        names=names,
+        arenas=arenas,
+        generator=generator,
+        ranks=ranks,
+        watch=watch,
+    )[measure]
+
+
+def score_layers(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    measures: Sequence[Measure],
+    *,
+    rho: float = 0.05,
+    attack: Attack | None = None,
+    names: Sequence[str] | None = None,
+    arenas: ParameterArenas | None = None,
+    generator: torch.Generator | None = None,
+    ranks: Ranks | None = None,
+    watch: Watch = iter,
+) -> dict[Measure, dict[str, float]]:
+    """The scores that `rank_layers` gives for each measure, for the price of the dearest.
+
+    All of them share the adversarial examples, the gradient and the features below each block.
     """
     layers = layers_of(model)
     names = list(layers) if names is None else list(names)
     if unknown := [name for name in names if name not in layers]:
         raise ValueError(f"names: expected layers of the model, got {', '.join(unknown)}")
-    if criterion == "random":
-        draws = torch.rand(len(names), generator=generator, dtype=torch.float64)
-        return dict(zip(names, draws.tolist(), strict=True))
-    if criterion == "all":
+    criteria = {measure.criterion for measure in measures}
+    for name in sorted(criteria):
+        check_criterion(name)
+    if "all" in criteria:
         raise ValueError("criterion: expected one that scores layers, got 'all'")
+    scores: dict[Measure, dict[str, float]] = {}
+    if "random" in criteria:
+        draws = torch.rand(len(names), generator=generator, dtype=torch.float64).tolist()
+        drawn = dict(zip(names, draws, strict=True))
+        scores = {measure: drawn for measure in measures if measure.criterion == "random"}
+    if criteria <= {"random"}:
+        return scores
     ranks = ranks or Ranks()
     probes = [
         (images, attack(model, images, labels) if attack and len(labels) else images, labels)
@@ -84,21 +136,25 @@ def rank_layers(
     total = ranks.sum_(torch.tensor(num_images)).item()
     if not total:
         raise ValueError("batches: expected at least one batch, got none")
-    adversarial = [(attacked, labels) for _, attacked, labels in probes]
     with frozen(model):
-        if criterion == "criticality":
-            pairs = [_pair_of(clean, attacked) for clean, attacked, _ in probes]
-            return _criticality(model, pairs, names, ranks)
-        chosen = _selection_of(model, names, layers, arenas)
-        _store_mean_gradients(model, chosen, adversarial, total)
-        ranks.sum_(chosen.flat)
-        if criterion == "gradient-norm":
-            return _gradient_norms(chosen, names, rho, radius)
-        sums = _loss_rises(model, chosen.groups, names, adversarial, rho, radius, watch)
-        means = ranks.sum_(torch.stack(list(sums.values()))) / total
-        rises = dict(zip(sums, means.tolist(), strict=True))
-    sign = -1.0 if criterion == "least-sharp" else 1.0
-    return {name: sign * rise for name, rise in rises.items()}
+        if "criticality" in criteria:
+            pairs = [(clean, attacked) for clean, attacked, _ in probes]
+            changes = criticality(model, pairs, names, ranks)
+            scores |= {m: changes for m in measures if m.criterion == "criticality"}
+        adversarial = [(attacked, labels) for _, attacked, labels in probes]
+        for name in criteria & REGISTERED.keys():
+            found = registered_scores(name, model, adversarial, names, ranks)
+            scores |= {m: found for m in measures if m.criterion == name}
+        if rest := [m for m in measures if m not in scores]:
+            chosen = _selection_of(model, names, layers, arenas)
+            _store_mean_gradients(model, chosen, adversarial, total)
+            ranks.sum_(chosen.flat)
+            norms = {m for m in rest if m.criterion == "gradient-norm"}
+            scores |= {m: _gradient_norms(chosen, names, rho, m.radius) for m in norms}
+            rises = [m for m in rest if m not in norms]
+            sums = _loss_rises(model, chosen.groups, names, adversarial, rho, rises, watch)
+            scores |= {m: _means(m, ranks.sum_(sums[m]) / total, names) for m in rises}
+    return scores
 
 
 def select_layers(scores: Mapping[str, float], *, fraction: float) -> list[str]:
@@ -232,102 +288,30 @@ def _loss_rises(
     names: Sequence[str],
     batches: Batches,
     rho: float,
-    radius: str,
+    measures: Sequence[Measure],
     watch: Watch,
-) -> dict[str, Tensor]:
-    """For each layer the rise of the summed loss when it alone is perturbed, 0-d float64."""
+) -> dict[Measure, Tensor]:
+    """For each layer the rise of the summed loss when it alone is perturbed, float64 [layers]."""
     device = groups[names[0]][0].master.device
-    rises = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
-    for images, labels in batches:
+    rises = {m: torch.zeros(len(names), dtype=torch.float64, device=device) for m in measures}
+    for images, labels in batches if measures else ():
         if not len(labels):  # other ranks have some: all go through the layers at the same time
             list(watch(names))
             continue
-        run_from, base = _cached_run(model, images, labels)
-        for name in watch(names):
-            ascend_([groups[name]], rho, relative=radius == "relative")
-            try:
-                rises[name] = rises[name].to(base) + (run_from(name) - base)
-            finally:
-                restore_(groups[name])
+        run_from, base = cached_run(model, images, labels)
+        for place, name in enumerate(watch(names)):
+            for measure, sums in rises.items():
+                ascend_([groups[name]], rho, relative=measure.radius == "relative")
+                try:
+                    sums[place] += run_from(name) - base
+                finally:
+                    restore_(groups[name])
     return rises
 
 
-def _cached_run(
-    model: nn.Module, images: Tensor, labels: Tensor
-) -> tuple[Callable[[str], Tensor], Tensor]:
-    """A function that gives the summed loss, run from a layer's block upwards; and the loss now."""
-    if not isinstance(model, RobustModel):
-        return lambda _: _loss(model(images), labels), _loss(model(images), labels)
-    features = {STEM: model.prefix(images, STEM)}
-    for index in range(STEM, model.num_blocks):
-        features[index + 1] = model.block(features[index], index)
-
-    def run_from(name: str) -> Tensor:
-        block = model.block_of(name)
-        return _loss(model.suffix(features[block], block), labels)
-
-    return run_from, _loss(model.suffix(features[model.num_blocks], model.num_blocks), labels)
-
-
-def _loss(logits: Tensor, labels: Tensor) -> Tensor:
-    return cross_entropy(logits.double(), labels)
-
-
-def _pair_of(clean: Tensor, attacked: Tensor) -> tuple[Tensor, Tensor]:
-    """The pair of batches, or of one black image where they are empty: nothing in it changes."""
-    if len(clean):
-        return clean, attacked
-    black = clean.new_zeros(1, *clean.shape[1:])
-    return black, black
-
-
-@torch.no_grad()
-def _criticality(
-    model: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]], names: Sequence[str], ranks: Ranks
-) -> dict[str, float]:
-    if isinstance(model, RobustModel):
-        with model.plainly():
-            return _feature_changes(model, model.network, pairs, names, ranks)
-    return _feature_changes(model, model, pairs, names, ranks)
-
-
-def _feature_changes(
-    model: nn.Module,
-    network: nn.Module,
-    pairs: Sequence[tuple[Tensor, Tensor]],
-    names: Sequence[str],
-    ranks: Ranks,
-) -> dict[str, float]:
-    changes: dict[str, Tensor] = {}
-    for clean, attacked in pairs:
-        before, after = _outputs(model, network, clean), _outputs(model, network, attacked)
-        for name in before:
-            change = (after[name].double() - before[name].double()).flatten(1)
-            size = change.norm(dim=1).sum() / change.shape[1]
-            changes[name] = changes.get(name, torch.zeros_like(size)) + size
-    order = list(changes)
-    sums = ranks.sum_(torch.stack(list(changes.values())))
-    scores = dict(zip(order[1:], (sums[1:] / sums[:-1]).tolist(), strict=True))
-    return {name: scores[name] for name in names}
-
-
-def _outputs(model: nn.Module, network: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """The image and what every layer gives for it, in order of execution."""
-    outputs: dict[str, Tensor] = {"": images}
-
-    def keep(name: str) -> Callable[[nn.Module, object, Tensor], None]:
-        return lambda _module, _inputs, output: outputs.__setitem__(name, output)
-
-    handles = [
-        network.get_submodule(name).register_forward_hook(keep(name))
-        for name in find_layers(network)
-    ]
-    try:
-        model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return outputs
+def _means(measure: Measure, rises: Tensor, names: Sequence[str]) -> dict[str, float]:
+    sign = -1.0 if measure.criterion == "least-sharp" else 1.0
+    return {name: sign * rise for name, rise in zip(names, rises.tolist(), strict=True)}
 
 
 @contextmanager

@@ -15,16 +15,16 @@ from safer_fast.capture import Key, Replays
 from safer_fast.config import SAMConfig
 from safer_fast.cut import STEM
 from safer_fast.distributed import Ranks
+from safer_fast.health import Health
 from safer_fast.micro_batch import MicroBatch
+from safer_fast.moments import Stages
 from safer_fast.network import RobustModel, training_mode
 from safer_fast.objective import Objective, Targets
 from safer_fast.optim import step_unless
 from safer_fast.parameters import Selection
 from safer_fast.sam import ascend_as_set_, clip_, gradient_squares, restore_
 from safer_fast.selection import requiring_gradients
-from safer_fast.sums import DeviceSums, Skips
 
-SUMS = ("loss", "loss_rise", "correct", "images", "skipped")
 PHASES = ("first pass", "ascent", "second pass", "update")
 
 
@@ -48,15 +48,15 @@ class Step:
     micro_batch: MicroBatch = field(default_factory=MicroBatch)
     replays: Replays = field(default_factory=Replays)
     ranks: Ranks = field(default_factory=Ranks)
-    sums: DeviceSums = field(default_factory=DeviceSums)
 
     def __post_init__(self) -> None:
         names = self.model.names_of(self.selection.parameters)
         self.cut = self.model.cut_of(names) if self.reuses_prefix else STEM
         self.modules = self.model.random_modules(names)
         self.statistics = Statistics(self.modules)
-        self.loss, self.worst_loss, self.num_right = self.selection.flat.new_zeros(3)
-        self.skips = Skips(self.selection.flat.device)
+        flat, steps = self.selection.flat, len(self.attack.hits) - 1
+        self.health = Health(flat, self.sam.rho > 0, steps, self.ranks.is_first)
+        self.stages = Stages(flat.device)
         self.features: dict[Key, list[Tensor]] = {}
         self.replays.forget(*PHASES)
 
@@ -64,7 +64,9 @@ class Step:
         self, images: Tensor, targets: Targets, epsilon: Tensor, step_size: Tensor
     ) -> None:
         """Learns from float images [B, C, H, W] in [0, 1]; radii are 0-d device tensors."""
-        inputs = [self.attack(images, targets.labels, epsilon, step_size)]
+        self.stages.begin()
+        inputs = [self.attack(images, targets.labels, epsilon, step_size, targets.weights > 0)]
+        self.stages.end("attack")
         hold = self.attack.buffers.hold
         if self.objective.needs_clean:
             inputs.append(hold("clean", self.model.arrange(images)))
@@ -75,10 +77,13 @@ class Step:
             if self.sam.sync == "global":
                 self.ranks.sum_(self.selection.flat)
             self.replays(("ascent",), self.ascend)
+            self.stages.end("ascent")
             self._pass("second pass", inputs, held)
         self.ranks.sum_(self.selection.flat)
+        self.stages.end("descent")
         self.statistics.average(self.ranks)
         self.replays(("update", held.labels.shape), lambda: self.update(held))
+        self.stages.end("update")
 
     def _pass(self, name: str, inputs: Sequence[Tensor], targets: Targets) -> None:
         """Does a pass, recorded where that is possible, on as many images as memory holds."""
@@ -96,11 +101,11 @@ class Step:
         if not is_second or key not in self.features:
             self.features[key] = self.attack.buffers.hold_all("features", self.prefix(inputs, size))
         loss, num_right = self.differentiate(self.features[key], targets.split(size), is_second)
-        self.worst_loss.copy_(loss)
+        self.health.worst_loss.copy_(loss)
         if not is_second:
-            self.loss.copy_(loss)
-            self.num_right.copy_(num_right)
-        self.selection.extra.copy_(self.loss + loss)
+            self.health.loss.copy_(loss)
+            self.health.num_right.copy_(num_right)
+        self.selection.extra.copy_(self.health.loss + loss)
 
     @torch.no_grad()
     def prefix(self, inputs: Sequence[Tensor], size: int) -> list[Tensor]:
@@ -129,22 +134,17 @@ class Step:
 
     def ascend(self) -> None:
         """The suffix reads the weights within the radius at which the loss is highest."""
+        self.health.keep_gradient()
         ascend_as_set_(self.selection, self.sam, self.relative_radius)
 
     def update(self, targets: Targets) -> None:
         """The optimizer applies the gradients to the masters, unless something is not finite."""
         squares = gradient_squares(self.selection.ranges)
         is_skipped = 1.0 - torch.isfinite(self.selection.extra + squares).float()
+        self.health.record(targets, self.attack.hits, is_skipped)
         if self.clip_norm is not None:
             clip_(self.selection.ranges, squares, self.clip_norm)
-        self.skips.count(is_skipped)
+        self.health.skips.count(is_skipped)
         self.statistics.undo_where(is_skipped)
         step_unless(is_skipped, self.optimizer)
         restore_(self.selection.ranges)
-        self.sums.add(
-            loss=targets.total(self.loss),
-            loss_rise=targets.total(self.worst_loss - self.loss),
-            correct=self.num_right,
-            images=targets.num_images(),
-            skipped=is_skipped,
-        )

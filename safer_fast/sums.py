@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 
 class DeviceSums:
-    """Running sums of scalars that stay on the device until they are asked for.
+    """Running sums of numbers that stay on the device until they are asked for.
 
     They stay where they are, so that recordings of a step may add to them. Sums are fp64 on every
-    device: one element costs nothing there, and counts and losses of a whole epoch stay exact where
-    fp32 would drop the last digits.
+    device: a few elements cost nothing there, and counts and losses of a whole epoch stay exact
+    where fp32 would drop the last digits.
     """
 
     def __init__(self) -> None:
@@ -21,18 +22,19 @@ class DeviceSums:
 
     def values(self) -> Tensor:
         """A copy of the sums in order of their names, fp64 [n], on the device."""
-        ordered = [self._sums[name] for name in sorted(self._sums)]
-        return torch.stack(ordered) if ordered else torch.zeros(0, dtype=torch.float64)
+        ordered = [self._sums[name].reshape(-1) for name in sorted(self._sums)]
+        return torch.cat(ordered) if ordered else torch.zeros(0, dtype=torch.float64)
 
-    def load(self, names: Sequence[str], values: Tensor) -> None:
-        """The sums of these names are what `values` once gave."""
-        for name, value in zip(sorted(names), values, strict=True):
-            self._sums[name] = value.clone()
+    def load(self, shapes: Mapping[str, tuple[int, ...]], values: Tensor) -> None:
+        """The sums of these names and shapes are what `values` once gave."""
+        sizes = [math.prod(shapes[name]) for name in sorted(shapes)]
+        for name, value in zip(sorted(shapes), torch.split(values, sizes), strict=True):
+            self._sums[name] = value.reshape(shapes[name]).clone()
 
     def add(self, **values: Tensor) -> None:
-        """Adds each 0-d tensor to the sum of its name, without waiting for the device."""
+        """Adds each 0-d or 1-d tensor to the sum of its name, without waiting for the device."""
         for name, value in values.items():
-            assert value.dim() == 0, f"{name}: expected a 0-d tensor, got {tuple(value.shape)}"
+            assert value.dim() <= 1, f"{name}: expected at most 1 dimension, got {value.dim()}"
             if name in self._sums:
                 self._sums[name].add_(value.detach())
             else:
@@ -41,14 +43,22 @@ class DeviceSums:
     def take(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
         """The sums as floats, in one transfer to the host; all of them start again from 0.
 
-        reduce: gives the sums of all ranks in place of those [n] of this one.
+        Those of a 1-d tensor are called name_0, name_1 and so on. reduce: gives the sums of all
+        ranks in place of those [n] of this one.
         """
         if not self._sums:
             return {}
         values = reduce(self.values()).tolist()
         for total in self._sums.values():
             total.zero_()
-        return dict(zip(sorted(self._sums), values, strict=True))
+        return dict(zip(self._labels(), values, strict=True))
+
+    def _labels(self) -> list[str]:
+        labels = []
+        for name in sorted(self._sums):
+            total = self._sums[name]
+            labels += [f"{name}_{k}" for k in range(len(total))] if total.dim() else [name]
+        return labels
 
 
 class Skips:

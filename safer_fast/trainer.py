@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from safer_fast.attack import placed_start
-from safer_fast.banner import epoch_line, gap_figures, training_figures
+from safer_fast.banner import epoch_line, gap_figures
 from safer_fast.checkpoint import load_tensors
 from safer_fast.checkpoint_file import Checkpoint
 from safer_fast.config import Config
@@ -23,7 +22,6 @@ from safer_fast.distributed import Ranks
 from safer_fast.evaluate import accuracy_table
 from safer_fast.examiner import Examiner
 from safer_fast.metrics import Event
-from safer_fast.moments import Waits
 from safer_fast.objective import Targets
 from safer_fast.optim import AveragedWeights, set_learning_rate
 from safer_fast.probe import choose_by_probe
@@ -36,6 +34,7 @@ from safer_fast.saving import Saver
 from safer_fast.schedule import Stage, learning_rate_at, radii_at, stage_of
 from safer_fast.step import Step
 from safer_fast.stopping import Stops
+from safer_fast.training_log import TrainingLog, epoch_figures
 
 
 class Trainer:
@@ -63,6 +62,8 @@ class Trainer:
         self.mixing = Mixing(config.data, self.data.num_classes, config.seed)
         self.saver = Saver(config, self.folder, self.ranks, run.facts, self.log)
         self.stops = Stops(self.ranks, config.checkpoint.grace_s)
+        num_steps = config.epochs * len(self.data.train)
+        self.training_log = TrainingLog(self.log, self.ranks, self.runtime.device, num_steps)
         self.examiner = Examiner(config, self.engine, self.data, self.log, self.stops)
         self.progress = run.progress
         if checkpoint is not None:
@@ -104,7 +105,7 @@ class Trainer:
             self.choose(epoch)
             selected = None if self._trains_all() else self.step.selection.names
             moved = changes.get("moved", self.progress.moved)
-            changes |= {"selected": selected, "moved": [*moved, *self._new(moved)]}
+            changes |= {"selected": selected, "moved": [*moved, *self._new(moved, selected)]}
         self._reach(has_begun=True, index=0, totals={}, **changes)
 
     def choose(self, epoch: int) -> None:
@@ -117,25 +118,26 @@ class Trainer:
         if epoch == self.stage.first_epoch and self.config.optim.ema_decay is not None:
             self.average = AveragedWeights(self.arenas.master, self.config.optim.ema_decay)
 
-    def train_epoch(self, epoch: int) -> dict[str, float]:
+    def train_epoch(self, epoch: int) -> dict[str, Any]:
         """What is left of one pass over the training images; gives the epoch's training figures."""
-        self._logged = time.monotonic()
+        self.training_log.begin_epoch()
         num_batches, first = len(self.data.train), self.progress.index
-        self.waits = Waits(self.runtime.device)
         batches = ahead(self.data.train.epoch(epoch, first), self.runtime.device)
         label = f"epoch {epoch}/{self.config.epochs} {self.stage.name}"
-        bar = self.log.bar(self.waits.watch(batches), num_batches, label, initial=first)
-        for index, batch in enumerate(bar, start=first):
+        watched = self.training_log.watch(batches)
+        for index, batch in enumerate(self.log.bar(watched, num_batches, label, first), first):
             learning_rate = self.take_step(epoch, index, num_batches, batch)
             num_steps, totals = self.progress.num_steps + 1, self.progress.totals
-            if num_steps % self.config.runtime.log_every_steps == 0 or index + 1 == num_batches:
-                totals = self._log_step(epoch, num_steps, learning_rate)
+            is_last = index + 1 == num_batches
+            if num_steps % self.config.runtime.log_every_steps == 0 or is_last:
+                totals = self._log_step(epoch, num_steps, learning_rate, is_last)
             self._reach(index=index + 1, num_steps=num_steps, totals=totals)
-        return training_figures(
+        return epoch_figures(
             self.progress.totals,
             epsilon=radii_at(self.config.attack, epoch)[0],
             num_images=self.data.train.num_images,
             peak_memory_mib=self.runtime.peak_memory_mib(),
+            is_sharpness_aware=self.step.health.is_sharpness_aware,
         )
 
     def take_step(self, epoch: int, index: int, num_batches: int, batch: Batch) -> float:
@@ -155,17 +157,23 @@ class Trainer:
             self.average.update(self.arenas.master)
         return learning_rate
 
-    def end_epoch(self, epoch: int, figures: dict[str, float]) -> None:
+    def end_epoch(self, epoch: int, figures: dict[str, Any]) -> None:
         """Evaluates on the validation split when it is time, logs the epoch, keeps the best."""
         every = self.config.evaluation.every_epochs
-        accuracies: dict[str, float | None] = {"clean_accuracy": None, "robust_accuracy": None}
+        accuracies: dict[str, float | None] = dict.fromkeys(
+            ("clean_accuracy", "robust_accuracy", "validation_loss")
+        )
         changes: dict[str, Any] = {}
         gap = None
         if epoch % every == 0 or epoch == self.config.epochs:
             gap = self.examiner.attack_gap(epoch)
-            robust, clean = self.examiner.on_validation(self._source())
-            accuracies = {"clean_accuracy": clean, "robust_accuracy": robust}
-            changes = self._keep_best(epoch, (robust, clean))
+            clean, robust = self.examiner.on_validation(self._source())
+            accuracies = {
+                "clean_accuracy": clean.accuracy,
+                "robust_accuracy": robust.accuracy,
+                "validation_loss": robust.loss,
+            }
+            changes = self._keep_best(epoch, (robust.accuracy, clean.accuracy))
         self._write("epoch", epoch, **figures, **accuracies, **gap_figures(gap))
         self.log.say(
             epoch_line(epoch, self.config.epochs, self.stage.name, figures, accuracies, gap)
@@ -185,6 +193,7 @@ class Trainer:
         if self.ranks.is_first:
             facts: dict[str, Any] = {"config": self.config, "data": self.data}
             export_model(self.model, self._weights(), self.folder, accuracies=accuracies, **facts)
+            self.examiner.show_images(self._source(), self.folder, self.progress.num_steps)
             self._write("end", epoch)
             report = write_report([self.folder])
             self.log.say(accuracy_table(accuracies))
@@ -242,12 +251,14 @@ class Trainer:
         return rows
 
     def _trains_all(self) -> bool:
-        return self.stage.name == "warm-up" or self.config.selection.takes_all
+        selection = self.config.selection
+        return self.stage.name == "warm-up" or (selection.takes_all and not selection.lora_rank)
 
-    def _new(self, moved: list[str]) -> list[str]:
-        """Parameters of the selected layers that are not among `moved`."""
-        names = self.model.names_of(self.step.selection.parameters)
-        return [name for name in names if name not in moved]
+    def _new(self, moved: list[str], selected: list[str] | None) -> list[str]:
+        """Parameters of the selected layers, None for all, that are not among `moved`."""
+        layers = self.model.layers
+        names = self.arenas.places if selected is None else {n for s in selected for n in layers[s]}
+        return [name for name in self.arenas.places if name in names and name not in moved]
 
     def _start_safer(self, epoch: int) -> dict[str, Any]:
         """The weights that SAFER starts from are measured, and kept where most of them stay."""
@@ -262,9 +273,11 @@ class Trainer:
 
     def _select(self, epoch: int) -> None:
         loader, seen = self.data.train, self._watched("scoring layers")
-        choice = choose_by_probe(self.config, self.engine, loader, epoch, seen)
+        with self.engine.folded():
+            choice = choose_by_probe(self.config, self.engine, loader, epoch, seen)
         selected = None if self._trains_all() else choice.selected
-        self._step = self.engine.step_over(selected, self.config.sam.rho)
+        seed = derive_seed(self.config.seed, "factors", epoch)
+        self._step = self.engine.step_over(selected, self.config.sam.rho, seed)
         self._write(
             "selection",
             epoch,
@@ -275,6 +288,7 @@ class Trainer:
         )
         shown = ", ".join(choice.selected[:6]) + (", ..." if len(choice.selected) > 6 else "")
         self.log.say(f"selected by {choice.criterion}: {shown} (suffix from block {self.step.cut})")
+        self.examiner.show_images(self._source(), self.folder, self.progress.num_steps)
 
     def _schedule(self, epoch: int, index: int, num_batches: int) -> float:
         """Sets epsilon, step size and learning rate of the next step."""
@@ -289,45 +303,27 @@ class Trainer:
         set_learning_rate(self.step.optimizer, rate)
         return rate
 
-    def _log_step(self, epoch: int, num_steps: int, learning_rate: float) -> dict[str, float]:
-        """Logs what the steps since the last line have summed up to; gives the epoch's totals.
-
-        The only place of the training loop that waits for the device.
-        """
-        sums = self.step.sums.take(self.ranks.sum_)
-        sums["skipped"] /= self.ranks.num_ranks  # each has counted all
-        now = time.monotonic()
-        times = {"waited": self.waits.take(), "seconds": now - self._logged}
-        self._logged = now
-        totals = dict(self.progress.totals)
-        for name, value in (sums | times).items():
-            totals[name] = totals.get(name, 0.0) + value
-        totals["learning_rate"] = learning_rate
-        counted = max(sums["images"], 1)  # none where all of them were left out
-        self.log.write(
-            "step",
-            epoch=epoch,
-            step=num_steps,
-            loss=sums["loss"] / counted,
-            loss_rise=sums["loss_rise"] / counted,
-            robust_accuracy=sums["correct"] / counted,
-            skipped_steps=int(sums["skipped"]),
-            learning_rate=learning_rate,
-        )
+    def _log_step(
+        self, epoch: int, num_steps: int, learning_rate: float, is_last: bool
+    ) -> dict[str, float]:
+        """Logs the steps since the last line; gives the epoch's totals."""
+        sums = self.training_log.write(self.step, epoch, num_steps, learning_rate, is_last)
         self._check_health(epoch)
-        return totals
+        totals = self.progress.totals
+        summed = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
+        return summed | {"learning_rate": learning_rate}
 
     def _check_health(self, epoch: int) -> None:
         """Raises FloatingPointError after too many skipped steps, or where ranks differ."""
         limit = self.config.runtime.max_skipped_steps
-        if self.step.skips.most_in_a_row() >= limit:
+        if self.step.health.skips.most_in_a_row() >= limit:
             last = self.saver.store.last
             raise FloatingPointError(
                 f"runtime.max_skipped_steps: the loss or its gradient was not finite in {limit} "
                 f"steps in a row, at epoch {epoch}; lower the learning rate or clip the gradient; "
                 + ("no checkpoint was written" if last is None else f"last checkpoint: {last}")
             )
-        self.ranks.check_alike(self.arenas.master, f"at epoch {epoch}")
+        self.ranks.check_alike(self.engine.weights(), f"at epoch {epoch}")
 
     def _keep_best(self, epoch: int, accuracies: tuple[float, float]) -> dict[str, Any]:
         """Keeps the weights if they are as good as the best; gives what changes in the progress."""
@@ -340,10 +336,12 @@ class Trainer:
         return changes
 
     def _parts(self) -> Parts:
-        return Parts(self.model.network, self.arenas, self.average, self._step)
+        adapters = self.engine.adapters
+        factors = None if adapters is None else adapters.arenas
+        return Parts(self.model.network, self.arenas, self.average, self._step, factors)
 
     def _source(self) -> Tensor:
-        return self.arenas.master if self.average is None else self.average.average
+        return self.engine.weights() if self.average is None else self.average.average
 
     def _weights(self) -> dict[str, Tensor]:
         buffers = {name: buffer.clone() for name, buffer in self.model.network.named_buffers()}

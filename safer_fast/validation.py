@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from safer_fast.config import SAVINGS, Config
+
+CW_STEPS = 30
+LIBRARY_ATTACKS = ("apgd-ce", "apgd-dlr", "square", "autoattack")
+"""Attacks of the evaluate command alone."""
 
 _RANGES: dict[str, tuple[str, float, float]] = {
     # flag: (what is expected, smallest, largest); both ends included
@@ -35,6 +40,7 @@ _RANGES: dict[str, tuple[str, float, float]] = {
     "selection.rho": ("above 0", 1e-12, float("inf")),
     "selection.from_block": ("at least 0", 0, float("inf")),
     "selection.num_images": ("at least 1", 1, float("inf")),
+    "selection.lora_rank": ("at least 0", 0, float("inf")),
     "sam.rho": ("at least 0", 0, float("inf")),
     "optim.learning_rate": ("above 0", 1e-12, float("inf")),
     "optim.safer_learning_rate": ("above 0", 1e-12, float("inf")),
@@ -94,6 +100,13 @@ def _check_together(config: Config) -> None:
                     f"--{flag}: expected 0 with --objective.name mart, whose labels are class "
                     f"numbers, got {value}"
                 )
+    if selection.lora_rank:
+        for flag in ("optim.ema_decay", "selection.norms"):
+            if value := _value(config, flag):
+                raise ValueError(
+                    f"--{flag}: expected none with --selection.lora_rank, which trains factors "
+                    f"alone, got {value}"
+                )
     if not all(0 <= beta < 1 for beta in config.optim.betas):
         raise ValueError(f"--optim.betas: expected two shares in [0, 1), got {config.optim.betas}")
     if not all(0 < milestone < 1 for milestone in config.optim.milestones):
@@ -108,17 +121,21 @@ def _check_together(config: Config) -> None:
         check_attack_name(name, "--evaluation.attacks")
 
 
-def check_attack_name(name: str, flag: str) -> None:
-    """`name` is clean, fgsm or pgd-K; raises ValueError naming `flag` otherwise."""
+def check_attack_name(name: str, flag: str, others: Sequence[str] = ()) -> None:
+    """`name` is clean, fgsm, pgd-K, cw, cw-K or one of `others`.
+
+    Raises ValueError naming `flag` otherwise.
+    """
     kind, dash, steps = name.partition("-")
-    is_pgd = kind == "pgd" and dash and steps.isdigit() and int(steps) > 0
-    if name not in ("clean", "fgsm") and not is_pgd:
-        raise ValueError(f"{flag}: expected clean, fgsm or pgd-K (such as pgd-20), got {name!r}")
+    is_climb = kind in ("pgd", "cw") and dash and steps.isascii() and steps.isdigit()
+    if name not in ("clean", "fgsm", "cw", *others) and not (is_climb and int(steps) > 0):
+        known = ", ".join(["clean", "fgsm", "pgd-K (such as pgd-20)", "cw", "cw-K", *others])
+        raise ValueError(f"{flag}: expected {known}, got {name!r}")
 
 
 def num_attack_steps(name: str) -> int:
-    """Iterations of the attack that is called so; 0 for clean."""
-    return {"clean": 0, "fgsm": 1}.get(name) or int(name.partition("-")[2] or 0)
+    """Iterations of clean, fgsm, pgd-K, cw or cw-K; 0 for clean."""
+    return {"clean": 0, "fgsm": 1, "cw": CW_STEPS}.get(name) or int(name.partition("-")[2] or 0)
 
 
 def _value(config: Config, flag: str) -> Any:

@@ -67,7 +67,7 @@ FLAGS = [
     "--runtime.log_every_steps=3",
     "--checkpoint.every_steps=1",
 ]
-MEASURED = ("time_s", "images_per_second", "data_wait_fraction", "peak_memory_mib")
+MEASURED = ("time_s", "images_per_second", "data_wait_fraction", "peak_memory_mib", "stage_ms")
 
 _ASKING = {signal.SIGINT, signal.SIGTERM}  # held back until there is a run that can be asked
 _IMPORTED = ["safer_fast.trainer", "sklearn.datasets", "torch._dynamo", "nvidia.dali.pipeline"]
@@ -376,8 +376,9 @@ def scalars_of(folder: Path) -> list[tuple[int, dict[str, float]]]:
     records = []
     for path in sorted(folder.glob("events.out.tfevents.*")):
         for event in LegacyEventFileLoader(str(path)).Load():
-            values = {value.tag: value.simple_value for value in event.summary.value}
-            kept = {tag: values[tag] for tag in values if tag.rpartition("/")[2] not in MEASURED}
+            found = [each for each in event.summary.value if each.HasField("simple_value")]
+            values = {each.tag: each.simple_value for each in found}
+            kept = {tag: values[tag] for tag in values if not set(tag.split("/")) & set(MEASURED)}
             records.append((event.step, kept))
     return [(step, values) for step, values in records if values]
 

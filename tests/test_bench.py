@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchattacks import PGD
 
-from bench import attack, others, peers
+from bench import attack, ops, others, peers
 from bench.implementation import warm_up
 from bench.memory import memory_handed_back, peak_memory_mib
 from bench.ours import STAGES, build, ours
@@ -20,6 +20,7 @@ from safer_fast.capture import Phase
 from safer_fast.config import SAVINGS
 from safer_fast.step import PHASES
 
+from .cases import Case
 from .tape import TapeRecorder
 
 SETTINGS = {
@@ -273,3 +274,18 @@ def test_every_committed_result_is_a_row_of_json() -> None:
     for file in files:
         for line in file.read_text().splitlines():
             assert {"what", "device", "torch", "date"} <= set(json.loads(line))
+
+
+def test_kernels_are_timed_beside_their_references_and_a_copy(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(ops, "ATTACK_BENCH", [Case("2 x 3 x 8 x 8", (2, 3, 8, 8))])
+    monkeypatch.setattr(ops, "SAM_BENCH", [Case("1 K", (1024,))])
+    file = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(sys, "argv", ["ops", "--repeats", "2", "--output", str(file)])
+    ops.main()
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert {"linf_step_", "l2_step_", "sum_squares", "perturb_", "restore_"} <= {
+        row["what"] for row in rows
+    }
+    assert all(row["p50_ms"] > 0 for row in rows)

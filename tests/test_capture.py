@@ -51,7 +51,7 @@ def run(
         set_learning_rate(step.optimizer, 1e-2 / (1 + index))
         epsilon, step_size = torch.tensor(0.01 + 0.002 * index), torch.tensor(0.01 - 0.001 * index)
         step(images, targets, epsilon, step_size)
-    return arenas.state_dict(), step.sums.take()
+    return arenas.state_dict(), step.health.sums.take()
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)

@@ -118,7 +118,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["--model.arguments", "3"], "--model.arguments: expected names with values"),
     (["--selection.fraction", "0"], "--selection.fraction: expected a share above 0"),
     (["--selection.warmup_epochs", "1000"], "--selection.warmup_epochs: expected less than"),
-    (["--evaluation.attacks", "pgd"], "--evaluation.attacks: expected clean, fgsm or pgd-K"),
+    (["--evaluation.attacks", "pgd"], "--evaluation.attacks: expected clean, fgsm, pgd-K"),
     (["--config", "nope"], "--config: expected a YAML file or one of the recipes"),
     (["--data.path", "nowhere"], "data.path: expected"),
     (["--batch-size", "5000"], "batch_size: expected at most 900"),
@@ -249,7 +249,7 @@ def test_a_run_folder_in_use_is_refused_and_kept(
     assert "which is in use" in refused(main, ["--output", file], capsys)
 
 
-@pytest.mark.parametrize("name", ["evaluate", "select", "report"])
+@pytest.mark.parametrize("name", ["evaluate", "select", "report", "export"])
 def test_commands_refuse_what_is_no_run(name: str, tmp_path: Path) -> None:
     result = command(name, str(tmp_path))
     assert result.returncode == 2
@@ -258,7 +258,7 @@ def test_commands_refuse_what_is_no_run(name: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "select", "report", "doctor"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "select", "report", "export", "doctor"])
 def test_help_answers_quickly_and_explains_every_flag(name: str) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = command(name, "--help")
@@ -271,3 +271,25 @@ def test_help_answers_quickly_and_explains_every_flag(name: str) -> None:
         assert "Radius of the ball; pixels are in [0, 1]" in " ".join(result.stdout.split())
         for line in ("--attack.epsilon", "--sam.rho", "--selection.every_epochs", "--batch-size"):
             assert line in result.stdout
+    shown = " ".join(result.stdout.split())
+    assert shown.startswith(f"usage: python -m safer_fast.{name} ")
+    for word in ("<class", "Literal[", "Union[", "Path to a configuration file", "type: int"):
+        assert word not in shown
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("int | null", "whole number or null"),
+        ("<class 'safer_fast.config.Names'>", "names, separated by commas"),
+        ("Union[int, Literal['auto']]", "whole number or auto"),
+        ("Optional[Literal['linf', 'l2']]", "linf or l2 or null"),
+        ("Radius | null", "number or fraction such as 8/255 or null"),
+        ("tuple[float, ...]", "numbers such as [0.9, 0.95]"),
+        ("dict[str, Any]", "names with values such as {depth: 4}"),
+    ],
+)
+def test_help_says_in_words_what_a_flag_takes(kind: str, words: str) -> None:
+    from safer_fast.help_text import in_words
+
+    assert in_words(kind) == words

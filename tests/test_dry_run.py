@@ -17,6 +17,7 @@ from safer_fast.attack import pgd
 from safer_fast.command_line import parse_config
 from safer_fast.dry_run import NUM_STEPS, NUM_WARM_UP, dry_run, passes_of_evaluation, table
 from safer_fast.flops import costs, ideal_flops
+from safer_fast.gallery import make_gallery
 from safer_fast.trainer import Trainer
 
 FLAGS = ["--data.max_images=300", "--batch-size=16", "--evaluation.max_images=50"]
@@ -141,6 +142,12 @@ def test_evaluations_are_counted_as_a_run_makes_them(
         num_passes += len(images)
         return attack_by_name(name, model, images, *arguments)
 
+    def shown(model: Any, images: torch.Tensor, *arguments: Any) -> Any:
+        nonlocal num_passes
+        num_passes += 2 * len(images)
+        return make_gallery(model, images, *arguments)
+
+    monkeypatch.setattr("safer_fast.examiner.make_gallery", shown)
     attack_by_name = safer_fast.evaluate.attack_by_name
     monkeypatch.setattr("safer_fast.attack.pgd", watched)
     monkeypatch.setattr(safer_fast.evaluate, "attack_by_name", classified)

@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 from safer_fast import train_model
 from safer_fast.attack import random_start
 from safer_fast.capture import CudaRecorder, Replays
+from safer_fast.command_configs import EvaluateConfig
 from safer_fast.command_line import parse_config
-from safer_fast.config import OptimConfig
+from safer_fast.config import Names, OptimConfig
 from safer_fast.data import Batch, ahead
+from safer_fast.evaluate import evaluate_run
 from safer_fast.metrics import read_metrics
 from safer_fast.micro_batch import MicroBatch
 from safer_fast.objective import Targets
@@ -26,6 +28,7 @@ from safer_fast.step import PHASES, Step
 
 from .networks import build, images_and_labels
 from .test_step import EPSILON, STEP_SIZE, error, make_reference, make_step
+from .test_train import SMALL
 
 pytestmark = [
     pytest.mark.gpu,
@@ -240,7 +243,7 @@ def test_a_step_survives_a_gpu_that_runs_out_of_memory() -> None:
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert lines
-    assert step.sums.take()["images"] == 6 * len(labels)
+    assert step.health.sums.take()["images"] == 6 * len(labels)
 
 
 def test_batches_are_copied_ahead_in_order_and_whole() -> None:
@@ -275,3 +278,40 @@ def test_a_whole_run_trains_on_the_gpu(flags: list[str], tmp_path: Path) -> None
     epochs = [e for e in read_metrics(folder / "metrics.jsonl") if e["event"] == "epoch"]
     assert max(event["clean_accuracy"] for event in epochs) > 0.8
     assert all(t.isfinite().all() for t in load_file(folder / "model.safetensors").values())
+
+
+def test_captured_steps_notice_about_themselves_what_eager_ones_do() -> None:
+    found = []
+    for mode in ("eager", "captured"):
+        step, _ = make(mode, torch.float32)
+        for index in range(7):
+            images, labels = (tensor.cuda() for tensor in images_and_labels(seed=1 + index))
+            radii = (torch.tensor(radius, device="cuda") for radius in (EPSILON, STEP_SIZE))
+            step(images, Targets.alike(labels), *radii)
+        found.append(step.health.sums.take())
+        assert set(step.stages.take()) == {"attack", "ascent", "descent", "update"}
+    assert found[0] == found[1]
+    assert found[0]["attacked"] == 7 * len(labels)
+
+
+def test_a_captured_evaluation_gives_the_figures_of_an_eager_one(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train_model(parse_config([*SMALL, "--runtime.cuda_graph=on", f"--output={folder}"]))
+    attacks = Names(["clean", "fgsm", "pgd-5", "cw-5", "apgd-ce"])
+    config = EvaluateConfig(run=str(folder), attacks=attacks, num_images=96, fresh=True)
+    captured = evaluate_run(config)
+    settings = (folder / "run.yaml").read_text()
+    assert "cuda_graph: 'on'" in settings
+    (folder / "run.yaml").write_text(settings.replace("cuda_graph: 'on'", "cuda_graph: 'off'"))
+    assert evaluate_run(config) == captured
+
+
+def test_low_rank_factors_are_trained_from_recordings(tmp_path: Path) -> None:
+    pytest.importorskip("peft", exc_type=ImportError)
+    results = []
+    for mode in ("on", "off"):
+        folder = tmp_path / mode
+        flags = ["--selection.lora_rank=4", f"--runtime.cuda_graph={mode}", f"--output={folder}"]
+        train_model(parse_config([*SMALL, "--amp=bf16", "--epochs=6", *flags]))
+        results.append(load_file(folder / "model.safetensors"))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])

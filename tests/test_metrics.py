@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -18,9 +19,11 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
+from safer_fast import report_map
 from safer_fast.metrics import FILE_NAME, MetricsLog, read_metrics, uninterrupted
 
 EPOCH: dict[str, Any] = {
@@ -131,6 +134,90 @@ def test_tensorboard_has_the_scalars_by_group_and_name(tmp_path: Path) -> None:
     assert (scalar.step, round(scalar.value, 6)) == (7, 0.45)
 
 
+def test_tensorboard_has_numbers_within_dictionaries_and_lists(tmp_path: Path) -> None:
+    health = {"stage_ms": {"attack": 2.5, "data": None}, "attack_success": [0.25, None, 0.75]}
+    with MetricsLog(tmp_path) as log:
+        log.write("epoch", epoch=1, step=7, **EPOCH, **health, catastrophic_overfitting=True)
+        log.write("step", epoch=1, step=7, deep={"a": {"b": {"c": 1.0}, "d": 1.5}, "text": "1"})
+    own = [one for one in scalars(tmp_path) if one[0].removeprefix("epoch/") not in EPOCH]
+    assert own == [
+        ("epoch/stage_ms/attack", 7, 2.5),
+        ("epoch/attack_success/0", 7, 0.25),
+        ("epoch/attack_success/2", 7, 0.75),
+        ("epoch/catastrophic_overfitting", 7, 1.0),
+        ("step/deep/a/d", 7, 1.5),  # what lies deeper is left out
+    ]
+
+
+def test_figures_of_transferred_images_have_a_name_of_their_own(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path) as log:
+        log.write("evaluation", epoch=1, step=7, **EVALUATION, source=None)
+        log.write("evaluation", epoch=1, step=7, **EVALUATION, source="other")
+    names = [name for name, *_ in scalars(tmp_path)]
+    assert names == ["evaluation/best-test-pgd-20", "evaluation/best-test-pgd-20-other"]
+
+
+def test_tensorboard_has_a_map_of_the_layers_for_each_selection(tmp_path: Path) -> None:
+    others = {"scores": {"head": 2.0, "blocks.0.attn.qkv": 1.0}, "selected": ["head"]}
+    with MetricsLog(tmp_path) as log:
+        log.write("selection", epoch=1, step=7, **SELECTION)
+        log.write("selection", epoch=2, step=9, **SELECTION | others)
+        log.write("selection", epoch=3, step=11, **SELECTION | {"scores": {}})
+    (first, one), (second, other) = pictures(tmp_path, "selection/layers")
+    assert (first, second) == (7, 9)
+    assert one.size == other.size
+    assert len(set(one.get_flattened_data())) > 10
+    assert one.tobytes() != other.tobytes()
+
+
+def test_a_resumed_run_has_the_maps_of_its_last_twelve_selections(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path) as log:
+        log._event_file._draws_maps = False
+        for step in range(14):
+            log.write("selection", epoch=step, step=step, **SELECTION)
+    assert pictures(tmp_path, "selection/layers") == []
+    with MetricsLog(tmp_path, resume_at=log.size) as log:
+        log.write("selection", epoch=14, step=14, **SELECTION)
+    steps = [step for step, _ in pictures(tmp_path, "selection/layers")]
+    assert steps == list(range(2, 15))
+
+
+def test_a_map_that_cannot_be_drawn_is_told_once_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no\nfont")
+
+    monkeypatch.setattr(report_map, "draw_layer_map", failing)
+    reports: list[str] = []
+    with MetricsLog(tmp_path, report=reports.append) as log:
+        for step in (1, 2):
+            log.write("selection", epoch=1, step=step, **SELECTION)
+    assert reports == [
+        "TensorBoard's map of layers cannot be drawn: RuntimeError: no font; it is left out"
+    ]
+    assert [step for name, step, _ in scalars(tmp_path) if name == "selection/head"] == [1, 2]
+
+
+def test_a_picture_comes_back_as_it_was_given(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (5, 3), "red").save(buffer, format="PNG")
+    with MetricsLog(tmp_path) as log:
+        log._event_file.add_images("gallery", buffer.getvalue(), 5, 3, step=4)
+    ((step, picture),) = pictures(tmp_path, "gallery")
+    assert (step, picture.size, picture.getpixel((4, 2))) == (4, (5, 3), (255, 0, 0))
+
+
+def test_a_picture_for_a_file_that_is_gone_is_left_out(tmp_path: Path) -> None:
+    reports: list[str] = []
+    with MetricsLog(tmp_path / "run", report=reports.append) as log:
+        shutil.rmtree(tmp_path / "run")
+        for step in (1, 2):
+            log._event_file.add_images("gallery", b"", 5, 3, step=step)
+    assert len(reports) == 1
+    assert reports[0].startswith("TensorBoard's event file cannot be written: ")
+
+
 def test_a_log_that_is_opened_again_goes_on(tmp_path: Path) -> None:
     for step in (1, 2):
         with MetricsLog(tmp_path) as log:
@@ -205,7 +292,22 @@ def scalars(run: Path) -> list[tuple[str, int, float]]:
         for path in sorted(run.glob("events.out.tfevents.*"))
         for event in LegacyEventFileLoader(str(path)).Load()
         for value in event.summary.value
+        if value.HasField("simple_value")
     ]
+
+
+def pictures(run: Path, tag: str) -> list[tuple[int, Image.Image]]:
+    """Step and picture of every image that TensorBoard's reader finds under a tag."""
+    events = EventAccumulator(str(run), {"images": 0})
+    events.Reload()
+    if tag not in events.Tags()["images"]:
+        return []
+    found = []
+    for event in events.Images(tag):
+        picture = Image.open(io.BytesIO(event.encoded_image_string))
+        assert picture.size == (event.width, event.height)
+        found.append((event.step, picture.convert("RGB")))
+    return found
 
 
 def without_time(path: Path) -> list[dict[str, Any]]:

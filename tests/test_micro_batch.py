@@ -39,7 +39,7 @@ def test_gradients_of_parts_add_up_to_those_of_the_batch() -> None:
         images, labels = images_and_labels()
         run_step(step, images, labels)
         found.append(torch.cat([view.flatten() for view in step.selection.gradient_views]))
-        assert step.sums.take()["images"] == 6
+        assert step.health.sums.take()["images"] == 6
     for gradient in found[1:]:
         torch.testing.assert_close(gradient, found[0], rtol=1e-4, atol=1e-6)
 

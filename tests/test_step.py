@@ -360,7 +360,7 @@ def test_the_step_never_waits_for_the_device(objective: str, optim: OptimConfig 
     with forbidding_host_syncs():
         step(images, Targets.alike(labels), epsilon, step_size)
         step(images, Targets.alike(labels), epsilon, step_size)
-    assert step.sums.take()["images"] == 2 * len(labels)
+    assert step.health.sums.take()["images"] == 2 * len(labels)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -400,11 +400,11 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     run_step(step, broken, labels)
     assert torch.equal(arenas.master, before)
     assert torch.equal(arenas.compute[torch.float32], compute)
-    assert step.sums.take()["skipped"] == 2
+    assert step.health.sums.take()["skipped"] == 2
     run_step(step, images, labels)
     assert not torch.equal(arenas.master, before)
     assert arenas.master.isfinite().all()
-    assert step.skips.most_in_a_row() == 2
+    assert step.health.skips.most_in_a_row() == 2
 
 
 def test_layerwise_radii_perturb_every_layer_by_its_own_share() -> None:
@@ -460,7 +460,7 @@ def test_images_that_fill_a_batch_up_change_nothing(objective: str, micro_batch:
         step, arenas = make_step(build(), ["blocks.2.mlp.fc1", "head"], **settings)
         step.attack.steps = 0  # random starts depend on how many there are
         step(images[: len(targets.labels)], targets, torch.tensor(0.0), torch.tensor(0.0))
-        results.append((arenas.master.clone(), step.sums.take()))
+        results.append((arenas.master.clone(), step.health.sums.take()))
     (weights_alone, sums_alone), (weights_padded, sums_padded) = results
     torch.testing.assert_close(weights_padded, weights_alone)
     assert sums_padded == pytest.approx(sums_alone, rel=1e-5)
@@ -476,7 +476,7 @@ def test_mixed_labels_are_learned_and_counted_by_their_larger_part() -> None:
     run_step(step, images, mixed)
     run_step(other, images, labels)
     assert not torch.equal(arenas.master, other_arenas.master)
-    assert step.sums.take()["images"] == len(labels)
+    assert step.health.sums.take()["images"] == len(labels)
     logits = torch.nn.functional.one_hot(labels, 10)
     assert int(Targets.alike(mixed).num_right(logits)) == len(labels)
 
@@ -492,6 +492,6 @@ def test_a_batch_that_counts_for_nothing_teaches_nothing() -> None:
         torch.tensor(EPSILON),
         torch.tensor(STEP_SIZE),
     )
-    sums = step.sums.take()
+    sums = step.health.sums.take()
     assert (sums["images"], sums["loss"], sums["skipped"]) == (0, 0, 0)
     assert torch.equal(arenas.master, before)

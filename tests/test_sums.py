@@ -66,18 +66,22 @@ def test_taking_is_one_transfer_for_all_sums() -> None:
         assert sums.take() == {f"value_{index}": float(index) for index in range(50)}
 
 
-def test_a_value_that_is_no_scalar_is_refused() -> None:
-    with pytest.raises(AssertionError, match=r"loss: expected a 0-d tensor, got \(2,\)"):
-        DeviceSums().add(loss=torch.zeros(2))
+def test_a_row_of_values_is_summed_up_place_by_place() -> None:
+    sums = DeviceSums()
+    for _ in range(2):
+        sums.add(right=torch.tensor([1, 2]), images=torch.tensor(3), none=torch.zeros(0))
+    assert sums.take() == {"images": 6.0, "right_0": 2.0, "right_1": 4.0}
+    with pytest.raises(AssertionError, match="loss: expected at most 1 dimension, got 2"):
+        sums.add(loss=torch.zeros(2, 2))
 
 
 def test_loaded_sums_go_on_where_they_were() -> None:
     sums, resumed = DeviceSums(), DeviceSums()
     for value in (1 / 3, 1 / 7):
-        sums.add(loss=torch.tensor(value), images=torch.tensor(2))
-    resumed.load(("images", "loss"), sums.values())
+        sums.add(loss=torch.tensor(value), images=torch.tensor(2), right=torch.tensor([1, value]))
+    resumed.load({"right": (2,), "images": (), "loss": ()}, sums.values())
     for each in (sums, resumed):
-        each.add(loss=torch.tensor(1 / 11), images=torch.tensor(3))
+        each.add(loss=torch.tensor(1 / 11), images=torch.tensor(3), right=torch.ones(2))
     assert resumed.take() == sums.take()
 
 

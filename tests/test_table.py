@@ -1,12 +1,13 @@
 """The tables of the README are those of the committed results."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import table
+from bench import accuracy, table
 from bench.table import committed_rows, newest, with_tables
 
 ORIGIN = {"device": "cpu, 2 threads, AVX512", "torch": "2.15.0", "date": "2026-01-02T03:04:05"}
@@ -166,3 +167,49 @@ def test_a_row_from_before_a_switch_is_older_than_one_with_it_off() -> None:
     rows = [peers_row("ours"), peers_row("ours", captured=False, date="2026-01-03T03:04:05")]
     assert newest(rows) == rows[1:]
     assert len(newest([*rows, peers_row("ours", captured=True)])) == 2
+
+
+def finished_run(folder: Path, seed: int, accuracy: float) -> Path:
+    """What rows of accuracies are made from; an evaluation after the end is none of the run's."""
+    folder.mkdir()
+    (folder / "run.yaml").write_text(
+        f"amp: bf16\nseed: {seed}\nepochs: 4\nattack: {{norm: linf}}\n"
+    )
+    about = {"device": "cpu (CPU, 1 threads)", "torch": "2.14", "data": "digits", "model": "vit"}
+    events: list[dict[str, Any]] = [{"event": "run", "epoch": 0, "step": 0, "time_s": 0.0, **about}]
+    place = {"event": "evaluation", "epoch": 4, "step": 8, "time_s": 9.0, "split": "test"}
+    for weights in ("best", "last"):
+        for attack, epsilon, loss in (("clean", 0.0, 0.0), ("pgd-20", 0.1, 0.5)):
+            facts = {"weights": weights, "attack": attack, "epsilon": epsilon, "num_images": 100}
+            events.append({**place, **facts, "accuracy": accuracy - loss})
+    end = {"event": "end", "epoch": 4, "step": 8, "time_s": 10.4}
+    late = {**events[-1], "attack": "fgsm"}
+    lines = [json.dumps(event) + "\n" for event in [*events, end, late]]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    return folder
+
+
+def test_accuracies_of_seeds_are_lines_with_their_mean_and_deviation_below(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [finished_run(tmp_path / str(seed), seed, 0.9 + seed / 10) for seed in (0, 1)]
+    file = tmp_path / "rows.jsonl"
+    arguments = [*map(str, runs), "--name", "some run", "--output", str(file)]
+    monkeypatch.setattr(sys, "argv", ["accuracy", *arguments])
+    accuracy.main()
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(rows) == 8
+    content = written("accuracy cpu", rows)
+    assert content.split("\n\n")[1].startswith("some run: clean / pgd-20 accuracy (linf,")
+    assert "| seed | best | last |" in content
+    assert "| 1 | 1.000 / 0.500 | 1.000 / 0.500 |" in content
+    assert "| mean | 0.950 / 0.450 | 0.950 / 0.450 |" in content
+    assert "| deviation | 0.071 / 0.071 | 0.071 / 0.071 |" in content
+
+
+def test_a_run_that_has_not_ended_has_no_accuracies(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run", 0, 0.9)
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(line for line in lines if '"end"' not in line))
+    with pytest.raises(ValueError, match="expected a finished run"):
+        accuracy.rows_of(run, "some run")

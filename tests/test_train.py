@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
@@ -13,13 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from safer_fast import train_model
-from safer_fast.command_configs import EvaluateConfig, SelectConfig
+from safer_fast.command_configs import EvaluateConfig
 from safer_fast.command_line import parse_config
 from safer_fast.config import Names
 from safer_fast.evaluate import evaluate_run
 from safer_fast.metrics import read_metrics
-from safer_fast.select import select
 from safer_fast.trainer import Trainer
+
+from .kills import lines_of
 
 SMALL = [
     "--epochs=4",
@@ -126,12 +126,7 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(finished: Path, tmp_path: 
     first = weights(finished)
     assert all(torch.equal(tensor, first[name]) for name, tensor in weights(again).items())
     assert not all(torch.equal(tensor, first[name]) for name, tensor in weights(other).items())
-    keep = ("time_s", "images_per_second", "data_wait_fraction", "peak_memory_mib")
-    events = [
-        [{k: v for k, v in event.items() if k not in keep} for event in read_metrics(path)]
-        for path in (finished / "metrics.jsonl", again / "metrics.jsonl")
-    ]
-    assert events[0] == events[1]
+    assert lines_of(finished) == lines_of(again)
 
 
 def test_a_set_on_the_device_gives_the_same_run_bit_for_bit(finished: Path, tmp_path: Path) -> None:
@@ -226,19 +221,6 @@ def test_evaluating_takes_any_data_that_fits(finished: Path, tmp_path: Path) -> 
         EvaluateConfig(run=str(finished), path=str(file), attacks=Names(["clean"]), num_images=40)
     )
     assert results[0].num_images == 40
-
-
-def test_select_ranks_the_layers_of_a_run(finished: Path, capsys: Any) -> None:
-    selected = select(SelectConfig(run=str(finished), num_images=64, fraction=0.2))
-    content = json.loads((finished / "selection.json").read_text())
-    assert content["selected"] == selected
-    assert len(selected) == 4
-    assert len(content["scores"]) == 18
-    scores = list(content["scores"].values())
-    assert scores == sorted(scores, reverse=True)
-    lines = capsys.readouterr().out.strip().split("\n")
-    assert lines[0].split()[:3] == ["1", "*", selected[0]]
-    assert len(lines) == 19
 
 
 def test_an_interrupted_run_ends_without_a_traceback(tmp_path: Path) -> None:

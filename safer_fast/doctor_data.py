@@ -1,0 +1,125 @@
+"""The doctor's look at a user's own things: data that a run would read, a disk it would fill."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from safer_fast.config import DataConfig
+from safer_fast.doctor_checks import Check
+
+if TYPE_CHECKING:
+    from safer_fast.data import Data
+
+_Backend = Literal["auto", "dali", "torch", "device"]
+_BACKENDS: tuple[_Backend, ...] = ("device", "dali", "torch")
+_NUM_BATCHES = 8
+_LEAST_DISK_GIB = 5
+_LEAST_DISK_MIB_PER_S = 50
+_WRITTEN_MIB = 64
+
+
+def check_data(config: DataConfig, batch_size: int) -> Iterator[Check]:
+    """Opens the data as training would, then decodes some batches with each backend in turn."""
+    try:
+        data = _load(config, batch_size)
+    except (ValueError, OSError) as error:
+        remedy = "see docs/data.md for the formats, and what their folders and columns are"
+        yield Check("data", False, _line(error), remedy)
+        return
+    yield Check("data", True, _describe(data))
+    wanted: tuple[_Backend, ...] = _BACKENDS if config.backend == "auto" else (config.backend,)
+    for backend in wanted:
+        yield _check_backend(replace(config, backend=backend), batch_size)
+
+
+def check_disk(output: str | None) -> Check:
+    """Whether the disk that `output`, or else the current folder, is on has room and speed."""
+    folder = Path(output or ".").absolute()
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    where = output or "the current folder"
+    try:
+        speed = _write_speed(folder)
+    except OSError as error:
+        detail = f"{where} cannot be written: {error.strerror or error}"
+        return Check("disk", False, detail, "put --output where you may write, or make room")
+    free = shutil.disk_usage(folder).free / 2**30
+    detail = f"{free:,.1f} GiB free, {speed:,.0f} MiB/s written, for {where}"
+    if free < _LEAST_DISK_GIB:
+        return Check("disk", False, detail, "make room, or put --output on another disk")
+    if speed < _LEAST_DISK_MIB_PER_S:
+        remedy = "put --output on a faster disk, or write fewer checkpoints (--checkpoint.minutes)"
+        return Check("disk", False, detail, remedy)
+    return Check("disk", True, detail)
+
+
+def _load(config: DataConfig, batch_size: int) -> Data:
+    import torch
+
+    from safer_fast.data import load_data
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return load_data(config, batch_size=batch_size, seed=0, device=device, report=lambda _: None)
+
+
+def _describe(data: Data) -> str:
+    num_test = data.test.num_images if data.test is not None else 0
+    return (
+        f"{data.num_classes} classes, {data.train.num_images} training, "
+        f"{data.validation.num_images} validation, {num_test} test images of "
+        f"{data.num_channels}x{data.image_size}x{data.image_size}; training would use "
+        f"{data.train.backend}"
+    )
+
+
+def _check_backend(config: DataConfig, batch_size: int) -> Check:
+    """Loads afresh, as a run does; what is read before the first batch has its own time."""
+    name = f"data by {config.backend}"
+    started = time.monotonic()
+    try:
+        times, counts = _time_batches(_load(config, batch_size), batch_size)
+    except Exception as error:
+        # what a library that decodes may raise is not known; that it did is what a user asks
+        remedy = f"training with --data.backend auto does without {config.backend}"
+        if config.backend == "torch":
+            remedy = "find the image that the line names; --data.bad_images skip leaves it out"
+        return Check(name, False, _line(error), remedy)
+    if not counts:
+        return Check(name, False, "gave no image", "see docs/data.md")
+    detail = f"first of {len(counts)} batches after {times[0] - started:.2f} s"
+    if len(counts) > 1:
+        speed = sum(counts[1:]) / max(times[-1] - times[0], 1e-9)
+        detail += f", then {speed:,.0f} images/s"
+    return Check(name, True, detail)
+
+
+def _time_batches(data: Data, batch_size: int) -> tuple[list[float], list[int]]:
+    """When each of the first batches was there, and how many images it had."""
+    times, counts = [], []
+    for batch in data.train.epoch(1, limit=_NUM_BATCHES * batch_size):
+        times.append(time.monotonic())
+        counts.append(batch.num_images)
+    return times, counts
+
+
+def _write_speed(folder: Path) -> float:
+    """MiB/s with which a file reaches the disk; it is gone afterwards."""
+    block = os.urandom(2**20)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        started = time.monotonic()
+        for _ in range(_WRITTEN_MIB):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        return _WRITTEN_MIB / max(time.monotonic() - started, 1e-9)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,265 @@
+"""One evaluation of a run folder, batch by batch, which goes on where an earlier one was ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from safer_fast.attack import placed_start
+from safer_fast.attack_suite import Climber, LibraryAttacks, climb_of
+from safer_fast.command_configs import EvaluateConfig
+from safer_fast.data import Batch, as_pixels
+from safer_fast.data.seeds import derive_seed
+from safer_fast.distributed import Ranks, connected
+from safer_fast.evaluate import accuracy_table, class_table
+from safer_fast.evaluation_progress import Progress
+from safer_fast.evaluation_setup import EvaluationSetup, num_restarts, set_up_evaluation
+from safer_fast.evaluation_store import SCALE, Outcome, names_of, to_millionths
+from safer_fast.flops import costs
+from safer_fast.metrics import FILE_NAME, read_metrics
+from safer_fast.micro_batch import MicroBatch
+from safer_fast.run_folder import LoadedRun
+from safer_fast.run_log import RunLog
+from safer_fast.runtime import compile_blocks, plan
+from safer_fast.stopping import Stopped, Stops
+from safer_fast.validation import LIBRARY_ATTACKS, num_attack_steps
+
+GRACE_S = 25.0
+NUM_SHAPES = 8
+"""Sizes of batches that are compiled and recorded for."""
+
+
+def measure_run(config: EvaluateConfig) -> list[dict[str, Any]]:
+    """A row for each attack, printed and appended to metrics.jsonl where it is not there yet."""
+    folder = Path(config.run)
+    with connected(config.device != "cpu") as ranks, Stops(Ranks(), GRACE_S) as stops:
+        setup = set_up_evaluation(config, ranks)
+        file = folder / FILE_NAME
+        logged = read_metrics(file) if ranks.is_first and file.is_file() else []
+        log = RunLog(folder, ranks)
+        num_images = setup.loader.num_images
+        share = -(-min(config.num_images or num_images, num_images) // ranks.num_ranks)
+        with Progress(list(setup.stores), share, log.say, ranks.is_first) as progress:
+            examination = Examination(config, setup, progress, stops, log, share)
+            try:
+                for batch in setup.loader.epoch(1, limit=config.num_images):
+                    examination.take(batch)
+            except Stopped as stop:
+                done = f"{stop.signal.name}: stopped at {progress.share_done:.0%}"
+                log.say(f"{done}; the same command goes on from there")
+                raise
+        rows = examination.rows(ranks)
+        rows = [row for row in rows if row["attack"] in config.attacks]
+        epoch = setup.judge.config.epochs
+        _log(rows, logged, epoch, log)
+        log.say(accuracy_table(rows))
+        log.say(class_table(rows, setup.judge.class_names))
+    return rows
+
+
+class Examination:
+    """Measures batch after batch what is not in the stores yet, and adds up what is in them.
+
+    share: about how many images will come. Only images that are right without an attack are
+    attacked, and by the next restart only those that are still right.
+    """
+
+    def __init__(
+        self,
+        config: EvaluateConfig,
+        setup: EvaluationSetup,
+        progress: Progress,
+        stops: Stops,
+        log: RunLog,
+        share: int,
+    ) -> None:
+        judge, attacked, threat = setup.judge, setup.attacked, setup.threat
+        self.config, self.judge, self.attacked = config, judge.model, attacked.model
+        self.threat, self.stores, self.progress, self.stops = threat, setup.stores, progress, stops
+        self.split, self.is_transfer = setup.split, attacked is not judge
+        self.device = judge.model.mean.device
+        num_classes = len(judge.class_names)
+        runtime = plan(
+            attacked.runtime, attacked.config.runtime, _num_operations(config, attacked, share)
+        )
+        self.is_compiled = runtime.is_compiled
+        if self.is_compiled:
+            compile_blocks(self.attacked)
+        is_shaped = runtime.is_compiled or runtime.is_captured
+        replays = runtime.replays(log.say)
+        parts = MicroBatch("--batch-size", "auto", replays.forget, log.say)
+        multiple = -(-min(config.batch_size, share) // NUM_SHAPES) if is_shaped else 1
+        self.climber = Climber(self.attacked, threat.norm, parts, replays, multiple)
+        self.library = LibraryAttacks(self.attacked, threat.norm, num_classes, parts, log.say)
+        # of each attack: images and right ones of each class, losses in millionths, seconds
+        self.sums = {
+            name: torch.zeros(2 * num_classes + 2, dtype=torch.float64) for name in setup.stores
+        }
+        for model in {self.judge, self.attacked}:
+            model.register_forward_pre_hook(lambda *_: self._move_on())
+
+    def take(self, batch: Batch) -> None:
+        """The batch is measured under every attack, and counted."""
+        self._move_on()
+        count = batch.num_images
+        batch = replace(
+            batch, images=batch.images[:count], labels=batch.labels[:count], num_padding=0
+        )
+        if not count:
+            return
+        names = {
+            is_joint: names_of(batch.images, batch.labels, batch.position, is_joint)
+            for is_joint in {name in LIBRARY_ATTACKS for name in self.stores}
+        }
+        clean: list[Outcome] = []
+        for name, store in self.stores.items():
+            own = names[name in LIBRARY_ATTACKS]
+            outcomes = store.get(own)
+            is_known = outcomes is not None
+            if outcomes is None:
+                outcomes = self._measure(name, batch, clean)
+                store.add(own, outcomes)
+            clean = clean or outcomes
+            self._count(name, batch.labels, outcomes, is_known)
+
+    def rows(self, ranks: Ranks) -> list[dict[str, Any]]:
+        """A row for each attack over the batches of all ranks; raises ValueError for no image."""
+        return [self._row(name, ranks.sum_(sums), ranks) for name, sums in self.sums.items()]
+
+    def _measure(self, name: str, batch: Batch, clean: Sequence[Outcome]) -> list[Outcome]:
+        started = time.perf_counter()
+        images = as_pixels(batch.images.to(self.device))
+        labels = batch.labels.to(self.device)
+        if name == "clean":
+            is_right, losses = self._judged(images, labels)
+        else:
+            is_right = torch.tensor([outcome.is_right for outcome in clean], device=self.device)
+            losses = torch.tensor(
+                [torch.nan if o.loss is None else o.loss / SCALE for o in clean],
+                device=self.device,
+            )
+            for restart in range(num_restarts(name, self.config)):
+                rows = is_right.nonzero().squeeze(1)
+                if len(rows):
+                    attacked = self._attack(name, images, labels, rows, batch.position, restart)
+                    is_right[rows], losses[rows] = self._judged(attacked, labels[rows])
+        right, kept = is_right.tolist(), to_millionths(losses)
+        seconds = (time.perf_counter() - started) / len(right)
+        return [Outcome(*pair, seconds) for pair in zip(right, kept, strict=True)]
+
+    def _attack(
+        self, name: str, images: Tensor, labels: Tensor, rows: Tensor, position: int, restart: int
+    ) -> Tensor:
+        """What the attack makes of these rows of the images [B, C, H, W]."""
+        purpose = f"evaluation {name}" + (f" restart {restart}" if restart else "")
+        seed_of = partial(derive_seed, self.config.seed, purpose)
+        epsilon = self.threat.epsilon
+        if name in LIBRARY_ATTACKS:
+            with self._eagerly():
+                return self.library(
+                    name, images[rows], labels[rows], epsilon, seed_of(position), self.is_transfer
+                )
+        climb, start = climb_of(name, epsilon), images
+        if climb.is_random:
+            radius = torch.full((), epsilon, device=self.device)
+            start = placed_start(
+                images, radius, self.threat.norm, position=position, seed_of=seed_of
+            )
+        return self.climber(climb, start[rows], images[rows], labels[rows], epsilon)
+
+    def _judged(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Which images are right, bool [B], and their losses [B]."""
+        is_right = torch.empty_like(labels, dtype=torch.bool)
+        losses = torch.empty(len(labels), device=self.device)
+
+        def judge_in_parts(size: int) -> None:
+            for first in range(0, len(labels), size):
+                part = slice(first, first + size)
+                logits = self.judge(images[part])
+                is_right[part] = logits.argmax(1) == labels[part]
+                losses[part] = cross_entropy(logits, labels[part], reduction="none")
+
+        with torch.no_grad(), self._eagerly():
+            self.climber.micro_batch.run(len(labels), judge_in_parts)
+        return is_right, losses
+
+    def _eagerly(self) -> AbstractContextManager[object]:
+        """Batches of any size are nothing to compile for."""
+        return torch.compiler.set_stance("force_eager") if self.is_compiled else nullcontext()
+
+    def _move_on(self) -> None:
+        self.stops.check()
+        self.progress.tick()
+
+    def _count(
+        self, name: str, labels: Tensor, outcomes: Sequence[Outcome], is_known: bool
+    ) -> None:
+        right = torch.tensor([outcome.is_right for outcome in outcomes])
+        losses = [torch.nan if outcome.loss is None else outcome.loss for outcome in outcomes]
+        seconds = sum(outcome.seconds for outcome in outcomes)
+        sums, classes = self.sums[name], labels.cpu()
+        num_classes = len(sums) // 2 - 1
+        for index, values in enumerate((classes, classes[right])):
+            part = sums[index * num_classes : (index + 1) * num_classes]
+            part += torch.bincount(values, minlength=num_classes)
+        sums[-2:] += torch.tensor([sum(losses), seconds], dtype=torch.float64)
+        measured = None if is_known else seconds
+        self.progress.add(name, len(outcomes), int(right.sum()), measured)
+
+    def _row(self, name: str, sums: Tensor, ranks: Ranks) -> dict[str, Any]:
+        counts, (loss, seconds) = sums[:-2].view(2, -1), sums[-2:].tolist()
+        (num_images, num_right), is_clean = counts.sum(1).int().tolist(), name == "clean"
+        if not num_images:
+            raise ValueError(
+                "data.path: expected an image that can be read to evaluate on, got none"
+            )
+        pairs = zip(*counts.tolist(), strict=True)
+        return {
+            "split": self.split,
+            "weights": self.config.weights,
+            "attack": name,
+            "norm": None if is_clean else self.threat.norm,
+            "epsilon": 0.0 if is_clean else self.threat.epsilon,
+            "accuracy": num_right / num_images,
+            "num_images": num_images,
+            "loss": round(loss / num_images) / SCALE if loss == loss else None,
+            "restarts": None if is_clean else num_restarts(name, self.config),
+            "seed": None if is_clean else self.config.seed,
+            "source": None if is_clean else self.config.source,
+            "per_class_accuracy": [right / count if count else None for count, right in pairs],
+            "seconds": round(seconds / ranks.num_ranks, 3),
+        }
+
+
+def _log(
+    rows: Sequence[dict[str, Any]], logged: Sequence[Mapping[str, Any]], epoch: int, log: RunLog
+) -> None:
+    """Rows are appended to metrics.jsonl where nothing there says the same."""
+    for row in rows:
+        facts = {key: value for key, value in row.items() if key != "seconds"}
+        if not any(event.items() >= facts.items() for event in logged):
+            log.write("evaluation", epoch=epoch, step=0, **row)
+    log.close()
+
+
+def _num_operations(config: EvaluateConfig, attacked: LoadedRun, num_images: int) -> float:
+    """About how many operations our own attacks will take: backward as long as forward."""
+    model, size = attacked.model, attacked.image_size
+    image = torch.zeros(1, attacked.num_channels, size, size, device=model.mean.device)
+    with model.plainly():
+        forward = sum(cost.forward for cost in costs(model, image).values())
+    passes = sum(
+        2 * num_attack_steps(name) * num_restarts(name, config)
+        for name in config.attacks
+        if name not in LIBRARY_ATTACKS
+    )
+    return num_images * passes * forward

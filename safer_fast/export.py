@@ -1,0 +1,223 @@
+"""A run's model for timm, the hub, RobustBench, ONNX: `python -m safer_fast.export RUN`."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from safer_fast.command_line import new_parser, parse, printable, run, with_underscores
+
+if TYPE_CHECKING:
+    import torch
+
+    from safer_fast.run_folder import LoadedRun
+
+ONNX = "model.onnx"
+_NUM_COMPARED = 8
+
+
+@dataclass
+class ExportConfig:
+    """What is exported, and as what."""
+
+    run: str
+    """Run folder."""
+    format: Literal["timm", "hub", "robustbench", "onnx"] = "timm"
+    """timm: a folder for timm's local-dir:. hub: the same with a model card, ready to upload.
+    robustbench: a module that takes pixels in [0, 1]. onnx: pixels in, logits out."""
+    weights: str = "last"
+    """last or best."""
+    output: str | None = None
+    """New or empty folder to write; default: export-FORMAT in the run folder."""
+    license: str = "other"
+    """License of the weights that the model card names; other: none is named."""
+    name: str | None = None
+    """Name in the model card; default: that of the run folder."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """`python -m safer_fast.export RUN [flags]`: writes a folder, says how to load it."""
+    parser = new_parser("export", "Write a run's model in a format that others load.")
+    parser.add_class_arguments(ExportConfig, None, skip={"run"})
+    parser.add_argument("run", type=str, metavar="RUN", help="run folder")
+    export(parse(parser, with_underscores(arguments), ExportConfig))
+
+
+def export(config: ExportConfig) -> Path:
+    """The folder that holds the model in its format; it is written whole or not at all.
+
+    Weights are the float32 masters, whatever the run computed in. Raises ValueError for a folder
+    that is no run, an output folder in use, and packages that are missing.
+    """
+    from safer_fast.export_onnx import check_packages
+    from safer_fast.run_folder import check_output, load_run
+
+    folder = Path(config.output or Path(config.run) / f"export-{config.format}")
+    check_output(folder)
+    if config.format == "onnx":
+        check_packages()
+    loaded = load_run(Path(config.run), config.weights, "cpu")
+    loaded.model.compute_dtype = loaded.model.mean.dtype
+    loaded.model.requires_grad_(False)
+    writers: dict[str, Callable[[ExportConfig, LoadedRun, Path], str]] = {
+        "timm": _write_timm,
+        "hub": _write_hub,
+        "robustbench": _write_robustbench,
+        "onnx": _write_onnx,
+    }
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        advice = writers[config.format](config, loaded, temporary)
+        temporary.chmod(0o755)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    files = ", ".join(sorted(path.name for path in folder.iterdir()))
+    print(
+        f"{config.weights} weights of {printable(config.run)} in {printable(str(folder))}: {files}"
+    )
+    print(advice.replace("FOLDER", printable(str(folder))))
+    return folder
+
+
+def _write_timm(config: ExportConfig, loaded: LoadedRun, folder: Path) -> str:
+    from safer_fast.checkpoint import MODEL_CONFIG, WEIGHTS, save_json, save_weights
+
+    save_weights(loaded.model.network.state_dict(), folder / WEIGHTS)
+    save_json(_timm_config(config, loaded, folder), folder / MODEL_CONFIG)
+    return (
+        'load it: timm.create_model("local-dir:FOLDER", pretrained=True); it takes normalised '
+        f"images, mean and std in {MODEL_CONFIG}"
+    )
+
+
+def _write_hub(config: ExportConfig, loaded: LoadedRun, folder: Path) -> str:
+    from safer_fast.export_card import model_card
+
+    advice = _write_timm(config, loaded, folder)
+    (folder / "README.md").write_text(model_card(_card(config, loaded)), encoding="utf-8")
+    if config.license == "other":
+        advice += "\nno license of the weights is named: --license NAME"
+    return advice + "\nupload it: hf upload USER/NAME FOLDER"
+
+
+def _write_robustbench(config: ExportConfig, loaded: LoadedRun, folder: Path) -> str:
+    from safer_fast.export_robustbench import CODE, save_robustbench
+
+    described = _timm_config(config, loaded, folder)
+    save_robustbench(loaded.model, described["architecture"], described["model_args"], folder)
+    return (
+        f"load it: from {Path(CODE).stem} import load, with FOLDER on Python's path; images in "
+        "[0, 1], see its docstring"
+    )
+
+
+def _write_onnx(config: ExportConfig, loaded: LoadedRun, folder: Path) -> str:
+    from safer_fast.export_onnx import save_onnx
+
+    facts = {"class_names": loaded.class_names, "threat_model": _threat_model(loaded)}
+    difference = save_onnx(loaded.model, _images(loaded), folder / ONNX, facts)
+    return (
+        f'load it: onnxruntime.InferenceSession("FOLDER/{ONNX}"); images float32 [B, C, H, W] in '
+        f"[0, 1] -> logits [B, K]; logits differ by {difference:.1e} at most from torch's"
+    )
+
+
+def _timm_config(config: ExportConfig, loaded: LoadedRun, folder: Path) -> dict[str, Any]:
+    """config.json in timm's schema, which claims nothing of weights that these are not."""
+    from safer_fast import __version__
+    from safer_fast.checkpoint import MODEL_CONFIG, read_json
+    from safer_fast.model import save_timm_config
+    from safer_fast.run_folder import KEY
+
+    file = folder / MODEL_CONFIG
+    save_timm_config(loaded.model, file, loaded.image_size, loaded.class_names)
+    content = read_json(file)
+    file.unlink()
+    # tag and license are those of timm's own weights of this architecture
+    for name in ("tag", "license", "origin_url", "paper_ids", "paper_name"):
+        content["pretrained_cfg"].pop(name, None)
+    content["pretrained_cfg"]["license"] = config.license
+    content[KEY] = {
+        "version": __version__,
+        "threat_model": _threat_model(loaded),
+        "weights": config.weights,
+        "accuracies": _accuracies(config),
+    }
+    return content
+
+
+def _card(config: ExportConfig, loaded: LoadedRun) -> Any:
+    from safer_fast.export_card import Card
+    from safer_fast.run_folder import CONFIG
+
+    settings, model = loaded.config, loaded.model
+    data = Path(settings.data.path).stem if settings.data.path else "digits"
+    lines = (Path(config.run) / CONFIG).read_text(encoding="utf-8").splitlines()
+    return Card(
+        name=config.name or Path(config.run).resolve().name,
+        architecture=settings.model.name,
+        license=config.license,
+        data=data,
+        norm=settings.attack.norm,
+        epsilon=float(settings.attack.epsilon),
+        weights=config.weights,
+        num_classes=len(loaded.class_names),
+        shape=(loaded.num_channels, loaded.image_size, loaded.image_size),
+        mean=model.mean.flatten().tolist(),
+        std=model.std.flatten().tolist(),
+        accuracies=_accuracies(config),
+        recipe="\n".join(_without_folders(line) for line in lines if not line.startswith("#")),
+    )
+
+
+def _without_folders(line: str) -> str:
+    """A line of run.yaml whose paths are the names of what they lead to: folders are private."""
+    name, colon, value = line.partition(": ")
+    is_path = name.strip() in ("path", "validation_path", "test_path", "checkpoint", "output")
+    return f"{name}{colon}{Path(value).name}" if is_path else line
+
+
+def _threat_model(loaded: LoadedRun) -> dict[str, Any]:
+    attack = loaded.config.attack
+    return {"norm": attack.norm, "epsilon": float(attack.epsilon)}
+
+
+def _accuracies(config: ExportConfig) -> list[dict[str, Any]]:
+    """What was measured of these weights, the newest of each split, attack and radius."""
+    from safer_fast.metrics import read_metrics
+
+    file = Path(config.run) / "metrics.jsonl"
+    names = ("split", "attack", "epsilon", "accuracy", "num_images")
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for event in read_metrics(file) if file.is_file() else []:
+        is_ours = event.get("event") == "evaluation" and event.get("weights") == config.weights
+        if is_ours and all(name in event for name in names) and event["num_images"] > 0:
+            row = {name: event[name] for name in names}
+            rows[row["split"], row["attack"], row["epsilon"]] = row
+    return list(rows.values())
+
+
+def _images(loaded: LoadedRun) -> torch.Tensor:
+    """Images of the run's data where it can be had, else noise: what ONNX is compared on."""
+    import torch
+
+    from safer_fast.data import as_pixels, load_data
+
+    shape = (_NUM_COMPARED, loaded.num_channels, loaded.image_size, loaded.image_size)
+    try:
+        data = load_data(
+            loaded.config.data, batch_size=loaded.config.batch_size, seed=loaded.config.seed
+        )
+        return as_pixels(next(iter(data.train.probe(_NUM_COMPARED, 0))).images)
+    except (ValueError, OSError):
+        return torch.rand(shape, generator=torch.Generator().manual_seed(0))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,137 @@
+"""The model card of an exported model: what it is, how robust, under which attack, how to load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any
+
+import yaml
+
+from safer_fast import __version__
+from safer_fast.command_line import printable
+
+UNKNOWN_LICENSE = "other"
+_CONFIDENCE = 1.959964  # standard deviations on either side that hold 95 %
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card tells; texts may come from files of others."""
+
+    name: str
+    architecture: str
+    license: str
+    data: str
+    norm: str
+    epsilon: float
+    weights: str
+    num_classes: int
+    shape: tuple[int, int, int]
+    mean: Sequence[float]
+    std: Sequence[float]
+    accuracies: Sequence[Mapping[str, Any]]
+    recipe: str
+
+
+def model_card(card: Card) -> str:
+    """README.md of a Hugging Face folder: YAML front matter, then the text."""
+    front: dict[str, Any] = {"license": card.license}
+    if card.license == UNKNOWN_LICENSE:
+        front["license_name"] = "unknown"
+    front |= {
+        "library_name": "timm",
+        "pipeline_tag": "image-classification",
+        "tags": ["image-classification", "timm", "adversarial-robustness", "safer_fast"],
+        "datasets": [_slug(card.data)],
+    }
+    sections = [
+        f"# {_plain(card.name)}",
+        _summary(card),
+        "## Accuracy",
+        _accuracy_table(card.accuracies),
+        "## How to load it",
+        _usage(card),
+        "## How it was trained",
+        f"With safer_fast {__version__}, from this configuration (`run.yaml`; `python -m "
+        "safer_fast.train --config run.yaml` repeats it):",
+        f"```yaml\n{_fenced(card.recipe)}\n```",
+        "## License",
+        _license(card.license),
+    ]
+    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def interval(accuracy: float, num_images: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of `num_images` images."""
+    squares = _CONFIDENCE**2 / num_images
+    centre = (accuracy + squares / 2) / (1 + squares)
+    noise = accuracy * (1 - accuracy) / num_images + squares / (4 * num_images)
+    half = _CONFIDENCE * sqrt(noise) / (1 + squares)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _summary(card: Card) -> str:
+    channels, size, _ = card.shape
+    norm = {"linf": "Linf", "l2": "L2"}.get(card.norm, _plain(card.norm))
+    return (
+        f"`{_plain(card.architecture)}`, trained to be robust against changes of its images within "
+        f"a ball of {norm} radius {card.epsilon:.6g}, pixels in [0, 1]. {card.num_classes} classes "
+        f"of {channels}x{size}x{size} images of {_plain(card.data)}; the {card.weights} weights of "
+        "its run."
+    )
+
+
+def _accuracy_table(accuracies: Iterable[Mapping[str, Any]]) -> str:
+    rows = [_accuracy_row(row) for row in accuracies]
+    if not rows:
+        return "Not measured."
+    head = ["| split | attack | epsilon | accuracy | 95 % interval | images |", "|" + "---|" * 6]
+    note = "The interval is that of the number of images alone, not of seeds of the training."
+    return "\n".join([*head, *rows]) + f"\n\n{note}"
+
+
+def _accuracy_row(row: Mapping[str, Any]) -> str:
+    accuracy, count = float(row["accuracy"]), int(row["num_images"])
+    low, high = interval(accuracy, count)
+    return (
+        f"| {_plain(row['split'])} | {_plain(row['attack'])} | {float(row['epsilon']):.6g} | "
+        f"{accuracy:.4f} | {low:.4f} to {high:.4f} | {count} |"
+    )
+
+
+def _usage(card: Card) -> str:
+    mean, std = (", ".join(f"{value:.6g}" for value in part) for part in (card.mean, card.std))
+    return (
+        "```python\nimport timm\n\n"
+        'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()\n```\n\n'
+        "FOLDER is where these files lie; from the hub it is `hf-hub:USER/NAME` in place of "
+        "`local-dir:FOLDER`.\n\n"
+        f"The network takes normalised images: subtract mean ({mean}), divide by standard "
+        f"deviation ({std}), both for pixels in [0, 1]. An attack must differentiate through that "
+        "normalisation, and measure its radius in pixels."
+    )
+
+
+def _license(license: str) -> str:
+    if license == UNKNOWN_LICENSE:
+        return (
+            "No license of the weights was given at export: it depends on the data and on the "
+            "weights that training started from. Whoever publishes them names one."
+        )
+    return f"The weights are published under {_plain(license)}, as given at export."
+
+
+def _plain(text: object) -> str:
+    """A text of a file in one line, without what Markdown would take for more than a text."""
+    return "".join(c if c not in "|`<>[]*#\\" else " " for c in printable(str(text)))[:200]
+
+
+def _fenced(text: str) -> str:
+    lines = (printable(line) for line in text.strip().splitlines())
+    return "\n".join(line.replace("```", "'''") for line in lines)
+
+
+def _slug(text: str) -> str:
+    return "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "-" for c in text) or "-"
