@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,4 +119,8 @@ def _caption(rows: Sequence[Row], attacks: Sequence[str]) -> str:
         f"{first['split']} split; {first['model']}; {first['dtype']}; {first['epochs']} epochs in",
         f"{times[0]} to {times[-1]} s; {first['device']}, torch {first['torch']}; {span}:",
     ]
-    return "\n".join(words)
+    return textwrap.fill(" ".join(words), 100)
+
+
+if __name__ == "__main__":
+    main()

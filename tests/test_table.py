@@ -1,6 +1,7 @@
 """The tables of the README are those of the committed results."""
 
 import json
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -196,7 +197,7 @@ def test_accuracies_of_seeds_are_lines_with_their_mean_and_deviation_below(
     file = tmp_path / "rows.jsonl"
     arguments = [*map(str, runs), "--name", "some run", "--output", str(file)]
     monkeypatch.setattr(sys, "argv", ["accuracy", *arguments])
-    accuracy.main()
+    runpy.run_path(accuracy.__file__, run_name="__main__")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(rows) == 8
     content = written("accuracy cpu", rows)
