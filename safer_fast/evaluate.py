@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from safer_fast.command_configs import EvaluateConfig
 from safer_fast.command_line import new_parser, parse, printable, run, with_underscores
+from safer_fast.intervals import interval
 from safer_fast.validation import LIBRARY_ATTACKS, check_attack_name
 
 if TYPE_CHECKING:  # torch is imported when there is something to compute: --help does not wait
@@ -229,15 +230,6 @@ def class_table(accuracies: Sequence[Mapping[str, Any]], class_names: Sequence[s
         )
         lines.append("  ".join([names[index].ljust(width), *figures]))
     return "\n".join(lines)
-
-
-def interval(accuracy: float, num_images: int) -> tuple[float, float]:
-    """Ends of the 95 % interval of a share that was found on so many images (Wilson, 1927)."""
-    z, share, count = 1.96, accuracy, num_images
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    root = math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
-    half = z / (1 + z * z / count) * root
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
 from typing import Any
 
 import yaml
 
 from safer_fast import __version__
 from safer_fast.command_line import printable
+from safer_fast.intervals import interval
 
 UNKNOWN_LICENSE = "other"
-_CONFIDENCE = 1.959964  # standard deviations on either side that hold 95 %
 
 
 @dataclass(frozen=True)
@@ -61,15 +60,6 @@ def model_card(card: Card) -> str:
         _license(card.license),
     ]
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n" + "\n\n".join(sections) + "\n"
-
-
-def interval(accuracy: float, num_images: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share of `num_images` images."""
-    squares = _CONFIDENCE**2 / num_images
-    centre = (accuracy + squares / 2) / (1 + squares)
-    noise = accuracy * (1 - accuracy) / num_images + squares / (4 * num_images)
-    half = _CONFIDENCE * sqrt(noise) / (1 + squares)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def _summary(card: Card) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from safer_fast.intervals import interval
 from safer_fast.report_run import Run
 from safer_fast.report_tables import NOTHING, Cell, Table, percent, radius
 
@@ -201,21 +202,12 @@ def _accuracy(one: Evaluation | None, facts: Sequence[str] = (), *, has_loss: bo
         return Cell(NOTHING)
     notes = []
     if one.num_images > 0:
-        low, high = _interval(one.accuracy, one.num_images)
+        low, high = interval(one.accuracy, one.num_images)
         notes.append(f"{100 * low:.1f}\N{EN DASH}{100 * high:.1f}")
     notes += facts
     if has_loss and one.loss is not None:
         notes.append(f"loss {one.loss:.3g}")
     return Cell(percent(one.accuracy), ", ".join(notes))
-
-
-def _interval(share: float, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share seen in `count` trials (Wilson 1927)."""
-    z = 1.96
-    centre = share + z * z / (2 * count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    scale = 1 + z * z / count
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
 def _class_table(columns: Sequence[Evaluation], names: Sequence[str]) -> Table:

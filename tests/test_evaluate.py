@@ -28,9 +28,10 @@ from safer_fast.command_line import parse_config, run
 from safer_fast.config import Names, Radius
 from safer_fast.data import Batch, as_pixels, load_data
 from safer_fast.data.seeds import derive_seed
-from safer_fast.evaluate import Accuracy, ThreatModel, evaluate, evaluate_run, interval
+from safer_fast.evaluate import Accuracy, ThreatModel, evaluate, evaluate_run
 from safer_fast.evaluation_progress import Progress
 from safer_fast.evaluation_store import Outcome, Store, names_of
+from safer_fast.intervals import interval
 from safer_fast.metrics import read_metrics
 from safer_fast.micro_batch import MicroBatch
 from safer_fast.network import RobustModel
