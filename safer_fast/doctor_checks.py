@@ -17,7 +17,7 @@ _INSTALL = "make install"
 _PROBE = "#include <Python.h>\n#include <omp.h>\n#include <vector>\nint main() { return 0; }\n"
 OPTIONAL = {
     "pyautoattack": "evaluate --attacks autoattack",
-    "peft": "adapters (LoRA, DoRA)",
+    "peft": "selection.lora_rank",
     "onnx": "export --format onnx",
     "onnxscript": "export --format onnx",
     "onnxruntime": "the check of what export --format onnx writes",
