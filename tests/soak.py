@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from tqdm import tqdm
@@ -54,6 +55,8 @@ WAYS: list[tuple[str, ...]] = [
     ("--evaluation.patience=1", "--evaluation.every_epochs=2", "--attack.norm=l2"),
     WITH_BATCH_NORMS,
 ]
+if find_spec("peft") is not None:
+    WAYS.append(("--selection.lora_rank=2", "--optim.ema_decay=null", "--amp=bf16"))
 
 
 @dataclass
