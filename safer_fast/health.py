@@ -51,12 +51,12 @@ class Health:
         if self._first is not None:
             self._first.copy_(self._gradient)
 
-    def record(self, targets: Targets, hits: Tensor, is_skipped: Tensor) -> None:
+    def record(self, targets: Targets, hits: Tensor, squares: Tensor, is_skipped: Tensor) -> None:
         """Adds up a step that is about to be applied, or is skipped where `is_skipped` [] is 1.
 
-        hits: what `Attacker.hits` says of its attack.
+        hits: what `Attacker.hits` says of its attack. squares: ||g||^2 of the last gradient, 0-d.
         """
-        norm, cosine = self._compare()
+        norm, cosine = self._compare(squares)
         counted = (1.0 - is_skipped) * self._counts_steps
         self.sums.add(
             loss=targets.total(self.loss),
@@ -71,9 +71,8 @@ class Health:
             attacked=hits[-1],
         )
 
-    def _compare(self) -> tuple[Tensor, Tensor]:
-        """Length of the first gradient, and its cosine with the second; 0-d each."""
-        last = kernels.sum_squares(self._gradient)
+    def _compare(self, last: Tensor) -> tuple[Tensor, Tensor]:
+        """Length of the first gradient, and its cosine with the last; 0-d each."""
         if self._first is None:
             return last.sqrt(), torch.zeros_like(last)
         first = kernels.sum_squares(self._first)

@@ -141,7 +141,7 @@ class Step:
         """The optimizer applies the gradients to the masters, unless something is not finite."""
         squares = gradient_squares(self.selection.ranges)
         is_skipped = 1.0 - torch.isfinite(self.selection.extra + squares).float()
-        self.health.record(targets, self.attack.hits, is_skipped)
+        self.health.record(targets, self.attack.hits, squares, is_skipped)
         if self.clip_norm is not None:
             clip_(self.selection.ranges, squares, self.clip_norm)
         self.health.skips.count(is_skipped)

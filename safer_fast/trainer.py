@@ -323,7 +323,8 @@ class Trainer:
                 f"steps in a row, at epoch {epoch}; lower the learning rate or clip the gradient; "
                 + ("no checkpoint was written" if last is None else f"last checkpoint: {last}")
             )
-        self.ranks.check_alike(self.engine.weights(), f"at epoch {epoch}")
+        if self.ranks.num_ranks > 1:
+            self.ranks.check_alike(self.engine.weights(), f"at epoch {epoch}")
 
     def _keep_best(self, epoch: int, accuracies: tuple[float, float]) -> dict[str, Any]:
         """Keeps the weights if they are as good as the best; gives what changes in the progress."""

@@ -138,10 +138,10 @@ def test_success_of_the_attack_ends_with_that_of_the_first_pass() -> None:
     health = Health(torch.zeros(65), False, 2)
     health.num_right.fill_(1)
     targets = Targets.alike(torch.zeros(4, dtype=torch.int64))
-    health.record(targets, torch.tensor([4.0, 2.0, 4.0]), torch.zeros(()))
+    health.record(targets, torch.tensor([4.0, 2.0, 4.0]), torch.ones(()), torch.zeros(()))
     figures = health_figures(health.sums.take(), is_sharpness_aware=False)
     assert figures["attack_success"] == [0.0, 0.5, 0.75]
-    health.record(targets, torch.zeros(3), torch.zeros(()))
+    health.record(targets, torch.zeros(3), torch.ones(()), torch.zeros(()))
     figures = health_figures(health.sums.take(), is_sharpness_aware=False)
     assert figures["attack_success"] is None
 
