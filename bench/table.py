@@ -1,11 +1,11 @@
-"""The tables of README.md, written from the committed results.
+"""The tables of README.md and docs/experiment.md, written from the committed results.
 
     python -m bench.table [--check]
 
 A table lies between `<!-- table: peers cpu -->` and `<!-- /table -->`: the first word selects what
-was measured (peers, attack, ops, attention, data, accuracy), the second where (cpu, gpu). Of
-several measurements of the same case the newest counts. `--check` writes nothing and fails if a
-table is out of date.
+was measured (peers, attack, ops, attention, data, accuracy; experiment, sensitivity, selections),
+the second where (cpu, gpu). Of several measurements of the same case the newest counts. `--check`
+writes nothing and fails if a table is out of date.
 """
 
 from __future__ import annotations
@@ -20,27 +20,42 @@ from pathlib import Path
 from typing import Any
 
 from bench.accuracy import accuracy_tables
+from bench.experiment_table import experiment_tables, selection_tables, sensitivity_tables
+from bench.experiment_tasks import IDENTITY
 
 Row = dict[str, Any]
 ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "docs/experiment.md")
 MARKED = re.compile(r"(<!-- table: (\w+) (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
-SAME = ("what", "case", "layers", "dtype", "deterministic", "compiled", "captured", "num_workers")
-SAME += ("seed", "weights", "attack", "epsilon")
+SAME: tuple[str, ...] = (
+    "what",
+    "case",
+    "layers",
+    "dtype",
+    "deterministic",
+    "compiled",
+    "captured",
+    "num_workers",
+)
+SAME += ("weights", "attack", "epsilon", "figure", "split", *(n for n in IDENTITY if n != "case"))
 OURS = ("native", "triton", "fallback")
 
 
 def main() -> None:
-    """README.md has the tables of the results; with --check, status 1 says that it has not."""
+    """The pages have the tables of the results; with --check, status 1 says that they have not."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
     arguments = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    wanted = with_tables(text, committed_rows())
-    if not arguments.check:
-        readme.write_text(wanted)
-    elif text != wanted:
-        sys.exit("README.md: its tables are not those of bench/results; run python -m bench.table")
+    for name in PAGES:
+        page = ROOT / name
+        text = page.read_text()
+        wanted = with_tables(text, committed_rows(), name)
+        if not arguments.check:
+            page.write_text(wanted)
+        elif text != wanted:
+            sys.exit(
+                f"{name}: its tables are not those of bench/results; run python -m bench.table"
+            )
 
 
 def committed_rows() -> list[Row]:
@@ -49,8 +64,8 @@ def committed_rows() -> list[Row]:
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
-def with_tables(text: str, rows: Iterable[Row]) -> str:
-    """The text with what lies between each pair of marks written anew.
+def with_tables(text: str, rows: Iterable[Row], name: str = "README.md") -> str:
+    """The text of the page `name` with what lies between each pair of marks written anew.
 
     Raises ValueError for a mark that names no table.
     """
@@ -60,10 +75,11 @@ def with_tables(text: str, rows: Iterable[Row]) -> str:
         start, what, where, end = match.groups()
         if what not in TABLES or where not in ("cpu", "gpu"):
             raise ValueError(
-                f"README.md: expected a table of {', '.join(TABLES)} on cpu or gpu, "
+                f"{name}: expected a table of {', '.join(TABLES)} on cpu or gpu, "
                 f"got '{what} {where}'"
             )
-        chosen = [row for row in rows if kind(row) == what and place(row) == where]
+        of = "experiment" if what in ("sensitivity", "selections") else what
+        chosen = [row for row in rows if kind(row) == of and place(row) == where]
         body = TABLES[what](newest(chosen)) if chosen else "Not measured yet.\n"
         return f"{start}\n{body}\n{end}"
 
@@ -177,6 +193,9 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "attention": attention_table,
     "data": data_tables,
     "accuracy": accuracy_tables,
+    "experiment": experiment_tables,
+    "sensitivity": sensitivity_tables,
+    "selections": selection_tables,
 }
 
 

@@ -1,0 +1,199 @@
+"""What the CIFAR-10 experiment compares: arms, starts and scales, as settings of safer_fast.train.
+
+An arm is a handful of settings on top of what all arms of a scale have in common, so that any of
+them can be typed: `safer_fast.train --model.checkpoint START <common> <arm>`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+Settings = dict[str, object]
+
+EPSILON, STEP_SIZE, STEPS = "8/255", "2/255", 10
+_ALL: Settings = {"selection.criterion": "all", "selection.every_epochs": 0}
+_SAFER: Settings = {"selection.criterion": "sharpness", "sam.rho": 0.05}
+_TRADES: Settings = {"objective.name": "trades"}
+
+ARMS: dict[str, Settings] = {
+    "PGD-AT": {**_ALL, "sam.rho": 0},
+    "SAFER": _SAFER,
+    "random, SAM": {**_SAFER, "selection.criterion": "random"},
+    "SAM on all": {**_ALL, "sam.rho": 0.05},
+    "PGD-AT, low rate": {**_ALL, "sam.rho": 0},
+    "sharpest, no SAM": {**_SAFER, "sam.rho": 0},
+    "SAFER, relative radius": {**_SAFER, "selection.radius": "relative"},
+    "least sharp, SAM": {**_SAFER, "selection.criterion": "least-sharp"},
+    "criticality, SAM": {**_SAFER, "selection.criterion": "criticality"},
+    "AWP": {**_ALL, "sam.rho": 0.005, "sam.layerwise": True, "selection.radius": "relative"},
+    "TRADES": {**_ALL, **_TRADES, "sam.rho": 0},
+    "TRADES, SAFER": {**_SAFER, **_TRADES},
+}
+"""From the most important on. CLAT is `criticality` with SAM in place of plain training, so that
+its criterion is what differs. AWP: Wu et al. (2020) with their gamma of 0.005."""
+BASELINE = "PGD-AT"
+"""What differences are taken from."""
+MAIN = ("PGD-AT", "SAFER", "random, SAM", "SAM on all")
+"""Arms that have all seeds before any other has its first."""
+UPPER = ("SAFER, upper half", "SAFER, last quarter")
+"""SAFER with candidates from the upper blocks alone."""
+LOW_RATE = 0.1
+"""The low rate as a share of that of the other arms."""
+
+_CHANGES: dict[str, Settings] = {
+    "rho 0.02": {"sam.rho": 0.02},
+    "rho 0.1": {"sam.rho": 0.1},
+    "rho 0.2": {"sam.rho": 0.2},
+    "fraction 25 %": {"selection.fraction": 0.25},
+    "fraction 10 %": {"selection.fraction": 0.1},
+    "fraction 2 %": {"selection.fraction": 0.02},
+    "selected once": {"selection.every_epochs": 0},
+    "low rate": {},
+}
+SENSITIVITY = {f"SAFER, {what}": {**_SAFER, **settings} for what, settings in _CHANGES.items()}
+"""SAFER with one setting changed; `Scale.arms` adds those that hang on the scale."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large an experiment is.
+
+    models: settings by model name. common: of every run. start: of the shared start alone, which
+    ends `patience` epochs after its best or after `start_epochs`. attack_steps with PGD's step size
+    of 2/255 where they are 10, else the default of `attack.step_size`. Numbers of images: 0 is all.
+    """
+
+    name: str
+    models: dict[str, Settings]
+    train_images: int
+    validation_images: int
+    test_images: int
+    autoattack_images: int
+    gap_images: int
+    """Training images that the gap to validation is measured on."""
+    start_epochs: int
+    arm_epochs: int
+    every_epochs: int
+    attack_steps: int
+    batch_size: int
+    learning_rate: float
+    clean_epochs: int
+    ramp_epochs: int
+    num_blocks: int
+    evaluation_batch_size: int
+    augmentation: str = "crop"
+    patience: int = 20
+    common: Settings = field(default_factory=dict)
+
+    def start_settings(self, model: str) -> dict[str, object]:
+        """Adversarial training of everything at a constant rate, with a ramp of epsilon."""
+        return self._shared(model) | {
+            **ARMS[BASELINE],
+            "epochs": self.start_epochs,
+            "attack.clean_epochs": self.clean_epochs,
+            "attack.epsilon_warmup_epochs": self.ramp_epochs,
+            "optim.schedule": "constant",
+            "optim.warmup_epochs": 1,
+            "evaluation.patience": self.patience,
+        }
+
+    def arm_settings(self, model: str, arm: str) -> dict[str, object]:
+        """An arm from a start: the rate falls to 0 along a cosine, the same for all arms."""
+        rate = self.learning_rate * (LOW_RATE if arm.endswith("low rate") else 1)
+        shared = self._shared(model) | {
+            "epochs": self.arm_epochs,
+            "selection.fraction": 0.05,
+            "selection.every_epochs": self.every_epochs,
+            "optim.schedule": "cosine",
+            "optim.warmup_epochs": 0.5,
+        }
+        return shared | {**self.arms()[arm], "optim.learning_rate": rate}
+
+    def arms(self) -> dict[str, Settings]:
+        """All arms by name: those of the table, where candidates begin, and sensitivity."""
+        half, last = self.num_blocks // 2, self.num_blocks - max(1, self.num_blocks // 4)
+        upper: dict[str, Settings] = {
+            UPPER[0]: {**_SAFER, "selection.from_block": half},
+            UPPER[1]: {**_SAFER, "selection.from_block": last},
+        }
+        half_time = {**_SAFER, "selection.warmup_epochs": self.arm_epochs // 2}
+        more: dict[str, Settings] = {"SAFER, after PGD-AT for half the epochs": half_time}
+        if self.every_epochs != 5:
+            more["SAFER, selected every 5"] = {**_SAFER, "selection.every_epochs": 5}
+        return ARMS | upper | SENSITIVITY | more
+
+    def _shared(self, model: str) -> dict[str, object]:
+        steps = self.attack_steps
+        return {
+            "amp": "bf16",
+            "batch_size": self.batch_size,
+            "attack.epsilon": EPSILON,
+            "attack.steps": steps,
+            **({"attack.step_size": STEP_SIZE} if steps == STEPS else {}),
+            "optim.name": "adamw",
+            "optim.learning_rate": self.learning_rate,
+            "optim.weight_decay": 0.05,
+            "optim.clip_norm": 1.0,
+            "data.augmentation": self.augmentation,
+            "data.num_workers": 0,
+            "evaluation.max_images": None,
+            "evaluation.sentinel_images": 0,
+            "evaluation.attacks": ["clean"],
+            "model.name": model,
+            **self.models[model],
+            **self.common,
+        }
+
+
+SCALES = {
+    scale.name: scale
+    for scale in (
+        Scale(
+            name="full",
+            models={
+                "deit_tiny_patch16_224": {"model.patch_size": 4},
+                "vit_small_patch16_224": {"model.patch_size": 4},
+            },
+            train_images=0,
+            validation_images=2000,
+            test_images=0,
+            autoattack_images=1000,
+            gap_images=2000,
+            start_epochs=200,
+            arm_epochs=20,
+            every_epochs=10,
+            attack_steps=STEPS,
+            batch_size=128,
+            learning_rate=5e-4,
+            clean_epochs=2,
+            ramp_epochs=8,
+            num_blocks=12,
+            evaluation_batch_size=1000,
+        ),
+        Scale(
+            name="reduced",
+            models={
+                "vit_tiny_patch16_224": {
+                    "model.patch_size": 8,
+                    "model.arguments": {"depth": 8, "embed_dim": 144},
+                }
+            },
+            train_images=9000,
+            validation_images=1000,
+            test_images=1000,
+            autoattack_images=1000,
+            gap_images=1000,
+            start_epochs=100,
+            arm_epochs=10,
+            every_epochs=5,
+            attack_steps=3,
+            batch_size=64,
+            learning_rate=3e-4,
+            clean_epochs=10,
+            ramp_epochs=5,
+            num_blocks=8,
+            evaluation_batch_size=250,
+            augmentation="none",  # so that it overfits within an hour
+        ),
+    )
+}
