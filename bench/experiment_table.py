@@ -205,9 +205,9 @@ def _about(group: Group) -> str:
         f"{group.start} start",
         *(f"(epoch {_start_epoch(row, group.start)} of its training)" for row in starts),
         f"for {first['num_epochs']} epochs on {first['num_train_images']:,} images of CIFAR-10,",
-        f"pixels in [0, 1] at 32 x 32, {AUGMENTATION[first['augmentation']]}; trained against PGD-{first['attack_steps']},",
-        f"Linf, epsilon {255 * test['epsilon']:.0f}/255. Accuracies in % on {test['num_images']:,}",
-        "test images (PGD-20 from one random start"
+        f"pixels in [0, 1] at 32 x 32, {AUGMENTATION[first['augmentation']]}; trained against",
+        f"PGD-{first['attack_steps']}, Linf, epsilon {255 * test['epsilon']:.0f}/255.",
+        f"Accuracies in % on {test['num_images']:,} test images (PGD-20 from one random start"
         + (f"; AutoAttack on {library[0]['num_images']:,})," if library else "),"),
         "best epoch by PGD on validation images, and last; mean and standard deviation over seeds;",
         "gap: PGD-20 accuracy on training minus validation images, points.",

@@ -8,7 +8,8 @@
 # importance; each has its own time limit, one that fails hides no other, and those for which no
 # time is left are skipped and named. PART ... runs only these: what was skipped, in another call.
 # Rows go to OUT_DIR/rows.jsonl as they come, how each part ended to summary.txt, what it printed to
-# logs.tar.gz. GPU_SH_REHEARSE=1 runs small cases, on any machine; GPU_SH_SECONDS is the time in all.
+# logs.tar.gz. The part `experiment` takes a whole call, and runs only where it is asked for; its runs
+# lie in runs/ and are gone on from while the machine is held. GPU_SH_REHEARSE=1 runs small cases, on any machine; GPU_SH_SECONDS is the time in all.
 set -uo pipefail
 : "${1:?usage: bench/gpu.sh OUT_DIR [PART ...]}"
 out=$(mkdir -p "$1" && cd "$1" && pwd) || exit
@@ -77,6 +78,17 @@ bench_data() { # bench_data PART FILE SECONDS: loaders, if the images travelled 
     fi
 }
 
+bench_experiment() { # as much of the CIFAR-10 experiment as there is time for, if it was asked for
+    local folder=${SAFER_FAST_TEST_DATA:-.data} minutes kept=runs/experiment.jsonl
+    [ ${#wanted[@]} -gt 0 ] && is_wanted experiment || return 0
+    minutes=$(((deadline - SECONDS - 90) / 60)) # a worker that is ended has a minute for its checkpoint
+    mkdir -p runs
+    part experiment "$deadline" "$python" -m bench.experiment "${experiment[@]}" --output "$kept" \
+        --train "$folder/cifar10-train.parquet" --test "$folder/cifar10-test.parquet" \
+        --budget-minutes "$minutes"
+    [ ! -e "$kept" ] || cp "$kept" "$out/cifar10.jsonl"
+}
+
 large=(--model vit_large_patch16_224 --image-size 224 --patch-size 16)
 base=(--model vit_base_patch16_224 --image-size 224 --patch-size 16)
 small=(--model vit_small_patch16_224 --image-size 224 --patch-size 16)
@@ -84,6 +96,7 @@ tiny=(--model vit_tiny_patch16_224 --image-size 32 --patch-size 4)
 large_batch=128 small_batch=256 tiny_batch=512 large_layer=blocks.18.mlp.fc1
 large_sizes=64,128 base_sizes=128,256 small_sizes=256,512 tiny_sizes=512,1024
 data=(--workers 8,16 --images 4000 --training-images 30000 --training-batch-size 256)
+experiment=(--scale full --models deit_tiny_patch16_224 --jobs 2)
 steps=10 op_repeats=15 has_graphs=1
 if [ "${GPU_SH_REHEARSE:-0}" = 1 ]; then
     large=(--model vit_tiny_patch16_224 --image-size 32 --patch-size 16 --repeats 2)
@@ -92,6 +105,7 @@ if [ "${GPU_SH_REHEARSE:-0}" = 1 ]; then
     large_sizes=2,4 base_sizes=4 small_sizes=4 tiny_sizes=4
     data=(--workers 1 --repeats 2 --images 8 --batch-size 4 --small-images 64 --training-images 4)
     data+=(--training-batch-size 2 --training-steps 1 --training-model vit_tiny_patch16_224)
+    experiment=(--scale reduced --jobs 1)
     steps=2 op_repeats=2 has_graphs=0
 fi
 on_large=("${large[@]}" --batch-size "$large_batch" --layers "$large_layer" --steps 3)
@@ -116,6 +130,7 @@ bench peers tiny 90 "${on_tiny[@]}" --leave-out ""
 bench_data photos photos-256.parquet 150
 bench_data training photos-256.parquet 150
 bench_data small cifar10-train.parquet 60
+bench_experiment
 bench peers savings 150 "${on_large[@]}"
 tar -czf "$out/logs.tar.gz" -C "$logs" .
 echo

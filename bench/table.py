@@ -27,17 +27,11 @@ Row = dict[str, Any]
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/experiment.md")
 MARKED = re.compile(r"(<!-- table: (\w+) (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
-SAME: tuple[str, ...] = (
-    "what",
-    "case",
-    "layers",
-    "dtype",
-    "deterministic",
-    "compiled",
-    "captured",
-    "num_workers",
+SAME = (
+    *("what", "case", "layers", "dtype", "deterministic", "compiled", "captured", "num_workers"),
+    *("weights", "attack", "epsilon", "figure", "split"),
+    *(name for name in IDENTITY if name != "case"),
 )
-SAME += ("weights", "attack", "epsilon", "figure", "split", *(n for n in IDENTITY if n != "case"))
 OURS = ("native", "triton", "fallback")
 
 

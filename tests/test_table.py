@@ -147,19 +147,23 @@ def test_a_mark_that_names_no_table_is_an_error() -> None:
         written("peer cpu", [])
 
 
-def test_check_fails_with_one_line_where_the_readme_is_out_of_date(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", table.PAGES)
+def test_check_fails_with_one_line_where_a_page_is_out_of_date(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(table, "ROOT", tmp_path)
     monkeypatch.setattr(sys, "argv", ["bench.table", "--check"])
-    readme = tmp_path / "README.md"
-    readme.write_text("<!-- table: peers cpu -->\nold\n<!-- /table -->\n")
-    with pytest.raises(SystemExit, match=r"README\.md: .*; run python -m bench\.table$"):
+    (tmp_path / "docs").mkdir()
+    for page in table.PAGES:
+        (tmp_path / page).write_text("nothing")
+    page = tmp_path / name
+    page.write_text("<!-- table: peers cpu -->\nold\n<!-- /table -->\n")
+    with pytest.raises(SystemExit, match=rf"{name}: .*; run python -m bench\.table$"):
         table.main()
-    assert "old" in readme.read_text()
+    assert "old" in page.read_text()
     monkeypatch.setattr(sys, "argv", ["bench.table"])
     table.main()
-    assert "Not measured yet." in readme.read_text()
+    assert "Not measured yet." in page.read_text()
     monkeypatch.setattr(sys, "argv", ["bench.table", "--check"])
     table.main()
 
