@@ -175,7 +175,7 @@ SCALES = {
             models={
                 "vit_tiny_patch16_224": {
                     "model.patch_size": 8,
-                    "model.arguments": {"depth": 8, "embed_dim": 144},
+                    "model.arguments": {"depth": 4},
                 }
             },
             train_images=9000,
@@ -184,14 +184,14 @@ SCALES = {
             autoattack_images=1000,
             gap_images=1000,
             start_epochs=100,
-            arm_epochs=10,
-            every_epochs=5,
+            arm_epochs=6,
+            every_epochs=3,
             attack_steps=3,
             batch_size=64,
-            learning_rate=3e-4,
-            clean_epochs=10,
-            ramp_epochs=5,
-            num_blocks=8,
+            learning_rate=1e-3,
+            clean_epochs=1,
+            ramp_epochs=4,
+            num_blocks=4,
             evaluation_batch_size=250,
             augmentation="none",  # so that it overfits within an hour
         ),
