@@ -17,6 +17,8 @@ from safer_fast.attention import Pinned, pin_for
 from safer_fast.config import Config, Names
 from safer_fast.data import Data
 from safer_fast.distributed import Ranks
+from safer_fast.float8 import Float8Weights, check_float8
+from safer_fast.float8_audit import Audit
 from safer_fast.flops import costs
 from safer_fast.micro_batch import MicroBatch
 from safer_fast.model import build_model
@@ -64,6 +66,7 @@ class Engine:
         if config.selection.lora_rank:
             image = torch.zeros(1, data.num_channels, data.image_size, data.image_size)
             check_called(self.model, list(self.model.layers), image.to(runtime.device))
+        float8 = self._float8(runtime.device, notes)
         self.attention = self._pin_attention(data.image_size, attention)
         self.runtime = plan(runtime, config.runtime, self._num_operations(data))
         self.notes = [*self.runtime.notes, *notes]
@@ -86,7 +89,9 @@ class Engine:
             steps=config.attack.steps,
             micro_batch=self._parts("runtime.attack_micro_batch", limits.attack_micro_batch),
             replays=self.replays,
+            float8=float8,
         )
+        self.audit = Audit(self.attack, config.attack, self.ranks, self._report)
 
     def step_over(self, names: list[str] | None, rho: float, seed: int = 0) -> Step:
         """The step that trains these layers (None: every parameter), with a new optimizer.
@@ -96,6 +101,8 @@ class Engine:
         """
         config = self.config
         self._fold()
+        if self.attack.float8 is not None:
+            self.attack.float8.move(names)
         selection = self.arenas.select(names) if names is None else self._select(names, seed)
         return Step(
             model=self.model,
@@ -164,6 +171,19 @@ class Engine:
         self.adapters = Adapters(self.model.network, layers, rank, self.stored, seed)
         self.replays.forget()  # they call other modules now
         return self.adapters.selection()
+
+    def _float8(self, device: torch.device, notes: list[str]) -> Float8Weights | None:
+        """The weights that the attack multiplies in FP8, if it is to."""
+        if self.config.attack.precision != "fp8":
+            return None
+        check_float8(device)
+        float8 = Float8Weights(self.model, self.config.attack.fp8_from)
+        if not float8.layers:
+            notes.append("attack in FP8: off (attack.fp8_from: no matrix of a block is so large)")
+            return None
+        if device.type != "cuda":
+            notes.append("attack in FP8: simulated, slower than bf16 (no GPU is used)")
+        return float8
 
     def _pin_attention(self, image_size: int, known: str | None) -> Pinned | None:
         """All ranks compute attention as the first one finds fastest."""

@@ -24,7 +24,8 @@ class Progress:
     that are trained, None for every parameter. best: robust and clean accuracy of the best weights,
     which lie in the file that `best_file` names. num_without_gain: evaluations since they were the
     best. accuracies: final figures so far. start_file: names the weights at the start of SAFER,
-    from which only the parameters `moved` differ. metrics_size: bytes of metrics.jsonl.
+    from which only the parameters `moved` differ. metrics_size: bytes of metrics.jsonl. audit: what
+    the last audit of an attack in FP8 found.
     """
 
     epoch: int = 1
@@ -40,6 +41,7 @@ class Progress:
     start_file: str | None = None
     moved: list[str] = field(default_factory=list)
     metrics_size: int = 0
+    audit: dict[str, float] = field(default_factory=dict)
 
     def judged(self, accuracies: tuple[float, float], counts: bool) -> dict[str, Any]:
         """What changes with an evaluation, which counts against patience or does not."""

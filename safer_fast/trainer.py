@@ -57,8 +57,7 @@ class Trainer:
         self.arenas = self.engine.arenas
         self.average: AveragedWeights | None = None
         self._step: Step | None = None
-        self.epsilon = torch.zeros((), device=self.runtime.device)
-        self.step_size = torch.zeros((), device=self.runtime.device)
+        self.epsilon, self.step_size = torch.zeros(2, device=self.runtime.device)
         self.mixing = Mixing(config.data, self.data.num_classes, config.seed)
         self.saver = Saver(config, self.folder, self.ranks, run.facts, self.log)
         self.stops = Stops(self.ranks, config.checkpoint.grace_s)
@@ -152,7 +151,9 @@ class Trainer:
         self.step.attack.draw = partial(placed_start, position=batch.position, seed_of=seed_of)
         batch = self.mixing(batch, epoch, index)
         targets = Targets(batch.labels, self.ranks.mean_weights(batch.weights()))
-        self.step(batch.images, targets, self.epsilon, self.step_size)
+        radii = self.epsilon, self.step_size
+        self.engine.audit(self.progress.num_steps, batch.images, batch.labels, *radii)
+        self.step(batch.images, targets, *radii)
         if self.average is not None:
             self.average.update(self.arenas.master)
         return learning_rate
@@ -215,17 +216,18 @@ class Trainer:
 
     def _reach(self, **changes: Any) -> None:
         """A point where the run may end, and be gone on from."""
-        self.progress = replace(self.progress, metrics_size=self.log.size, **changes)
+        now = {"metrics_size": self.log.size, "audit": self.engine.attack.audited}
+        self.progress = replace(self.progress, **now, **changes)
         if self.stops.check(self.saver.is_due(self.progress.num_steps)):
             self.save()
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         """The run is where it was when the checkpoint was taken."""
         progress, decay = self.progress, self.config.optim.ema_decay
+        self.engine.audit.load(progress.audit)
         epoch = progress.epoch if progress.has_begun else progress.epoch - 1
         if epoch > 0:  # there is a step
-            is_warmup = stage_of(self.config, epoch).name == "warm-up"
-            rho = 0.0 if is_warmup else self.config.sam.rho
+            rho = 0.0 if stage_of(self.config, epoch).name == "warm-up" else self.config.sam.rho
             self._step = self.engine.step_over(progress.selected, rho)
         if decay is not None and any(name.startswith("average.") for name in checkpoint.tensors):
             self.average = AveragedWeights(self.arenas.master, decay)
@@ -309,8 +311,7 @@ class Trainer:
         """Logs the steps since the last line; gives the epoch's totals."""
         sums = self.training_log.write(self.step, epoch, num_steps, learning_rate, is_last)
         self._check_health(epoch)
-        totals = self.progress.totals
-        summed = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
+        summed = {name: self.progress.totals.get(name, 0.0) + v for name, v in sums.items()}
         return summed | {"learning_rate": learning_rate}
 
     def _check_health(self, epoch: int) -> None:

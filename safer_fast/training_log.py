@@ -47,7 +47,7 @@ class TrainingLog:
         """
         sums = self._take(step)
         figures = step_figures(sums, step.health.is_sharpness_aware)
-        figures["learning_rate"] = learning_rate
+        figures |= step.attack.audited | {"learning_rate": learning_rate}
         self.log.write("step", epoch=epoch, step=num_steps, **figures)
         self._steps_taken += int(sums["steps"])
         self._seconds += sums["seconds"]

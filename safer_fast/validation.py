@@ -32,6 +32,10 @@ _RANGES: dict[str, tuple[str, float, float]] = {
     "attack.step_size": ("at least 0", 0, float("inf")),
     "attack.clean_epochs": ("at least 0", 0, float("inf")),
     "attack.epsilon_warmup_epochs": ("at least 0", 0, float("inf")),
+    "attack.fp8_from": ("at least 0", 0, float("inf")),
+    "attack.audit_every": ("at least 1", 1, float("inf")),
+    "attack.audit_images": ("at least 1", 1, float("inf")),
+    "attack.audit_ratio": ("a share from 0 to 1", 0, 1),
     "objective.beta": ("at least 0", 0, float("inf")),
     "objective.label_smoothing": ("a share from 0 to 0.99", 0, 0.99),
     "selection.fraction": ("a share above 0, at most 1", 1e-9, 1),
@@ -93,6 +97,8 @@ def _check_together(config: Config) -> None:
             f"--attack.epsilon: expected a radius in [0, 1] for linf, got {attack.epsilon:g} "
             "(pixels are in [0, 1]; write 8/255, not 8)"
         )
+    if attack.precision == "fp8" and config.amp == "off":
+        raise ValueError("--attack.precision: expected amp with --amp off, got fp8")
     if config.objective.name == "mart":
         for flag in ("objective.label_smoothing", "data.mixup", "data.cutmix"):
             if value := _value(config, flag):

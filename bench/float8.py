@@ -1,0 +1,244 @@
+"""What FP8 gains in the attack: single layers, an attack iteration, a whole step, and its audit.
+
+    python -m bench.float8 [--model vit_large_patch16_224] [--image-size 224] [--patch-size 16]
+        [--batch-sizes 64,128] [--steps 3] [--layers blocks.18.mlp.fc1] [--from 2097152]
+        [--compile] [--cuda-graph] [--repeats 5] [--output FILE.jsonl]
+
+FP8 and bf16 alternate in one process, and every figure is the time of bf16 over that of FP8 in the
+same run. A layer is a norm, its product, and the gradient of the norm's input: FP8 pays where its
+ratio is above 1. On a machine without a GPU the same code runs a simulation, whose times say
+nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.attack import iteration
+from bench.implementation import warm_up
+from bench.measure import Run, append, check_gpu, origin, quantiles, repeats, timed
+from bench.memory import peak_memory_mib
+from bench.ours import batch, build, build_robust_model, refuse
+from bench.step import prepare, recorder_of
+from safer_fast.attack import frozen, random_start
+from safer_fast.attacker import Attacker
+from safer_fast.attention import pin_for
+from safer_fast.capture import Replays
+from safer_fast.config import SAVINGS, AttackConfig, ObjectiveConfig
+from safer_fast.float8 import PAYS_FROM, Float8Linear, Float8Weights
+from safer_fast.float8_audit import AGREEMENT, RATIO, Audit
+from safer_fast.objective import Objective, Targets
+from safer_fast.runtime import Runtime, compile_blocks
+
+Row = dict[str, Any]
+PRECISIONS = ("bf16", "fp8")
+
+
+def main() -> None:
+    """Prints a line for each figure and, if asked, appends it as JSON to a file."""
+    arguments = _parsed()
+    runtime = prepare(arguments)
+    for size in arguments.batch_sizes:
+        arguments.batch_size = size
+        for part in (layer_rows, iteration_rows, step_rows):
+            for row in part(arguments, runtime):
+                full = {**_shared(arguments), **row, **origin(runtime.device)}
+                print(_line(full), flush=True)
+                append([full], arguments.output)
+
+
+def layer_rows(arguments: argparse.Namespace, runtime: Runtime) -> Iterator[Row]:
+    """A row for each shape of matrix in a block."""
+    model, _ = build_robust_model(arguments, runtime)
+    num_tokens = (arguments.image_size // arguments.patch_size) ** 2 + 1
+    shapes = {
+        tuple(module.weight.shape): name.rpartition("blocks.")[2].partition(".")[2]
+        for name, module in model.network.named_modules()
+        if isinstance(module, nn.Linear) and 0 <= model.block_of(name) < model.num_blocks
+    }
+    for (outputs, inputs), name in shapes.items():
+        x = torch.randn(arguments.batch_size * num_tokens, inputs, device=runtime.device)
+        runs = {
+            precision: _layer_run(x.bfloat16(), outputs, precision, arguments.compile)
+            for precision in PRECISIONS
+        }
+        times = _alternate(runs, arguments, runtime)
+        yield {"part": "layer", "layer": name, "elements": outputs * inputs, **_compared(times)}
+
+
+def _layer_run(x: Tensor, outputs: int, precision: str, is_compiled: bool) -> Run:
+    """Norm, product, and the gradient of the norm's input."""
+    torch.manual_seed(0)
+    norm = nn.LayerNorm(x.shape[1]).to(x.device)
+    linear = nn.Linear(x.shape[1], outputs).to(x.device, torch.bfloat16)
+    for parameter in (*norm.parameters(), *linear.parameters()):
+        parameter.requires_grad_(False)
+    switch = _Switch(precision == "fp8")
+    layer = Float8Linear.adopt(linear, switch)
+    layer.quantise_weight()
+    slope = torch.randn(len(x), outputs, device=x.device, dtype=torch.bfloat16)
+
+    def forward(values: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):
+            result: Tensor = layer(norm(values))
+        return result
+
+    if is_compiled:
+        forward = torch.compile(forward, dynamic=False)
+
+    def run() -> None:
+        values = x.detach().requires_grad_()
+        torch.autograd.grad(forward(values), values, slope)
+
+    return run
+
+
+class _Switch:
+    """What a layer asks whether it is to multiply in FP8."""
+
+    def __init__(self, is_on: bool) -> None:
+        self.is_on = is_on
+
+
+def iteration_rows(arguments: argparse.Namespace, runtime: Runtime) -> Iterator[Row]:
+    """One row: an attack iteration, and what an audit finds on the same images."""
+    runs, peaks, found = {}, {}, {}
+    for precision in PRECISIONS:
+        model, _ = build_robust_model(arguments, runtime)
+        pin_for(model, arguments.image_size, arguments.batch_size, "auto")
+        weights = Float8Weights(model, getattr(arguments, "from"))
+        if precision == "fp8":
+            found = _audited(
+                Attacker(
+                    model, Objective(ObjectiveConfig()), steps=arguments.steps, float8=weights
+                ),
+                arguments,
+                runtime,
+            ) | {"num_layers": len(weights.layers)}
+            weights.refresh()
+            weights.is_on = True
+        if runtime.is_compiled:
+            compile_blocks(model)
+        iterate = iteration(model, arguments.batch_size, arguments.image_size, runtime)
+        run = _held(model, partial(_replays(runtime), ("attack",), iterate))
+        run()
+        peaks[f"{precision}_peak_memory_mib"] = peak_memory_mib(run, runtime.device)
+        runs[precision] = run
+    times = _alternate(runs, arguments, runtime)
+    yield {"part": "iteration", **_compared(times), **peaks, **found}
+
+
+def _held(model: nn.Module, run: Run) -> Run:
+    """The run on a frozen model."""
+
+    def on_frozen() -> None:
+        with frozen(model):
+            run()
+
+    return on_frozen
+
+
+def _audited(attack: Attacker, arguments: argparse.Namespace, runtime: Runtime) -> Row:
+    """What an audit finds of the attack."""
+    attack.draw = lambda images, epsilon, norm: random_start(
+        images, epsilon, norm, runtime.generator(0)
+    )
+    images, labels, *radii = batch(arguments.batch_size, arguments.image_size, runtime.device)
+    Audit(attack, AttackConfig(audit_ratio=0.0))(0, images, labels, *radii)
+    return {name: round(attack.audited[name], 5) for name in (AGREEMENT, RATIO)}
+
+
+def step_rows(arguments: argparse.Namespace, runtime: Runtime) -> Iterator[Row]:
+    """One row: a whole step, quantising what it changed included."""
+    runs = {}
+    for precision in PRECISIONS:
+        step, (images, labels, *radii) = build(arguments, runtime)
+        if precision == "fp8":
+            step.attack.float8 = Float8Weights(step.model, getattr(arguments, "from"))
+            step.attack.float8.move(step.selection.names)
+        if runtime.is_compiled:
+            compile_blocks(step.model)
+        step.replays = step.attack.replays = _replays(runtime)
+        runs[precision] = partial(step, images, Targets.alike(labels), *radii)
+    times = _alternate(runs, arguments, runtime)
+    yield {"part": "step", **_compared(times)}
+
+
+def _replays(runtime: Runtime) -> Replays:
+    return Replays(recorder_of(runtime), refuse)
+
+
+def _alternate(
+    runs: dict[str, Run], arguments: argparse.Namespace, runtime: Runtime
+) -> dict[str, list[float]]:
+    """Milliseconds of each run, measured in turn, without those of getting ready."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(warm_up(runtime.is_captured) + arguments.repeats):
+        for name, run in runs.items():
+            times[name].append(timed(run, runtime.device)[0])
+    return {name: values[-arguments.repeats :] for name, values in times.items()}
+
+
+def _compared(times: dict[str, list[float]]) -> Row:
+    """Times of both, and how many times as fast FP8 is."""
+    of = {name: quantiles(values) for name, values in times.items()}
+    ratio = of["bf16"]["p50_ms"] / of["fp8"]["p50_ms"]
+    return {"bf16_ms": of["bf16"], "fp8_ms": of["fp8"], "fp8_speed": round(ratio, 3)}
+
+
+def _shared(arguments: argparse.Namespace) -> Row:
+    return {
+        "what": "float8",
+        "implementation": "fp8",
+        "case": f"{arguments.model}, {arguments.image_size}/{arguments.patch_size}, "
+        f"batch {arguments.batch_size}, PGD-{arguments.steps}",
+        "dtype": "fp8",
+        "compiled": arguments.compile,
+        "captured": arguments.cuda_graph,
+        "layers": arguments.layers.split(","),
+        "fp8_from": getattr(arguments, "from"),
+    }
+
+
+def _line(row: Row) -> str:
+    what = f"{row['part']} {row.get('layer', '')}".strip()
+    audit = f"  signs {row[AGREEMENT]:.1%}, loss {row[RATIO]:.3f}" if AGREEMENT in row else ""
+    return (
+        f"{row['case']}, {what:<16} bf16 {row['bf16_ms']['p50_ms']:9.3f} ms  "
+        f"fp8 {row['fp8_ms']['p50_ms']:9.3f} ms  {row['fp8_speed']:.2f} times as fast{audit}"
+    )
+
+
+def _parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="vit_large_patch16_224", help="name in timm")
+    parser.add_argument("--image-size", type=int, default=224, help="edge in pixels")
+    parser.add_argument("--patch-size", type=int, default=16, help="edge of a patch in pixels")
+    parser.add_argument("--batch-sizes", type=_sizes, default=[64, 128], help="with commas")
+    parser.add_argument("--steps", type=int, default=3, help="iterations of PGD")
+    parser.add_argument("--rho", type=float, default=0.05, help="radius of SAM; 0: one pass")
+    parser.add_argument("--layers", default="blocks.18.mlp.fc1", help="selected, with commas")
+    parser.add_argument("--from", type=int, default=PAYS_FROM, help="least elements for FP8")
+    parser.add_argument("--compile", action="store_true", help="torch.compile of the blocks")
+    parser.add_argument("--cuda-graph", action="store_true", help="replay from CUDA graphs")
+    parser.add_argument("--repeats", type=repeats, default=5, help="measurements of each")
+    parser.add_argument("--output", type=Path, help="append one JSON line per result to this file")
+    arguments = parser.parse_args()
+    check_gpu(parser, "--cuda-graph", arguments.cuda_graph)
+    arguments.amp, arguments.savings = "bf16", ",".join(SAVINGS)
+    return arguments
+
+
+def _sizes(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
+if __name__ == "__main__":
+    main()

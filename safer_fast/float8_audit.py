@@ -1,0 +1,99 @@
+"""Whether the attack in FP8 is as strong as in bf16: both on a few images, every so many steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from safer_fast.attack import climb_, frozen, pixel_gradient
+from safer_fast.attacker import Attacker
+from safer_fast.config import AttackConfig
+from safer_fast.distributed import Ranks
+
+AGREEMENT, RATIO = "attack_sign_agreement", "attack_loss_ratio"
+
+
+class Audit:
+    """Compares both precisions of an attack, and ends the use of FP8 where it is too weak.
+
+    `attack.audited` holds what the last audit found: the share of pixels whose gradient has the
+    same sign at the start of the attack, and the loss of the network as it is evaluated after the
+    attack in FP8 over that after the attack in bf16. Steps are numbered from 0.
+    """
+
+    def __init__(
+        self,
+        attack: Attacker,
+        config: AttackConfig,
+        ranks: Ranks | None = None,
+        report: Callable[[str], None] = print,
+    ) -> None:
+        self.attack, self.config, self.ranks = attack, config, ranks or Ranks()
+        self._report = report
+
+    def __call__(
+        self,
+        num_steps: int,
+        images: Tensor,
+        labels: Tensor,
+        epsilon: Tensor,
+        step_size: Tensor,
+    ) -> None:
+        """Audits the attack on the first of the images [B, C, H, W] if it is time to.
+
+        An audit waits for the device. All ranks find the same.
+        """
+        attack = self.attack
+        if attack.float8 is None or not attack.steps or num_steps % self.config.audit_every:
+            return
+        part = slice(self.config.audit_images)
+        sums = self._measure(images[part], labels[part], epsilon, step_size)
+        alike, count, in_float8, in_bfloat16 = self.ranks.sum_(sums).tolist()
+        ratio = in_float8 / in_bfloat16 if in_bfloat16 > 0 else 1.0
+        self.load({AGREEMENT: alike / count, RATIO: ratio})
+        if attack.float8 is None:
+            self._report(
+                f"attack.precision: bf16 from step {num_steps} on (after the attack in FP8 the "
+                f"loss is {ratio:.3f} of that in bf16, less than attack.audit_ratio)"
+            )
+
+    def load(self, figures: Mapping[str, float]) -> None:
+        """These are the figures of the last audit, and what follows from them is done."""
+        self.attack.audited = dict(figures)
+        if RATIO in figures and not figures[RATIO] >= self.config.audit_ratio:
+            self.attack.float8 = None
+
+    def _measure(
+        self, images: Tensor, labels: Tensor, epsilon: Tensor, step_size: Tensor
+    ) -> Tensor:
+        """Pixels of one sign, all pixels, losses after both attacks: float64 [4]."""
+        attack, model = self.attack, self.attack.model
+        start = model.arrange(attack.draw(images, epsilon, attack.norm))
+        pixels = model.arrange(images)
+        gradients, losses = [], []
+        with frozen(model), torch.compiler.set_stance("force_eager"):
+            clean = None
+            if attack.objective.attack_needs_clean:
+                with torch.no_grad():
+                    clean = model(pixels)
+            loss = attack.objective.attack_loss(clean)
+            for precision in (self._in_float8, nullcontext):
+                attacked = start.clone()
+                with precision():
+                    gradients.append(pixel_gradient(model, start, labels, loss))
+                    for _ in range(attack.steps):
+                        climb_(
+                            model, attacked, pixels, labels, step_size, epsilon, attack.norm, loss
+                        )
+                with torch.no_grad():
+                    losses.append(loss(model(attacked), labels).double())
+        first, second = (gradient.sign() for gradient in gradients)
+        alike = (first == second).sum()
+        return torch.stack([alike.double(), alike.new_tensor(first.numel()).double(), *losses])
+
+    def _in_float8(self) -> AbstractContextManager[None]:
+        assert self.attack.float8 is not None
+        return self.attack.float8.used()

@@ -1,0 +1,34 @@
+"""The benchmark of FP8: bf16 and FP8 in turn, layer by layer, an iteration, a step."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import float8
+
+
+def test_every_part_has_rows_with_both_precisions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    words = [
+        *("--model", "vit_tiny_patch16_224", "--image-size", "32", "--batch-sizes", "2"),
+        *("--layers", "blocks.9.mlp.fc1", "--from", "0", "--repeats", "2", "--steps", "1"),
+        *("--output", str(file)),
+    ]
+    monkeypatch.setattr(sys, "argv", ["bench.float8", *words])
+    float8.main()
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["part"] for row in rows] == [*["layer"] * 4, "iteration", "step"]
+    assert {row["layer"] for row in rows[:4]} == {"attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"}
+    for row in rows:
+        assert row["bf16_ms"]["p50_ms"] > 0
+        ratio = row["bf16_ms"]["p50_ms"] / row["fp8_ms"]["p50_ms"]
+        assert row["fp8_speed"] == pytest.approx(ratio, abs=1e-3)
+    (iteration,) = (row for row in rows if row["part"] == "iteration")
+    assert iteration["num_layers"] == 44  # the last block computes class tokens alone
+    assert 0.5 < iteration["attack_sign_agreement"] <= 1
+    assert 0.5 < iteration["attack_loss_ratio"] < 2
+    assert "times as fast" in capsys.readouterr().out

@@ -1,0 +1,481 @@
+"""The attack in FP8: values, products, what uses them, and the audit that ends it if it is weak."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from safer_fast import float8
+from safer_fast.attack import frozen, pixel_gradient, random_start
+from safer_fast.attacker import Attacker
+from safer_fast.capture import CudaRecorder, Replays
+from safer_fast.command_line import parse_config
+from safer_fast.config import AttackConfig, ObjectiveConfig
+from safer_fast.float8 import (
+    BACKWARD,
+    FORWARD,
+    Float8Linear,
+    Float8Weights,
+    check_float8,
+    multiply,
+    quantise,
+)
+from safer_fast.float8_audit import AGREEMENT, RATIO, Audit
+from safer_fast.metrics import read_metrics
+from safer_fast.network import RobustModel
+from safer_fast.objective import Objective
+from safer_fast.parameters import ParameterArenas
+from safer_fast.runtime import compile_blocks
+from safer_fast.trainer import Trainer
+
+from .networks import build, images_and_labels
+from .test_train import SMALL, run
+
+EPSILON, STEP_SIZE = torch.tensor(0.1), torch.tensor(0.04)
+LARGEST = torch.finfo(FORWARD).max
+
+
+def needs_gpu(test: Callable[..., Any]) -> Any:
+    """Marks a test that only a GPU with FP8 units can run."""
+    has_float8 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+    skip = pytest.mark.skipif(not has_float8, reason="no CUDA device with FP8")
+    return pytest.mark.gpu(skip(test))
+
+
+HALF_A_STEP = 2.0**-4  # of e4m3's three bits of mantissa, relative
+
+
+def bf16_model() -> RobustModel:
+    """A small ViT whose matrices are bf16, as in training."""
+    model = build(compute_dtype=torch.bfloat16)
+    model.save(("patch-order", "class-token"), 32)
+    ParameterArenas(model.network, model.layers, torch.bfloat16)
+    return model
+
+
+# -- values
+
+
+def rows(kind: str, shape: tuple[int, int]) -> Tensor:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    if kind == "outlier":
+        x[0, 0] = 1e4
+    elif kind == "zero row":
+        x[0] = 0
+    elif kind == "tiny":
+        x *= 1e-30
+    elif kind == "huge":
+        x *= 1e30
+    elif kind == "one value":
+        x[:] = -3.0
+    return x
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (1, 1), (7, 33), (64, 48), (0, 16)])
+@pytest.mark.parametrize("kind", ["normal", "outlier", "zero row", "tiny", "huge", "one value"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_are_within_half_a_step_of_the_format(
+    kind: str, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    if kind in ("outlier", "zero row") and not shape[0]:
+        return
+    x = rows(kind, shape).to(dtype)
+    values, scales = quantise(x, FORWARD)
+    assert (values.dtype, scales.dtype) == (FORWARD, torch.float32)
+    assert scales.shape == (shape[0], 1)
+    back, exact = values.double() * scales.double(), x.double()
+    # below the least normal number steps are as long as there
+    error = HALF_A_STEP * torch.maximum(exact.abs(), scales.double() * 2.0**-6)
+    assert ((back - exact).abs() <= error * (1 + 1e-6)).all()
+    if kind not in ("zero row",) and len(x):
+        torch.testing.assert_close(values.float().abs().amax(1), torch.full(shape[:1], LARGEST))
+    torch.testing.assert_close(back.abs().amax(1), exact.abs().amax(1), rtol=1e-6, atol=0)
+
+
+def test_zeros_stay_zeros() -> None:
+    values, scales = quantise(torch.zeros(3, 16), FORWARD)
+    assert (values.float() == 0).all()
+    assert torch.isfinite(scales).all()
+    product = multiply(values, scales, values, scales)
+    assert (product == 0).all()
+
+
+@pytest.mark.parametrize("lost", [torch.nan, torch.inf, -torch.inf])
+def test_a_number_that_is_lost_is_lost_for_its_row_alone(lost: float) -> None:
+    x = torch.randn(3, 16)
+    x[1, 5] = lost
+    values, scales = quantise(x, FORWARD)
+    other, other_scales = quantise(torch.randn(32, 16), FORWARD)
+    product = multiply(values, scales, other, other_scales)
+    assert product[1].isnan().all()
+    assert product[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 16, 16), (5, 48, 32), (64, 32, 144)])
+def test_a_product_is_that_of_its_values(m: int, n: int, k: int) -> None:
+    generator = torch.Generator().manual_seed(m)
+    left = quantise(torch.randn(m, k, generator=generator), FORWARD)
+    right = quantise(torch.randn(n, k, generator=generator), FORWARD)
+    exact = (left[0].double() * left[1]) @ (right[0].double() * right[1]).t()
+    product = multiply(*left, *right)
+    assert product.dtype == torch.bfloat16
+    torch.testing.assert_close(product.double(), exact, rtol=2.0**-8, atol=1e-5)
+    # torch's own FP8 product, as the GPU is asked for it
+    scales = {"scale_a": left[1], "scale_b": right[1].t()}
+    theirs = torch._scaled_mm(left[0], right[0].t(), **scales, out_dtype=torch.bfloat16)
+    torch.testing.assert_close(theirs.double(), exact, rtol=2.0**-7, atol=1e-2)
+
+
+@needs_gpu
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 16, 16), (65, 48, 32), (4096, 1024, 1024)])
+def test_a_gpu_quantises_and_multiplies_as_the_simulation_does(m: int, n: int, k: int) -> None:
+    generator = torch.Generator().manual_seed(m)
+    pairs = [torch.randn(size, k, generator=generator).bfloat16() for size in (m, n)]
+    simulated = [quantise(x, FORWARD) for x in pairs]
+    compiled: Callable[..., Any] = torch.compile(quantise)
+    for quantised in (quantise, compiled):
+        on_gpu = [quantised(x.cuda(), FORWARD) for x in pairs]
+        for (values, scales), (own_values, own_scales) in zip(on_gpu, simulated, strict=True):
+            torch.testing.assert_close(scales.cpu(), own_scales, rtol=1e-6, atol=0)
+            differing = (values.cpu().float() != own_values.float()).float().mean()
+            assert differing < 1e-3  # quotients that lie between two values, rounded otherwise
+    product = multiply(*on_gpu[0], *on_gpu[1]).cpu()
+    torch.testing.assert_close(
+        product.float(), multiply(*simulated[0], *simulated[1]).float(), rtol=2.0**-6, atol=0.1
+    )
+
+
+# -- layers
+
+
+def a_layer(bias: bool = True) -> tuple[Float8Linear, nn.Linear, Float8Weights]:
+    """A linear layer made one of FP8, the same as it was, and what switches it."""
+    torch.manual_seed(0)
+    plain = nn.Linear(32, 48, bias=bias).to(torch.bfloat16).requires_grad_(False)
+    own = nn.Linear(32, 48, bias=bias).to(torch.bfloat16).requires_grad_(False)
+    own.load_state_dict(plain.state_dict())
+    weights = Float8Weights(build(), least=2**40)
+    weights.layers["own"] = Float8Linear.adopt(own, weights)
+    return weights.layers["own"], plain, weights
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_is_as_it_was_where_fp8_is_off_and_near_where_it_is_on(bias: bool) -> None:
+    layer, plain, weights = a_layer(bias)
+    x = torch.randn(4, 7, 32).bfloat16().requires_grad_()
+    assert torch.equal(layer(x), plain(x))
+    with weights.used():
+        product = layer(x)
+    exact = functional.linear(
+        x.double(), plain.weight.double(), plain.bias.double() if bias else None
+    )
+    assert product.dtype == torch.bfloat16
+    assert (product.double() - exact).norm() / exact.norm() < 0.05
+    slope = torch.randn_like(product)
+    (gradient,) = torch.autograd.grad(product, x, slope)
+    wanted = slope.double() @ plain.weight.double()
+    assert gradient.dtype == x.dtype
+    assert (gradient.double() - wanted).norm() / wanted.norm() < 0.05
+    assert torch.equal(layer(x), plain(x))
+
+
+def test_nothing_of_the_input_is_kept_for_the_backward_pass() -> None:
+    layer, _, weights = a_layer()
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    x = torch.randn(4, 32).bfloat16().requires_grad_()
+    with weights.used(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(x).sum()
+    assert {tuple(tensor.shape) for tensor in kept} <= {(32, 48), (32, 1)}
+
+
+def test_only_layers_that_move_are_quantised_again() -> None:
+    model = bf16_model()
+    weights = Float8Weights(model, least=0)
+    first, second = list(weights.layers)[:2]
+    weights.move([first])
+    weights.refresh()
+    before = {name: layer.rows.float() for name, layer in weights.layers.items()}
+    with torch.no_grad():
+        for name in (first, second):
+            weights.layers[name].weight.mul_(-1)
+    weights.refresh()
+    assert torch.equal(weights.layers[first].rows.float(), -before[first])
+    assert torch.equal(weights.layers[second].rows.float(), before[second])
+    weights.move([second])
+    weights.refresh()
+    assert torch.equal(weights.layers[second].rows.float(), -before[second])
+    with torch.no_grad():
+        weights.layers[first].weight.mul_(-1)
+    weights.move(None)
+    weights.refresh()
+    with torch.no_grad():
+        weights.layers[first].weight.mul_(-1)
+    weights.refresh()
+    assert torch.equal(weights.layers[first].rows.float(), -before[first])
+
+
+def test_large_matrices_of_blocks_are_chosen_and_checkpoints_know_nothing_of_them() -> None:
+    model = bf16_model()
+    known = set(model.network.state_dict())
+    weights = Float8Weights(model, least=48 * 100)
+    # the last block computes class tokens alone; projections have 48 * 48 elements
+    wanted = {f"blocks.{i}.{part}" for i in range(3) for part in ("attn.qkv", "mlp.fc1", "mlp.fc2")}
+    assert set(weights.layers) == wanted
+    assert set(model.network.state_dict()) == known
+    assert not Float8Weights(build(), least=10**9).layers
+
+
+# -- the attack
+
+
+def attack_on(model: RobustModel, weights: Float8Weights | None, **settings: Any) -> Attacker:
+    attack = Attacker(model, Objective(ObjectiveConfig(**settings)), steps=4, float8=weights)
+    attack.draw = lambda images, epsilon, norm: random_start(
+        images, epsilon, norm, torch.Generator().manual_seed(5)
+    )
+    return attack
+
+
+def test_most_signs_agree_and_the_loss_is_as_high() -> None:
+    model = bf16_model()
+    images, labels = images_and_labels(64)
+    attack = attack_on(model, Float8Weights(model, least=0))
+    Audit(attack, AttackConfig(audit_images=64))(0, images, labels, EPSILON, STEP_SIZE)
+    assert 0.9 < attack.audited[AGREEMENT] < 1
+    assert 0.97 < attack.audited[RATIO] < 1.03
+    adversarial = attack(images, labels, EPSILON, STEP_SIZE)
+    assert (adversarial - model.arrange(images)).abs().max() <= EPSILON + 1e-6
+    plain = attack_on(model, None)(images, labels, EPSILON, STEP_SIZE)
+    assert not torch.equal(adversarial, plain)
+
+
+def test_all_but_the_attack_computes_as_before() -> None:
+    model = bf16_model()
+    images, labels = images_and_labels()
+    loss = partial(functional.cross_entropy, reduction="sum")
+    with frozen(model):
+        logits, gradient = model(images), pixel_gradient(model, images, labels, loss)
+    attack = attack_on(model, Float8Weights(model, least=0))
+    attack(images, labels, EPSILON, STEP_SIZE)
+    with frozen(model):
+        assert torch.equal(model(images), logits)
+        assert torch.equal(pixel_gradient(model, images, labels, loss), gradient)
+
+
+def test_a_switch_is_off_again_after_an_exception() -> None:
+    model = bf16_model()
+    weights = Float8Weights(model, least=0)
+    with pytest.raises(RuntimeError), weights.used():
+        raise RuntimeError
+    assert not weights.is_on
+
+
+@pytest.fixture
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_a_compiled_attack_is_that_of_eager_code() -> None:
+    images, labels = images_and_labels(16)
+    gradients = []
+    for is_compiled in (False, True):
+        model = bf16_model()
+        weights = Float8Weights(model, least=0)
+        if is_compiled:
+            compile_blocks(model)
+        loss = partial(functional.cross_entropy, reduction="sum")
+        with frozen(model), weights.used():
+            gradients.append(pixel_gradient(model, model.arrange(images), labels, loss))
+        with frozen(model):  # the same blocks, compiled again for bf16
+            gradients.append(pixel_gradient(model, model.arrange(images), labels, loss))
+    eager, eager_bf16, compiled, compiled_bf16 = gradients
+    alike = (eager.sign() == compiled.sign()).float().mean()
+    assert alike > 0.9
+    assert (eager_bf16.sign() == compiled_bf16.sign()).float().mean() > alike
+
+
+@needs_gpu
+@pytest.mark.parametrize("mode", ["eager", "compiled", "captured"])
+def test_an_attack_on_a_gpu_is_near_the_simulated_one(mode: str) -> None:
+    images, labels = images_and_labels(64)
+    model = bf16_model()
+    simulated = attack_on(model, Float8Weights(model, least=0))
+    simulated.draw = lambda images, epsilon, norm: images
+    wanted = simulated(images, labels, EPSILON, STEP_SIZE).clone()
+    model = build(compute_dtype=torch.bfloat16)
+    model.save(("patch-order", "class-token"), 32)
+    model.cuda()
+    ParameterArenas(model.network, model.layers, torch.bfloat16)
+    weights = Float8Weights(model, least=0)
+    if mode != "eager":
+        compile_blocks(model)
+    attack = attack_on(model, weights)
+    if mode == "captured":
+        attack.replays = Replays(CudaRecorder(torch.device("cuda")))
+    attack.draw = simulated.draw
+    arguments = [value.cuda() for value in (images, labels, EPSILON, STEP_SIZE)]
+    for _ in range(3):
+        adversarial = attack(*arguments).clone()
+    again = attack(*arguments)
+    assert torch.equal(adversarial, again)
+    assert bool(attack.replays.recorded) == (mode == "captured")
+    moved = adversarial.cpu() - model.arrange(images.cuda()).cpu()
+    assert (moved.sign() == (wanted - model.cpu().arrange(images)).sign()).float().mean() > 0.9
+
+
+# -- the audit
+
+
+def spoiled(left: Tensor, left_scales: Tensor, right: Tensor, right_scales: Tensor) -> Tensor:
+    """A product that has nothing to do with its factors."""
+    generator = torch.Generator().manual_seed(left.shape[0])
+    return torch.randn(len(left), len(right), generator=generator).bfloat16()
+
+
+def test_a_weak_attack_ends_the_use_of_fp8_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = bf16_model()
+    images, labels = images_and_labels(32)
+    attack = attack_on(model, Float8Weights(model, least=0))
+    said: list[str] = []
+    audit = Audit(attack, AttackConfig(audit_every=2), report=said.append)
+    monkeypatch.setattr(float8, "multiply", spoiled)
+    audit(1, images, labels, EPSILON, STEP_SIZE)
+    assert not attack.audited
+    audit(2, images, labels, EPSILON, STEP_SIZE)
+    assert attack.audited[RATIO] < 0.98
+    assert attack.float8 is None
+    audit(4, images, labels, EPSILON, STEP_SIZE)
+    assert len(said) == 1
+    assert said[0].startswith("attack.precision: bf16 from step 2 on")
+    adversarial = attack(images, labels, EPSILON, STEP_SIZE)
+    wanted = attack_on(model, None)(images, labels, EPSILON, STEP_SIZE)
+    assert torch.equal(adversarial, wanted)
+
+
+def test_an_audit_that_finds_enough_changes_nothing() -> None:
+    model = bf16_model()
+    images, labels = images_and_labels(32)
+    attack = attack_on(model, Float8Weights(model, least=0), name="trades")
+    state = torch.get_rng_state()
+    Audit(attack, AttackConfig(audit_ratio=0.5))(0, images, labels, EPSILON, STEP_SIZE)
+    assert attack.float8 is not None
+    assert torch.equal(torch.get_rng_state(), state)
+    attack.steps = 0
+    attack.audited = {}
+    Audit(attack, AttackConfig())(0, images, labels, EPSILON, STEP_SIZE)
+    assert not attack.audited
+
+
+# -- runs
+
+IN_FP8 = ("--amp=bf16", "--attack.precision=fp8", "--attack.fp8_from=0", "--attack.audit_every=3")
+
+
+def test_a_run_in_fp8_says_what_its_audits_found(tmp_path: Path) -> None:
+    folder = run(tmp_path / "run", *IN_FP8, "--optim.ema_decay=0.9")
+    events = read_metrics(folder / "metrics.jsonl")
+    assert any("simulated" in note for note in events[0]["notes"])
+    steps = [event for event in events if event["event"] == "step"]
+    audited = [event for event in steps if AGREEMENT in event]
+    assert audited
+    assert all(0.5 < event[AGREEMENT] <= 1 and 0.5 < event[RATIO] < 2 for event in audited)
+
+
+def test_a_run_in_fp8_is_repeated_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", *IN_FP8)
+    flags = [*SMALL, *IN_FP8, f"--output={tmp_path / 'run'}", "--resume=auto"]
+    config = parse_config(flags)
+    with Trainer(config) as trainer:
+        for epoch in trainer.epochs():
+            if epoch == 4:
+                break
+            trainer.begin_epoch(epoch)
+            trainer.end_epoch(epoch, trainer.train_epoch(epoch))
+        trainer.stop("a test")
+    from safer_fast import train_model
+
+    train_model(config)
+    for name in ("model.safetensors", "best.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
+    figures = [
+        [
+            (event["step"], event["loss"], event.get(AGREEMENT), event.get(RATIO))
+            for event in read_metrics(folder / "metrics.jsonl")
+            if event["event"] == "step"
+        ]
+        for folder in (whole, tmp_path / "run")
+    ]
+    assert figures[0] == figures[1]
+
+
+def test_a_run_that_fell_back_stays_so_when_it_goes_on(tmp_path: Path) -> None:
+    flags = [*SMALL, *IN_FP8, f"--output={tmp_path / 'run'}", "--resume=auto"]
+    config = parse_config(flags)
+    with Trainer(config) as trainer:
+        trainer.begin_epoch(1)
+        trainer.end_epoch(1, trainer.train_epoch(1))
+        trainer.engine.audit.load({AGREEMENT: 0.9, RATIO: 0.5})
+        trainer.begin_epoch(2)
+        trainer.train_epoch(2)
+        trainer.stop("a test")
+    from safer_fast.distributed import Ranks
+    from safer_fast.resume import find_run
+
+    ranks = Ranks()
+    with Trainer(config, ranks, find_run(config, ranks)) as trainer:
+        assert trainer.engine.attack.float8 is None
+        assert trainer.engine.attack.audited == {AGREEMENT: 0.9, RATIO: 0.5}
+
+
+# -- where it cannot be had
+
+
+def test_a_gpu_without_fp8_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
+    message = r"^--attack\.precision: expected amp [^\n]+, got fp8 on NVIDIA A100 \(8\.0\)$"
+    with pytest.raises(ValueError, match=message):
+        check_float8(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    check_float8(torch.device("cuda"))
+    check_float8(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--attack.precision=fp8"], "--attack.precision: expected amp with --amp off, got fp8"),
+        (["--attack.audit_every=0"], "--attack.audit_every: expected at least 1, got 0"),
+        (["--attack.audit_ratio=2"], "--attack.audit_ratio: expected a share from 0 to 1, got 2"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(flags: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Trainer(parse_config(flags))
+
+
+def test_a_model_without_large_matrices_is_attacked_in_bf16(tmp_path: Path) -> None:
+    flags = [*SMALL, "--amp=bf16", "--attack.precision=fp8", f"--output={tmp_path / 'run'}"]
+    with Trainer(parse_config(flags)) as trainer:
+        assert trainer.engine.attack.float8 is None
+        assert any("attack in FP8: off" in note for note in trainer.engine.notes)
+
+
+def test_both_formats_are_the_one_that_measured_best() -> None:
+    assert (torch.float8_e4m3fn, torch.float8_e4m3fn) == (FORWARD, BACKWARD)
