@@ -96,6 +96,7 @@ tiny=(--model vit_tiny_patch16_224 --image-size 32 --patch-size 4)
 large_batch=128 small_batch=256 tiny_batch=512 large_layer=blocks.18.mlp.fc1
 large_sizes=64,128 base_sizes=128,256 small_sizes=256,512 tiny_sizes=512,1024
 data=(--workers 8,16 --images 4000 --training-images 30000 --training-batch-size 256)
+digits=()
 experiment=(--scale full --models deit_tiny_patch16_224 --jobs 2)
 steps=10 op_repeats=15 has_graphs=1
 if [ "${GPU_SH_REHEARSE:-0}" = 1 ]; then
@@ -105,6 +106,8 @@ if [ "${GPU_SH_REHEARSE:-0}" = 1 ]; then
     large_sizes=2,4 base_sizes=4 small_sizes=4 tiny_sizes=4
     data=(--workers 1 --repeats 2 --images 8 --batch-size 4 --small-images 64 --training-images 4)
     data+=(--training-batch-size 2 --training-steps 1 --training-model vit_tiny_patch16_224)
+    digits=(--epochs 2 --selection.warmup_epochs 1 --attack.clean_epochs 1)
+    digits+=(--attack.epsilon_warmup_epochs 0 --data.max_images 64)
     experiment=(--scale reduced --jobs 1)
     steps=2 op_repeats=2 has_graphs=0
 fi
@@ -127,6 +130,8 @@ bench step small 50 "${on_small[@]}"
 bench float8 large 110 "${large[@]}" --batch-sizes "$large_sizes" --layers "$large_layer" --steps 3
 bench float8 base 70 "${base[@]}" --batch-sizes "$base_sizes" --layers blocks.9.mlp.fc1 --steps 3
 bench float8 small 60 "${small[@]}" --batch-sizes "$small_sizes" --layers blocks.9.mlp.fc1 --from 0
+part digits 90 "$python" -m safer_fast.train --amp bf16 --output "$logs/digits-run" "${digits[@]}" &&
+    part float8-digits 40 "$python" -m bench.float8_accuracy "$logs/digits-run" --output "$rows"
 part ops 50 "$python" -m bench.ops --output "$rows" --repeats "$op_repeats"
 part attention 60 "$python" -m bench.attention --output "$rows"
 bench peers tiny 90 "${on_tiny[@]}" --leave-out ""

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import float8
+from bench import float8, float8_accuracy
+
+from .test_train import run
 
 
 def test_every_part_has_rows_with_both_precisions(
@@ -32,3 +34,21 @@ def test_every_part_has_rows_with_both_precisions(
     assert 0.5 < iteration["attack_sign_agreement"] <= 1
     assert 0.5 < iteration["attack_loss_ratio"] < 2
     assert "times as fast" in capsys.readouterr().out
+
+
+def test_both_attacks_are_judged_on_the_same_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run(tmp_path / "run", "--amp=bf16", "--epochs=3", "--evaluation.attacks=clean")
+    file = tmp_path / "rows.jsonl"
+    words = [str(folder), "--steps=3", "--num-images=50", "--batch-size=16", f"--output={file}"]
+    monkeypatch.setattr(sys, "argv", ["bench.float8_accuracy", *words])
+    float8_accuracy.main()
+    row = json.loads(file.read_text())
+    assert row["num_images"] == 50
+    assert row["num_layers"] > 0
+    assert row["simulated"]
+    difference = row["only_bf16_fools"] - row["only_fp8_fools"]
+    assert row["fp8_accuracy"] - row["bf16_accuracy"] == pytest.approx(difference / 50, abs=1e-4)
+    assert 0 < row["p"] <= 1
+    assert "50 images" in capsys.readouterr().out

@@ -1,0 +1,112 @@
+"""Whether an attack in FP8 fools as many images: `python -m bench.float8_accuracy RUN [RUN ...]`.
+
+    python -m bench.float8_accuracy RUN [--weights best] [--steps 20] [--num-images 1000]
+        [--output FILE.jsonl]
+
+Images of the run's test split (validation, where it has none) are attacked twice by PGD from the
+same random start, in bf16 and with every matrix that FP8 can multiply in FP8; both times the
+network judges in bf16. On a machine without a GPU, FP8 is simulated: the same values, sums in
+another order.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import binomtest
+from torch import Tensor
+
+from bench.measure import append, origin
+from safer_fast.attack import placed_start
+from safer_fast.attack_suite import climb_of
+from safer_fast.attacker import Attacker
+from safer_fast.config import ObjectiveConfig
+from safer_fast.data import as_pixels, load_data
+from safer_fast.data.seeds import derive_seed
+from safer_fast.float8 import Float8Weights
+from safer_fast.objective import Objective
+from safer_fast.run_folder import LoadedRun, load_run
+
+
+def main() -> None:
+    """Prints a line for each run and, if asked, appends it as JSON to a file."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="finished run folders")
+    parser.add_argument("--weights", choices=("best", "last"), default="last")
+    parser.add_argument("--steps", type=int, default=20, help="iterations of PGD")
+    parser.add_argument("--num-images", type=int, default=1000, help="the first of them")
+    parser.add_argument("--batch-size", type=int, default=250, help="images at a time")
+    parser.add_argument("--output", type=Path, help="append one JSON line per run to this file")
+    arguments = parser.parse_args()
+    for folder in arguments.runs:
+        row = accuracy_row(load_run(folder, arguments.weights), arguments)
+        print(
+            f"{row['case']}: PGD-{arguments.steps} accuracy {row['bf16_accuracy']:.4f} in bf16, "
+            f"{row['fp8_accuracy']:.4f} in FP8, {row['num_images']} images; only the one in bf16 "
+            f"fools {row['only_bf16_fools']}, only the one in FP8 {row['only_fp8_fools']} "
+            f"(p {row['p']:.2g})",
+            flush=True,
+        )
+        append([row], arguments.output)
+
+
+def accuracy_row(run: LoadedRun, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Accuracies under both attacks, on how many images they part, p of McNemar's exact test."""
+    right: dict[str, list[Tensor]] = {"bf16": [], "fp8": []}
+    float8 = Float8Weights(run.model, least=0)
+    device = run.model.mean.device
+    data = load_data(run.config.data, batch_size=arguments.batch_size, seed=0, device=device)
+    loader = data.test or data.validation
+    for batch in loader.epoch(1, limit=arguments.num_images):
+        batch = batch.to(device)
+        images, labels = as_pixels(batch.images), batch.labels
+        for precision, found in right.items():
+            attack = attack_on(run, arguments.steps, float8 if precision == "fp8" else None)
+            seed_of = partial(derive_seed, 0, "audit")
+            attack.draw = partial(placed_start, position=batch.position, seed_of=seed_of)
+            radii = _radii(run, arguments.steps, device)
+            adversarial = attack(images, labels, *radii)
+            with torch.no_grad():
+                is_right = run.model(adversarial).argmax(1) == labels
+            found.append(is_right[: batch.num_images])
+    in_bf16, in_fp8 = (torch.cat(found) for found in right.values())
+    only_bf16, only_fp8 = int((in_fp8 & ~in_bf16).sum()), int((in_bf16 & ~in_fp8).sum())
+    parted = only_bf16 + only_fp8
+    return {
+        "what": "float8",
+        "part": "accuracy",
+        "implementation": "fp8",
+        "case": f"{run.config.model.name} on {data.name}, {run.weights.name}",
+        "dtype": "fp8",
+        "epsilon": float(run.config.attack.epsilon),
+        "steps": arguments.steps,
+        "num_layers": len(float8.layers),
+        "num_images": len(in_bf16),
+        "bf16_accuracy": round(in_bf16.float().mean().item(), 5),
+        "fp8_accuracy": round(in_fp8.float().mean().item(), 5),
+        "only_bf16_fools": only_bf16,
+        "only_fp8_fools": only_fp8,
+        "p": binomtest(only_bf16, parted).pvalue if parted else 1.0,
+        "simulated": device.type != "cuda",
+        **origin(device),
+    }
+
+
+def attack_on(run: LoadedRun, steps: int, float8: Float8Weights | None) -> Attacker:
+    """PGD on the run's model."""
+    objective = Objective(ObjectiveConfig())
+    return Attacker(run.model, objective, norm=run.config.attack.norm, steps=steps, float8=float8)
+
+
+def _radii(run: LoadedRun, steps: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    epsilon = float(run.config.attack.epsilon)
+    step_size = climb_of(f"pgd-{steps}", epsilon).step_size
+    return torch.tensor(epsilon, device=device), torch.tensor(step_size, device=device)
+
+
+if __name__ == "__main__":
+    main()
