@@ -107,7 +107,8 @@ if [ "${GPU_SH_REHEARSE:-0}" = 1 ]; then
     data=(--workers 1 --repeats 2 --images 8 --batch-size 4 --small-images 64 --training-images 4)
     data+=(--training-batch-size 2 --training-steps 1 --training-model vit_tiny_patch16_224)
     digits=(--epochs 2 --selection.warmup_epochs 1 --attack.clean_epochs 1)
-    digits+=(--attack.epsilon_warmup_epochs 0 --data.max_images 64)
+    digits+=(--attack.epsilon_warmup_epochs 0 --data.max_images 64 --evaluation.attacks clean)
+    digits+=(--evaluation.steps 1 --evaluation.max_images 32 --evaluation.sentinel_images 0)
     experiment=(--scale reduced --jobs 1)
     steps=2 op_repeats=2 has_graphs=0
 fi
