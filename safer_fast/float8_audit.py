@@ -53,18 +53,19 @@ class Audit:
         sums = self._measure(images[part], labels[part], epsilon, step_size)
         alike, count, in_float8, in_bfloat16 = self.ranks.sum_(sums).tolist()
         ratio = in_float8 / in_bfloat16 if in_bfloat16 > 0 else 1.0
-        self.load({AGREEMENT: alike / count, RATIO: ratio})
-        if attack.float8 is None:
+        if self.load({AGREEMENT: alike / count, RATIO: ratio}):
             self._report(
                 f"attack.precision: bf16 from step {num_steps} on (after the attack in FP8 the "
                 f"loss is {ratio:.3f} of that in bf16, less than attack.audit_ratio)"
             )
 
-    def load(self, figures: Mapping[str, float]) -> None:
-        """These are the figures of the last audit, and what follows from them is done."""
+    def load(self, figures: Mapping[str, float]) -> bool:
+        """These are the figures of the last audit; whether the attack is in bf16 from now on."""
         self.attack.audited = dict(figures)
-        if RATIO in figures and not figures[RATIO] >= self.config.audit_ratio:
+        is_weak = RATIO in figures and not figures[RATIO] >= self.config.audit_ratio
+        if is_weak:
             self.attack.float8 = None
+        return is_weak
 
     def _measure(
         self, images: Tensor, labels: Tensor, epsilon: Tensor, step_size: Tensor

@@ -216,8 +216,8 @@ class Trainer:
 
     def _reach(self, **changes: Any) -> None:
         """A point where the run may end, and be gone on from."""
-        now = {"metrics_size": self.log.size, "audit": self.engine.attack.audited}
-        self.progress = replace(self.progress, **now, **changes)
+        changes |= {"metrics_size": self.log.size, "audit": self.engine.attack.audited}
+        self.progress = replace(self.progress, **changes)
         if self.stops.check(self.saver.is_due(self.progress.num_steps)):
             self.save()
 
