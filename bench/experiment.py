@@ -40,7 +40,11 @@ def main() -> None:
     wanted = Wanted(arguments.models, arguments.starts, arguments.seeds, arguments.arms)
     tasks = tasks_of(scale, wanted)
     results = Results(arguments.output)
-    data = _split(scale, arguments.train, arguments.test, folder / "data")
+    try:
+        data = _split(scale, arguments.train, arguments.test, folder / "data")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     jobs = Jobs(scale, folder, data, results)
     if arguments.list:
         print("\n".join(f"{_state(jobs, task):5} {task.title}" for task in tasks))

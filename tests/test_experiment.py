@@ -260,7 +260,18 @@ def test_a_wrong_flag_is_refused_in_one_line(
     assert message in capsys.readouterr().err
 
 
-class Sleeping(Jobs):
+def test_too_few_images_are_refused_in_one_line(
+    images: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        run_command(monkeypatch, (images[1], images[1]))
+    assert error.value.code == 2
+    assert capsys.readouterr().err == "error: --train: expected 32 images or more, got 12\n"
+
+
+class Failing(Jobs):
     """Jobs whose workers find nothing to do it on."""
 
     def job(self, task: Task) -> Job:
@@ -270,7 +281,7 @@ class Sleeping(Jobs):
 def test_a_worker_that_fails_is_named_and_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pool = Pool(Sleeping(**vars(jobs_in(tmp_path))), 1, time.monotonic() + 60)
+    pool = Pool(Failing(**vars(jobs_in(tmp_path))), 1, time.monotonic() + 60)
     assert pool.run([Task("start", MODEL), Task("arm", MODEL, PEAK, "SAFER")]) == 1
     printed = capsys.readouterr().out
     assert "failed, exit 1" in printed
@@ -278,7 +289,7 @@ def test_a_worker_that_fails_is_named_and_counted(
 
 
 def test_a_signal_ends_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = Pool(Sleeping(**vars(jobs_in(tmp_path))), 1, time.monotonic() + 60)
+    pool = Pool(Failing(**vars(jobs_in(tmp_path))), 1, time.monotonic() + 60)
     begun: list[Any] = []
 
     def begin(task: Task) -> None:

@@ -17,7 +17,6 @@ from safer_fast.capture import CudaRecorder, Replays
 from safer_fast.command_line import parse_config
 from safer_fast.config import AttackConfig, ObjectiveConfig
 from safer_fast.float8 import (
-    BACKWARD,
     FORWARD,
     Float8Linear,
     Float8Weights,
@@ -475,7 +474,3 @@ def test_a_model_without_large_matrices_is_attacked_in_bf16(tmp_path: Path) -> N
     with Trainer(parse_config(flags)) as trainer:
         assert trainer.engine.attack.float8 is None
         assert any("attack in FP8: off" in note for note in trainer.engine.notes)
-
-
-def test_both_formats_are_the_one_that_measured_best() -> None:
-    assert (torch.float8_e4m3fn, torch.float8_e4m3fn) == (FORWARD, BACKWARD)
