@@ -2,7 +2,8 @@
 
     python -m bench.experiment --train cifar10-train.parquet --test cifar10-test.parquet
         [--scale full|reduced] [--budget-minutes M] [--jobs N] [--seeds N] [--models NAMES]
-        [--starts peak,late] [--arms "SAFER;PGD-AT"] [--folder DIR] [--output FILE.jsonl] [--list]
+        [--starts peak,late] [--arms "SAFER;PGD-AT"] [--kinds select,arm,autoattack]
+        [--folder DIR] [--output FILE.jsonl] [--list]
 
 One adversarial training is shared by all: its weights at the epoch of best validation robust
 accuracy are the `peak` start, its last weights, `patience` epochs later, the `late` one. Each arm
@@ -29,6 +30,7 @@ from bench.experiment_pool import Pool
 from bench.experiment_table import experiment_tables
 from bench.experiment_tasks import STARTS, Results, Task, Wanted, read_rows, tasks_of
 
+KINDS = ("select", "arm", "autoattack")
 RESULTS = Path(__file__).parent / "results" / "cifar10.jsonl"
 
 
@@ -37,7 +39,9 @@ def main() -> None:
     arguments = _parsed()
     scale: Scale = SCALES[arguments.scale]
     folder = arguments.folder or Path("runs") / f"experiment-{scale.name}"
-    wanted = Wanted(arguments.models, arguments.starts, arguments.seeds, arguments.arms)
+    wanted = Wanted(
+        arguments.models, arguments.starts, arguments.seeds, arguments.arms, arguments.kinds
+    )
     tasks = tasks_of(scale, wanted)
     results = Results(arguments.output)
     try:
@@ -100,13 +104,14 @@ def _parsed() -> argparse.Namespace:
     parser.add_argument("--models", type=_names, help="comma-separated; default: all of the scale")
     parser.add_argument("--starts", type=_names, default=list(STARTS), help="peak, late or both")
     parser.add_argument("--arms", type=lambda text: text.split(";"), help="only these, by ;")
+    parser.add_argument("--kinds", type=_names, default=list(KINDS), help=", ".join(KINDS))
     parser.add_argument("--folder", type=Path, help="of runs; default: runs/experiment-SCALE")
     parser.add_argument("--output", type=Path, default=RESULTS, help="rows are appended to it")
     parser.add_argument("--list", action="store_true", help="only say what is done and what is not")
     arguments = parser.parse_args()
     scale = SCALES[arguments.scale]
     arguments.models = arguments.models or list(scale.models)
-    known = (("models", scale.models), ("starts", STARTS), ("arms", scale.arms()))
+    known = (("models", scale.models), ("starts", STARTS), ("arms", scale.arms()), ("kinds", KINDS))
     for name, values in known:
         for value in getattr(arguments, name) or []:
             if value not in values:

@@ -13,6 +13,7 @@ Settings = dict[str, object]
 EPSILON, STEP_SIZE, STEPS = "8/255", "2/255", 10
 _ALL: Settings = {"selection.criterion": "all", "selection.every_epochs": 0}
 _SAFER: Settings = {"selection.criterion": "sharpness", "sam.rho": 0.05}
+_BLOCKS: Settings = {**_SAFER, "selection.candidates": "blocks.*"}
 _TRADES: Settings = {"objective.name": "trades"}
 
 ARMS: dict[str, Settings] = {
@@ -35,8 +36,8 @@ BASELINE = "PGD-AT"
 """What differences are taken from."""
 MAIN = ("PGD-AT", "SAFER", "random, SAM", "SAM on all")
 """Arms that have all seeds before any other has its first."""
-UPPER = ("SAFER, upper half", "SAFER, last quarter")
-"""SAFER with candidates from the upper blocks alone."""
+UPPER = ("SAFER, blocks", "SAFER, upper half", "SAFER, last quarter")
+"""SAFER with candidates from the blocks alone, without patch embedding and head; or upper ones."""
 LOW_RATE = 0.1
 """The low rate as a share of that of the other arms."""
 
@@ -45,6 +46,7 @@ _CHANGES: dict[str, Settings] = {
     "rho 0.1": {"sam.rho": 0.1},
     "rho 0.2": {"sam.rho": 0.2},
     "fraction 25 %": {"selection.fraction": 0.25},
+    "blocks, fraction 25 %": {**_BLOCKS, "selection.fraction": 0.25},
     "fraction 10 %": {"selection.fraction": 0.1},
     "fraction 2 %": {"selection.fraction": 0.02},
     "selected once": {"selection.every_epochs": 0},
@@ -113,8 +115,8 @@ class Scale:
         """All arms by name: those of the table, where candidates begin, and sensitivity."""
         half, last = self.num_blocks // 2, self.num_blocks - max(1, self.num_blocks // 4)
         upper: dict[str, Settings] = {
-            UPPER[0]: {**_SAFER, "selection.from_block": half},
-            UPPER[1]: {**_SAFER, "selection.from_block": last},
+            name: {**_BLOCKS, "selection.from_block": lowest}
+            for name, lowest in zip(UPPER, (0, half, last), strict=True)
         }
         half_time = {**_SAFER, "selection.warmup_epochs": self.arm_epochs // 2}
         more: dict[str, Settings] = {"SAFER, after PGD-AT for half the epochs": half_time}

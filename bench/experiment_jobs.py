@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from bench.experiment_arms import Scale
 from bench.experiment_tasks import (
     FILES,
+    ID_FIELDS,
     PEAK,
     STARTS,
     Results,
@@ -68,6 +69,8 @@ class Jobs:
             return False
         rows: list[Row] = [json.loads(line) for line in file.read_text().splitlines()]
         about = self.about(task)
+        if task.kind == "start":  # which its weights only say when it has ended
+            rows = [row | self._start_ids(task.model) for row in rows]
         if not rows or any(rows[0].get(name) != value for name, value in about.items()):
             return False
         self.results.add(rows)
@@ -98,21 +101,26 @@ class Jobs:
 
     def about(self, task: Task) -> dict[str, Any]:
         """The fields that the task's rows begin with; `IDENTITY` is among them."""
-        start_id = None
+        ids = self._start_ids(task.model)
         if task.kind != "start":
-            run = self._run(Task("start", task.model))
-            start_id = self._digest(run / FILES[STARTS[task.start]])
+            ids = {"start_id": ids[ID_FIELDS[task.start]]}
         return {
             "task": task.kind,
             "case": self.scale.name,
             "model": task.model,
             "start": task.start,
-            "start_id": start_id,
+            **ids,
             "arm": task.arm,
             "seed": task.seed,
             "settings": digest([self._settings(task), self._sizes()]),
             "num_train_images": pq.read_metadata(self.data["train"]).num_rows,
         }
+
+    def _start_ids(self, model: str) -> dict[str, str | None]:
+        """Names of the weights of both starts, by field; None where they are not there yet."""
+        run = self._run(Task("start", model))
+        files = {field: run / FILES[STARTS[start]] for start, field in ID_FIELDS.items()}
+        return {field: self._digest(f) if f.is_file() else None for field, f in files.items()}
 
     def _sizes(self) -> list[int]:
         scale = self.scale

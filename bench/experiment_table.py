@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.experiment_arms import ARMS, BASELINE
+from bench.experiment_tasks import ID_FIELDS, PEAK, STARTS
 
 Row = dict[str, Any]
 Values = dict[int, float]
@@ -24,6 +25,7 @@ class Group:
     case: str
     model: str
     start: str
+    start_id: str
     rows: Sequence[Row]
 
     def arms(self) -> list[str]:
@@ -49,26 +51,50 @@ class Group:
         return {row["seed"]: row for row in rows}
 
 
-def groups_of(rows: Iterable[Row]) -> list[Group]:
-    """Rows by experiment, model and start; only those from the start that was measured last."""
+def all_groups_of(rows: Iterable[Row]) -> list[Group]:
+    """Rows by experiment, model, kind of start and training of the start, the newest first."""
+    rows = sorted(rows, key=lambda row: row["date"])
+    names = ("case", "model", "start", "start_id")
+    trained = [row for row in rows if row["task"] == "arm"]
     groups = []
-    rows = list(rows)
-    for case, model, start in dict.fromkeys(
-        (row["case"], row["model"], row["start"]) for row in rows if row["task"] == "arm"
-    ):
-        own = [row for row in rows if (row["case"], row["model"]) == (case, model)]
-        arms = [row for row in own if row["start"] == start and row["task"] != "start"]
-        latest = max(arms, key=lambda row: row["date"])["start_id"]
-        found = {_figure(row): row for row in arms if row["start_id"] == latest}
-        starts = [_as_start(row, start) for row in own if row["arm"] == "start"]
-        found |= {_figure(row): row for row in starts if row and row["task"] != "select"}
-        groups.append(Group(case, model, start, list(found.values())))
+    for key in dict.fromkeys(tuple(row[name] for name in names) for row in reversed(trained)):
+        case, model, start, start_id = key
+        arms = [row for row in rows if tuple(row[name] for name in names) == key]
+        found = {_figure(row): row for row in arms if row["arm"] != "start"}
+        own = [row for row in rows if row["arm"] == "start" and row["task"] != "select"]
+        same = {"case": case, "model": model}
+        starts = [_as_start(row, start, start_id) for row in _chosen(own, same)]
+        found |= {_figure(row): row for row in starts if row}
+        groups.append(Group(case, model, start, start_id, list(found.values())))
     return groups
+
+
+def groups_of(rows: Iterable[Row]) -> list[Group]:
+    """The same, only of the training of the start that was gone on from last."""
+    found: dict[tuple[str, ...], Group] = {}
+    for group in all_groups_of(rows):
+        found.setdefault((group.case, group.model, group.start), group)
+    return sorted(found.values(), key=lambda group: (group.case, group.model, group.start != PEAK))
 
 
 def experiment_tables(rows: Iterable[Row]) -> str:
     """Of each experiment, model and start: accuracies of all arms, and differences to PGD-AT."""
     return "\n".join(_both(group, [*ARMS]) for group in groups_of(rows))
+
+
+def earlier_tables(rows: Iterable[Row]) -> str:
+    """The same from other trainings of a start, and the differences of all trainings together."""
+    rows = list(rows)
+    newest = {group.start_id for group in groups_of(rows)}
+    groups = all_groups_of(rows)
+    earlier = [group for group in groups if group.start_id not in newest]
+    parts = [_both(group, [*ARMS]) for group in earlier]
+    for kind in dict.fromkeys((group.case, group.model, group.start) for group in earlier):
+        alike = [group for group in groups if (group.case, group.model, group.start) == kind]
+        lines = [_difference_line(alike, arm) for arm in ARMS if arm != BASELINE]
+        caption = f"{', '.join(kind)} start: {len(alike)} trainings of it together. {DIFFERENCES}"
+        parts.append(_caption(caption) + _differences([line for line in lines if any(line[1:])]))
+    return "\n".join(parts) or "None.\n"
 
 
 def sensitivity_tables(rows: Iterable[Row]) -> str:
@@ -124,18 +150,22 @@ def _both(group: Group, names: Sequence[str]) -> str:
         )
     ]
     parts = [_caption(_about(group)) + _markdown(heads, accuracies)]
-    lines = [_difference_line(group, arm) for arm in shown if arm not in ("start", BASELINE)]
-    lines = [line for line in lines if any(cell != "-" for cell in line[1:])]
+    lines = [_difference_line([group], arm) for arm in shown if arm not in ("start", BASELINE)]
+    lines = [line for line in lines if any(line[1:])]
     if lines:
-        heads = ["minus PGD-AT", "clean, best", "PGD-20, best", "clean, last", "PGD-20, last"]
-        parts.append(_caption(DIFFERENCES) + _markdown(heads, lines))
+        parts.append(_caption(DIFFERENCES) + _differences(lines))
     return "\n".join(parts)
+
+
+def _differences(lines: Sequence[Sequence[str]]) -> str:
+    heads = ["minus PGD-AT", "clean, best", "PGD-20, best", "clean, last", "PGD-20, last"]
+    return _markdown(heads, [[cell or "-" for cell in line] for line in lines])
 
 
 AUGMENTATION = {"crop": "random crop and flip", "none": "no augmentation"}
 DIFFERENCES = (
-    "Differences to PGD-AT in points, paired by seed: mean, standard deviation, and p of a "
-    "two-sided paired t-test where there are two seeds or more (not corrected for the number of "
+    "Differences to PGD-AT in points, paired by seed and start: mean, standard deviation, and p of "
+    "a two-sided paired t-test where there are two seeds or more (not corrected for the number of "
     "comparisons):"
 )
 
@@ -158,13 +188,16 @@ def _line(group: Group, arm: str) -> list[str]:
     ]
 
 
-def _difference_line(group: Group, arm: str) -> list[str]:
+def _difference_line(groups: Sequence[Group], arm: str) -> list[str]:
+    """An arm's name and differences; empty where nothing can be paired."""
     cells = [arm]
     for weights in ("best", "last"):
         for attack in ("clean", "pgd-20"):
-            own, base = (group.accuracies(a, weights, attack) for a in (arm, BASELINE))
-            pairs = [(own[seed], base[seed]) for seed in sorted(own) if seed in base]
-            cells.append(paired(pairs) if pairs else "-")
+            pairs = []
+            for group in groups:
+                own, base = (group.accuracies(a, weights, attack) for a in (arm, BASELINE))
+                pairs += [(own[seed], base[seed]) for seed in sorted(own) if seed in base]
+            cells.append(paired(pairs) if pairs else "")
     return cells
 
 
@@ -221,14 +254,15 @@ def _start_epoch(row: Row, start: str) -> int:
     return int(row["best_epoch"] if start == "peak" else row["num_epochs"])
 
 
-def _as_start(row: Row, start: str) -> Row | None:
+def _as_start(row: Row, start: str, start_id: str) -> Row | None:
     """A row of the start as one of this start's group: its weights are the best and the last."""
-    if row["figure"] != "accuracy":
-        return row if row["task"] == "start" else None
-    weights = {"peak": "best", "late": "last"}[start]
-    if row["weights"] != weights or (row["task"] != "start" and row["start"] != start):
-        return None
-    return row | {"weights": "best"}
+    if row["task"] != "start":
+        is_same = row["start"] == start and row["start_id"] == start_id
+    else:
+        is_same = row.get(ID_FIELDS[start]) == start_id
+    if not is_same or row["figure"] != "accuracy":
+        return row if is_same and row["task"] == "start" else None
+    return row | {"weights": "best"} if row["weights"] == STARTS[start] else None
 
 
 def _figure(row: Row) -> tuple[object, ...]:

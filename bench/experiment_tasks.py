@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from bench.experiment_arms import ARMS, MAIN, UPPER, Scale
 
@@ -17,6 +17,9 @@ PEAK, LATE = "peak", "late"
 STARTS = {PEAK: "best", LATE: "last"}
 """Which weights of the start's run are meant: those of its best epoch, and those of its last."""
 FILES = {"best": "best.safetensors", "last": "model.safetensors"}
+ID_FIELDS = {PEAK: "start_id", LATE: "late_id"}
+"""Fields of a start's own rows that name its weights; other rows have the name of theirs as
+start_id. Another machine rounds otherwise, and so trains another start."""
 IDENTITY = ("task", "case", "model", "start", "start_id", "arm", "seed", "settings")
 """The fields by which a row belongs to a task."""
 
@@ -53,12 +56,16 @@ class Task:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked of an experiment: which models, starts and arms, and how many seeds."""
+    """What is asked of an experiment: models, starts, arms and kinds of task, and how many seeds.
+
+    The shared start is a part of all.
+    """
 
     models: Sequence[str]
     starts: Sequence[str] = (PEAK, LATE)
     num_seeds: int = 3
     arms: Sequence[str] | None = None
+    kinds: Sequence[str] = get_args(Kind)
 
 
 def tasks_of(scale: Scale, wanted: Wanted) -> list[Task]:
@@ -68,7 +75,8 @@ def tasks_of(scale: Scale, wanted: Wanted) -> list[Task]:
         for task in _by_importance(scale, model, wanted.num_seeds):
             is_arm = task.kind in ("arm", "autoattack") and task.arm != "start"
             is_wanted = wanted.arms is None or not is_arm or task.arm in wanted.arms
-            if task.kind == "start" or (task.start in wanted.starts and is_wanted):
+            is_wanted &= task.start in wanted.starts and task.kind in wanted.kinds
+            if task.kind == "start" or is_wanted:
                 found[task] = None
     return list(found)
 

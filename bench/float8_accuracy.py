@@ -1,12 +1,13 @@
 """Whether an attack in FP8 fools as many images: `python -m bench.float8_accuracy RUN [RUN ...]`.
 
     python -m bench.float8_accuracy RUN [--weights best] [--steps 20] [--num-images 1000]
-        [--output FILE.jsonl]
+        [--backward e4m3|e5m2] [--output FILE.jsonl]
 
 Images of the run's test split (validation, where it has none) are attacked twice by PGD from the
 same random start, in bf16 and with every matrix that FP8 can multiply in FP8; both times the
-network judges in bf16. On a machine without a GPU, FP8 is simulated: the same values, sums in
-another order.
+network judges in bf16. Sign agreement: pixels whose gradient at the random start has the same sign
+in both, of those where it is not 0 in bf16. On a machine without a GPU, FP8 is simulated: the same
+values, sums in another order.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from typing import Any
 import torch
 from scipy.stats import binomtest
 from torch import Tensor
+from torch.nn import functional
 
 from bench.measure import append, origin
-from safer_fast.attack import placed_start
+from safer_fast import float8
+from safer_fast.attack import frozen, pixel_gradient, placed_start
 from safer_fast.attack_suite import climb_of
 from safer_fast.attacker import Attacker
 from safer_fast.config import ObjectiveConfig
@@ -30,6 +33,8 @@ from safer_fast.data.seeds import derive_seed
 from safer_fast.float8 import Float8Weights
 from safer_fast.objective import Objective
 from safer_fast.run_folder import LoadedRun, load_run
+
+FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
 def main() -> None:
@@ -40,15 +45,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="iterations of PGD")
     parser.add_argument("--num-images", type=int, default=1000, help="the first of them")
     parser.add_argument("--batch-size", type=int, default=250, help="images at a time")
+    parser.add_argument(
+        "--backward", choices=list(FORMATS), default="e4m3", help="FP8 format of gradients"
+    )
     parser.add_argument("--output", type=Path, help="append one JSON line per run to this file")
     arguments = parser.parse_args()
+    float8.BACKWARD = FORMATS[arguments.backward]
     for folder in arguments.runs:
         row = accuracy_row(load_run(folder, arguments.weights), arguments)
         print(
             f"{row['case']}: PGD-{arguments.steps} accuracy {row['bf16_accuracy']:.4f} in bf16, "
             f"{row['fp8_accuracy']:.4f} in FP8, {row['num_images']} images; only the one in bf16 "
             f"fools {row['only_bf16_fools']}, only the one in FP8 {row['only_fp8_fools']} "
-            f"(p {row['p']:.2g})",
+            f"(p {row['p']:.2g}); gradients in {row['backward']}, sign agreement "
+            f"{row['sign_agreement']:.4f}",
             flush=True,
         )
         append([row], arguments.output)
@@ -57,7 +67,8 @@ def main() -> None:
 def accuracy_row(run: LoadedRun, arguments: argparse.Namespace) -> dict[str, Any]:
     """Accuracies under both attacks, on how many images they part, p of McNemar's exact test."""
     right: dict[str, list[Tensor]] = {"bf16": [], "fp8": []}
-    float8 = Float8Weights(run.model, least=0)
+    weights = Float8Weights(run.model, least=0)
+    agreements: list[Tensor] = []
     device = run.model.mean.device
     data = load_data(run.config.data, batch_size=arguments.batch_size, seed=0, device=device)
     loader = data.test or data.validation
@@ -65,7 +76,7 @@ def accuracy_row(run: LoadedRun, arguments: argparse.Namespace) -> dict[str, Any
         batch = batch.to(device)
         images, labels = as_pixels(batch.images), batch.labels
         for precision, found in right.items():
-            attack = attack_on(run, arguments.steps, float8 if precision == "fp8" else None)
+            attack = attack_on(run, arguments.steps, weights if precision == "fp8" else None)
             seed_of = partial(derive_seed, 0, "audit")
             attack.draw = partial(placed_start, position=batch.position, seed_of=seed_of)
             radii = _radii(run, arguments.steps, device)
@@ -73,6 +84,8 @@ def accuracy_row(run: LoadedRun, arguments: argparse.Namespace) -> dict[str, Any
             with torch.no_grad():
                 is_right = run.model(adversarial).argmax(1) == labels
             found.append(is_right[: batch.num_images])
+        start = run.model.arrange(attack.draw(images, radii[0], attack.norm))
+        agreements.append(_agreement(run, weights, start, labels)[: batch.num_images])
     in_bf16, in_fp8 = (torch.cat(found) for found in right.values())
     only_bf16, only_fp8 = int((in_fp8 & ~in_bf16).sum()), int((in_bf16 & ~in_fp8).sum())
     parted = only_bf16 + only_fp8
@@ -84,7 +97,9 @@ def accuracy_row(run: LoadedRun, arguments: argparse.Namespace) -> dict[str, Any
         "dtype": "fp8",
         "epsilon": float(run.config.attack.epsilon),
         "steps": arguments.steps,
-        "num_layers": len(float8.layers),
+        "num_layers": len(weights.layers),
+        "backward": arguments.backward,
+        "sign_agreement": round(torch.cat(agreements).mean().item(), 5),
         "num_images": len(in_bf16),
         "bf16_accuracy": round(in_bf16.float().mean().item(), 5),
         "fp8_accuracy": round(in_fp8.float().mean().item(), 5),
@@ -100,6 +115,16 @@ def attack_on(run: LoadedRun, steps: int, float8: Float8Weights | None) -> Attac
     """PGD on the run's model."""
     objective = Objective(ObjectiveConfig())
     return Attacker(run.model, objective, norm=run.config.attack.norm, steps=steps, float8=float8)
+
+
+def _agreement(run: LoadedRun, weights: Float8Weights, start: Tensor, labels: Tensor) -> Tensor:
+    """The share of each image's pixels whose gradient has the same sign in both precisions: [B]."""
+    loss = partial(functional.cross_entropy, reduction="sum")
+    with frozen(run.model):
+        plain = pixel_gradient(run.model, start, labels, loss).sign().flatten(1)
+        with weights.used():
+            rough = pixel_gradient(run.model, start, labels, loss).sign().flatten(1)
+    return ((plain == rough) & (plain != 0)).sum(1) / (plain != 0).sum(1).clamp(min=1)
 
 
 def _radii(run: LoadedRun, steps: int, device: torch.device) -> tuple[Tensor, Tensor]:

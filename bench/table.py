@@ -1,11 +1,11 @@
-"""The tables of README.md and docs/experiment.md, written from the committed results.
+"""The tables of README.md and pages of docs, written from the committed results.
 
     python -m bench.table [--check]
 
 A table lies between `<!-- table: peers cpu -->` and `<!-- /table -->`: the first word selects what
-was measured (peers, attack, ops, attention, data, accuracy; experiment, sensitivity, selections),
-the second where (cpu, gpu). Of several measurements of the same case the newest counts. `--check`
-writes nothing and fails if a table is out of date.
+was measured (peers, attack, ops, attention, data, accuracy, float8; experiment, sensitivity,
+selections, earlier), the second where (cpu, gpu). Of several measurements of the same case the
+newest counts. `--check` writes nothing and fails if a table is out of date.
 """
 
 from __future__ import annotations
@@ -20,18 +20,27 @@ from pathlib import Path
 from typing import Any
 
 from bench.accuracy import accuracy_tables
-from bench.experiment_table import experiment_tables, selection_tables, sensitivity_tables
+from bench.experiment_table import (
+    earlier_tables,
+    experiment_tables,
+    selection_tables,
+    sensitivity_tables,
+)
 from bench.experiment_tasks import IDENTITY
+from bench.float8_table import float8_tables
 
 Row = dict[str, Any]
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/experiment.md")
+PAGES = ("README.md", "docs/experiment.md", "docs/performance.md")
 MARKED = re.compile(r"(<!-- table: (\w+) (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 SAME = (
     *("what", "case", "layers", "dtype", "deterministic", "compiled", "captured", "num_workers"),
     *("weights", "attack", "epsilon", "figure", "split"),
+    "late_id",
+    *("part", "layer", "backward", "steps"),
     *(name for name in IDENTITY if name != "case"),
 )
+OF_EXPERIMENT = ("sensitivity", "selections", "earlier")
 OURS = ("native", "triton", "fallback")
 
 
@@ -72,7 +81,7 @@ def with_tables(text: str, rows: Iterable[Row], name: str = "README.md") -> str:
                 f"{name}: expected a table of {', '.join(TABLES)} on cpu or gpu, "
                 f"got '{what} {where}'"
             )
-        of = "experiment" if what in ("sensitivity", "selections") else what
+        of = "experiment" if what in OF_EXPERIMENT else what
         chosen = [row for row in rows if kind(row) == of and place(row) == where]
         body = TABLES[what](newest(chosen)) if chosen else "Not measured yet.\n"
         return f"{start}\n{body}\n{end}"
@@ -187,9 +196,11 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "attention": attention_table,
     "data": data_tables,
     "accuracy": accuracy_tables,
+    "float8": float8_tables,
     "experiment": experiment_tables,
     "sensitivity": sensitivity_tables,
     "selections": selection_tables,
+    "earlier": earlier_tables,
 }
 
 

@@ -68,6 +68,8 @@ class SelectConfig:
     """absolute: rho; relative: rho times the norm of the layer's weights."""
     from_block: int = 0
     """Only layers of this block and above (and the head) are candidates."""
+    candidates: Names | None = None
+    """Only layers of these names or patterns, such as `blocks.*`, are candidates; default: all."""
     epsilon: Radius | None = None
     """Radius of the attack; default: the run's."""
     steps: int | None = None

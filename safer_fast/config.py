@@ -156,6 +156,9 @@ class SelectionConfig:
     from_block: int = 0
     """Only layers of this block and above (and the head) are candidates; above 0 a prefix is left
     to skip."""
+    candidates: Names | None = None
+    """Only layers of these names or patterns are candidates: `blocks.*` leaves out patch embedding
+    and head; default: all."""
     num_images: int = 512
     """Training images that the scores are measured on."""
     lora_rank: int = 0

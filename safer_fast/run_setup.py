@@ -84,7 +84,7 @@ def set_up(config: Config, ranks: Ranks, checkpoint: Checkpoint | None) -> Setup
 def check_fit(config: Config, engine: Engine) -> None:
     """Raises ValueError for settings that fit no model, or not this one, or not so many ranks."""
     selection, num_ranks = config.selection, engine.ranks.num_ranks
-    candidates(engine.model, selection.from_block)
+    candidates(engine.model, selection.from_block, selection.candidates)
     if selection.layers is not None:
         match_layers(selection.layers, engine.model.layers)
     build_optimizer(config.optim, engine.arenas.select(list(engine.model.layers)[:1]))

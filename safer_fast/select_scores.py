@@ -58,7 +58,7 @@ def measure_run(config: SelectConfig, chosen: str, criteria: Sequence[str]) -> M
         list(dict.fromkeys(measures.values())),
         rho=config.rho,
         attack=_attack(loaded, epsilon, steps, config.seed),
-        names=candidates(loaded.model, config.from_block),
+        names=candidates(loaded.model, config.from_block, config.candidates),
         arenas=arenas,
         generator=torch.Generator().manual_seed(config.seed),
     )

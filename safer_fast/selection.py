@@ -206,7 +206,7 @@ def choose_layers(
         rho=config.rho or sam_rho or 0.05,
         radius=config.radius,
         attack=attack,
-        names=candidates(model, config.from_block),
+        names=candidates(model, config.from_block, config.candidates),
         arenas=arenas,
         generator=torch.Generator().manual_seed(seed),
         ranks=ranks,
@@ -215,27 +215,42 @@ def choose_layers(
     return Choice(config.criterion, scores, select_layers(scores, fraction=config.fraction))
 
 
-def match_layers(patterns: Sequence[str], names: Iterable[str]) -> list[str]:
+def match_layers(
+    patterns: Sequence[str], names: Iterable[str], setting: str = "selection.layers"
+) -> list[str]:
     """The layers that a name or shell-style pattern fits; ValueError for a pattern without any."""
     names = list(names)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(
-                f"selection.layers: expected names or patterns such as {names[-1]!r} or "
+                f"{setting}: expected names or patterns such as {names[-1]!r} or "
                 f"'blocks.1?.attn.*', got {pattern!r}, which fits no layer"
             )
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-def candidates(model: RobustModel, from_block: int) -> list[str]:
-    """The layers of block `from_block` and above, and of the head; ValueError beyond the blocks."""
+def candidates(
+    model: RobustModel, from_block: int, patterns: Sequence[str] | None = None
+) -> list[str]:
+    """The layers of block `from_block` and above, and of the head, that a pattern fits, if any.
+
+    Raises ValueError for a block beyond the last, a pattern that fits no layer, and where nothing
+    is left.
+    """
     if from_block and from_block >= max(model.num_blocks, 1):
         raise ValueError(
             f"selection.from_block: expected less than the {model.num_blocks} blocks of the model, "
             f"got {from_block}"
         )
     lowest = from_block if from_block else STEM
-    return [name for name in model.layers if model.block_of(name) >= lowest]
+    fitting = match_layers(patterns or ["*"], model.layers, "selection.candidates")
+    names = [name for name in fitting if model.block_of(name) >= lowest]
+    if not names:
+        raise ValueError(
+            f"selection.candidates: expected layers of block {from_block} and above, got "
+            f"{', '.join(fitting)}"
+        )
+    return names
 
 
 def layers_of(model: nn.Module) -> dict[str, list[nn.Parameter]]:

@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import float8, float8_accuracy
+from bench.float8_table import float8_tables
 
 from .test_train import run
 
@@ -42,9 +44,18 @@ def test_both_attacks_are_judged_on_the_same_images(
     folder = run(tmp_path / "run", "--amp=bf16", "--epochs=3", "--evaluation.attacks=clean")
     file = tmp_path / "rows.jsonl"
     words = [str(folder), "--steps=3", "--num-images=50", "--batch-size=16", f"--output={file}"]
-    monkeypatch.setattr(sys, "argv", ["bench.float8_accuracy", *words])
-    float8_accuracy.main()
-    row = json.loads(file.read_text())
+    monkeypatch.setattr("safer_fast.float8.BACKWARD", torch.float8_e4m3fn)
+    for name in ("e4m3", "e5m2"):
+        argv = ["bench.float8_accuracy", *words, f"--backward={name}"]
+        monkeypatch.setattr(sys, "argv", argv)
+        float8_accuracy.main()
+    row, other = (json.loads(line) for line in file.read_text().splitlines())
+    # two bits of mantissa in place of three
+    assert 0.5 < other["sign_agreement"] < row["sign_agreement"] < 1
+    assert other["bf16_accuracy"] == row["bf16_accuracy"]
+    shown = float8_tables([row, other])
+    assert "| e4m3 | 50 |" in shown
+    assert "| e5m2 | 50 |" in shown
     assert row["num_images"] == 50
     assert row["num_layers"] > 0
     assert row["simulated"]

@@ -128,6 +128,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["--model.checkpoint", "none.safetensors"], "model.checkpoint: expected a run folder"),
     (["--selection.layers", "block.*"], "selection.layers: expected names or patterns"),
     (["--selection.from_block", "4"], "selection.from_block: expected less than the 4 blocks"),
+    (["--selection.candidates", "block.*"], "selection.candidates: expected names or patterns"),
     (["--runtime.device", "cuda"], "--runtime.device: expected cpu or auto"),
     (["--optim.name", "apex-adam"], "optim.name: apex-adam needs"),
 ]

@@ -18,6 +18,7 @@ from bench.experiment_arms import ARMS, BASELINE, MAIN, SCALES, Scale
 from bench.experiment_jobs import Jobs
 from bench.experiment_pool import Pool
 from bench.experiment_table import (
+    earlier_tables,
     experiment_tables,
     groups_of,
     paired,
@@ -134,6 +135,8 @@ def test_a_part_of_the_experiment_is_that_part() -> None:
     assert {task.arm for task in tasks} == {"start", "SAFER"}
     assert {task.start for task in tasks if task.kind != "start"} == {LATE}
     assert {task.seed for task in tasks} == {0, 1}
+    without = replace(wanted, kinds=["arm"])
+    assert tasks_of(TINY, without) == [t for t in tasks if t.kind in ("start", "arm")]
 
 
 def test_other_settings_and_another_start_are_another_task(tmp_path: Path) -> None:
@@ -243,6 +246,7 @@ def test_validation_images_are_no_training_images(
         ("--arms=SAFER;nothing", "--arms: expected some of PGD-AT"),
         ("--models=resnet", "--models: expected some of vit_tiny"),
         ("--starts=early", "--starts: expected some of peak; late, got 'early'"),
+        ("--kinds=attack", "--kinds: expected some of select; arm; autoattack, got 'attack'"),
         ("--seeds=0", "--seeds: expected at least 1, got 0"),
         ("--train=nowhere", "expected a file, got nowhere"),
     ],
@@ -358,7 +362,7 @@ def rows_of(arm: str, seed: int, accuracy: float, **changes: Any) -> list[dict[s
 def a_table() -> list[dict[str, Any]]:
     values = {BASELINE: (0.30, 0.32, 0.31), "SAFER": (0.33, 0.34, 0.36), "SAFER, rho 0.2": (0.2,)}
     rows = [r for arm, own in values.items() for s, v in enumerate(own) for r in rows_of(arm, s, v)]
-    start = rows_of("start", 0, 0.25, task="start", start_id=None)
+    start = rows_of("start", 0, 0.25, task="start", late_id="last one")
     return (
         rows + start + [row | {"weights": "best"} for row in start if row["figure"] != "training"]
     )
@@ -395,10 +399,57 @@ def test_rows_of_another_start_are_left_out_and_the_newest_count() -> None:
     rows = a_table()
     later = rows_of("SAFER", 0, 0.5, start_id="two", date="2026-01-02T00")
     (group,) = groups_of(rows + later)
-    assert group.arms() == ["SAFER", "start"]
+    assert group.arms() == ["SAFER"]
     again = rows_of("SAFER", 0, 0.4, date="2026-01-01T01")
     (group,) = groups_of(rows + again)
     assert group.accuracies("SAFER", "best", "clean") == {0: 0.4, 1: 0.34, 2: 0.36}
+
+
+def test_trainings_of_the_start_stand_apart_and_are_paired_together() -> None:
+    other: dict[str, Any] = {"start_id": "two", "date": "2026-01-02T00"}
+    more = {BASELINE: (0.50, 0.50), "SAFER": (0.54, 0.52)}
+    later = [
+        row
+        for arm, own in more.items()
+        for seed, value in enumerate(own)
+        for row in rows_of(arm, seed, value, **other)
+    ]
+    start = rows_of("start", 0, 0.45, task="start", late_id="last two", **other)
+    start += [row | {"weights": "best"} for row in start if row["figure"] != "training"]
+    rows = a_table() + later + start
+    newest = experiment_tables(rows)
+    assert "| start | - | 45.0 |" in newest
+    assert "| SAFER | 2 | 53.0 ± 1.4 |" in newest
+    earlier, together = earlier_tables(rows).split("2 trainings of it together")
+    assert "| start | - | 25.0 |" in earlier
+    assert "| SAFER | 3 | 34.3 ± 1.5 |" in earlier
+    p = ttest_rel([0.33, 0.34, 0.36, 0.54, 0.52], [0.30, 0.32, 0.31, 0.50, 0.50]).pvalue
+    assert f"(p {p:.2g}) |" in together
+    assert earlier_tables(a_table()) == "None.\n"
+
+
+def test_a_late_start_is_the_last_weights_of_the_start(tmp_path: Path) -> None:
+    rows = [row for row in a_table() if row["arm"] == "start"]
+    rows += rows_of("SAFER", 0, 0.3, start=LATE, start_id="last one")
+    (group,) = groups_of(rows)
+    assert set(group.arms()) == {"SAFER", "start"}
+    assert group.accuracies("start", "best", "clean") == {0: 0.25}
+    jobs = jobs_in(tmp_path)
+    start = Task("start", MODEL)
+    assert jobs.about(start)["start_id"] is None
+    run = tmp_path / start.name
+    run.mkdir()
+    for name in ("best.safetensors", "model.safetensors"):
+        (run / name).write_bytes(name.encode())
+    about = jobs.about(start)
+    assert about["start_id"] == jobs.about(Task("arm", MODEL, PEAK, "SAFER"))["start_id"]
+    assert about["late_id"] == jobs.about(Task("arm", MODEL, LATE, "SAFER"))["start_id"]
+    rows = [{"what": "experiment", "figure": "accuracy"} | about]
+    rows[0] |= {"start_id": None, "late_id": None}  # as its worker begins
+    jobs.file(start).with_suffix(".rows.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    assert jobs.is_done(start)
+    (row,) = read_rows(jobs.results.file)
+    assert (row["start_id"], row["late_id"]) == (about["start_id"], about["late_id"])
 
 
 def test_the_layers_that_were_chosen_are_in_a_table() -> None:

@@ -1,6 +1,8 @@
 """The attack in FP8: values, products, what uses them, and the audit that ends it if it is weak."""
 
+import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from safer_fast.attacker import Attacker
 from safer_fast.capture import CudaRecorder, Replays
 from safer_fast.command_line import parse_config
 from safer_fast.config import AttackConfig, ObjectiveConfig
+from safer_fast.distributed import connected
 from safer_fast.float8 import (
     FORWARD,
     Float8Linear,
@@ -33,6 +36,7 @@ from safer_fast.runtime import compile_blocks
 from safer_fast.trainer import Trainer
 
 from .networks import build, images_and_labels
+from .ranks import FLAGS, together, write_digits
 from .test_train import SMALL, run
 
 EPSILON, STEP_SIZE = torch.tensor(0.1), torch.tensor(0.04)
@@ -440,6 +444,93 @@ def test_a_run_that_fell_back_stays_so_when_it_goes_on(tmp_path: Path) -> None:
     with Trainer(config, ranks, find_run(config, ranks)) as trainer:
         assert trainer.engine.attack.float8 is None
         assert trainer.engine.attack.audited == {AGREEMENT: 0.9, RATIO: 0.5}
+
+
+def test_a_run_of_factors_in_fp8_multiplies_with_the_weights_that_they_were_added_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    refresh = Float8Weights.refresh
+    num_copies: list[int] = []
+
+    def checked(weights: Float8Weights) -> None:
+        refresh(weights)
+        for layer in weights.layers.values():
+            values, scales = quantise(layer.weight, FORWARD)
+            assert torch.equal(layer.rows.float(), values.float())
+            assert torch.equal(layer.row_scales, scales)
+        num_copies.append(len(weights.layers))
+
+    monkeypatch.setattr(Float8Weights, "refresh", checked)
+    factors = ("--selection.lora_rank=4", "--selection.fraction=0.2", "--optim.learning_rate=1e-2")
+    folder = run(tmp_path / "run", *IN_FP8, *factors)
+    events = read_metrics(folder / "metrics.jsonl")
+    assert [event["event"] for event in events].count("selection") == 3  # all, then twice SAFER
+    assert num_copies
+    assert set(num_copies) == {15}  # of 4 blocks, without the last one's queries for class tokens
+    audited = [event[RATIO] for event in events if RATIO in event]
+    assert audited
+    assert all(0.5 < ratio < 2 for ratio in audited)
+
+
+# -- several ranks
+
+
+@dataclass
+class Audited:
+    """What a rank's first step in FP8 found and left."""
+
+    figures: dict[str, float]
+    is_in_float8: bool
+    weights: dict[str, Tensor]
+
+
+def audited_step(flags: list[str], weak_rank: int | None) -> Audited:
+    """The first step of a run; on one rank, products may have nothing to do with their factors."""
+    if weak_rank == int(os.environ["RANK"]):
+        float8.multiply = spoiled
+    with connected(wants_gpu=False) as ranks, Trainer(parse_config(flags), ranks) as trainer:
+        trainer.begin_epoch(1)
+        batch = next(trainer.data.train.epoch(1))
+        trainer.take_step(1, 0, len(trainer.data.train), batch)
+        attack = trainer.engine.attack
+        return Audited(attack.audited, attack.float8 is not None, trainer.arenas.state_dict())
+
+
+RANKS = [
+    *FLAGS,
+    *IN_FP8,
+    "--selection.warmup_epochs=0",
+    "--attack.clean_epochs=0",
+    "--attack.epsilon_warmup_epochs=0",
+    "--optim.name=sgd",
+    "--optim.learning_rate=0.05",
+]
+
+
+def test_two_ranks_find_in_their_audit_what_one_finds(tmp_path: Path) -> None:
+    flags = [*RANKS, f"--data.path={write_digits(tmp_path / 'digits.npz')}"]
+    (alone,) = together(1, audited_step, [*flags, f"--output={tmp_path / '1'}"], None)
+    first, second = together(2, audited_step, [*flags, f"--output={tmp_path / '2'}"], None)
+    assert first.figures == second.figures
+    assert first.figures == pytest.approx(alone.figures, abs=0.02)
+    assert alone.is_in_float8
+    assert first.is_in_float8
+    assert second.is_in_float8
+    for name, weight in alone.weights.items():
+        torch.testing.assert_close(first.weights[name], weight, rtol=0, atol=2e-3)
+        assert torch.equal(first.weights[name], second.weights[name])
+
+
+def test_an_attack_that_is_weak_on_one_rank_ends_the_use_of_fp8_on_all(tmp_path: Path) -> None:
+    flags = [*RANKS, f"--data.path={write_digits(tmp_path / 'digits.npz')}"]
+    # of two sums, one is of an attack that goes anywhere
+    flags += [f"--output={tmp_path / 'run'}", "--attack.audit_ratio=0.9999"]
+    ranks = together(2, audited_step, flags, 1)
+    assert ranks[0].figures == ranks[1].figures
+    assert not any(seen.is_in_float8 for seen in ranks)
+    for name, weight in ranks[0].weights.items():
+        assert torch.equal(weight, ranks[1].weights[name])
 
 
 # -- where it cannot be had

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from safer_fast import pgd, rank_layers, select_layers
-from safer_fast.config import SelectionConfig
+from safer_fast.config import Names, SelectionConfig
 from safer_fast.network import find_layers
 from safer_fast.parameters import ParameterArenas
 from safer_fast.selection import candidates, choose_layers, match_layers
@@ -185,6 +185,21 @@ def test_candidates_start_at_a_block_and_always_have_the_head() -> None:
         candidates(model, 4)
 
 
+def test_candidates_can_be_named_by_patterns() -> None:
+    model = build()
+    blocks = [name for name in model.layers if name.startswith("blocks.")]
+    assert candidates(model, 0, ["blocks.*"]) == blocks
+    assert candidates(model, 2, ["*.mlp.fc1", "head"]) == [
+        "blocks.2.mlp.fc1",
+        "blocks.3.mlp.fc1",
+        "head",
+    ]
+    with pytest.raises(ValueError, match=r"selection\.candidates: .*got 'block\.\*', which fits"):
+        candidates(model, 0, ["block.*"])
+    with pytest.raises(ValueError, match=r"block 2 and above, got patch_embed\.proj"):
+        candidates(model, 2, ["patch_embed.*"])
+
+
 def test_patterns_pick_layers_in_the_order_of_the_network() -> None:
     names = list(build().layers)
     assert match_layers(["head", "blocks.[12].attn.*"], names) == [
@@ -206,6 +221,7 @@ def test_patterns_pick_layers_in_the_order_of_the_network() -> None:
         (SelectionConfig(criterion="criticality", fraction=0.1), 2),
         (SelectionConfig(criterion="random", from_block=2, fraction=0.2), 2),
         (SelectionConfig(criterion="gradient-norm", norms=True), 1),
+        (SelectionConfig(candidates=Names(["blocks.*"]), fraction=0.25), 4),
     ],
 )
 def test_a_choice_follows_its_configuration(config: SelectionConfig, expected: int) -> None:
@@ -213,5 +229,8 @@ def test_a_choice_follows_its_configuration(config: SelectionConfig, expected: i
     arenas = ParameterArenas(model.network, model.layers, torch.float32)
     choice = choose_layers(model, arenas, batches(), config, sam_rho=0.0, attack=attack, seed=0)
     assert len(choice.selected) == expected
-    assert set(choice.selected) <= set(candidates(model, config.from_block))
+    named = candidates(model, config.from_block, config.candidates)
+    assert set(choice.selected) <= set(named)
+    if choice.scores:
+        assert list(choice.scores) == named
     assert choice.criterion == config.criterion

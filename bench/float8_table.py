@@ -1,0 +1,76 @@
+"""The tables of FP8, from rows of bench.float8 and bench.float8_accuracy."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def float8_tables(rows: Sequence[Row]) -> str:
+    """Speeds of layers, iterations and steps, then how strong the attack is in both precisions."""
+    speeds = [row for row in rows if row["part"] != "accuracy" and not _is_simulated(row)]
+    accuracies = [row for row in rows if row["part"] == "accuracy"]
+    parts = [_speeds(speeds)] if speeds else []
+    parts += [_accuracies(accuracies)] if accuracies else []
+    return "\n".join(parts) or "Not measured yet.\n"
+
+
+def _speeds(rows: Sequence[Row]) -> str:
+    lines = [
+        [
+            row["case"],
+            f"{row['part']} {row.get('layer', '')}".strip(),
+            f"{row['bf16_ms']['p50_ms']:.3f}",
+            f"{row['fp8_ms']['p50_ms']:.3f}",
+            f"{row['fp8_speed']:.2f}",
+        ]
+        for row in rows
+    ]
+    heads = ["case", "part", "bf16, ms", "FP8, ms", "times as fast"]
+    return _markdown(
+        f"FP8 against bf16, alternating in one process; {_origin(rows)}:", heads, lines
+    )
+
+
+def _accuracies(rows: Sequence[Row]) -> str:
+    lines = [
+        [
+            row["case"],
+            f"PGD-{row['steps']}, {row['epsilon']:.3g}",
+            row["backward"],
+            str(row["num_images"]),
+            f"{100 * row['bf16_accuracy']:.1f}",
+            f"{100 * row['fp8_accuracy']:.1f}",
+            f"{row['only_bf16_fools']}, {row['only_fp8_fools']}",
+            f"{row['p']:.2g}",
+            f"{100 * row['sign_agreement']:.1f} %",
+        ]
+        for row in rows
+    ]
+    heads = ["model", "attack, epsilon", "gradients", "images", "attacked in bf16", "in FP8"]
+    heads += ["fooled by one alone: bf16, FP8", "p", "signs that agree"]
+    how = "simulated, " if all(row["simulated"] for row in rows) else ""
+    caption = (
+        f"Robust accuracy in %, the attack in bf16 and in FP8 ({how}every matrix of the blocks), "
+        f"the network judging in bf16; p: McNemar's exact test; {_origin(rows)}:"
+    )
+    return _markdown(caption, heads, lines)
+
+
+def _is_simulated(row: Row) -> bool:
+    return bool(row["device"].startswith("cpu"))
+
+
+def _origin(rows: Sequence[Row]) -> str:
+    days = sorted({row["date"][:10] for row in rows})
+    machines = dict.fromkeys(f"{row['device']}, torch {row['torch']}" for row in rows)
+    return f"{'; '.join(machines)}; {' to '.join(sorted({days[0], days[-1]}))}"
+
+
+def _markdown(caption: str, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [f"| {' | '.join(cells)} |\n" for cells in [heads, *lines]]
+    table = "".join([rows[0], f"|{'---|' * len(heads)}\n", *rows[1:]])
+    return textwrap.fill(caption, 100) + "\n\n" + table
