@@ -47,6 +47,7 @@ _CHANGES: dict[str, Settings] = {
     "rho 0.2": {"sam.rho": 0.2},
     "fraction 25 %": {"selection.fraction": 0.25},
     "blocks, fraction 25 %": {**_BLOCKS, "selection.fraction": 0.25},
+    "relative radius, fraction 25 %": {"selection.radius": "relative", "selection.fraction": 0.25},
     "fraction 10 %": {"selection.fraction": 0.1},
     "fraction 2 %": {"selection.fraction": 0.02},
     "selected once": {"selection.every_epochs": 0},
