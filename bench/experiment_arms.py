@@ -48,6 +48,7 @@ _CHANGES: dict[str, Settings] = {
     "rho 0.2": {"sam.rho": 0.2},
     "fraction 25 %": {"selection.fraction": 0.25},
     "relative radius, fraction 25 %": {"selection.radius": "relative", "selection.fraction": 0.25},
+    "blocks, fraction 25 %, no SAM": {**_BLOCKS, "selection.fraction": 0.25, "sam.rho": 0},
     "fraction 10 %": {"selection.fraction": 0.1},
     "fraction 2 %": {"selection.fraction": 0.02},
     "selected once": {"selection.every_epochs": 0},
@@ -120,7 +121,11 @@ class Scale:
             for name, lowest in zip(UPPER, (0, half, last), strict=True)
         }
         half_time = {**_SAFER, "selection.warmup_epochs": self.arm_epochs // 2}
-        more: dict[str, Settings] = {"SAFER, after PGD-AT for half the epochs": half_time}
+        half_of_half = {**upper[UPPER[1]], "selection.fraction": 0.5}
+        more: dict[str, Settings] = {
+            "SAFER, upper half, fraction 50 %": half_of_half,
+            "SAFER, after PGD-AT for half the epochs": half_time,
+        }
         if self.every_epochs != 5:
             more["SAFER, selected every 5"] = {**_SAFER, "selection.every_epochs": 5}
         return ARMS | upper | SENSITIVITY | more

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,7 +92,9 @@ def earlier_tables(rows: Iterable[Row]) -> str:
     parts = [_both(group, [*ARMS]) for group in earlier]
     for kind in dict.fromkeys((group.case, group.model, group.start) for group in earlier):
         alike = [group for group in groups if (group.case, group.model, group.start) == kind]
-        lines = [_difference_line(alike, arm) for arm in ARMS if arm != BASELINE]
+        counts = Counter(arm for group in alike for arm in group.arms())
+        common = [arm for arm in ARMS if counts[arm] > 1 and arm != BASELINE]
+        lines = [_difference_line(alike, arm) for arm in common]
         caption = f"{', '.join(kind)} start: {len(alike)} trainings of it together. {DIFFERENCES}"
         parts.append(_caption(caption) + _differences([line for line in lines if any(line[1:])]))
     return "\n".join(parts) or "None.\n"
@@ -244,7 +247,7 @@ def _about(group: Group) -> str:
         + (f"; AutoAttack on {library[0]['num_images']:,})," if library else "),"),
         "best epoch by PGD on validation images, and last; mean and standard deviation over seeds;",
         "gap: PGD-20 accuracy on training minus validation images, points.",
-        f"{first['device']}, {first['num_threads']} threads a run, torch {first['torch']};",
+        f"{first['device']} for each run, torch {first['torch']};",
         f"{hours:.1f} hours of training; {' to '.join(sorted({days[0], days[-1]}))}:",
     ]
     return " ".join(words)

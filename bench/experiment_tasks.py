@@ -105,7 +105,7 @@ def _by_importance(scale: Scale, model: str, num_seeds: int) -> Iterator[Task]:
     yield from autoattack(MAIN, PEAK, range(num_seeds))
     yield from arms(MAIN, LATE, later)
     yield from arms([*ARMS, *UPPER], PEAK, later)
-    yield from arms(ARMS, LATE, range(num_seeds))
+    yield from arms([*ARMS, *UPPER], LATE, range(num_seeds))
     yield from arms(sensitivity, PEAK, later)
     yield from autoattack(ARMS, PEAK, range(num_seeds))
     yield from autoattack(["start"], LATE, first)

@@ -14,7 +14,7 @@ import pytest
 from scipy.stats import ttest_rel
 
 from bench import experiment, experiment_figure, experiment_jobs
-from bench.experiment_arms import ARMS, BASELINE, MAIN, SCALES, Scale
+from bench.experiment_arms import ARMS, BASELINE, MAIN, SCALES, UPPER, Scale
 from bench.experiment_jobs import Jobs
 from bench.experiment_pool import Pool
 from bench.experiment_table import (
@@ -123,7 +123,7 @@ def test_the_main_arms_have_all_seeds_before_others_have_one() -> None:
     assert [task.arm for task in first[:4]] == list(MAIN)
     arms = {task.arm for task in first if (task.start, task.seed) == (PEAK, 0)}
     assert arms == set(SCALES["full"].arms())
-    assert {task.arm for task in first if task.start == LATE} == set(ARMS)
+    assert {task.arm for task in first if task.start == LATE} == {*ARMS, *UPPER}
     models = [task.model for task in tasks]
     assert models == sorted(models)  # DeiT before ViT, without a mixture
 
