@@ -1,7 +1,7 @@
 """Whether an attack in FP8 fools as many images: `python -m bench.float8_accuracy RUN [RUN ...]`.
 
     python -m bench.float8_accuracy RUN [--weights best] [--steps 20] [--num-images 1000]
-        [--backward e4m3|e5m2] [--output FILE.jsonl]
+        [--backward e4m3|e5m2] [--name "CIFAR-10"] [--output FILE.jsonl]
 
 Images of the run's test split (validation, where it has none) are attacked twice by PGD from the
 same random start, in bf16 and with every matrix that FP8 can multiply in FP8; both times the
@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="iterations of PGD")
     parser.add_argument("--num-images", type=int, default=1000, help="the first of them")
     parser.add_argument("--batch-size", type=int, default=250, help="images at a time")
+    parser.add_argument("--name", help="what the table calls the data")
     parser.add_argument(
         "--backward", choices=list(FORMATS), default="e4m3", help="FP8 format of gradients"
     )
@@ -93,7 +94,7 @@ def accuracy_row(run: LoadedRun, arguments: argparse.Namespace) -> dict[str, Any
         "what": "float8",
         "part": "accuracy",
         "implementation": "fp8",
-        "case": f"{run.config.model.name} on {data.name}, {run.weights.name}",
+        "case": f"{run.config.model.name} on {arguments.name or data.name}, {run.weights.name}",
         "dtype": "fp8",
         "epsilon": float(run.config.attack.epsilon),
         "steps": arguments.steps,

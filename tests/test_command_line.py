@@ -86,7 +86,7 @@ def test_every_recipe_is_valid_and_says_what_it_is(recipe: str) -> None:
 
 def test_the_recipes_of_the_contract_are_there() -> None:
     names = {path.stem for path in RECIPES.glob("*.yaml")}
-    expected = {"cifar10-pgd-at", "cifar10-sam-at", "cifar10-safer"}
+    expected = {"cifar10-pgd-at", "cifar10-sam-at", "cifar10-safer", "cifar10-safer-blocks"}
     assert names >= {"digits", "imagenet-vit-large", *expected}
 
 
