@@ -509,12 +509,17 @@ RANKS = [
 ]
 
 
+BETWEEN = 0.9985
+"""Ratios in this step: 0.99996 with FP8, 0.997 where one of two ranks climbs anywhere."""
+
+
 def test_two_ranks_find_in_their_audit_what_one_finds(tmp_path: Path) -> None:
     flags = [*RANKS, f"--data.path={write_digits(tmp_path / 'digits.npz')}"]
     (alone,) = together(1, audited_step, [*flags, f"--output={tmp_path / '1'}"], None)
     first, second = together(2, audited_step, [*flags, f"--output={tmp_path / '2'}"], None)
     assert first.figures == second.figures
     assert first.figures == pytest.approx(alone.figures, abs=0.02)
+    assert first.figures[RATIO] > BETWEEN
     assert alone.is_in_float8
     assert first.is_in_float8
     assert second.is_in_float8
@@ -526,7 +531,7 @@ def test_two_ranks_find_in_their_audit_what_one_finds(tmp_path: Path) -> None:
 def test_an_attack_that_is_weak_on_one_rank_ends_the_use_of_fp8_on_all(tmp_path: Path) -> None:
     flags = [*RANKS, f"--data.path={write_digits(tmp_path / 'digits.npz')}"]
     # of two sums, one is of an attack that goes anywhere
-    flags += [f"--output={tmp_path / 'run'}", "--attack.audit_ratio=0.9999"]
+    flags += [f"--output={tmp_path / 'run'}", f"--attack.audit_ratio={BETWEEN}"]
     ranks = together(2, audited_step, flags, 1)
     assert ranks[0].figures == ranks[1].figures
     assert not any(seen.is_in_float8 for seen in ranks)
