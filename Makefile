@@ -12,7 +12,7 @@ train: install
 	$(BIN)/python -m safer_fast.train --amp bf16 $(FLAGS)
 
 test: install
-	$(BIN)/python -m pytest $(FLAGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal $(FLAGS)
 
 install: $(INSTALLED)
 

@@ -1,10 +1,16 @@
 """What every test shares."""
 
+import fcntl
 import itertools
+import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # runs that tests start would each take all cores, and wait for one another at every operation
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -12,6 +18,25 @@ import torch
 from safer_fast.data import dali_pipeline
 
 from .pictures import NUM_IMAGES, SIZES, encode, num_alive, photo, write
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Of several workers only one runs while a test takes times or has the GPU.
+
+    Whoever waits for its turn holds the first byte, so that one that must be alone is not passed
+    over for ever; the wait is not counted in the timeout.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return (yield)
+    is_alone = any(item.get_closest_marker(name) for name in ("alone", "gpu"))
+    cache = item.config.cache
+    assert cache is not None
+    with open(cache.mkdir("turns") / "turn", "a+") as turn:
+        fcntl.lockf(turn, fcntl.LOCK_EX, 1, 0)
+        fcntl.lockf(turn, fcntl.LOCK_EX if is_alone else fcntl.LOCK_SH, 1, 1)
+        fcntl.lockf(turn, fcntl.LOCK_UN, 1, 0)
+        return (yield)
 
 
 @pytest.fixture(scope="session", autouse=True)

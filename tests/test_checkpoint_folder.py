@@ -1022,6 +1022,7 @@ def test_all_is_written_in_the_order_of_handing_over_by_one_thread(make: Make) -
     assert {name for _, name in calls} == {"checkpoints_0"}
 
 
+@pytest.mark.alone
 def test_handing_over_takes_a_small_part_of_the_time_of_writing(make: Make) -> None:
     folder, tensors = make(), {f"w{index}": torch.zeros(500_000) for index in range(100)}
     folder.save(0, {}, {})
@@ -1036,6 +1037,7 @@ def test_handing_over_takes_a_small_part_of_the_time_of_writing(make: Make) -> N
     assert handed_over - start < 0.1 * (written - start)
 
 
+@pytest.mark.alone
 def test_other_threads_run_while_a_file_is_written(make: Make) -> None:
     folder, tensors, shares = make(keep=1), {"w": torch.zeros(30_000_000)}, []
     for step in (1, 2):

@@ -689,6 +689,7 @@ def test_a_folder_of_checkpoints_that_became_a_file_is_reported_and_training_goe
     assert [name.partition(":")[0] for name in differences] == ["checkpoint"]
 
 
+@pytest.mark.alone
 def test_training_does_not_wait_for_a_checkpoint_to_be_written(
     photos: Path, tmp_path: Path
 ) -> None:
