@@ -2,12 +2,14 @@
 
 Left: robust accuracy on validation images, epoch by epoch, of the shared start and of the main
 arms that go on from it; thin lines are on training images. Right: every arm's clean and PGD-20
-accuracy on test images, of its best epoch, with standard deviations over seeds.
+accuracy on test images, of its best epoch, with standard deviations over seeds; names stand at the
+side in the order of PGD-20 accuracy.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,6 +85,8 @@ def _curves(group: Group, axes: Axes) -> None:
 
 def _accuracies(group: Group, axes: Axes) -> None:
     names = [name for name in ("start", *ARMS) if name in group.arms()]
+    places: dict[str, tuple[float, float]] = {}
+    colours = dict(zip(names[1:], itertools.cycle(COLOURS), strict=False)) | {"start": START_COLOUR}
     for index, arm in enumerate(names):
         clean, robust = (group.accuracies(arm, "best", attack) for attack in ("clean", "pgd-20"))
         if not clean or not robust:
@@ -92,16 +96,30 @@ def _accuracies(group: Group, axes: Axes) -> None:
             100 * statistics.stdev(values.values()) if len(values) > 1 else 0.0
             for values in (clean, robust)
         )
-        colour = START_COLOUR if arm == "start" else COLOURS[(index - 1) % len(COLOURS)]
         marker = "*" if arm == "start" else "o" if index <= len(COLOURS) else "s"
-        axes.errorbar(*place, xerr=across, yerr=along, color=colour, marker=marker, linewidth=0.8)
+        style = {"color": colours[arm], "marker": marker, "linewidth": 0.8}
+        axes.errorbar(*place, xerr=across, yerr=along, **style)
+        places[arm] = place
+    for index, arm in enumerate(sorted(places, key=lambda arm: places[arm][1])):
         axes.annotate(
-            arm, place, xytext=(5, 4), textcoords="offset points", fontsize=8, color=colour
+            arm,
+            places[arm],
+            xytext=(1.03, (index + 0.5) / len(places)),
+            textcoords="axes fraction",
+            verticalalignment="center",
+            fontsize=8,
+            color=colours[arm],
+            arrowprops={
+                "arrowstyle": "-",
+                "relpos": (0, 0.5),
+                "color": colours[arm],
+                "linewidth": 0.4,
+            },
         )
     axes.set_title("Test accuracy of the best epoch, %", fontsize=10)
     axes.set_xlabel("clean", fontsize=9)
     axes.set_ylabel("PGD-20", fontsize=9)
-    axes.margins(0.2)
+    axes.margins(0.05)
     _plain(axes)
 
 
