@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ import torch
 
 from bench.measure import append, origin, quantiles, repeats
 from bench.ops import dtype_name
-from safer_fast.attention import Shape, milliseconds, random_inputs, usable_backends
+from safer_fast.attention import Shape, random_inputs, run_backend, usable_backends
+from safer_fast.measured import milliseconds
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def rows_of(
     times: dict[str, list[float]] = {name: [] for name in usable}
     for index in range(2 + num_repeats):
         for name in usable:
-            elapsed = milliseconds(name, inputs)
+            elapsed = milliseconds(partial(run_backend, name, inputs), inputs[0].device)
             if index >= 2:
                 times[name].append(elapsed)
     figures = {name: quantiles(values) for name, values in times.items()}

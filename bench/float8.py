@@ -5,9 +5,9 @@
         [--compile] [--cuda-graph] [--repeats 5] [--output FILE.jsonl]
 
 FP8 and bf16 alternate in one process, and every figure is the time of bf16 over that of FP8 in the
-same run. A layer is a norm, its product, and the gradient of the norm's input: FP8 pays where its
-ratio is above 1. On a machine without a GPU the same code runs a simulation, whose times say
-nothing.
+same run. A layer is a norm, its product, and the gradient of the norm's input, which is also what
+`attack.fp8_from=auto` times: FP8 pays where its ratio is above 1. On a machine without a GPU the
+same code runs a simulation, whose times say nothing.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bench.attack import iteration
 from bench.implementation import warm_up
@@ -32,8 +31,9 @@ from safer_fast.attacker import Attacker
 from safer_fast.attention import pin_for
 from safer_fast.capture import Replays
 from safer_fast.config import SAVINGS, AttackConfig, ObjectiveConfig
-from safer_fast.float8 import PAYS_FROM, Float8Linear, Float8Weights
+from safer_fast.float8 import PAYS_FROM, Float8Weights, fitting
 from safer_fast.float8_audit import AGREEMENT, RATIO, Audit
+from safer_fast.float8_speed import Product, product_run
 from safer_fast.objective import Objective, Targets
 from safer_fast.runtime import Runtime, compile_blocks
 
@@ -64,47 +64,13 @@ def layer_rows(arguments: argparse.Namespace, runtime: Runtime) -> Iterator[Row]
         if isinstance(module, nn.Linear) and 0 <= model.block_of(name) < model.num_blocks
     }
     for (outputs, inputs), name in shapes.items():
-        x = torch.randn(arguments.batch_size * num_tokens, inputs, device=runtime.device)
+        product = Product(arguments.batch_size * num_tokens, inputs, outputs)
         runs = {
-            precision: _layer_run(x.bfloat16(), outputs, precision, arguments.compile)
+            precision: product_run(product, runtime.device, precision == "fp8", arguments.compile)
             for precision in PRECISIONS
         }
         times = _alternate(runs, arguments, runtime)
         yield {"part": "layer", "layer": name, "elements": outputs * inputs, **_compared(times)}
-
-
-def _layer_run(x: Tensor, outputs: int, precision: str, is_compiled: bool) -> Run:
-    """Norm, product, and the gradient of the norm's input."""
-    torch.manual_seed(0)
-    norm = nn.LayerNorm(x.shape[1]).to(x.device)
-    linear = nn.Linear(x.shape[1], outputs).to(x.device, torch.bfloat16)
-    for parameter in (*norm.parameters(), *linear.parameters()):
-        parameter.requires_grad_(False)
-    switch = _Switch(precision == "fp8")
-    layer = Float8Linear.adopt(linear, switch)
-    layer.quantise_weight()
-    slope = torch.randn(len(x), outputs, device=x.device, dtype=torch.bfloat16)
-
-    def forward(values: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):
-            result: Tensor = layer(norm(values))
-        return result
-
-    if is_compiled:
-        forward = torch.compile(forward, dynamic=False)
-
-    def run() -> None:
-        values = x.detach().requires_grad_()
-        torch.autograd.grad(forward(values), values, slope)
-
-    return run
-
-
-class _Switch:
-    """What a layer asks whether it is to multiply in FP8."""
-
-    def __init__(self, is_on: bool) -> None:
-        self.is_on = is_on
 
 
 def iteration_rows(arguments: argparse.Namespace, runtime: Runtime) -> Iterator[Row]:
@@ -113,7 +79,7 @@ def iteration_rows(arguments: argparse.Namespace, runtime: Runtime) -> Iterator[
     for precision in PRECISIONS:
         model, _ = build_robust_model(arguments, runtime)
         pin_for(model, arguments.image_size, arguments.batch_size, "auto")
-        weights = Float8Weights(model, getattr(arguments, "from"))
+        weights = Float8Weights(model, fitting(model, getattr(arguments, "from")))
         if precision == "fp8":
             found = _audited(
                 Attacker(
@@ -161,7 +127,8 @@ def step_rows(arguments: argparse.Namespace, runtime: Runtime) -> Iterator[Row]:
     for precision in PRECISIONS:
         step, (images, labels, *radii) = build(arguments, runtime)
         if precision == "fp8":
-            step.attack.float8 = Float8Weights(step.model, getattr(arguments, "from"))
+            names = fitting(step.model, getattr(arguments, "from"))
+            step.attack.float8 = Float8Weights(step.model, names)
             step.attack.float8.move(step.selection.names)
         if runtime.is_compiled:
             compile_blocks(step.model)

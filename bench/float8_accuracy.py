@@ -30,7 +30,7 @@ from safer_fast.attacker import Attacker
 from safer_fast.config import ObjectiveConfig
 from safer_fast.data import as_pixels, load_data
 from safer_fast.data.seeds import derive_seed
-from safer_fast.float8 import Float8Weights
+from safer_fast.float8 import Float8Weights, fitting
 from safer_fast.objective import Objective
 from safer_fast.run_folder import LoadedRun, load_run
 
@@ -68,7 +68,7 @@ def main() -> None:
 def accuracy_row(run: LoadedRun, arguments: argparse.Namespace) -> dict[str, Any]:
     """Accuracies under both attacks, on how many images they part, p of McNemar's exact test."""
     right: dict[str, list[Tensor]] = {"bf16": [], "fp8": []}
-    weights = Float8Weights(run.model, least=0)
+    weights = Float8Weights(run.model, fitting(run.model))
     agreements: list[Tensor] = []
     device = run.model.mean.device
     data = load_data(run.config.data, batch_size=arguments.batch_size, seed=0, device=device)

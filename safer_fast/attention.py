@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +17,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from safer_fast.measured import cache_file, machine, milliseconds, remember, remembered
 from safer_fast.network import RobustModel
 
 Wanted = Literal["auto", "flash", "cudnn", "math"]
@@ -55,6 +53,12 @@ class Measured(NamedTuple):
 
     times_ms: dict[str, float]
     refused: dict[str, str]
+
+    @classmethod
+    def parse(cls, stored: Any) -> Measured:
+        """Of what JSON has."""
+        times, refused = stored
+        return cls({name: float(ms) for name, ms in times.items()}, dict(refused))
 
 
 @dataclass(frozen=True)
@@ -98,8 +102,9 @@ def pin_attention(
     reason = None if wanted == "auto" else _refusal(wanted, random_inputs(*case))
     times, refused = dict[str, float](), {} if reason is None else {backend: reason}
     if wanted == "auto" or refused:
-        file, key = cache or _cache_file(), _key(*case)
-        known = _read(file).get(key) or _remember(file, key, _measure(*case))
+        file, key = cache or cache_file("attention.json"), _key(*case)
+        known = remembered(file, Measured.parse).get(key)
+        known = known or remember(file, key, _measure(*case), Measured.parse)
         times, refused = known.times_ms, {**known.refused, **refused}
         backend = fastest({name: value for name, value in times.items() if name not in refused})
     torch.backends.cuda.enable_flash_sdp(backend == "flash")
@@ -150,7 +155,8 @@ def time_backends(names: Sequence[str], inputs: tuple[Tensor, ...]) -> dict[str,
         while least_rounds > 0 or time.perf_counter() - started < SECONDS:
             least_rounds -= 1
             for name in names:
-                times[name].append(milliseconds(name, inputs))
+                run = partial(run_backend, name, inputs)
+                times[name].append(milliseconds(run, inputs[0].device))
     return {name: round(min(values), 4) for name, values in times.items()}
 
 
@@ -177,21 +183,6 @@ def run_backend(name: str, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     with sdpa_kernel(BACKENDS[name]):
         out = functional.scaled_dot_product_attention(q, k, v, masks[0] if masks else None)
         return (out.detach(), *torch.autograd.grad(out, (q, k, v), gradient))
-
-
-def milliseconds(name: str, inputs: tuple[Tensor, ...]) -> float:
-    """Time of one forward and backward; of a GPU without the launches, as in a CUDA graph."""
-    if inputs[0].device.type == "cpu":
-        started = time.perf_counter()
-        run_backend(name, inputs)
-        return (time.perf_counter() - started) * 1e3
-    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    torch.cuda._sleep(1_000_000)  # type: ignore[no-untyped-call]  # ticks: outlasts the launches
-    before.record()
-    run_backend(name, inputs)
-    after.record()
-    torch.cuda.synchronize(inputs[0].device)
-    return float(before.elapsed_time(after))
 
 
 class _Watch(TorchFunctionMode):
@@ -255,45 +246,5 @@ def _note(wanted: str, backend: str, refused: Mapping[str, str]) -> str | None:
 
 def _key(shape: Shape, batch_size: int, dtype: torch.dtype, device: torch.device) -> str:
     """All that the fastest kernel depends on."""
-    name = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    words = [name, torch.__version__, dtype, *asdict(shape).values(), batch_size]
+    words = [machine(device), dtype, *asdict(shape).values(), batch_size]
     return " ".join(map(str, [*words, torch.are_deterministic_algorithms_enabled()]))
-
-
-def _cache_file() -> Path:
-    folder = os.environ.get("XDG_CACHE_HOME", "")
-    if not Path(folder).is_absolute():  # the XDG specification: to be taken as unset
-        with suppress(RuntimeError):
-            return Path.home() / ".cache" / "safer_fast" / "attention.json"
-        folder = os.devnull  # a user without a home measures each time
-    return Path(folder) / "safer_fast" / "attention.json"
-
-
-def _read(file: Path) -> dict[str, Measured]:
-    """What is remembered: nothing where the file is missing or damaged."""
-    try:
-        return {
-            key: Measured({n: float(ms) for n, ms in times.items()}, dict(refused))
-            for key, (times, refused) in json.loads(file.read_text()).items()
-        }
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        return {}
-
-
-def _remember(file: Path, key: str, measured: Measured) -> Measured:
-    """What counts from now on: what another process wrote meanwhile comes first.
-
-    A folder that cannot be written to costs a measurement in the next run.
-    """
-    entries = {key: measured, **_read(file)}
-    part = file.with_name(f"{file.name}.{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(entries, indent=1))
-        part.replace(file)
-    except OSError:
-        with suppress(OSError):
-            part.unlink()
-    return entries[key]

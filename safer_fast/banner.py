@@ -57,6 +57,8 @@ def _speed(engine: Engine) -> str:
         times = engine.attention.times_ms
         measured = ", ".join(f"{name} {value:.3g} ms" for name, value in times.items())
         ways.append(f"{engine.attention.backend} attention" + (f" ({measured})" if times else ""))
+    if engine.float8 is not None:
+        ways.append(str(engine.float8))
     return ", ".join(ways) or "as written"
 
 

@@ -107,8 +107,9 @@ class AttackConfig:
     precision: Literal["amp", "fp8"] = "amp"
     """amp: that of --amp. fp8: the large matrices of the blocks are multiplied in FP8 in the attack
     of training, nowhere else; for GPUs that have it (Hopper, Ada), simulated on a CPU."""
-    fp8_from: int = 2**21
-    """Matrices of fewer elements stay in bf16 with fp8."""
+    fp8_from: int | Literal["auto"] = "auto"
+    """Matrices of fewer elements stay in bf16 with fp8; auto: on a GPU those that were timed, once,
+    and not found faster; on a CPU those of less than 2^21."""
     audit_every: int = 100
     """Steps between two audits of fp8, which attack a few images in bf16 too."""
     audit_images: int = 64

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,8 +17,9 @@ from safer_fast.attention import Pinned, pin_for
 from safer_fast.config import Config, Names
 from safer_fast.data import Data
 from safer_fast.distributed import Ranks
-from safer_fast.float8 import Float8Weights, check_float8
+from safer_fast.float8 import PAYS_FROM, Float8Weights, check_float8, fitting
 from safer_fast.float8_audit import Audit
+from safer_fast.float8_speed import Choice, choose_measured
 from safer_fast.flops import costs
 from safer_fast.micro_batch import MicroBatch
 from safer_fast.model import build_model
@@ -33,8 +34,8 @@ class Engine:
     """Runtime, model, arenas and attack of one configuration; makes a step for each selection.
 
     `notes` are lines on fast paths that are not live. ranks: the processes that train together.
-    attention: the kernel in place of what `runtime.attention=auto` would choose. Raises ValueError
-    for settings that fit no model.
+    known: facts of the run that goes on (`facts_of`), whose choices come before what `auto` would
+    choose. Raises ValueError for settings that fit no model.
     """
 
     def __init__(
@@ -43,9 +44,9 @@ class Engine:
         runtime: Runtime,
         data: Data,
         ranks: Ranks | None = None,
-        attention: str | None = None,
+        known: Mapping[str, Any] | None = None,
     ) -> None:
-        self.config, self.ranks = config, ranks or Ranks()
+        self.config, self.ranks, self._known = config, ranks or Ranks(), known or {}
         torch.manual_seed(config.seed)
         self.model = build_model(
             config.model,
@@ -66,9 +67,10 @@ class Engine:
         if config.selection.lora_rank:
             image = torch.zeros(1, data.num_channels, data.image_size, data.image_size)
             check_called(self.model, list(self.model.layers), image.to(runtime.device))
-        float8 = self._float8(runtime.device, notes)
-        self.attention = self._pin_attention(data.image_size, attention)
+        self.attention = self._pin_attention(data.image_size)
         self.runtime = plan(runtime, config.runtime, self._num_operations(data))
+        self.float8 = self._choose_float8(data.image_size, notes)
+        """The layers whose products the attack computes in FP8, if it is to."""
         self.notes = [*self.runtime.notes, *notes]
         if self.attention is not None and self.attention.note is not None:
             self.notes.append(self.attention.note)
@@ -89,7 +91,7 @@ class Engine:
             steps=config.attack.steps,
             micro_batch=self._parts("runtime.attack_micro_batch", limits.attack_micro_batch),
             replays=self.replays,
-            float8=float8,
+            float8=Float8Weights(self.model, self.float8.names) if self.float8 else None,
         )
         self.audit = Audit(self.attack, config.attack, self.ranks, self._report)
 
@@ -172,24 +174,39 @@ class Engine:
         self.replays.forget()  # they call other modules now
         return self.adapters.selection()
 
-    def _float8(self, device: torch.device, notes: list[str]) -> Float8Weights | None:
-        """The weights that the attack multiplies in FP8, if it is to."""
-        if self.config.attack.precision != "fp8":
+    def _choose_float8(self, image_size: int, notes: list[str]) -> Choice | None:
+        """All ranks multiply in FP8 what the first one finds faster so."""
+        attack, device = self.config.attack, self.runtime.device
+        if attack.precision != "fp8":
             return None
         check_float8(device)
-        float8 = Float8Weights(self.model, self.config.attack.fp8_from)
-        if not float8.layers:
-            notes.append("attack in FP8: off (attack.fp8_from: no matrix of a block is so large)")
+        known = self._known.get("float8")
+        if attack.fp8_from != "auto":
+            choice = Choice(fitting(self.model, attack.fp8_from))
+        elif known is not None:
+            choice = Choice([name for name in fitting(self.model) if name in known])
+        elif device.type != "cuda":
+            choice = Choice(fitting(self.model, PAYS_FROM))
+        elif self.ranks.is_first:
+            batch_size = -(-self.config.batch_size // self.ranks.num_ranks)
+            if self.config.runtime.attack_micro_batch != "auto":
+                batch_size = min(batch_size, self.config.runtime.attack_micro_batch)
+            choice = choose_measured(self.model, image_size, batch_size, self.runtime.is_compiled)
+            self.ranks.share(list(choice.names))
+        else:
+            choice = Choice(self.ranks.share(None))
+        if not choice.names:
+            notes.append(f"attack in FP8: off (attack.fp8_from: {choice.why_none()})")
             return None
         if device.type != "cuda":
             notes.append("attack in FP8: simulated, slower than bf16 (no GPU is used)")
-        return float8
+        return choice
 
-    def _pin_attention(self, image_size: int, known: str | None) -> Pinned | None:
+    def _pin_attention(self, image_size: int) -> Pinned | None:
         """All ranks compute attention as the first one finds fastest."""
-        wanted = self.config.runtime.attention
+        wanted, known = self.config.runtime.attention, self._known.get("attention")
         if wanted == "auto" and known is not None:
-            wanted = known  # type: ignore[assignment]
+            wanted = known
         if not self.ranks.is_first:
             wanted = self.ranks.share(None)
         pinned = pin_for(self.model, image_size, self.config.batch_size, wanted)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,8 @@ that the three bits of e4m3's mantissa are worth more than the range of e5m2."""
 MULTIPLE = 16
 """What rows and columns of a matrix are multiples of, for a GPU's FP8 product."""
 PAYS_FROM = 2**21
-"""Matrices of fewer elements stay as they are: quantising would cost what the product gains. An
-estimate (docs/performance.md); `python -m bench.float8` measures it."""
+"""Matrices of fewer elements stay as they are where nothing is timed: an estimate, as quantising
+would cost what the product gains."""
 LEAST_CAPABILITY = (8, 9)
 LEAST_SCALE = 2.0**-120
 """Of rows so small that their quotients would overflow."""
@@ -44,18 +44,41 @@ def check_float8(device: torch.device) -> None:
         )
 
 
-class Float8Weights:
-    """The FP8 copies of a model's matrices that pay, and the switch that makes its layers use them.
+def fitting(model: RobustModel, least: int = 0) -> list[str]:
+    """Names of the layers that FP8 is for: linear ones of the blocks with `least` elements or more.
 
-    They are of the blocks' linear layers with `least` elements or more, except in a last block that
-    computes class tokens alone. `moving`: layers that training changes, whose copies are made anew
-    before each attack; the others are made anew after `invalidate`.
+    Edges are multiples of 16. A last block that computes class tokens alone has little to gain.
+    """
+    spared = {m for b in model.blocks if isinstance(b, TokenBlock) for m in b.inner.modules()}
+    names = []
+    for name in model.layers:
+        module = model.network.get_submodule(name)
+        in_block = 0 <= model.block_of(name) < model.num_blocks
+        fits = type(module) is nn.Linear and all(n % MULTIPLE == 0 for n in module.weight.shape)
+        if in_block and fits and module not in spared and module.weight.numel() >= least:
+            names.append(name)
+    return names
+
+
+class Switch(Protocol):
+    """What a layer asks whether it is to multiply in FP8."""
+
+    is_on: bool
+
+
+class Float8Weights:
+    """The FP8 copies of layers' matrices, and the switch that makes the layers use them.
+
+    names: of layers, all of them `fitting`. Copies of layers that training changes are made anew
+    before each attack, the others after `move`.
     """
 
-    def __init__(self, model: RobustModel, least: int = PAYS_FROM) -> None:
+    def __init__(self, model: RobustModel, names: Sequence[str]) -> None:
         self.is_on = False
-        fitting = dict(_fitting(model, least))
-        self.layers = {name: Float8Linear.adopt(linear, self) for name, linear in fitting.items()}
+        self.layers = {
+            name: Float8Linear.adopt(cast(nn.Linear, model.network.get_submodule(name)), self)
+            for name in names
+        }
         self._moving: list[str] | None = []
         self._is_valid = False
 
@@ -96,7 +119,7 @@ class Float8Linear(nn.Linear):
     column_scales: Tensor
 
     @classmethod
-    def adopt(cls, linear: nn.Linear, owner: Float8Weights) -> Float8Linear:
+    def adopt(cls, linear: nn.Linear, owner: Switch) -> Float8Linear:
         """The very module, with its parameters, made one of this class."""
         outputs, inputs = linear.weight.shape
         device = linear.weight.device
@@ -188,14 +211,3 @@ class _Product(torch.autograd.Function):
         flat = gradient.reshape(-1, gradient.shape[-1])
         product = multiply(*quantise(flat, BACKWARD), columns, scales)
         return product.view(*gradient.shape[:-1], -1).to(ctx.dtype), None, None, None, None
-
-
-def _fitting(model: RobustModel, least: int) -> Iterator[tuple[str, nn.Linear]]:
-    """Names and modules of the linear layers that FP8 is for."""
-    spared = {m for b in model.blocks if isinstance(b, TokenBlock) for m in b.inner.modules()}
-    for name in model.layers:
-        module = model.network.get_submodule(name)
-        in_block = 0 <= model.block_of(name) < model.num_blocks
-        fits = type(module) is nn.Linear and all(n % MULTIPLE == 0 for n in module.weight.shape)
-        if in_block and fits and module not in spared and module.weight.numel() >= least:
-            yield name, module

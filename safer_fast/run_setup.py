@@ -62,11 +62,11 @@ def set_up(config: Config, ranks: Ranks, checkpoint: Checkpoint | None) -> Setup
         report=tqdm.write if ranks.is_first else _say_nothing,
     )
     data.bad.report = tqdm.write  # up to here all ranks have looked at the same images
-    attention = stored["facts"]["attention"] if stored else None
-    engine = Engine(config, runtime, data, ranks, attention)
+    known = stored.get("facts")
+    engine = Engine(config, runtime, data, ranks, known)
     check_fit(config, engine)
     facts = facts_of(engine, data)
-    notes += check_facts(stored["facts"], facts) if stored else []
+    notes += check_facts(known, facts) if known else []
     ranks.check_alike(engine.arenas.master, "at the start")
     described = describe_run(config, engine, data)
     shown = config.to_dict() | described if config.log.wandb else None
@@ -107,6 +107,7 @@ def facts_of(engine: Engine, data: Data) -> dict[str, Any]:
         "torch": torch.__version__,
         "ranks": engine.ranks.num_ranks,
         "attention": engine.attention.backend if engine.attention is not None else None,
+        "float8": list(engine.float8.names) if engine.float8 is not None else None,
     }
 
 

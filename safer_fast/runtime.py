@@ -111,9 +111,14 @@ def plan(runtime: Runtime, config: RuntimeConfig, num_operations: float) -> Runt
 
 def compile_blocks(model: RobustModel) -> None:
     """Each block is compiled by itself on its first call; identical blocks share the code."""
-    torch._dynamo.config.recompile_limit = 64  # past it compiled code silently runs eagerly
+    allow_recompiling()
     for block in model.blocks:
         block.compile(dynamic=False)
+
+
+def allow_recompiling() -> None:
+    """The same code may be compiled for many shapes: past its limit torch silently runs eagerly."""
+    torch._dynamo.config.recompile_limit = 64
 
 
 def keep_memory() -> bool:

@@ -32,7 +32,7 @@ _RANGES: dict[str, tuple[str, float, float]] = {
     "attack.step_size": ("at least 0", 0, float("inf")),
     "attack.clean_epochs": ("at least 0", 0, float("inf")),
     "attack.epsilon_warmup_epochs": ("at least 0", 0, float("inf")),
-    "attack.fp8_from": ("at least 0", 0, float("inf")),
+    "attack.fp8_from": ("auto or at least 0", 0, float("inf")),
     "attack.audit_every": ("at least 1", 1, float("inf")),
     "attack.audit_images": ("at least 1", 1, float("inf")),
     "attack.audit_ratio": ("a share from 0 to 1", 0, 1),

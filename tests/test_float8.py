@@ -13,26 +13,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from safer_fast import float8
+from safer_fast import float8, float8_speed
 from safer_fast.attack import frozen, pixel_gradient, random_start
 from safer_fast.attacker import Attacker
 from safer_fast.capture import CudaRecorder, Replays
 from safer_fast.command_line import parse_config
 from safer_fast.config import AttackConfig, ObjectiveConfig
-from safer_fast.distributed import connected
+from safer_fast.distributed import Ranks, connected
 from safer_fast.float8 import (
     FORWARD,
     Float8Linear,
     Float8Weights,
     check_float8,
+    fitting,
     multiply,
     quantise,
 )
 from safer_fast.float8_audit import AGREEMENT, RATIO, Audit
+from safer_fast.float8_speed import Product, choose_measured
 from safer_fast.metrics import read_metrics
 from safer_fast.network import RobustModel
 from safer_fast.objective import Objective
 from safer_fast.parameters import ParameterArenas
+from safer_fast.resume import find_run
 from safer_fast.runtime import compile_blocks
 from safer_fast.trainer import Trainer
 
@@ -163,7 +166,7 @@ def a_layer(bias: bool = True) -> tuple[Float8Linear, nn.Linear, Float8Weights]:
     plain = nn.Linear(32, 48, bias=bias).to(torch.bfloat16).requires_grad_(False)
     own = nn.Linear(32, 48, bias=bias).to(torch.bfloat16).requires_grad_(False)
     own.load_state_dict(plain.state_dict())
-    weights = Float8Weights(build(), least=2**40)
+    weights = Float8Weights(build(), [])
     weights.layers["own"] = Float8Linear.adopt(own, weights)
     return weights.layers["own"], plain, weights
 
@@ -204,7 +207,7 @@ def test_nothing_of_the_input_is_kept_for_the_backward_pass() -> None:
 
 def test_only_layers_that_move_are_quantised_again() -> None:
     model = bf16_model()
-    weights = Float8Weights(model, least=0)
+    weights = Float8Weights(model, fitting(model))
     first, second = list(weights.layers)[:2]
     weights.move([first])
     weights.refresh()
@@ -231,12 +234,12 @@ def test_only_layers_that_move_are_quantised_again() -> None:
 def test_large_matrices_of_blocks_are_chosen_and_checkpoints_know_nothing_of_them() -> None:
     model = bf16_model()
     known = set(model.network.state_dict())
-    weights = Float8Weights(model, least=48 * 100)
+    weights = Float8Weights(model, fitting(model, 48 * 100))
     # the last block computes class tokens alone; projections have 48 * 48 elements
     wanted = {f"blocks.{i}.{part}" for i in range(3) for part in ("attn.qkv", "mlp.fc1", "mlp.fc2")}
     assert set(weights.layers) == wanted
     assert set(model.network.state_dict()) == known
-    assert not Float8Weights(build(), least=10**9).layers
+    assert fitting(build(), 10**9) == []
 
 
 # -- the attack
@@ -253,7 +256,7 @@ def attack_on(model: RobustModel, weights: Float8Weights | None, **settings: Any
 def test_most_signs_agree_and_the_loss_is_as_high() -> None:
     model = bf16_model()
     images, labels = images_and_labels(64)
-    attack = attack_on(model, Float8Weights(model, least=0))
+    attack = attack_on(model, Float8Weights(model, fitting(model)))
     Audit(attack, AttackConfig(audit_images=64))(0, images, labels, EPSILON, STEP_SIZE)
     assert 0.9 < attack.audited[AGREEMENT] < 1
     assert 0.97 < attack.audited[RATIO] < 1.03
@@ -269,7 +272,7 @@ def test_all_but_the_attack_computes_as_before() -> None:
     loss = partial(functional.cross_entropy, reduction="sum")
     with frozen(model):
         logits, gradient = model(images), pixel_gradient(model, images, labels, loss)
-    attack = attack_on(model, Float8Weights(model, least=0))
+    attack = attack_on(model, Float8Weights(model, fitting(model)))
     attack(images, labels, EPSILON, STEP_SIZE)
     with frozen(model):
         assert torch.equal(model(images), logits)
@@ -278,7 +281,7 @@ def test_all_but_the_attack_computes_as_before() -> None:
 
 def test_a_switch_is_off_again_after_an_exception() -> None:
     model = bf16_model()
-    weights = Float8Weights(model, least=0)
+    weights = Float8Weights(model, fitting(model))
     with pytest.raises(RuntimeError), weights.used():
         raise RuntimeError
     assert not weights.is_on
@@ -298,7 +301,7 @@ def test_a_compiled_attack_is_that_of_eager_code() -> None:
     gradients = []
     for is_compiled in (False, True):
         model = bf16_model()
-        weights = Float8Weights(model, least=0)
+        weights = Float8Weights(model, fitting(model))
         if is_compiled:
             compile_blocks(model)
         loss = partial(functional.cross_entropy, reduction="sum")
@@ -317,14 +320,14 @@ def test_a_compiled_attack_is_that_of_eager_code() -> None:
 def test_an_attack_on_a_gpu_is_near_the_simulated_one(mode: str) -> None:
     images, labels = images_and_labels(64)
     model = bf16_model()
-    simulated = attack_on(model, Float8Weights(model, least=0))
+    simulated = attack_on(model, Float8Weights(model, fitting(model)))
     simulated.draw = lambda images, epsilon, norm: images
     wanted = simulated(images, labels, EPSILON, STEP_SIZE).clone()
     model = build(compute_dtype=torch.bfloat16)
     model.save(("patch-order", "class-token"), 32)
     model.cuda()
     ParameterArenas(model.network, model.layers, torch.bfloat16)
-    weights = Float8Weights(model, least=0)
+    weights = Float8Weights(model, fitting(model))
     if mode != "eager":
         compile_blocks(model)
     attack = attack_on(model, weights)
@@ -355,7 +358,7 @@ def test_a_weak_attack_ends_the_use_of_fp8_and_says_so_once(
 ) -> None:
     model = bf16_model()
     images, labels = images_and_labels(32)
-    attack = attack_on(model, Float8Weights(model, least=0))
+    attack = attack_on(model, Float8Weights(model, fitting(model)))
     said: list[str] = []
     audit = Audit(attack, AttackConfig(audit_every=2), report=said.append)
     monkeypatch.setattr(float8, "multiply", spoiled)
@@ -375,7 +378,7 @@ def test_a_weak_attack_ends_the_use_of_fp8_and_says_so_once(
 def test_an_audit_that_finds_enough_changes_nothing() -> None:
     model = bf16_model()
     images, labels = images_and_labels(32)
-    attack = attack_on(model, Float8Weights(model, least=0), name="trades")
+    attack = attack_on(model, Float8Weights(model, fitting(model)), name="trades")
     state = torch.get_rng_state()
     Audit(attack, AttackConfig(audit_ratio=0.5))(0, images, labels, EPSILON, STEP_SIZE)
     assert attack.float8 is not None
@@ -438,9 +441,6 @@ def test_a_run_that_fell_back_stays_so_when_it_goes_on(tmp_path: Path) -> None:
         trainer.begin_epoch(2)
         trainer.train_epoch(2)
         trainer.stop("a test")
-    from safer_fast.distributed import Ranks
-    from safer_fast.resume import find_run
-
     ranks = Ranks()
     with Trainer(config, ranks, find_run(config, ranks)) as trainer:
         assert trainer.engine.attack.float8 is None
@@ -564,6 +564,84 @@ def test_a_gpu_without_fp8_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatc
 def test_settings_that_make_no_sense_are_refused(flags: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Trainer(parse_config(flags))
+
+
+# -- which matrices
+
+
+def timed(monkeypatch: pytest.MonkeyPatch, least_outputs: int) -> list[Product]:
+    """Matrices of so many outputs or more gain, the others lose; the calls that are made."""
+    calls: list[Product] = []
+
+    def measure(product: Product, *_: Any) -> float:
+        calls.append(product)
+        return 1.3 if product.outputs >= least_outputs else 0.9
+
+    monkeypatch.setattr(float8_speed, "measure", measure)
+    return calls
+
+
+def test_matrices_that_are_not_faster_stay_as_they_are_and_each_shape_is_timed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, file = timed(monkeypatch, 150), tmp_path / "cache.json"
+    first, again = (choose_measured(bf16_model(), 32, 6, False, file) for _ in range(2))
+    num_tokens = (32 // 8) ** 2 + 1
+    assert calls == [
+        Product(6 * num_tokens, 48, 48),
+        Product(6 * num_tokens, 48, 144),
+        Product(6 * num_tokens, 48, 192),
+        Product(6 * num_tokens, 192, 48),
+    ]
+    assert first == again
+    assert {name.rpartition("mlp.")[2] for name in first.names} == {"fc1"}
+    assert first.speeds == {"48 x 48": 0.9, "144 x 48": 0.9, "192 x 48": 1.3, "48 x 192": 0.9}
+    assert str(first).startswith(f"attack in FP8 ({len(first.names)} matrices, 48 x 48 0.90, ")
+    choose_measured(bf16_model(), 32, 7, False, file)
+    choose_measured(bf16_model(), 32, 7, True, file)
+    assert len(calls) == 12
+
+
+def test_where_nothing_is_faster_the_times_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed(monkeypatch, 10**6)
+    choice = choose_measured(bf16_model(), 32, 6, False, tmp_path / "cache.json")
+    assert choice.names == []
+    assert choice.why_none().startswith("no matrix of a block is faster: 48 x 48 0.90, ")
+
+
+@pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_product_is_timed_in_both_precisions(
+    is_compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(float8_speed, "SECONDS", 0.01)
+    speed = float8_speed.measure(Product(64, 48, 96), torch.device("cpu"), is_compiled)
+    assert 0.001 < speed < 1000
+
+
+@needs_gpu
+def test_a_gpu_multiplies_large_matrices_faster_in_fp8() -> None:
+    product = Product(2**15, 1024, 4096)
+    assert float8_speed.measure(product, torch.device("cuda"), is_compiled=True) > 1
+
+
+def test_a_run_that_goes_on_keeps_the_layers_that_it_chose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [*SMALL, "--amp=bf16", "--attack.precision=fp8", f"--output={tmp_path / 'run'}"]
+    config, ranks = parse_config([*flags, "--resume=auto"]), Ranks()
+    monkeypatch.setattr("safer_fast.engine.PAYS_FROM", 0)
+    with Trainer(config) as trainer:
+        first = trainer.engine.float8
+        assert first is not None
+        assert first.names == list(trainer.engine.attack.float8.layers)
+        trainer.begin_epoch(1)
+        trainer.train_epoch(1)
+        trainer.stop("a test")
+    monkeypatch.setattr("safer_fast.engine.PAYS_FROM", 10**9)
+    with Trainer(config, ranks, find_run(config, ranks)) as trainer:
+        assert trainer.engine.float8 == first
 
 
 def test_a_model_without_large_matrices_is_attacked_in_bf16(tmp_path: Path) -> None:

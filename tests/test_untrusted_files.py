@@ -39,6 +39,7 @@ from safer_fast.config import DataConfig
 from safer_fast.data import load_data
 from safer_fast.data.formats import arrays
 from safer_fast.data.formats.folder import FolderSource
+from safer_fast.measured import remembered
 from safer_fast.model import build_model, save_timm_config
 from safer_fast.report import write_report
 from safer_fast.report_run import read_runs
@@ -481,7 +482,7 @@ def test_networks_that_cannot_be_built_are_named(run: Path, arguments: str) -> N
 
 def test_what_attention_remembers_may_be_nonsense(tmp_path: Path) -> None:
     file = write_bytes(tmp_path / "attention.json", b"[" * 100_000)
-    assert attention._read(file) == {}
+    assert remembered(file, attention.Measured.parse) == {}
 
 
 def test_a_pickle_in_place_of_what_attention_remembers_is_measured_anew(
