@@ -1,9 +1,10 @@
 """Final accuracies of finished runs as rows, and the table of them in README.md.
 
-    python -m bench.accuracy RUN [RUN ...] [--name digits] [--output FILE.jsonl]
+    python -m bench.accuracy RUN [RUN ...] [--name digits] [--precisions] [--output FILE.jsonl]
 
 A row holds one accuracy with all that is needed to judge it: data, model, attack, radius, weights,
-images, seed, epochs and seconds of training, machine and commit.
+images, seed, epochs and seconds of training, machine and commit. With `--precisions` the rows are
+for the table that compares runs attacked in FP8 with runs attacked in bf16.
 """
 
 from __future__ import annotations
@@ -31,11 +32,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="finished run folders")
     parser.add_argument("--name", default="digits", help="what the table calls these runs")
+    parser.add_argument("--precisions", action="store_true", help="for the table of FP8")
     parser.add_argument(
         "--output", type=Path, help="append one JSON line per accuracy to this file"
     )
     arguments = parser.parse_args()
-    lines = [json.dumps(row) for run in arguments.runs for row in rows_of(run, arguments.name)]
+    rows = [row for run in arguments.runs for row in rows_of(run, arguments.name)]
+    if arguments.precisions:
+        rows = [
+            row | {"what": "float8", "part": "training", "implementation": row["precision"]}
+            for row in rows
+        ]
+    lines = [json.dumps(row) for row in rows]
     print("\n".join(lines))
     if arguments.output:
         with arguments.output.open("a") as file:
@@ -54,6 +62,7 @@ def rows_of(run: Path, name: str) -> list[Row]:
     settings = load_yaml((run / "run.yaml").read_text())
     about = events[0]
     machine = {"device": about["device"], "torch": about["torch"]}
+    in_float8 = settings["attack"].get("precision") == "fp8"
     facts = {
         "what": "accuracy",
         "implementation": "safer_fast",
@@ -65,6 +74,7 @@ def rows_of(run: Path, name: str) -> list[Row]:
         "epochs": settings["epochs"],
         "training_s": round(ends[0]["time_s"]),
         "norm": settings["attack"]["norm"],
+        "precision": "fp8" if in_float8 else settings["amp"],
     }
     measured = ("split", "weights", "attack", "epsilon", "accuracy", "num_images")
     finals = events[: events.index(ends[0])]

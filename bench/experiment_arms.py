@@ -49,6 +49,8 @@ _CHANGES: dict[str, Settings] = {
     "fraction 25 %": {"selection.fraction": 0.25},
     "relative radius, fraction 25 %": {"selection.radius": "relative", "selection.fraction": 0.25},
     "blocks, fraction 25 %, no SAM": {**_BLOCKS, "selection.fraction": 0.25, "sam.rho": 0},
+    "blocks, fraction 25 %, rho 0.1": {**_BLOCKS, "selection.fraction": 0.25, "sam.rho": 0.1},
+    "blocks, fraction 25 %, rho 0.2": {**_BLOCKS, "selection.fraction": 0.25, "sam.rho": 0.2},
     "fraction 10 %": {"selection.fraction": 0.1},
     "fraction 2 %": {"selection.fraction": 0.02},
     "selected once": {"selection.every_epochs": 0},

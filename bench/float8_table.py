@@ -1,4 +1,4 @@
-"""The tables of FP8, from rows of bench.float8 and bench.float8_accuracy."""
+"""The tables of FP8, from rows of bench.float8, bench.float8_accuracy and bench.accuracy."""
 
 from __future__ import annotations
 
@@ -6,15 +6,23 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from bench.experiment_table import paired
+
 Row = dict[str, Any]
 
 
 def float8_tables(rows: Sequence[Row]) -> str:
-    """Speeds of layers, iterations and steps, then how strong the attack is in both precisions."""
-    speeds = [row for row in rows if row["part"] != "accuracy" and not _is_simulated(row)]
+    """Speeds of layers, iterations and steps; how strong the attack is; what training against it
+    gives.
+    """
     accuracies = [row for row in rows if row["part"] == "accuracy"]
+    trainings = [row for row in rows if row["part"] == "training"]
+    timed = [row for row in rows if row not in accuracies and row not in trainings]
+    speeds = [row for row in timed if not _is_simulated(row)]
     parts = [_speeds(speeds)] if speeds else []
     parts += [_accuracies(accuracies)] if accuracies else []
+    for case in dict.fromkeys(row["case"] for row in trainings):
+        parts.append(_trainings([row for row in trainings if row["case"] == case]))
     return "\n".join(parts) or "Not measured yet.\n"
 
 
@@ -57,6 +65,43 @@ def _accuracies(rows: Sequence[Row]) -> str:
         f"Robust accuracy in %, the attack in bf16 and in FP8 ({how}every matrix of the blocks), "
         f"the network judging in bf16; p: McNemar's exact test; {_origin(rows)}:"
     )
+    return _markdown(caption, heads, lines)
+
+
+def _trainings(rows: Sequence[Row]) -> str:
+    """A line for each seed, and the differences over all of them."""
+    attacks = list(dict.fromkeys(row["attack"] for row in rows))
+    columns = [(weights, attack) for weights in ("best", "last") for attack in attacks]
+    found = {
+        (row["seed"], row["weights"], row["attack"], row["implementation"]): row["accuracy"]
+        for row in rows
+    }
+    seeds = sorted(
+        {seed for seed, *_, precision in found if precision == "fp8"}
+        & {seed for seed, *_, precision in found if precision == "bf16"}
+    )
+    lines = [
+        [
+            str(seed),
+            *(
+                " / ".join(f"{100 * found[seed, *column, of]:.1f}" for of in ("bf16", "fp8"))
+                for column in columns
+            ),
+        ]
+        for seed in seeds
+    ]
+    pairs = [[(found[s, *c, "fp8"], found[s, *c, "bf16"]) for s in seeds] for c in columns]
+    lines.append(["FP8 - bf16", *map(paired, pairs)])
+    first = rows[0]
+    attacked = max(row["epsilon"] for row in rows)
+    how = "simulated, every matrix of the blocks" if _is_simulated(first) else "large matrices"
+    caption = (
+        f"Trained against the attack in bf16 / in FP8 ({how}): {first['case']}, {first['model']}, "
+        f"{first['epochs']} epochs; accuracy in % on the {first['num_images']} images of the "
+        f"{first['split']} split, epsilon {attacked:.3g}, evaluated in bf16; p of a paired t-test; "
+        f"{_origin(rows)}:"
+    )
+    heads = ["seed", *(f"{attack}, {weights}" for weights, attack in columns)]
     return _markdown(caption, heads, lines)
 
 

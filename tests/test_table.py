@@ -174,11 +174,11 @@ def test_a_row_from_before_a_switch_is_older_than_one_with_it_off() -> None:
     assert len(newest([*rows, peers_row("ours", captured=True)])) == 2
 
 
-def finished_run(folder: Path, seed: int, accuracy: float) -> Path:
+def finished_run(folder: Path, seed: int, accuracy: float, precision: str = "amp") -> Path:
     """What rows of accuracies are made from; an evaluation after the end is none of the run's."""
     folder.mkdir()
     (folder / "run.yaml").write_text(
-        f"amp: bf16\nseed: {seed}\nepochs: 4\nattack: {{norm: linf}}\n"
+        f"amp: bf16\nseed: {seed}\nepochs: 4\nattack: {{norm: linf, precision: {precision}}}\n"
     )
     about = {"device": "cpu (CPU, 1 threads)", "torch": "2.14", "data": "digits", "model": "vit"}
     events: list[dict[str, Any]] = [{"event": "run", "epoch": 0, "step": 0, "time_s": 0.0, **about}]
@@ -210,6 +210,28 @@ def test_accuracies_of_seeds_are_lines_with_their_mean_and_deviation_below(
     assert "| 1 | 1.000 / 0.500 | 1.000 / 0.500 |" in content
     assert "| mean | 0.950 / 0.450 | 0.950 / 0.450 |" in content
     assert "| deviation | 0.071 / 0.071 | 0.071 / 0.071 |" in content
+
+
+def test_runs_attacked_in_either_precision_are_compared_by_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [
+        finished_run(tmp_path / f"{precision}-{seed}", seed, value, precision)
+        for seed, precision, value in (
+            *((0, "amp", 0.9), (1, "amp", 0.8), (2, "amp", 0.7)),
+            *((0, "fp8", 0.91), (1, "fp8", 0.83)),
+        )
+    ]
+    file = tmp_path / "rows.jsonl"
+    arguments = [*map(str, runs), "--precisions", "--output", str(file)]
+    monkeypatch.setattr(sys, "argv", ["accuracy", *arguments])
+    runpy.run_path(accuracy.__file__, run_name="__main__")
+    content = written("float8 cpu", [json.loads(line) for line in file.read_text().splitlines()])
+    assert "| seed | clean, best | pgd-20, best | clean, last | pgd-20, last |" in content
+    assert "| 1 | 80.0 / 83.0 | 30.0 / 33.0 | 80.0 / 83.0 | 30.0 / 33.0 |" in content
+    assert "| 2 |" not in content
+    assert content.count("+2.0 ± 1.4 (p 0.3)") == 4
+    assert "bf16 / in FP8 (simulated, every matrix of the blocks)" in " ".join(content.split())
 
 
 def test_a_run_that_has_not_ended_has_no_accuracies(tmp_path: Path) -> None:
