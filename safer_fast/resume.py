@@ -9,6 +9,7 @@ from typing import Any
 
 from safer_fast.checkpoint_file import Checkpoint, read_checkpoint
 from safer_fast.checkpoint_folder import CheckpointFolder
+from safer_fast.command_line import parse_config
 from safer_fast.config import Config
 from safer_fast.distributed import Ranks
 from safer_fast.metrics import FILE_NAME, read_metrics
@@ -42,7 +43,8 @@ class Found:
 def find_run(config: Config, ranks: Ranks, report: Callable[[str], None] = print) -> Found:
     """What `--output` holds; raises ValueError where it is not what `--resume` allows.
 
-    The first rank looks; a run of ours that has no checkpoint yet is cleared away by `auto`.
+    The first rank looks; a run of ours that has no checkpoint yet is cleared away by `auto`. A run
+    that is over is one only of its own settings.
     """
     if config.output is None:
         return Found()
@@ -50,7 +52,9 @@ def find_run(config: Config, ranks: Ranks, report: Callable[[str], None] = print
     answer: dict[str, Any] = {"is_finished": False, "file": None}
     if ranks.is_first:
         answer["is_finished"] = config.resume != "never" and _is_finished(folder)
-        if not answer["is_finished"]:
+        if answer["is_finished"]:
+            check_settings(parse_config(["--config", str(folder / CONFIG)]).to_dict(), config)
+        else:
             found = _newest(folder, config, report)
             answer["file"] = None if found is None else found.path.name
     answer = ranks.share(answer)

@@ -507,6 +507,12 @@ def test_a_finished_run_says_so_and_stays_as_it_is(
         ending = train(flags=(f"--resume={how}",))
         assert ending == (0, f"finished already; report: {run / 'report.html'}\n", "")
     assert contents(run) == before
+    status, output, errors = train(flags=("--epochs=9", "--runtime.compile=off"))
+    assert (status, output) == (2, "")
+    assert errors.startswith("error: --resume: expected the settings of the run: epochs ")
+    assert errors.endswith(", not 9\n")
+    assert errors.count("\n") == 1
+    assert contents(run) == before
 
 
 @pytest.mark.parametrize("how", ["never", "must", "auto"])
