@@ -89,3 +89,22 @@ class SelectConfig:
     plot: str | None = None
     """Draw a map of the layers for each criterion: a .svg or .png file; --plot alone:
     selection.svg in the run folder."""
+
+
+@dataclass
+class ExportConfig:
+    """What is exported, and as what."""
+
+    run: str
+    """Run folder."""
+    format: Literal["timm", "hub", "robustbench", "onnx"] = "timm"
+    """timm: a folder for timm's local-dir:. hub: the same with a model card, ready to upload.
+    robustbench: a module that takes pixels in [0, 1]. onnx: pixels in, logits out."""
+    weights: str = "last"
+    """last or best."""
+    output: str | None = None
+    """New or empty folder to write; default: export-FORMAT in the run folder."""
+    license: str = "other"
+    """License of the weights that the model card names; other: none is named."""
+    name: str | None = None
+    """Name in the model card; default: that of the run folder."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from safer_fast.command_configs import ExportConfig
 from safer_fast.command_line import new_parser, parse, printable, run, with_underscores
 
 if TYPE_CHECKING:
@@ -18,25 +18,6 @@ if TYPE_CHECKING:
 
 ONNX = "model.onnx"
 _NUM_COMPARED = 8
-
-
-@dataclass
-class ExportConfig:
-    """What is exported, and as what."""
-
-    run: str
-    """Run folder."""
-    format: Literal["timm", "hub", "robustbench", "onnx"] = "timm"
-    """timm: a folder for timm's local-dir:. hub: the same with a model card, ready to upload.
-    robustbench: a module that takes pixels in [0, 1]. onnx: pixels in, logits out."""
-    weights: str = "last"
-    """last or best."""
-    output: str | None = None
-    """New or empty folder to write; default: export-FORMAT in the run folder."""
-    license: str = "other"
-    """License of the weights that the model card names; other: none is named."""
-    name: str | None = None
-    """Name in the model card; default: that of the run folder."""
 
 
 def main(arguments: Sequence[str]) -> None:

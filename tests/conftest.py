@@ -27,9 +27,10 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
     Whoever waits for its turn holds the first byte, so that one that must be alone is not passed
     over for ever; the wait is not counted in the timeout.
     """
-    if "PYTEST_XDIST_WORKER" not in os.environ:
+    if not hasattr(item.config, "workerinput"):  # the only process
         return (yield)
-    is_alone = any(item.get_closest_marker(name) for name in ("alone", "gpu"))
+    names = ("alone", "gpu") if torch.cuda.is_available() else ("alone",)
+    is_alone = any(item.get_closest_marker(name) for name in names)
     cache = item.config.cache
     assert cache is not None
     with open(cache.mkdir("turns") / "turn", "a+") as turn:

@@ -159,6 +159,7 @@ def little(module: str, words: list[str]) -> list[str]:
     if "--config" in words:
         size = LARGE if "imagenet-vit-large" in words else LITTLE_VIT
     output = [] if "--output" in words else ["--output=new"]
+    words = ["BEGUN" if word == "RUN" else word for word in words]  # that one is finished
     return [*words, *LITTLE, *size, *output]
 
 

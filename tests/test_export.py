@@ -14,9 +14,10 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from safer_fast import export_onnx
+from safer_fast.command_configs import ExportConfig
 from safer_fast.command_line import parse_config
 from safer_fast.data import load_data
-from safer_fast.export import ExportConfig, export, main
+from safer_fast.export import export, main
 from safer_fast.intervals import interval
 from safer_fast.model import build_model
 from safer_fast.run_folder import export_model, load_run, save_config

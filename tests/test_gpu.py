@@ -110,7 +110,7 @@ def test_a_step_is_as_near_to_fp64_as_textbook_pytorch(dtype: torch.dtype, mode:
         {"objective": "mart", "norm": "l2"},
         {"attack_micro_batch": 4, "micro_batch": MicroBatch(size=2)},
     ],
-    ids=str,
+    ids=["plain", "clipped", "trades", "mart-l2", "micro-batches"],
 )
 def test_captured_steps_equal_eager_ones_bit_for_bit(settings: dict[str, Any]) -> None:
     eager = run_steps("eager", torch.bfloat16, 8, **settings)
