@@ -111,8 +111,8 @@ def _parsed() -> argparse.Namespace:
     arguments = parser.parse_args()
     scale = SCALES[arguments.scale]
     arguments.models = arguments.models or list(scale.models)
-    known = (("models", scale.models), ("starts", STARTS), ("arms", scale.arms()), ("kinds", KINDS))
-    for name, values in known:
+    known = {"models": scale.models, "starts": STARTS, "kinds": KINDS}
+    for name, values in {**known, "arms": ["start", *scale.arms()]}.items():
         for value in getattr(arguments, name) or []:
             if value not in values:
                 parser.error(f"--{name}: expected some of {'; '.join(values)}, got {value!r}")

@@ -58,7 +58,7 @@ class Task:
 class Wanted:
     """What is asked of an experiment: models, starts, arms and kinds of task, and how many seeds.
 
-    The shared start is a part of all.
+    The shared start is trained for all; among the arms, `start` is AutoAttack on it.
     """
 
     models: Sequence[str]
@@ -73,7 +73,7 @@ def tasks_of(scale: Scale, wanted: Wanted) -> list[Task]:
     found: dict[Task, None] = {}
     for model in wanted.models:
         for task in _by_importance(scale, model, wanted.num_seeds):
-            is_arm = task.kind in ("arm", "autoattack") and task.arm != "start"
+            is_arm = task.kind in ("arm", "autoattack")
             is_wanted = wanted.arms is None or not is_arm or task.arm in wanted.arms
             is_wanted &= task.start in wanted.starts and task.kind in wanted.kinds
             if task.kind == "start" or is_wanted:
@@ -108,7 +108,7 @@ def _by_importance(scale: Scale, model: str, num_seeds: int) -> Iterator[Task]:
     yield from arms([*ARMS, *UPPER], LATE, range(num_seeds))
     yield from arms(sensitivity, PEAK, later)
     yield from autoattack(ARMS, PEAK, range(num_seeds))
-    yield from autoattack(["start"], LATE, first)
+    yield from autoattack([*MAIN[:2], "start"], LATE, first)
     yield from autoattack(MAIN, LATE, range(num_seeds))
 
 

@@ -135,6 +135,9 @@ def test_a_part_of_the_experiment_is_that_part() -> None:
     assert {task.arm for task in tasks} == {"start", "SAFER"}
     assert {task.start for task in tasks if task.kind != "start"} == {LATE}
     assert {task.seed for task in tasks} == {0, 1}
+    assert {task.arm for task in tasks if task.kind == "autoattack"} == {"SAFER"}
+    (attacked,) = tasks_of(TINY, replace(wanted, arms=["start"], kinds=["autoattack"]))[1:]
+    assert (attacked.arm, attacked.start) == ("start", LATE)
     without = replace(wanted, kinds=["arm"])
     assert tasks_of(TINY, without) == [t for t in tasks if t.kind in ("start", "arm")]
 
@@ -188,7 +191,7 @@ def run_command(monkeypatch: pytest.MonkeyPatch, images: tuple[Path, Path], *wor
 def test_an_experiment_is_stopped_and_goes_on_and_does_nothing_twice(
     images: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    only = ("--seeds=1", "--starts=peak", "--arms=SAFER")
+    only = ("--seeds=1", "--starts=peak", "--arms=SAFER;start")
     run_command(monkeypatch, images, *only, "--budget-minutes=0.05")
     assert "stopped, goes on in the next call" in capsys.readouterr().out
     assert not (images[0].parent / "rows.jsonl").exists()
@@ -243,7 +246,7 @@ def test_validation_images_are_no_training_images(
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--arms=SAFER;nothing", "--arms: expected some of PGD-AT"),
+        ("--arms=SAFER;nothing", "--arms: expected some of start; PGD-AT"),
         ("--models=resnet", "--models: expected some of vit_tiny"),
         ("--starts=early", "--starts: expected some of peak; late, got 'early'"),
         ("--kinds=attack", "--kinds: expected some of select; arm; autoattack, got 'attack'"),
