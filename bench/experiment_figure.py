@@ -86,7 +86,8 @@ def _curves(group: Group, axes: Axes) -> None:
 def _accuracies(group: Group, axes: Axes) -> None:
     names = [name for name in ("start", *ARMS) if name in group.arms()]
     places: dict[str, tuple[float, float]] = {}
-    colours = dict(zip(names[1:], itertools.cycle(COLOURS), strict=False)) | {"start": START_COLOUR}
+    arms = [name for name in names if name != "start"]
+    colours = dict(zip(arms, itertools.cycle(COLOURS), strict=False)) | {"start": START_COLOUR}
     for index, arm in enumerate(names):
         clean, robust = (group.accuracies(arm, "best", attack) for attack in ("clean", "pgd-20"))
         if not clean or not robust:

@@ -104,9 +104,13 @@ def product_run(
     size = (product.rows, product.inputs)
     x = torch.randn(size, generator=generator, device=device, dtype=torch.bfloat16)
     norm = nn.LayerNorm(product.inputs, device=device)
-    linear = nn.Linear(product.inputs, product.outputs, device=device, dtype=torch.bfloat16)
+    sizes = (product.inputs, product.outputs)
+    # a run that finds its times remembered draws the same numbers as one that takes them
+    linear = nn.utils.skip_init(nn.Linear, *sizes, device=device, dtype=torch.bfloat16)
     for parameter in (*norm.parameters(), *linear.parameters()):
         parameter.requires_grad_(False)
+    linear.weight.normal_(std=product.inputs**-0.5, generator=generator)
+    linear.bias.zero_()
     layer = Float8Linear.adopt(linear, _Always(is_float8))
     layer.quantise_weight()
     slope = torch.randn(

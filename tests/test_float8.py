@@ -616,8 +616,10 @@ def test_a_product_is_timed_in_both_precisions(
     is_compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(float8_speed, "SECONDS", 0.01)
+    before = torch.get_rng_state()
     speed = float8_speed.measure(Product(64, 48, 96), torch.device("cpu"), is_compiled)
     assert 0.001 < speed < 1000
+    assert torch.equal(torch.get_rng_state(), before)  # what follows draws as ever
 
 
 @needs_gpu
