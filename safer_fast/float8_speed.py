@@ -106,7 +106,7 @@ def product_run(
     norm = nn.LayerNorm(product.inputs, device=device)
     sizes = (product.inputs, product.outputs)
     # a run that finds its times remembered draws the same numbers as one that takes them
-    linear = nn.utils.skip_init(nn.Linear, *sizes, device=device, dtype=torch.bfloat16)
+    linear = nn.Linear(*sizes, device="meta", dtype=torch.bfloat16).to_empty(device=device)
     for parameter in (*norm.parameters(), *linear.parameters()):
         parameter.requires_grad_(False)
     linear.weight.normal_(std=product.inputs**-0.5, generator=generator)
