@@ -26,7 +26,7 @@ from bench.measure import Run, append, check_gpu, origin, quantiles, repeats, ti
 from bench.memory import peak_memory_mib
 from bench.ours import batch, build, build_robust_model, refuse
 from bench.step import prepare, recorder_of
-from safer_fast.attack import frozen, random_start
+from safer_fast.attack import frozen
 from safer_fast.attacker import Attacker
 from safer_fast.attention import pin_for
 from safer_fast.capture import Replays
@@ -113,9 +113,6 @@ def _held(model: nn.Module, run: Run) -> Run:
 
 def _audited(attack: Attacker, arguments: argparse.Namespace, runtime: Runtime) -> Row:
     """What an audit finds of the attack."""
-    attack.draw = lambda images, epsilon, norm: random_start(
-        images, epsilon, norm, runtime.generator(0)
-    )
     images, labels, *radii = batch(arguments.batch_size, arguments.image_size, runtime.device)
     Audit(attack, AttackConfig(audit_ratio=0.0))(0, images, labels, *radii)
     return {name: round(attack.audited[name], 5) for name in (AGREEMENT, RATIO)}

@@ -1,4 +1,4 @@
-"""The tables of FP8, from rows of bench.float8, bench.float8_accuracy and bench.accuracy."""
+"""The tables of FP8, from rows of bench.float8, float8_accuracy, accuracy and traffic."""
 
 from __future__ import annotations
 
@@ -26,6 +26,31 @@ def float8_tables(rows: Sequence[Row]) -> str:
     return "\n".join(parts) or "Not measured yet.\n"
 
 
+def traffic_table(rows: Sequence[Row]) -> str:
+    """A line for each case: both precisions, and what FP8 can gain at best."""
+    pairs = {
+        case: {row["implementation"]: row for row in rows if row["case"] == case}
+        for case in dict.fromkeys(row["case"] for row in rows)
+    }
+    lines = []
+    for case, pair in pairs.items():
+        cells = [
+            f"{pair['bf16'][name]} / {pair['fp8'][name]}"
+            for name in ("num_kernels", "megabytes", "outside_products", "at_best_ms")
+        ]
+        gain = pair["bf16"]["at_best_ms"] / pair["fp8"]["at_best_ms"]
+        lines.append([case, str(pair["fp8"]["num_float8"]), *cells, f"{gain:.2f}"])
+    first = rows[0]
+    days = sorted({row["date"][:10] for row in rows})
+    caption = (
+        "One block under attack, forward and backward, read off the code that torch.compile writes "
+        f"for an {first['gpu']}, nothing of it timed; torch {first['torch']}; {days[-1]}; "
+        "bf16 / FP8:"
+    )
+    heads = ["block of", "products in FP8", "kernels", "MB", "of these outside products"]
+    return markdown_table(caption, [*heads, "at best, ms", "at best, times as fast"], lines)
+
+
 def _speeds(rows: Sequence[Row]) -> str:
     lines = [
         [
@@ -38,7 +63,7 @@ def _speeds(rows: Sequence[Row]) -> str:
         for row in rows
     ]
     heads = ["case", "part", "bf16, ms", "FP8, ms", "times as fast"]
-    return _markdown(
+    return markdown_table(
         f"FP8 against bf16, alternating in one process; {_origin(rows)}:", heads, lines
     )
 
@@ -65,7 +90,7 @@ def _accuracies(rows: Sequence[Row]) -> str:
         f"Robust accuracy in %, the attack in bf16 and in FP8 ({how}every matrix of the blocks), "
         f"the network judging in bf16; p: McNemar's exact test; {_origin(rows)}:"
     )
-    return _markdown(caption, heads, lines)
+    return markdown_table(caption, heads, lines)
 
 
 def _trainings(rows: Sequence[Row]) -> str:
@@ -102,7 +127,7 @@ def _trainings(rows: Sequence[Row]) -> str:
         f"{_origin(rows)}:"
     )
     heads = ["seed", *(f"{attack}, {weights}" for weights, attack in columns)]
-    return _markdown(caption, heads, lines)
+    return markdown_table(caption, heads, lines)
 
 
 def _is_simulated(row: Row) -> bool:
@@ -115,7 +140,8 @@ def _origin(rows: Sequence[Row]) -> str:
     return f"{'; '.join(machines)}; {' to '.join(sorted({days[0], days[-1]}))}"
 
 
-def _markdown(caption: str, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def markdown_table(caption: str, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown below its caption."""
     rows = [f"| {' | '.join(cells)} |\n" for cells in [heads, *lines]]
     table = "".join([rows[0], f"|{'---|' * len(heads)}\n", *rows[1:]])
     return textwrap.fill(caption, 100) + "\n\n" + table

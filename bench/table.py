@@ -3,9 +3,9 @@
     python -m bench.table [--check]
 
 A table lies between `<!-- table: peers cpu -->` and `<!-- /table -->`: the first word selects what
-was measured (peers, attack, ops, attention, data, accuracy, float8; experiment, sensitivity,
-selections, earlier), the second where (cpu, gpu). Of several measurements of the same case the
-newest counts. `--check` writes nothing and fails if a table is out of date.
+was measured (peers, attack, ops, attention, data, accuracy, float8, traffic; experiment,
+sensitivity, selections, earlier), the second where (cpu, gpu). Of several measurements of the same
+case the newest counts. `--check` writes nothing and fails if a table is out of date.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bench.experiment_table import (
     sensitivity_tables,
 )
 from bench.experiment_tasks import IDENTITY
-from bench.float8_table import float8_tables
+from bench.float8_table import float8_tables, traffic_table
 
 Row = dict[str, Any]
 ROOT = Path(__file__).parent.parent
@@ -197,6 +197,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "data": data_tables,
     "accuracy": accuracy_tables,
     "float8": float8_tables,
+    "traffic": traffic_table,
     "experiment": experiment_tables,
     "sensitivity": sensitivity_tables,
     "selections": selection_tables,

@@ -260,16 +260,18 @@ def _one_line(message: str) -> str:
 
 
 def _expected(text: str) -> str:
-    if choices := re.search(r"Literal\[(.*?)\]", text):
-        return "one of " + choices[1].replace("'", "")
     if "fraction such as" in text:
         return "a number or a fraction such as 8/255"
     words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
     words["dict"] = "names with values such as {depth: 4}"
     text = re.sub(r"Given value type: <class '[^']+'>", "", text)
     kinds = [kind for kind in re.findall(r"<class '([^']+)'>", text) if kind != "NoneType"]
-    if kinds:
-        return " or ".join(dict.fromkeys(words.get(kind, kind) for kind in kinds))
+    expected = list(dict.fromkeys(words.get(kind, kind) for kind in kinds))
+    if choices := re.search(r"Literal\[(.*?)\]", text):
+        names = choices[1].replace("'", "")
+        expected.insert(0, names if expected else f"one of {names}")
+    if expected:
+        return " or ".join(expected)
     return re.sub(r"^Expected (.*?)\. Got value.*", r"\1", text)
 
 

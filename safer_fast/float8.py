@@ -2,7 +2,8 @@
 
 Activations, output gradients and weights are scaled row by row, so that the largest of each row is
 the largest number of the format. Nothing is kept from one call to the next, and a row is read once
-by the kernel that makes it (a norm, GELU, attention): torch.compile joins both.
+by the kernel that makes it (a norm, GELU, attention): torch.compile joins both. What else the
+attack reads and writes is halved as well: features go from block to block in bf16.
 """
 
 from __future__ import annotations
@@ -32,16 +33,28 @@ LEAST_SCALE = 2.0**-120
 
 
 def check_float8(device: torch.device) -> None:
-    """Raises ValueError for a GPU that has no FP8 products: those before Ada and Hopper."""
+    """Raises ValueError for a GPU that has no FP8 products: those before Ada and Hopper.
+
+    So it does where PyTorch has none with scales of rows, as for some GPUs newer than it.
+    """
     if device.type != "cuda":
         return
-    capability = torch.cuda.get_device_capability(device)
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     if capability < LEAST_CAPABILITY:
-        name, (major, minor) = torch.cuda.get_device_name(device), capability
+        major, minor = capability
         raise ValueError(
             "--attack.precision: expected amp on a GPU without FP8 (compute capability 8.9 or "
             f"newer), got fp8 on {name} ({major}.{minor})"
         )
+    try:
+        values, scales = quantise(torch.ones(MULTIPLE, MULTIPLE, device=device), FORWARD)
+        multiply(values, scales, values, scales, torch.ones_like(scales[:, 0]))
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"--attack.precision: expected amp where PyTorch {torch.__version__} has no FP8 "
+            f"product with a scale for each row, got fp8 on {name} ({reason})"
+        ) from error
 
 
 def fitting(model: RobustModel, least: int = 0) -> list[str]:
@@ -75,6 +88,7 @@ class Float8Weights:
 
     def __init__(self, model: RobustModel, names: Sequence[str]) -> None:
         self.is_on = False
+        self._model = model
         self.layers = {
             name: Float8Linear.adopt(cast(nn.Linear, model.network.get_submodule(name)), self)
             for name in names
@@ -97,13 +111,15 @@ class Float8Weights:
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """The network computes with the copies for a while."""
+        """The network computes with the copies for a while, on features in bf16."""
         self.refresh()
         self.is_on = True
+        self._model.feature_dtype = torch.bfloat16
         try:
             yield
         finally:
             self.is_on = False
+            self._model.feature_dtype = None
 
 
 class Float8Linear(nn.Linear):
@@ -137,9 +153,9 @@ class Float8Linear(nn.Linear):
         if not self.owner.is_on:
             return functional.linear(x, self.weight, self.bias)
         product: Tensor = _Product.apply(
-            x, self.rows, self.row_scales, self.columns, self.column_scales
+            x, self.rows, self.row_scales, self.columns, self.column_scales, self.bias
         )
-        return product if self.bias is None else product + self.bias
+        return product
 
     def quantise_weight(self) -> None:
         """The copies, which stay where they are, hold the weight as it is now."""
@@ -167,28 +183,52 @@ def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return values.to(dtype), divisors
 
 
-def multiply(left: Tensor, left_scales: Tensor, right: Tensor, right_scales: Tensor) -> Tensor:
-    """(scaled left) (scaled right)^T in bfloat16: FP8 [M, K], [M, 1], [N, K], [N, 1] -> [M, N].
+def multiply(
+    left: Tensor,
+    left_scales: Tensor,
+    right: Tensor,
+    right_scales: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """(scaled left) (scaled right)^T + bias, rounded once: FP8 [M, K], [N, K] -> bfloat16 [M, N].
 
-    On a GPU its FP8 units multiply and add up in fp32; elsewhere the same values are multiplied in
-    fp32, so that what differs is the order of sums.
+    Scales are [M, 1] and [N, 1], the bias [N]. On a GPU its FP8 units multiply and add up in fp32;
+    elsewhere the same values are multiplied in fp32, so that what differs is the order of sums.
     """
-    if left.device.type == "cuda":
-        return torch._scaled_mm(
-            left,
-            right.t(),
-            scale_a=left_scales,
-            scale_b=right_scales.t(),
-            out_dtype=torch.bfloat16,
-            use_fast_accum=True,
-        )
+    product = gpu_product if left.device.type == "cuda" else simulated_product
+    if bias is not None:
+        bias = bias.to(torch.bfloat16)
+    return product(left, left_scales, right, right_scales, bias)
+
+
+def gpu_product(
+    left: Tensor, left_scales: Tensor, right: Tensor, right_scales: Tensor, bias: Tensor | None
+) -> Tensor:
+    """What `multiply` does on a GPU; a bias is bfloat16."""
+    return torch._scaled_mm(
+        left,
+        right.t(),
+        scale_a=left_scales,
+        scale_b=right_scales.t(),
+        bias=bias,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+
+
+def simulated_product(
+    left: Tensor, left_scales: Tensor, right: Tensor, right_scales: Tensor, bias: Tensor | None
+) -> Tensor:
+    """What `multiply` does elsewhere."""
     with torch.autocast(left.device.type, enabled=False):
         product = (left.float() @ right.float().t()) * left_scales * right_scales.t()
+        if bias is not None:
+            product = product + bias.float()
     return product.to(torch.bfloat16)
 
 
 class _Product(torch.autograd.Function):
-    """x [..., K] -> x W^T [..., N]; nothing of x is kept for the backward pass."""
+    """x [..., K] -> x W^T + bias [..., N]; nothing of x is kept for the backward pass."""
 
     @staticmethod
     def forward(
@@ -198,16 +238,18 @@ class _Product(torch.autograd.Function):
         row_scales: Tensor,
         columns: Tensor,
         column_scales: Tensor,
+        bias: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(columns, column_scales)
         ctx.dtype = x.dtype
         flat = x.reshape(-1, x.shape[-1])
-        product = multiply(*quantise(flat, FORWARD), rows, row_scales)
+        product = multiply(*quantise(flat, FORWARD), rows, row_scales, bias)
         return product.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         columns, scales = ctx.saved_tensors
         flat = gradient.reshape(-1, gradient.shape[-1])
         product = multiply(*quantise(flat, BACKWARD), columns, scales)
-        return product.view(*gradient.shape[:-1], -1).to(ctx.dtype), None, None, None, None
+        product = product.view(*gradient.shape[:-1], -1).to(ctx.dtype)
+        return product, None, None, None, None, None

@@ -43,6 +43,8 @@ class RobustModel(nn.Module):
         self._parts = parts
         self.patch_size: int | None = None
         """Edge of a patch where `arrange` puts pixels in patch order."""
+        self.feature_dtype: torch.dtype | None = None
+        """Of features that enter the first block; None: as they leave what is below it."""
         self.layers = find_layers(self.network, norms)
         """Each layer's name and the names of its parameters, in order of definition."""
 
@@ -86,7 +88,7 @@ class RobustModel(nn.Module):
                 x = (images - self.mean) / self.std
             if cut == STEM:
                 return x
-            x = self._parts.stem(x)
+            x = self._stem(x)
             for index in range(cut):
                 assert not self._parts.blocks[index].training, "the prefix must not be random"
                 x = self._parts.block(index, x)
@@ -103,7 +105,7 @@ class RobustModel(nn.Module):
         """Features that leave block `index`; STEM stands for everything below the first block."""
         with self._autocast():
             if index == STEM:
-                return self._parts.stem(features)
+                return self._stem(features)
             return self._parts.block(index, features)
 
     @property
@@ -156,6 +158,10 @@ class RobustModel(nn.Module):
             yield
         finally:
             self._parts.blocks = blocks
+
+    def _stem(self, x: Tensor) -> Tensor:
+        features = self._parts.stem(x)
+        return features if self.feature_dtype is None else features.to(self.feature_dtype)
 
     def _use_patch_order(self, patch_size: int) -> None:
         self.patch_size = patch_size

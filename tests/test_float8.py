@@ -1,5 +1,6 @@
 """The attack in FP8: values, products, what uses them, and the audit that ends it if it is weak."""
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from safer_fast.attacker import Attacker
 from safer_fast.capture import CudaRecorder, Replays
 from safer_fast.command_line import parse_config
 from safer_fast.config import AttackConfig, ObjectiveConfig
+from safer_fast.cut import STEM
 from safer_fast.distributed import Ranks, connected
 from safer_fast.float8 import (
     FORWARD,
@@ -29,7 +31,7 @@ from safer_fast.float8 import (
     multiply,
     quantise,
 )
-from safer_fast.float8_audit import AGREEMENT, RATIO, Audit
+from safer_fast.float8_audit import AGREEMENT, MOST_PARTS, RATIO, Audit
 from safer_fast.float8_speed import Product, choose_measured
 from safer_fast.metrics import read_metrics
 from safer_fast.network import RobustModel
@@ -123,18 +125,22 @@ def test_a_number_that_is_lost_is_lost_for_its_row_alone(lost: float) -> None:
     assert product[[0, 2]].isfinite().all()
 
 
+@pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 16, 16), (5, 48, 32), (64, 32, 144)])
-def test_a_product_is_that_of_its_values(m: int, n: int, k: int) -> None:
+def test_a_product_is_that_of_its_values(m: int, n: int, k: int, has_bias: bool) -> None:
     generator = torch.Generator().manual_seed(m)
     left = quantise(torch.randn(m, k, generator=generator), FORWARD)
     right = quantise(torch.randn(n, k, generator=generator), FORWARD)
+    bias = torch.randn(n, generator=generator).bfloat16() if has_bias else None
     exact = (left[0].double() * left[1]) @ (right[0].double() * right[1]).t()
-    product = multiply(*left, *right)
+    if bias is not None:
+        exact += bias
+    product = multiply(*left, *right, bias)
     assert product.dtype == torch.bfloat16
     torch.testing.assert_close(product.double(), exact, rtol=2.0**-8, atol=1e-5)
     # torch's own FP8 product, as the GPU is asked for it
-    scales = {"scale_a": left[1], "scale_b": right[1].t()}
-    theirs = torch._scaled_mm(left[0], right[0].t(), **scales, out_dtype=torch.bfloat16)
+    rest = {"scale_a": left[1], "scale_b": right[1].t(), "bias": bias}
+    theirs = torch._scaled_mm(left[0], right[0].t(), **rest, out_dtype=torch.bfloat16)
     torch.testing.assert_close(theirs.double(), exact, rtol=2.0**-7, atol=1e-2)
 
 
@@ -151,10 +157,10 @@ def test_a_gpu_quantises_and_multiplies_as_the_simulation_does(m: int, n: int, k
             torch.testing.assert_close(scales.cpu(), own_scales, rtol=1e-6, atol=0)
             differing = (values.cpu().float() != own_values.float()).float().mean()
             assert differing < 1e-3  # quotients that lie between two values, rounded otherwise
-    product = multiply(*on_gpu[0], *on_gpu[1]).cpu()
-    torch.testing.assert_close(
-        product.float(), multiply(*simulated[0], *simulated[1]).float(), rtol=2.0**-6, atol=0.1
-    )
+    for bias in (None, torch.randn(n, generator=generator)):
+        product = multiply(*on_gpu[0], *on_gpu[1], None if bias is None else bias.cuda())
+        wanted = multiply(*simulated[0], *simulated[1], bias)
+        torch.testing.assert_close(product.cpu().float(), wanted.float(), rtol=2.0**-6, atol=0.1)
 
 
 # -- layers
@@ -344,10 +350,33 @@ def test_an_attack_on_a_gpu_is_near_the_simulated_one(mode: str) -> None:
     assert (moved.sign() == (wanted - model.cpu().arrange(images)).sign()).float().mean() > 0.9
 
 
+def test_features_are_narrow_as_long_as_fp8_is_used() -> None:
+    model = bf16_model()
+    weights = Float8Weights(model, fitting(model))
+    images, _ = images_and_labels(2)
+    before = model.block(model.prefix(images, STEM), STEM)
+    assert before.dtype == torch.float32
+    with weights.used():
+        features = model.block(model.prefix(images, STEM), STEM)
+        assert torch.equal(features, before.bfloat16())
+        assert torch.equal(model.prefix(images, 0), features)
+        for index in range(model.num_blocks):
+            features = model.block(features, index)
+            assert features.dtype == torch.bfloat16
+        assert model(images).dtype == torch.float32
+    assert torch.equal(model.block(model.prefix(images, STEM), STEM), before)
+
+
 # -- the audit
 
 
-def spoiled(left: Tensor, left_scales: Tensor, right: Tensor, right_scales: Tensor) -> Tensor:
+def spoiled(
+    left: Tensor,
+    left_scales: Tensor,
+    right: Tensor,
+    right_scales: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
     """A product that has nothing to do with its factors."""
     generator = torch.Generator().manual_seed(left.shape[0])
     return torch.randn(len(left), len(right), generator=generator).bfloat16()
@@ -387,6 +416,46 @@ def test_an_audit_that_finds_enough_changes_nothing() -> None:
     attack.audited = {}
     Audit(attack, AttackConfig())(0, images, labels, EPSILON, STEP_SIZE)
     assert not attack.audited
+
+
+@pytest.mark.parametrize(
+    ("ratios", "num_parts", "is_weak"),
+    [
+        ([1.01], 1, False),
+        ([0.9, 1.01, 1.02, 1.02, 1.0], 4, False),  # 0.98 for the first time after four
+        ([0.9, 1.07, 0.5], 2, False),
+        ([0.97] * 20, MOST_PARTS, True),
+        ([0.9] + [0.98] * 20, MOST_PARTS, True),
+        ([float("nan")] * 20, MOST_PARTS, True),
+    ],
+)
+def test_a_low_ratio_is_looked_at_again_before_it_counts(
+    monkeypatch: pytest.MonkeyPatch, ratios: list[float], num_parts: int, is_weak: bool
+) -> None:
+    model = bf16_model()
+    images, labels = images_and_labels(24)
+    attack = attack_on(model, Float8Weights(model, fitting(model)))
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def measure(_: Audit, start: Tensor, images: Tensor, labels: Tensor, *radii: Tensor) -> Tensor:
+        seen.append((start, images, labels))
+        return torch.tensor([5, 10, 2 * ratios[len(seen) - 1], 2], dtype=torch.float64)
+
+    monkeypatch.setattr(Audit, "_measure", measure)
+    Audit(attack, AttackConfig(audit_images=10))(0, images, labels, EPSILON, STEP_SIZE)
+    assert len(seen) == num_parts
+    assert attack.audited[AGREEMENT] == 0.5
+    wanted = sum(ratios[:num_parts]) / num_parts
+    assert attack.audited[RATIO] == pytest.approx(wanted, nan_ok=True)
+    assert (attack.float8 is None) == is_weak
+    for number, (start, part, of_part) in enumerate(seen):
+        chosen = slice(number % 3 * 10, number % 3 * 10 + 10)
+        assert torch.equal(part, images[chosen])
+        assert torch.equal(of_part, labels[chosen])
+        assert 0.5 * EPSILON < (start - part).abs().max() <= EPSILON + 1e-6
+    noises = [start - part for start, part, _ in seen]
+    for first, second in itertools.combinations(noises, 2):
+        assert len(first) != len(second) or not torch.equal(first, second)
 
 
 # -- runs
@@ -548,9 +617,34 @@ def test_a_gpu_without_fp8_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatc
     message = r"^--attack\.precision: expected amp [^\n]+, got fp8 on NVIDIA A100 \(8\.0\)$"
     with pytest.raises(ValueError, match=message):
         check_float8(torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    check_float8(torch.device("cuda"))
     check_float8(torch.device("cpu"))
+
+
+@needs_gpu
+def test_a_gpu_with_fp8_is_taken() -> None:
+    check_float8(torch.device("cuda"))
+
+
+def test_a_gpu_whose_products_torch_lacks_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (12, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA RTX PRO 5000")
+    asked: list[tuple[Tensor, ...]] = []
+
+    def refuse(*factors: Tensor) -> Tensor:
+        asked.append(factors)
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED\nwhen calling\n")
+
+    monkeypatch.setattr(float8, "multiply", refuse)
+    monkeypatch.setattr(torch, "ones", lambda *size, device: torch.full(size, 1.0))
+    message = r"^--attack\.precision: expected amp [^\n]+ 5000 \(CUDA error: CUBLAS\w+\)$"
+    with pytest.raises(ValueError, match=message):
+        check_float8(torch.device("cuda"))
+    ((left, left_scales, right, right_scales, bias),) = asked
+    assert left.dtype == right.dtype == FORWARD
+    assert left_scales.shape == right_scales.shape == (len(left), 1)
+    assert bias.shape == (len(right),)
 
 
 @pytest.mark.parametrize(
