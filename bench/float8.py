@@ -1,13 +1,14 @@
-"""What FP8 gains in the attack: single layers, an attack iteration, a whole step, and its audit.
+"""What FP8, and features in bf16 alone, gain in the attack: layers, an iteration, a whole step.
 
     python -m bench.float8 [--model vit_large_patch16_224] [--image-size 224] [--patch-size 16]
         [--batch-sizes 64,128] [--steps 3] [--layers blocks.18.mlp.fc1] [--from 2097152]
         [--compile] [--cuda-graph] [--repeats 5] [--output FILE.jsonl]
 
-FP8 and bf16 alternate in one process, and every figure is the time of bf16 over that of FP8 in the
-same run. A layer is a norm, its product, and the gradient of the norm's input, which is also what
-`attack.fp8_from=auto` times: FP8 pays where its ratio is above 1. On a machine without a GPU the
-same code runs a simulation, whose times say nothing.
+amp, bf16 and FP8 (`attack.precision`) alternate in one process, and every figure is the time of amp
+over that of the other in the same run. A layer is a norm, its product, and the gradient of the
+norm's input, which is also what `attack.fp8_from=auto` times: FP8 pays where its ratio is above 1.
+What an audit finds stands beside an iteration. On a machine without a GPU FP8 is simulated, and
+its times say nothing.
 """
 
 from __future__ import annotations
@@ -27,18 +28,19 @@ from bench.memory import peak_memory_mib
 from bench.ours import batch, build, build_robust_model, refuse
 from bench.step import prepare, recorder_of
 from safer_fast.attack import frozen
+from safer_fast.attack_audit import AGREEMENT, RATIO, Audit
 from safer_fast.attacker import Attacker
 from safer_fast.attention import pin_for
 from safer_fast.capture import Replays
 from safer_fast.config import SAVINGS, AttackConfig, ObjectiveConfig
-from safer_fast.float8 import PAYS_FROM, Float8Weights, fitting
-from safer_fast.float8_audit import AGREEMENT, RATIO, Audit
+from safer_fast.float8 import PAYS_FROM, LowPrecision, fitting
 from safer_fast.float8_speed import Product, product_run
+from safer_fast.network import RobustModel
 from safer_fast.objective import Objective, Targets
 from safer_fast.runtime import Runtime, compile_blocks
 
 Row = dict[str, Any]
-PRECISIONS = ("bf16", "fp8")
+PRECISIONS = ("amp", "bf16", "fp8")
 
 
 def main() -> None:
@@ -67,38 +69,34 @@ def layer_rows(arguments: argparse.Namespace, runtime: Runtime) -> Iterator[Row]
         product = Product(arguments.batch_size * num_tokens, inputs, outputs)
         runs = {
             precision: product_run(product, runtime.device, precision == "fp8", arguments.compile)
-            for precision in PRECISIONS
+            for precision in ("amp", "fp8")
         }
         times = _alternate(runs, arguments, runtime)
         yield {"part": "layer", "layer": name, "elements": outputs * inputs, **_compared(times)}
 
 
 def iteration_rows(arguments: argparse.Namespace, runtime: Runtime) -> Iterator[Row]:
-    """One row: an attack iteration, and what an audit finds on the same images."""
-    runs, peaks, found = {}, {}, {}
+    """One row: an attack iteration, and what audits find on the same images."""
+    runs: dict[str, Run] = {}
+    found: Row = {}
     for precision in PRECISIONS:
         model, _ = build_robust_model(arguments, runtime)
         pin_for(model, arguments.image_size, arguments.batch_size, "auto")
-        weights = Float8Weights(model, fitting(model, getattr(arguments, "from")))
-        if precision == "fp8":
-            found = _audited(
-                Attacker(
-                    model, Objective(ObjectiveConfig()), steps=arguments.steps, float8=weights
-                ),
-                arguments,
-                runtime,
-            ) | {"num_layers": len(weights.layers)}
-            weights.refresh()
-            weights.is_on = True
+        if precision != "amp":
+            low = _low_precision(model, precision, arguments)
+            found |= _audited(model, low, precision, arguments, runtime)
+            found["num_layers"] = len(low.layers)
+            low.refresh()
+            low.switch(True)
         if runtime.is_compiled:
             compile_blocks(model)
         iterate = iteration(model, arguments.batch_size, arguments.image_size, runtime)
         run = _held(model, partial(_replays(runtime), ("attack",), iterate))
         run()
-        peaks[f"{precision}_peak_memory_mib"] = peak_memory_mib(run, runtime.device)
+        found[f"{precision}_peak_memory_mib"] = peak_memory_mib(run, runtime.device)
         runs[precision] = run
     times = _alternate(runs, arguments, runtime)
-    yield {"part": "iteration", **_compared(times), **peaks, **found}
+    yield {"part": "iteration", **_compared(times), **found}
 
 
 def _held(model: nn.Module, run: Run) -> Run:
@@ -111,11 +109,26 @@ def _held(model: nn.Module, run: Run) -> Run:
     return on_frozen
 
 
-def _audited(attack: Attacker, arguments: argparse.Namespace, runtime: Runtime) -> Row:
-    """What an audit finds of the attack."""
+def _low_precision(
+    model: RobustModel, precision: str, arguments: argparse.Namespace
+) -> LowPrecision:
+    least = getattr(arguments, "from")
+    return LowPrecision(model, fitting(model, least) if precision == "fp8" else ())
+
+
+def _audited(
+    model: RobustModel,
+    low: LowPrecision,
+    precision: str,
+    arguments: argparse.Namespace,
+    runtime: Runtime,
+) -> Row:
+    """What an audit finds of an attack."""
+    objective = Objective(ObjectiveConfig())
+    attack = Attacker(model, objective, steps=arguments.steps, precision=low)
     images, labels, *radii = batch(arguments.batch_size, arguments.image_size, runtime.device)
     Audit(attack, AttackConfig(audit_ratio=0.0))(0, images, labels, *radii)
-    return {name: round(attack.audited[name], 5) for name in (AGREEMENT, RATIO)}
+    return {f"{precision}_{name}": round(attack.audited[name], 5) for name in (AGREEMENT, RATIO)}
 
 
 def step_rows(arguments: argparse.Namespace, runtime: Runtime) -> Iterator[Row]:
@@ -123,10 +136,9 @@ def step_rows(arguments: argparse.Namespace, runtime: Runtime) -> Iterator[Row]:
     runs = {}
     for precision in PRECISIONS:
         step, (images, labels, *radii) = build(arguments, runtime)
-        if precision == "fp8":
-            names = fitting(step.model, getattr(arguments, "from"))
-            step.attack.float8 = Float8Weights(step.model, names)
-            step.attack.float8.move(step.selection.names)
+        if precision != "amp":
+            step.attack.precision = _low_precision(step.model, precision, arguments)
+            step.attack.precision.move(step.selection.names)
         if runtime.is_compiled:
             compile_blocks(step.model)
         step.replays = step.attack.replays = _replays(runtime)
@@ -151,10 +163,13 @@ def _alternate(
 
 
 def _compared(times: dict[str, list[float]]) -> Row:
-    """Times of both, and how many times as fast FP8 is."""
+    """Times of all, and how many times as fast as amp the others are."""
     of = {name: quantiles(values) for name, values in times.items()}
-    ratio = of["bf16"]["p50_ms"] / of["fp8"]["p50_ms"]
-    return {"bf16_ms": of["bf16"], "fp8_ms": of["fp8"], "fp8_speed": round(ratio, 3)}
+    amp = of.pop("amp")
+    row: Row = {"amp_ms": amp}
+    for name, values in of.items():
+        row |= {f"{name}_ms": values, f"{name}_speed": round(amp["p50_ms"] / values["p50_ms"], 3)}
+    return row
 
 
 def _shared(arguments: argparse.Namespace) -> Row:
@@ -173,11 +188,17 @@ def _shared(arguments: argparse.Namespace) -> Row:
 
 def _line(row: Row) -> str:
     what = f"{row['part']} {row.get('layer', '')}".strip()
-    audit = f"  signs {row[AGREEMENT]:.1%}, loss {row[RATIO]:.3f}" if AGREEMENT in row else ""
-    return (
-        f"{row['case']}, {what:<16} bf16 {row['bf16_ms']['p50_ms']:9.3f} ms  "
-        f"fp8 {row['fp8_ms']['p50_ms']:9.3f} ms  {row['fp8_speed']:.2f} times as fast{audit}"
-    )
+    words = [f"{row['case']}, {what:<16} amp {row['amp_ms']['p50_ms']:9.3f} ms"]
+    for name in PRECISIONS[1:]:
+        if f"{name}_ms" not in row:
+            continue
+        words.append(
+            f"{name} {row[f'{name}_ms']['p50_ms']:9.3f} ms {row[f'{name}_speed']:.2f} times as fast"
+        )
+        if f"{name}_{RATIO}" in row:
+            alike, ratio = row[f"{name}_{AGREEMENT}"], row[f"{name}_{RATIO}"]
+            words.append(f"signs {alike:.1%}, loss {ratio:.3f}")
+    return "  ".join(words)
 
 
 def _parsed() -> argparse.Namespace:

@@ -1,13 +1,13 @@
-"""Whether an attack in FP8 fools as many images: `python -m bench.float8_accuracy RUN [RUN ...]`.
+"""Whether a cheaper attack fools as many images: `python -m bench.float8_accuracy RUN [RUN ...]`.
 
-    python -m bench.float8_accuracy RUN [--weights best] [--steps 20] [--num-images 1000]
-        [--backward e4m3|e5m2] [--name "CIFAR-10"] [--output FILE.jsonl]
+    python -m bench.float8_accuracy RUN [--precision fp8|bf16] [--weights best] [--steps 20]
+        [--num-images 1000] [--backward e4m3|e5m2] [--name "CIFAR-10"] [--output FILE.jsonl]
 
 Images of the run's test split (validation, where it has none) are attacked twice by PGD from the
-same random start, in bf16 and with every matrix that FP8 can multiply in FP8; both times the
-network judges in bf16. Sign agreement: pixels whose gradient at the random start has the same sign
-in both, of those where it is not 0 in bf16. On a machine without a GPU, FP8 is simulated: the same
-values, sums in another order.
+same random start, in amp and in `attack.precision`, with every matrix that FP8 can multiply in FP8;
+both times the network judges in amp. Sign agreement: pixels whose gradient at the random start has
+the same sign in both, of those where it is not 0 in amp. On a machine without a GPU, FP8 is
+simulated: the same values, sums in another order.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from safer_fast.attacker import Attacker
 from safer_fast.config import ObjectiveConfig
 from safer_fast.data import as_pixels, load_data
 from safer_fast.data.seeds import derive_seed
-from safer_fast.float8 import Float8Weights, fitting
+from safer_fast.float8 import LowPrecision, fitting
 from safer_fast.objective import Objective
 from safer_fast.run_folder import LoadedRun, load_run
 
@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--num-images", type=int, default=1000, help="the first of them")
     parser.add_argument("--batch-size", type=int, default=250, help="images at a time")
     parser.add_argument("--name", help="what the table calls the data")
+    parser.add_argument("--precision", choices=("fp8", "bf16"), default="fp8")
     parser.add_argument(
         "--backward", choices=list(FORMATS), default="e4m3", help="FP8 format of gradients"
     )
@@ -55,9 +56,9 @@ def main() -> None:
     for folder in arguments.runs:
         row = accuracy_row(load_run(folder, arguments.weights), arguments)
         print(
-            f"{row['case']}: PGD-{arguments.steps} accuracy {row['bf16_accuracy']:.4f} in bf16, "
-            f"{row['fp8_accuracy']:.4f} in FP8, {row['num_images']} images; only the one in bf16 "
-            f"fools {row['only_bf16_fools']}, only the one in FP8 {row['only_fp8_fools']} "
+            f"{row['case']}: PGD-{arguments.steps} accuracy {row['amp_accuracy']:.4f} in amp, "
+            f"{row['own_accuracy']:.4f} in {row['dtype']}, {row['num_images']} images; only the "
+            f"one in amp fools {row['only_amp_fools']}, only the other {row['only_own_fools']} "
             f"(p {row['p']:.2g}); gradients in {row['backward']}, sign agreement "
             f"{row['sign_agreement']:.4f}",
             flush=True,
@@ -67,8 +68,9 @@ def main() -> None:
 
 def accuracy_row(run: LoadedRun, arguments: argparse.Namespace) -> dict[str, Any]:
     """Accuracies under both attacks, on how many images they part, p of McNemar's exact test."""
-    right: dict[str, list[Tensor]] = {"bf16": [], "fp8": []}
-    weights = Float8Weights(run.model, fitting(run.model))
+    precision = arguments.precision
+    low = LowPrecision(run.model, fitting(run.model) if precision == "fp8" else ())
+    right: list[tuple[LowPrecision | None, list[Tensor]]] = [(None, []), (low, [])]
     agreements: list[Tensor] = []
     device = run.model.mean.device
     data = load_data(run.config.data, batch_size=arguments.batch_size, seed=0, device=device)
@@ -76,8 +78,8 @@ def accuracy_row(run: LoadedRun, arguments: argparse.Namespace) -> dict[str, Any
     for batch in loader.epoch(1, limit=arguments.num_images):
         batch = batch.to(device)
         images, labels = as_pixels(batch.images), batch.labels
-        for precision, found in right.items():
-            attack = attack_on(run, arguments.steps, weights if precision == "fp8" else None)
+        for chosen, found in right:
+            attack = attack_on(run, arguments.steps, chosen)
             seed_of = partial(derive_seed, 0, "audit")
             attack.draw = partial(placed_start, position=batch.position, seed_of=seed_of)
             radii = _radii(run, arguments.steps, device)
@@ -86,44 +88,46 @@ def accuracy_row(run: LoadedRun, arguments: argparse.Namespace) -> dict[str, Any
                 is_right = run.model(adversarial).argmax(1) == labels
             found.append(is_right[: batch.num_images])
         start = run.model.arrange(attack.draw(images, radii[0], attack.norm))
-        agreements.append(_agreement(run, weights, start, labels)[: batch.num_images])
-    in_bf16, in_fp8 = (torch.cat(found) for found in right.values())
-    only_bf16, only_fp8 = int((in_fp8 & ~in_bf16).sum()), int((in_bf16 & ~in_fp8).sum())
-    parted = only_bf16 + only_fp8
+        agreements.append(_agreement(run, low, start, labels)[: batch.num_images])
+    in_amp, in_own = (torch.cat(found) for _, found in right)
+    only_amp, only_own = int((in_own & ~in_amp).sum()), int((in_amp & ~in_own).sum())
+    parted = only_amp + only_own
     return {
         "what": "float8",
         "part": "accuracy",
-        "implementation": "fp8",
+        "implementation": precision,
         "case": f"{run.config.model.name} on {arguments.name or data.name}, {run.weights.name}",
-        "dtype": "fp8",
+        "dtype": precision,
         "epsilon": float(run.config.attack.epsilon),
         "steps": arguments.steps,
-        "num_layers": len(weights.layers),
-        "backward": arguments.backward,
+        "num_layers": len(low.layers),
+        "backward": arguments.backward if low.layers else "bf16",
         "sign_agreement": round(torch.cat(agreements).mean().item(), 5),
-        "num_images": len(in_bf16),
-        "bf16_accuracy": round(in_bf16.float().mean().item(), 5),
-        "fp8_accuracy": round(in_fp8.float().mean().item(), 5),
-        "only_bf16_fools": only_bf16,
-        "only_fp8_fools": only_fp8,
-        "p": binomtest(only_bf16, parted).pvalue if parted else 1.0,
+        "num_images": len(in_amp),
+        "amp_accuracy": round(in_amp.float().mean().item(), 5),
+        "own_accuracy": round(in_own.float().mean().item(), 5),
+        "only_amp_fools": only_amp,
+        "only_own_fools": only_own,
+        "p": binomtest(only_amp, parted).pvalue if parted else 1.0,
         "simulated": device.type != "cuda",
         **origin(device),
     }
 
 
-def attack_on(run: LoadedRun, steps: int, float8: Float8Weights | None) -> Attacker:
+def attack_on(run: LoadedRun, steps: int, precision: LowPrecision | None) -> Attacker:
     """PGD on the run's model."""
     objective = Objective(ObjectiveConfig())
-    return Attacker(run.model, objective, norm=run.config.attack.norm, steps=steps, float8=float8)
+    return Attacker(
+        run.model, objective, norm=run.config.attack.norm, steps=steps, precision=precision
+    )
 
 
-def _agreement(run: LoadedRun, weights: Float8Weights, start: Tensor, labels: Tensor) -> Tensor:
+def _agreement(run: LoadedRun, low: LowPrecision, start: Tensor, labels: Tensor) -> Tensor:
     """The share of each image's pixels whose gradient has the same sign in both precisions: [B]."""
     loss = partial(functional.cross_entropy, reduction="sum")
     with frozen(run.model):
         plain = pixel_gradient(run.model, start, labels, loss).sign().flatten(1)
-        with weights.used():
+        with low.used():
             rough = pixel_gradient(run.model, start, labels, loss).sign().flatten(1)
     return ((plain == rough) & (plain != 0)).sum(1) / (plain != 0).sum(1).clamp(min=1)
 

@@ -15,9 +15,9 @@ def float8_tables(rows: Sequence[Row]) -> str:
     """Speeds of layers, iterations and steps; how strong the attack is; what training against it
     gives.
     """
-    accuracies = [row for row in rows if row["part"] == "accuracy"]
+    accuracies = [row for row in rows if row["part"] == "accuracy" and "amp_accuracy" in row]
     trainings = [row for row in rows if row["part"] == "training"]
-    timed = [row for row in rows if row not in accuracies and row not in trainings]
+    timed = [row for row in rows if "amp_ms" in row]
     speeds = [row for row in timed if not _is_simulated(row)]
     parts = [_speeds(speeds)] if speeds else []
     parts += [_accuracies(accuracies)] if accuracies else []
@@ -27,28 +27,30 @@ def float8_tables(rows: Sequence[Row]) -> str:
 
 
 def traffic_table(rows: Sequence[Row]) -> str:
-    """A line for each case: both precisions, and what FP8 can gain at best."""
-    pairs = {
-        case: {row["implementation"]: row for row in rows if row["case"] == case}
-        for case in dict.fromkeys(row["case"] for row in rows)
-    }
-    lines = []
-    for case, pair in pairs.items():
-        cells = [
-            f"{pair['bf16'][name]} / {pair['fp8'][name]}"
-            for name in ("num_kernels", "megabytes", "outside_products", "at_best_ms")
+    """A line for each case and precision, and what it can gain at best."""
+    at_best = {row["case"]: row["at_best_ms"] for row in rows if row["implementation"] == "amp"}
+    lines = [
+        [
+            row["case"],
+            row["implementation"],
+            *(
+                str(row[name])
+                for name in ("num_kernels", "num_float8", "megabytes", "outside_products")
+            ),
+            f"{row['at_best_ms']:.2f}",
+            f"{at_best[row['case']] / row['at_best_ms']:.2f}",
         ]
-        gain = pair["bf16"]["at_best_ms"] / pair["fp8"]["at_best_ms"]
-        lines.append([case, str(pair["fp8"]["num_float8"]), *cells, f"{gain:.2f}"])
-    first = rows[0]
+        for row in rows
+        if row["case"] in at_best
+    ]
     days = sorted({row["date"][:10] for row in rows})
     caption = (
         "One block under attack, forward and backward, read off the code that torch.compile writes "
-        f"for an {first['gpu']}, nothing of it timed; torch {first['torch']}; {days[-1]}; "
-        "bf16 / FP8:"
+        f"for an {rows[0]['gpu']}, nothing of it timed; torch {rows[0]['torch']}; {days[-1]}:"
     )
-    heads = ["block of", "products in FP8", "kernels", "MB", "of these outside products"]
-    return markdown_table(caption, [*heads, "at best, ms", "at best, times as fast"], lines)
+    heads = ["block of", "attack.precision", "kernels", "products in FP8", "MB"]
+    heads += ["MB outside products", "at best, ms", "times as fast as amp"]
+    return markdown_table(caption, heads, lines)
 
 
 def _speeds(rows: Sequence[Row]) -> str:
@@ -56,16 +58,24 @@ def _speeds(rows: Sequence[Row]) -> str:
         [
             row["case"],
             f"{row['part']} {row.get('layer', '')}".strip(),
-            f"{row['bf16_ms']['p50_ms']:.3f}",
-            f"{row['fp8_ms']['p50_ms']:.3f}",
-            f"{row['fp8_speed']:.2f}",
+            f"{row['amp_ms']['p50_ms']:.3f}",
+            *(_speed(row, name) for name in ("bf16", "fp8")),
         ]
         for row in rows
     ]
-    heads = ["case", "part", "bf16, ms", "FP8, ms", "times as fast"]
+    heads = ["case", "part", "amp, ms", "bf16, ms, times as fast", "FP8, ms, times as fast"]
     return markdown_table(
-        f"FP8 against bf16, alternating in one process; {_origin(rows)}:", heads, lines
+        "The attack in amp, with features in bf16, and in FP8, alternating in one process; "
+        f"{_origin(rows)}:",
+        heads,
+        lines,
     )
+
+
+def _speed(row: Row, name: str) -> str:
+    if f"{name}_ms" not in row:
+        return "-"
+    return f"{row[f'{name}_ms']['p50_ms']:.3f}, {row[f'{name}_speed']:.2f}"
 
 
 def _accuracies(rows: Sequence[Row]) -> str:
@@ -73,22 +83,23 @@ def _accuracies(rows: Sequence[Row]) -> str:
         [
             row["case"],
             f"PGD-{row['steps']}, {row['epsilon']:.3g}",
-            row["backward"],
+            f"FP8, gradients {row['backward']}" if row["dtype"] == "fp8" else "features in bf16",
             str(row["num_images"]),
-            f"{100 * row['bf16_accuracy']:.1f}",
-            f"{100 * row['fp8_accuracy']:.1f}",
-            f"{row['only_bf16_fools']}, {row['only_fp8_fools']}",
+            f"{100 * row['amp_accuracy']:.1f}",
+            f"{100 * row['own_accuracy']:.1f}",
+            f"{row['only_amp_fools']}, {row['only_own_fools']}",
             f"{row['p']:.2g}",
             f"{100 * row['sign_agreement']:.1f} %",
         ]
         for row in rows
     ]
-    heads = ["model", "attack, epsilon", "gradients", "images", "attacked in bf16", "in FP8"]
-    heads += ["fooled by one alone: bf16, FP8", "p", "signs that agree"]
+    heads = ["model", "attack, epsilon", "cheaper attack", "images", "attacked in amp", "cheaper"]
+    heads += ["fooled by one alone: amp, cheaper", "p", "signs that agree"]
     how = "simulated, " if all(row["simulated"] for row in rows) else ""
     caption = (
-        f"Robust accuracy in %, the attack in bf16 and in FP8 ({how}every matrix of the blocks), "
-        f"the network judging in bf16; p: McNemar's exact test; {_origin(rows)}:"
+        f"Robust accuracy in %, the attack in amp (bf16) and cheaper (FP8: {how}every matrix of "
+        "the blocks, and features in bf16), the network judging in amp; p: McNemar's exact test; "
+        f"{_origin(rows)}:"
     )
     return markdown_table(caption, heads, lines)
 

@@ -1,4 +1,4 @@
-"""What an attack iteration on one block reads, writes and computes on a GPU, bf16 against FP8.
+"""What an attack iteration on one block reads, writes and computes on a GPU, by precision.
 
     python -m bench.traffic [--model vit_large_patch16_224] [--image-size 224] [--batch-size 128]
         [--from 2097152] [--output FILE.jsonl]
@@ -25,12 +25,13 @@ from bench.described_gpu import H100, Kernel, compiled_kernels
 from bench.measure import append, origin
 from safer_fast import float8
 from safer_fast.config import ModelConfig
-from safer_fast.float8 import PAYS_FROM, Float8Linear, Float8Weights, fitting
+from safer_fast.float8 import PAYS_FROM, Float8Linear, LowPrecision, fitting
 from safer_fast.model import build_model
 from safer_fast.network import RobustModel
 from safer_fast.parameters import ParameterArenas
 
 Row = dict[str, Any]
+PRECISIONS = ("amp", "bf16", "fp8")
 QUANTISING = {"abs", "amax", "clamp", "div", "eq", "mul", "ne", "scalar_tensor", "where"}
 QUANTISING |= {
     "_scaled_mm",
@@ -46,7 +47,7 @@ QUANTISING |= {
 
 
 def main() -> None:
-    """Prints kernels and sums for both precisions and, if asked, appends the sums to a file."""
+    """Prints kernels and sums for each precision and, if asked, appends the sums to a file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="vit_large_patch16_224")
     parser.add_argument("--image-size", type=int, default=224)
@@ -55,33 +56,36 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="append one JSON line per precision")
     arguments = parser.parse_args()
     times = {}
-    for precision in ("bf16", "fp8"):
+    for precision in PRECISIONS:
         kernels = block_kernels(
+            precision,
             arguments.model,
             arguments.image_size,
             arguments.batch_size,
-            None if precision == "bf16" else arguments.least,
+            arguments.least,
         )
         row = _row(kernels, precision, arguments)
         times[precision] = row["at_best_ms"]
         _print(row, kernels)
         append([row], arguments.output)
-    print(f"at best {times['bf16'] / times['fp8']:.2f} times as fast in FP8")
+    gains = [f"{times['amp'] / times[name]:.2f} in {name}" for name in PRECISIONS[1:]]
+    print(f"at best times as fast: {', '.join(gains)}")
 
 
 def block_kernels(
-    model: str, image_size: int, batch_size: int, least: int | None
+    precision: str, model: str, image_size: int, batch_size: int, least: int = PAYS_FROM
 ) -> list[list[Kernel]]:
     """Forward and backward kernels of the model's first block under attack.
 
-    least: elements of the smallest matrix in FP8; None: all is as in bf16.
+    precision: as `attack.precision`. least: elements of the smallest matrix in FP8.
     """
     network = _block_model(model, image_size)
     block = network.blocks[0]
     feature_dtype = torch.float32  # as position embeddings are, of which features are sums
-    if least is not None:
-        weights = Float8Weights(network, fitting(network, least))
-        weights.is_on, feature_dtype = True, torch.bfloat16
+    if precision != "amp":
+        low = LowPrecision(network, fitting(network, least) if precision == "fp8" else ())
+        low.switch(True)
+        feature_dtype = torch.bfloat16
         _register_copies(block)
     with torch.no_grad():
         tokens = network.block(torch.zeros(1, 3, image_size, image_size), -1)

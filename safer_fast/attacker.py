@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from safer_fast.attack import AttackLoss, Norm, climb_, frozen, random_start
 from safer_fast.capture import Buffers, Replays
-from safer_fast.float8 import Float8Weights
+from safer_fast.float8 import LowPrecision
 from safer_fast.micro_batch import MicroBatch
 from safer_fast.network import RobustModel
 from safer_fast.objective import Objective, is_right
@@ -31,7 +31,7 @@ class Attacker:
         generator: source of the random starts, on the model's device, unless `draw` is set anew.
         micro_batch: how many images are attacked at a time.
         replays: what iterations are run by, one at a time.
-        float8: the model's weights in FP8, where the attack is to compute with them.
+        precision: how the attack computes where it is less exact than amp; None: as amp.
     """
 
     def __init__(
@@ -44,19 +44,19 @@ class Attacker:
         generator: torch.Generator | None = None,
         micro_batch: MicroBatch | None = None,
         replays: Replays | None = None,
-        float8: Float8Weights | None = None,
+        precision: LowPrecision | None = None,
     ) -> None:
         self.model, self.objective, self.norm, self.steps = model, objective, norm, steps
         self.draw: Draw = partial(random_start, generator=generator)
         self.micro_batch = micro_batch or MicroBatch()
-        self.replays, self.float8 = replays or Replays(), float8
+        self.replays, self.precision = replays or Replays(), precision
         self.buffers = Buffers()
         device = next(model.parameters()).device
         self.hits = torch.zeros(steps + 1, device=device)
         """Images of the last batch that were classified rightly after 0, 1, ... iterations, the
         last iteration left out; and how many were attacked."""
         self.audited: dict[str, float] = {}
-        """What the last audit of FP8 found (float8_audit.py)."""
+        """What the last audit of its precision found (attack_audit.py)."""
         self._iteration = torch.zeros((), device=device)
         self._iterations = torch.arange(steps + 1, device=device)
 
@@ -92,9 +92,12 @@ class Attacker:
                 adversarial[part].copy_(self._attack(*chosen, step_size, epsilon))
             self.hits[-1].copy_(counted.sum())
 
-        with frozen(self.model), nullcontext() if self.float8 is None else self.float8.used():
+        with frozen(self.model), self._precisely():
             self.micro_batch.run(len(pixels), attack_in_parts)
         return adversarial
+
+    def _precisely(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.precision is None else self.precision.used()
 
     def _attack(
         self,
@@ -117,8 +120,8 @@ class Attacker:
             climb_(self.model, attacked, pixels, labels, step_size, epsilon, self.norm, loss)
             self._iteration.add_(1)
 
-        is_float8 = self.float8 is not None
-        key = ("attack", self.norm, attacked.shape, labels.shape, labels.dtype, is_float8)
+        is_low = self.precision is not None
+        key = ("attack", self.norm, attacked.shape, labels.shape, labels.dtype, is_low)
         for _ in range(self.steps):
             self.replays(key, iterate)
         return attacked

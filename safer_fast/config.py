@@ -104,19 +104,20 @@ class AttackConfig:
     epsilon_warmup_epochs: int = 0
     """Epochs over which epsilon (and step_size with it) rises linearly from 0, after the clean
     ones."""
-    precision: Literal["amp", "fp8"] = "amp"
-    """amp: that of --amp. fp8: the large matrices of the blocks are multiplied in FP8 in the attack
-    of training, nowhere else; for GPUs that have it (Hopper, Ada), simulated on a CPU."""
+    precision: Literal["amp", "bf16", "fp8"] = "amp"
+    """amp: that of --amp. bf16: features between blocks too, which amp keeps in fp32. fp8: as bf16,
+    and the large matrices of the blocks are multiplied in FP8; for GPUs that have it (Hopper, Ada),
+    simulated on a CPU. In the attack of training, nowhere else."""
     fp8_from: int | Literal["auto"] = "auto"
     """Matrices of fewer elements stay in bf16 with fp8; auto: on a GPU those that were timed, once,
     and not found faster; on a CPU those of less than 2^21."""
     audit_every: int = 100
-    """Steps between two audits of fp8, which attack a few images in bf16 too."""
+    """Steps between two audits of bf16 or fp8, which attack a few images in amp too."""
     audit_images: int = 64
     """Images of an audit, on each rank."""
     audit_ratio: float = 0.98
-    """The attack falls back to bf16 where the loss after it in fp8 is less than this share of that
-    after it in bf16; 0: never."""
+    """The attack falls back to amp where the loss after it is less than this share of that after
+    one in amp; 0: never."""
 
 
 @dataclass

@@ -12,13 +12,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from safer_fast.adapters import Adapters, check_called
+from safer_fast.attack_audit import Audit
 from safer_fast.attacker import Attacker
 from safer_fast.attention import Pinned, pin_for
 from safer_fast.config import Config, Names
 from safer_fast.data import Data
 from safer_fast.distributed import Ranks
-from safer_fast.float8 import PAYS_FROM, Float8Weights, check_float8, fitting
-from safer_fast.float8_audit import Audit
+from safer_fast.float8 import PAYS_FROM, LowPrecision, check_float8, fitting
 from safer_fast.float8_speed import Choice, choose_measured
 from safer_fast.flops import costs
 from safer_fast.micro_batch import MicroBatch
@@ -70,7 +70,7 @@ class Engine:
         self.attention = self._pin_attention(data.image_size)
         self.runtime = plan(runtime, config.runtime, self._num_operations(data))
         self.float8 = self._choose_float8(data.image_size, notes)
-        """The layers whose products the attack computes in FP8, if it is to."""
+        """The layers whose products the attack computes in FP8; None: it is as exact as amp."""
         self.notes = [*self.runtime.notes, *notes]
         if self.attention is not None and self.attention.note is not None:
             self.notes.append(self.attention.note)
@@ -91,7 +91,7 @@ class Engine:
             steps=config.attack.steps,
             micro_batch=self._parts("runtime.attack_micro_batch", limits.attack_micro_batch),
             replays=self.replays,
-            float8=Float8Weights(self.model, self.float8.names) if self.float8 else None,
+            precision=LowPrecision(self.model, self.float8.names) if self.float8 else None,
         )
         self.audit = Audit(self.attack, config.attack, self.ranks, self._report)
 
@@ -103,8 +103,8 @@ class Engine:
         """
         config = self.config
         self._fold()
-        if self.attack.float8 is not None:
-            self.attack.float8.move(names)
+        if self.attack.precision is not None:
+            self.attack.precision.move(names)
         selection = self.arenas.select(names) if names is None else self._select(names, seed)
         return Step(
             model=self.model,
@@ -178,7 +178,7 @@ class Engine:
         """All ranks multiply in FP8 what the first one finds faster so."""
         attack, device = self.config.attack, self.runtime.device
         if attack.precision != "fp8":
-            return None
+            return Choice(()) if attack.precision == "bf16" else None
         check_float8(device)
         known = self._known.get("float8")
         if attack.fp8_from != "auto":
@@ -196,9 +196,8 @@ class Engine:
         else:
             choice = Choice(self.ranks.share(None))
         if not choice.names:
-            notes.append(f"attack in FP8: off (attack.fp8_from: {choice.why_none()})")
-            return None
-        if device.type != "cuda":
+            notes.append(f"attack in FP8: off, in bf16 (attack.fp8_from: {choice.why_none()})")
+        elif device.type != "cuda":
             notes.append("attack in FP8: simulated, slower than bf16 (no GPU is used)")
         return choice
 

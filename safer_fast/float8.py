@@ -1,9 +1,9 @@
-"""Matrix products in FP8 for the attack, where the network is frozen and only signs count.
+"""An attack that is less exact than amp, as the network is frozen there and only signs count.
 
+Features go from block to block in bf16, and matrices may be multiplied in FP8.
 Activations, output gradients and weights are scaled row by row, so that the largest of each row is
 the largest number of the format. Nothing is kept from one call to the next, and a row is read once
-by the kernel that makes it (a norm, GELU, attention): torch.compile joins both. What else the
-attack reads and writes is halved as well: features go from block to block in bf16.
+by the kernel that makes it (a norm, GELU, attention): torch.compile joins both.
 """
 
 from __future__ import annotations
@@ -79,11 +79,11 @@ class Switch(Protocol):
     is_on: bool
 
 
-class Float8Weights:
-    """The FP8 copies of layers' matrices, and the switch that makes the layers use them.
+class LowPrecision:
+    """Features in bf16, FP8 copies of layers' matrices, and the switch that makes a model use them.
 
-    names: of layers, all of them `fitting`. Copies of layers that training changes are made anew
-    before each attack, the others after `move`.
+    names: of layers, all of them `fitting`; none: features alone. Copies of layers that training
+    changes are made anew before each attack, the others after `move`.
     """
 
     def __init__(self, model: RobustModel, names: Sequence[str]) -> None:
@@ -113,13 +113,16 @@ class Float8Weights:
     def used(self) -> Iterator[None]:
         """The network computes with the copies for a while, on features in bf16."""
         self.refresh()
-        self.is_on = True
-        self._model.feature_dtype = torch.bfloat16
+        self.switch(True)
         try:
             yield
         finally:
-            self.is_on = False
-            self._model.feature_dtype = None
+            self.switch(False)
+
+    def switch(self, is_on: bool) -> None:
+        """The network computes with the copies as they are, or as in amp, from now on."""
+        self.is_on = is_on
+        self._model.feature_dtype = torch.bfloat16 if is_on else None
 
 
 class Float8Linear(nn.Linear):

@@ -44,6 +44,8 @@ class Choice:
 
     def __str__(self) -> str:
         """A few words for the banner."""
+        if not self.names:
+            return "attack in bf16"
         return f"attack in FP8 ({len(self.names)} matrices{self._timed(', ')})"
 
     def why_none(self) -> str:

@@ -25,7 +25,7 @@ class Progress:
     which lie in the file that `best_file` names. num_without_gain: evaluations since they were the
     best. accuracies: final figures so far. start_file: names the weights at the start of SAFER,
     from which only the parameters `moved` differ. metrics_size: bytes of metrics.jsonl. audit: what
-    the last audit of an attack in FP8 found.
+    the last audit of a cheaper attack found.
     """
 
     epoch: int = 1

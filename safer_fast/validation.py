@@ -97,8 +97,8 @@ def _check_together(config: Config) -> None:
             f"--attack.epsilon: expected a radius in [0, 1] for linf, got {attack.epsilon:g} "
             "(pixels are in [0, 1]; write 8/255, not 8)"
         )
-    if attack.precision == "fp8" and config.amp == "off":
-        raise ValueError("--attack.precision: expected amp with --amp off, got fp8")
+    if attack.precision != "amp" and config.amp == "off":
+        raise ValueError(f"--attack.precision: expected amp with --amp off, got {attack.precision}")
     if config.objective.name == "mart":
         for flag in ("objective.label_smoothing", "data.mixup", "data.cutmix"):
             if value := _value(config, flag):

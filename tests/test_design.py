@@ -38,7 +38,7 @@ ORDER = [
         "sentinel",
     },
     {"attacker", "health", "adapters", "attack_suite", "float8_speed"},
-    {"step", "reference", "run_folder", "float8_audit"},
+    {"step", "reference", "run_folder", "attack_audit"},
     {"engine", "banner", "probe", "run_state", "training_log"},
     {"resume", "saving"},
     {"run_setup"},

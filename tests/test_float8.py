@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from safer_fast import float8, float8_speed
 from safer_fast.attack import frozen, pixel_gradient, random_start
+from safer_fast.attack_audit import AGREEMENT, MOST_PARTS, RATIO, Audit
 from safer_fast.attacker import Attacker
 from safer_fast.capture import CudaRecorder, Replays
 from safer_fast.command_line import parse_config
@@ -25,13 +26,12 @@ from safer_fast.distributed import Ranks, connected
 from safer_fast.float8 import (
     FORWARD,
     Float8Linear,
-    Float8Weights,
+    LowPrecision,
     check_float8,
     fitting,
     multiply,
     quantise,
 )
-from safer_fast.float8_audit import AGREEMENT, MOST_PARTS, RATIO, Audit
 from safer_fast.float8_speed import Product, choose_measured
 from safer_fast.metrics import read_metrics
 from safer_fast.network import RobustModel
@@ -166,13 +166,13 @@ def test_a_gpu_quantises_and_multiplies_as_the_simulation_does(m: int, n: int, k
 # -- layers
 
 
-def a_layer(bias: bool = True) -> tuple[Float8Linear, nn.Linear, Float8Weights]:
+def a_layer(bias: bool = True) -> tuple[Float8Linear, nn.Linear, LowPrecision]:
     """A linear layer made one of FP8, the same as it was, and what switches it."""
     torch.manual_seed(0)
     plain = nn.Linear(32, 48, bias=bias).to(torch.bfloat16).requires_grad_(False)
     own = nn.Linear(32, 48, bias=bias).to(torch.bfloat16).requires_grad_(False)
     own.load_state_dict(plain.state_dict())
-    weights = Float8Weights(build(), [])
+    weights = LowPrecision(build(), [])
     weights.layers["own"] = Float8Linear.adopt(own, weights)
     return weights.layers["own"], plain, weights
 
@@ -213,7 +213,7 @@ def test_nothing_of_the_input_is_kept_for_the_backward_pass() -> None:
 
 def test_only_layers_that_move_are_quantised_again() -> None:
     model = bf16_model()
-    weights = Float8Weights(model, fitting(model))
+    weights = LowPrecision(model, fitting(model))
     first, second = list(weights.layers)[:2]
     weights.move([first])
     weights.refresh()
@@ -240,7 +240,7 @@ def test_only_layers_that_move_are_quantised_again() -> None:
 def test_large_matrices_of_blocks_are_chosen_and_checkpoints_know_nothing_of_them() -> None:
     model = bf16_model()
     known = set(model.network.state_dict())
-    weights = Float8Weights(model, fitting(model, 48 * 100))
+    weights = LowPrecision(model, fitting(model, 48 * 100))
     # the last block computes class tokens alone; projections have 48 * 48 elements
     wanted = {f"blocks.{i}.{part}" for i in range(3) for part in ("attn.qkv", "mlp.fc1", "mlp.fc2")}
     assert set(weights.layers) == wanted
@@ -251,8 +251,8 @@ def test_large_matrices_of_blocks_are_chosen_and_checkpoints_know_nothing_of_the
 # -- the attack
 
 
-def attack_on(model: RobustModel, weights: Float8Weights | None, **settings: Any) -> Attacker:
-    attack = Attacker(model, Objective(ObjectiveConfig(**settings)), steps=4, float8=weights)
+def attack_on(model: RobustModel, weights: LowPrecision | None, **settings: Any) -> Attacker:
+    attack = Attacker(model, Objective(ObjectiveConfig(**settings)), steps=4, precision=weights)
     attack.draw = lambda images, epsilon, norm: random_start(
         images, epsilon, norm, torch.Generator().manual_seed(5)
     )
@@ -262,7 +262,7 @@ def attack_on(model: RobustModel, weights: Float8Weights | None, **settings: Any
 def test_most_signs_agree_and_the_loss_is_as_high() -> None:
     model = bf16_model()
     images, labels = images_and_labels(64)
-    attack = attack_on(model, Float8Weights(model, fitting(model)))
+    attack = attack_on(model, LowPrecision(model, fitting(model)))
     Audit(attack, AttackConfig(audit_images=64))(0, images, labels, EPSILON, STEP_SIZE)
     assert 0.9 < attack.audited[AGREEMENT] < 1
     assert 0.97 < attack.audited[RATIO] < 1.03
@@ -278,7 +278,7 @@ def test_all_but_the_attack_computes_as_before() -> None:
     loss = partial(functional.cross_entropy, reduction="sum")
     with frozen(model):
         logits, gradient = model(images), pixel_gradient(model, images, labels, loss)
-    attack = attack_on(model, Float8Weights(model, fitting(model)))
+    attack = attack_on(model, LowPrecision(model, fitting(model)))
     attack(images, labels, EPSILON, STEP_SIZE)
     with frozen(model):
         assert torch.equal(model(images), logits)
@@ -287,7 +287,7 @@ def test_all_but_the_attack_computes_as_before() -> None:
 
 def test_a_switch_is_off_again_after_an_exception() -> None:
     model = bf16_model()
-    weights = Float8Weights(model, fitting(model))
+    weights = LowPrecision(model, fitting(model))
     with pytest.raises(RuntimeError), weights.used():
         raise RuntimeError
     assert not weights.is_on
@@ -307,7 +307,7 @@ def test_a_compiled_attack_is_that_of_eager_code() -> None:
     gradients = []
     for is_compiled in (False, True):
         model = bf16_model()
-        weights = Float8Weights(model, fitting(model))
+        weights = LowPrecision(model, fitting(model))
         if is_compiled:
             compile_blocks(model)
         loss = partial(functional.cross_entropy, reduction="sum")
@@ -326,14 +326,14 @@ def test_a_compiled_attack_is_that_of_eager_code() -> None:
 def test_an_attack_on_a_gpu_is_near_the_simulated_one(mode: str) -> None:
     images, labels = images_and_labels(64)
     model = bf16_model()
-    simulated = attack_on(model, Float8Weights(model, fitting(model)))
+    simulated = attack_on(model, LowPrecision(model, fitting(model)))
     simulated.draw = lambda images, epsilon, norm: images
     wanted = simulated(images, labels, EPSILON, STEP_SIZE).clone()
     model = build(compute_dtype=torch.bfloat16)
     model.save(("patch-order", "class-token"), 32)
     model.cuda()
     ParameterArenas(model.network, model.layers, torch.bfloat16)
-    weights = Float8Weights(model, fitting(model))
+    weights = LowPrecision(model, fitting(model))
     if mode != "eager":
         compile_blocks(model)
     attack = attack_on(model, weights)
@@ -352,7 +352,7 @@ def test_an_attack_on_a_gpu_is_near_the_simulated_one(mode: str) -> None:
 
 def test_features_are_narrow_as_long_as_fp8_is_used() -> None:
     model = bf16_model()
-    weights = Float8Weights(model, fitting(model))
+    weights = LowPrecision(model, fitting(model))
     images, _ = images_and_labels(2)
     before = model.block(model.prefix(images, STEM), STEM)
     assert before.dtype == torch.float32
@@ -387,18 +387,19 @@ def test_a_weak_attack_ends_the_use_of_fp8_and_says_so_once(
 ) -> None:
     model = bf16_model()
     images, labels = images_and_labels(32)
-    attack = attack_on(model, Float8Weights(model, fitting(model)))
+    attack = attack_on(model, LowPrecision(model, fitting(model)))
     said: list[str] = []
-    audit = Audit(attack, AttackConfig(audit_every=2), report=said.append)
+    config = AttackConfig(audit_every=2, precision="fp8")
+    audit = Audit(attack, config, report=said.append)
     monkeypatch.setattr(float8, "multiply", spoiled)
     audit(1, images, labels, EPSILON, STEP_SIZE)
     assert not attack.audited
     audit(2, images, labels, EPSILON, STEP_SIZE)
     assert attack.audited[RATIO] < 0.98
-    assert attack.float8 is None
+    assert attack.precision is None
     audit(4, images, labels, EPSILON, STEP_SIZE)
     assert len(said) == 1
-    assert said[0].startswith("attack.precision: bf16 from step 2 on")
+    assert said[0].startswith("attack.precision: amp from step 2 on (after the attack in fp8 the ")
     adversarial = attack(images, labels, EPSILON, STEP_SIZE)
     wanted = attack_on(model, None)(images, labels, EPSILON, STEP_SIZE)
     assert torch.equal(adversarial, wanted)
@@ -407,10 +408,10 @@ def test_a_weak_attack_ends_the_use_of_fp8_and_says_so_once(
 def test_an_audit_that_finds_enough_changes_nothing() -> None:
     model = bf16_model()
     images, labels = images_and_labels(32)
-    attack = attack_on(model, Float8Weights(model, fitting(model)), name="trades")
+    attack = attack_on(model, LowPrecision(model, fitting(model)), name="trades")
     state = torch.get_rng_state()
     Audit(attack, AttackConfig(audit_ratio=0.5))(0, images, labels, EPSILON, STEP_SIZE)
-    assert attack.float8 is not None
+    assert attack.precision is not None
     assert torch.equal(torch.get_rng_state(), state)
     attack.steps = 0
     attack.audited = {}
@@ -434,7 +435,7 @@ def test_a_low_ratio_is_looked_at_again_before_it_counts(
 ) -> None:
     model = bf16_model()
     images, labels = images_and_labels(24)
-    attack = attack_on(model, Float8Weights(model, fitting(model)))
+    attack = attack_on(model, LowPrecision(model, fitting(model)))
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def measure(_: Audit, start: Tensor, images: Tensor, labels: Tensor, *radii: Tensor) -> Tensor:
@@ -447,7 +448,7 @@ def test_a_low_ratio_is_looked_at_again_before_it_counts(
     assert attack.audited[AGREEMENT] == 0.5
     wanted = sum(ratios[:num_parts]) / num_parts
     assert attack.audited[RATIO] == pytest.approx(wanted, nan_ok=True)
-    assert (attack.float8 is None) == is_weak
+    assert (attack.precision is None) == is_weak
     for number, (start, part, of_part) in enumerate(seen):
         chosen = slice(number % 3 * 10, number % 3 * 10 + 10)
         assert torch.equal(part, images[chosen])
@@ -460,6 +461,7 @@ def test_a_low_ratio_is_looked_at_again_before_it_counts(
 
 # -- runs
 
+IN_BF16 = ("--amp=bf16", "--attack.precision=bf16", "--attack.audit_every=3")
 IN_FP8 = ("--amp=bf16", "--attack.precision=fp8", "--attack.fp8_from=0", "--attack.audit_every=3")
 
 
@@ -473,9 +475,12 @@ def test_a_run_in_fp8_says_what_its_audits_found(tmp_path: Path) -> None:
     assert all(0.5 < event[AGREEMENT] <= 1 and 0.5 < event[RATIO] < 2 for event in audited)
 
 
-def test_a_run_in_fp8_is_repeated_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    whole = run(tmp_path / "whole", *IN_FP8)
-    flags = [*SMALL, *IN_FP8, f"--output={tmp_path / 'run'}", "--resume=auto"]
+@pytest.mark.parametrize("precise", [IN_BF16, IN_FP8], ids=["bf16", "fp8"])
+def test_a_cheaper_attack_is_repeated_and_goes_on_bit_for_bit(
+    tmp_path: Path, precise: tuple[str, ...]
+) -> None:
+    whole = run(tmp_path / "whole", *precise)
+    flags = [*SMALL, *precise, f"--output={tmp_path / 'run'}", "--resume=auto"]
     config = parse_config(flags)
     with Trainer(config) as trainer:
         for epoch in trainer.epochs():
@@ -512,7 +517,7 @@ def test_a_run_that_fell_back_stays_so_when_it_goes_on(tmp_path: Path) -> None:
         trainer.stop("a test")
     ranks = Ranks()
     with Trainer(config, ranks, find_run(config, ranks)) as trainer:
-        assert trainer.engine.attack.float8 is None
+        assert trainer.engine.attack.precision is None
         assert trainer.engine.attack.audited == {AGREEMENT: 0.9, RATIO: 0.5}
 
 
@@ -520,10 +525,10 @@ def test_a_run_that_fell_back_stays_so_when_it_goes_on(tmp_path: Path) -> None:
 def test_a_run_of_factors_in_fp8_multiplies_with_the_weights_that_they_were_added_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refresh = Float8Weights.refresh
+    refresh = LowPrecision.refresh
     num_copies: list[int] = []
 
-    def checked(weights: Float8Weights) -> None:
+    def checked(weights: LowPrecision) -> None:
         refresh(weights)
         for layer in weights.layers.values():
             values, scales = quantise(layer.weight, FORWARD)
@@ -531,7 +536,7 @@ def test_a_run_of_factors_in_fp8_multiplies_with_the_weights_that_they_were_adde
             assert torch.equal(layer.row_scales, scales)
         num_copies.append(len(weights.layers))
 
-    monkeypatch.setattr(Float8Weights, "refresh", checked)
+    monkeypatch.setattr(LowPrecision, "refresh", checked)
     factors = ("--selection.lora_rank=4", "--selection.fraction=0.2", "--optim.learning_rate=1e-2")
     folder = run(tmp_path / "run", *IN_FP8, *factors)
     events = read_metrics(folder / "metrics.jsonl")
@@ -564,7 +569,7 @@ def audited_step(flags: list[str], weak_rank: int | None) -> Audited:
         batch = next(trainer.data.train.epoch(1))
         trainer.take_step(1, 0, len(trainer.data.train), batch)
         attack = trainer.engine.attack
-        return Audited(attack.audited, attack.float8 is not None, trainer.arenas.state_dict())
+        return Audited(attack.audited, attack.precision is not None, trainer.arenas.state_dict())
 
 
 RANKS = [
@@ -651,6 +656,7 @@ def test_a_gpu_whose_products_torch_lacks_is_refused_in_one_line(
     ("flags", "message"),
     [
         (["--attack.precision=fp8"], "--attack.precision: expected amp with --amp off, got fp8"),
+        (["--attack.precision=bf16"], "--attack.precision: expected amp with --amp off, got bf16"),
         (["--attack.audit_every=0"], "--attack.audit_every: expected at least 1, got 0"),
         (["--attack.audit_ratio=2"], "--attack.audit_ratio: expected a share from 0 to 1, got 2"),
     ],
@@ -731,7 +737,7 @@ def test_a_run_that_goes_on_keeps_the_layers_that_it_chose(
     with Trainer(config) as trainer:
         first = trainer.engine.float8
         assert first is not None
-        assert first.names == list(trainer.engine.attack.float8.layers)
+        assert first.names == list(trainer.engine.attack.precision.layers)
         trainer.begin_epoch(1)
         trainer.train_epoch(1)
         trainer.stop("a test")
@@ -743,5 +749,34 @@ def test_a_run_that_goes_on_keeps_the_layers_that_it_chose(
 def test_a_model_without_large_matrices_is_attacked_in_bf16(tmp_path: Path) -> None:
     flags = [*SMALL, "--amp=bf16", "--attack.precision=fp8", f"--output={tmp_path / 'run'}"]
     with Trainer(parse_config(flags)) as trainer:
-        assert trainer.engine.attack.float8 is None
-        assert any("attack in FP8: off" in note for note in trainer.engine.notes)
+        precision = trainer.engine.attack.precision
+        assert precision is not None
+        assert not precision.layers
+        assert any("attack in FP8: off, in bf16" in note for note in trainer.engine.notes)
+
+
+# -- features in bf16 alone
+
+
+def test_an_attack_in_bf16_is_nearly_that_in_amp(tmp_path: Path) -> None:
+    folder = run(tmp_path / "run", *IN_BF16)
+    events = read_metrics(folder / "metrics.jsonl")
+    assert "attack in bf16" in events[0]["speed"]
+    assert not any("FP8" in note for note in events[0]["notes"])
+    audited = [event for event in events if event["event"] == "step" and AGREEMENT in event]
+    assert audited
+    assert all(0.97 < event[AGREEMENT] <= 1 for event in audited)
+    assert all(event[RATIO] == pytest.approx(1, abs=0.02) for event in audited)
+
+
+def test_only_the_attack_is_in_bf16(tmp_path: Path) -> None:
+    """Steps of attacks that go nowhere are those of amp, bit for bit."""
+    weights = []
+    for name in ("amp", "bf16"):
+        flags = [*SMALL, "--amp=bf16", f"--attack.precision={name}", "--attack.step_size=0"]
+        with Trainer(parse_config([*flags, f"--output={tmp_path / name}"])) as trainer:
+            trainer.begin_epoch(1)
+            trainer.train_epoch(1)
+            weights.append(trainer.arenas.state_dict())
+    for name, weight in weights[0].items():
+        assert torch.equal(weight, weights[1][name])

@@ -1,4 +1,4 @@
-"""Whether the attack in FP8 is as strong as in bf16: both on a few images, every so many steps."""
+"""Whether a cheaper attack is as strong as one in amp: both on a few images every so often."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ ratio that scatters by 0.02 about 1: too much to judge an attack by one part."""
 
 
 class Audit:
-    """Compares both precisions of an attack, and ends the use of FP8 where it is too weak.
+    """Compares an attack with one in amp, and ends the use of its precision where it is too weak.
 
     `attack.audited` holds what the last audit found: the share of pixels whose gradient has the
     same sign at the start of the attack, and the loss of the network as it is evaluated after the
-    attack in FP8 over that after the attack in bf16. Steps are numbered from 0.
+    attack over that after the attack in amp. Steps are numbered from 0.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Audit:
         device. All ranks find the same.
         """
         attack = self.attack
-        if attack.float8 is None or not attack.steps or num_steps % self.config.audit_every:
+        if attack.precision is None or not attack.steps or num_steps % self.config.audit_every:
             return
         size, ratio = self.config.audit_images, 0.0
         parts = range(0, len(images), size)
@@ -65,22 +65,23 @@ class Audit:
             start = self._start(images[part], epsilon, num_steps, number)
             found = self._measure(start, images[part], labels[part], epsilon, step_size)
             sums += self.ranks.sum_(found)
-            alike, count, in_float8, in_bfloat16 = sums.tolist()
-            ratio = in_float8 / in_bfloat16 if in_bfloat16 > 0 else 1.0
+            alike, count, own, in_amp = sums.tolist()
+            ratio = own / in_amp if in_amp > 0 else 1.0
             if ratio >= self.config.audit_ratio:
                 break
         if self.load({AGREEMENT: alike / count, RATIO: ratio}):
             self._report(
-                f"attack.precision: bf16 from step {num_steps} on (after the attack in FP8 the "
-                f"loss is {ratio:.3f} of that in bf16, less than attack.audit_ratio)"
+                f"attack.precision: amp from step {num_steps} on (after the attack in "
+                f"{self.config.precision} the loss is {ratio:.3f} of that after one in amp, less "
+                "than attack.audit_ratio)"
             )
 
     def load(self, figures: Mapping[str, float]) -> bool:
-        """These are the figures of the last audit; whether the attack is in bf16 from now on."""
+        """These are the figures of the last audit; whether the attack is in amp from now on."""
         self.attack.audited = dict(figures)
         is_weak = RATIO in figures and not figures[RATIO] >= self.config.audit_ratio
         if is_weak:
-            self.attack.float8 = None
+            self.attack.precision = None
         return is_weak
 
     def _start(self, images: Tensor, epsilon: Tensor, num_steps: int, number: int) -> Tensor:
@@ -107,7 +108,7 @@ class Audit:
                 with torch.no_grad():
                     clean = model(pixels)
             loss = attack.objective.attack_loss(clean)
-            for precision in (self._in_float8, nullcontext):
+            for precision in (self._in_own, nullcontext):
                 attacked = start.clone()
                 with precision():
                     gradients.append(pixel_gradient(model, start, labels, loss))
@@ -121,6 +122,6 @@ class Audit:
         alike = (first == second).sum()
         return torch.stack([alike.double(), alike.new_tensor(first.numel()).double(), *losses])
 
-    def _in_float8(self) -> AbstractContextManager[None]:
-        assert self.attack.float8 is not None
-        return self.attack.float8.used()
+    def _in_own(self) -> AbstractContextManager[None]:
+        assert self.attack.precision is not None
+        return self.attack.precision.used()
