@@ -155,4 +155,4 @@ def markdown_table(caption: str, heads: Sequence[str], lines: Sequence[Sequence[
     """A table in Markdown below its caption."""
     rows = [f"| {' | '.join(cells)} |\n" for cells in [heads, *lines]]
     table = "".join([rows[0], f"|{'---|' * len(heads)}\n", *rows[1:]])
-    return textwrap.fill(caption, 100) + "\n\n" + table
+    return textwrap.fill(caption, 100, break_on_hyphens=False) + "\n\n" + table
