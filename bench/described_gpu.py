@@ -101,6 +101,7 @@ def _lowered(graph: fx.GraphModule) -> list[Kernel]:
     """The kernels that Inductor makes of a graph."""
     from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.exc import InductorError
     from torch._inductor.graph import GraphLowering
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -117,7 +118,7 @@ def _lowered(graph: fx.GraphModule) -> list[Kernel]:
     with patch.object(GraphLowering, "compile_to_module", stop), tracing(TracingContext(mode)):
         try:
             compile_fx_inner(graph, inputs)
-        except Exception:
+        except (InductorError, LoweredError):  # Inductor wraps what is raised on its way
             if not found:
                 raise
     return found[0]
@@ -252,7 +253,7 @@ def _as_flash_leaves_it(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("described_gpu::attention", mutates_args=())
 def _flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    raise NotImplementedError
+    raise RuntimeError("described_gpu.attention is traced, never run")
 
 
 @_flash.register_fake
@@ -264,7 +265,7 @@ def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def _flash_backward(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, result: Tensor, sums: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    raise NotImplementedError
+    raise RuntimeError("described_gpu.attention_backward is traced, never run")
 
 
 @_flash_backward.register_fake

@@ -25,6 +25,7 @@ from bench.described_gpu import H100, Kernel, compiled_kernels
 from bench.measure import append, origin
 from safer_fast import float8
 from safer_fast.config import ModelConfig
+from safer_fast.cut import STEM
 from safer_fast.float8 import PAYS_FROM, Float8Linear, LowPrecision, fitting
 from safer_fast.model import build_model
 from safer_fast.network import RobustModel
@@ -88,7 +89,7 @@ def block_kernels(
         feature_dtype = torch.bfloat16
         _register_copies(block)
     with torch.no_grad():
-        tokens = network.block(torch.zeros(1, 3, image_size, image_size), -1)
+        tokens = network.block(torch.zeros(1, 3, image_size, image_size), STEM)
     x = torch.zeros(batch_size, *tokens.shape[1:], dtype=feature_dtype)
     with (
         patch.object(functional, "layer_norm", _norm_in_fp32),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -108,7 +108,7 @@ class Audit:
                 with torch.no_grad():
                     clean = model(pixels)
             loss = attack.objective.attack_loss(clean)
-            for precision in (self._in_own, nullcontext):
+            for precision in (attack.in_precision, nullcontext):
                 attacked = start.clone()
                 with precision():
                     gradients.append(pixel_gradient(model, start, labels, loss))
@@ -121,7 +121,3 @@ class Audit:
         first, second = (gradient.sign() for gradient in gradients)
         alike = (first == second).sum()
         return torch.stack([alike.double(), alike.new_tensor(first.numel()).double(), *losses])
-
-    def _in_own(self) -> AbstractContextManager[None]:
-        assert self.attack.precision is not None
-        return self.attack.precision.used()

@@ -92,11 +92,12 @@ class Attacker:
                 adversarial[part].copy_(self._attack(*chosen, step_size, epsilon))
             self.hits[-1].copy_(counted.sum())
 
-        with frozen(self.model), self._precisely():
+        with frozen(self.model), self.in_precision():
             self.micro_batch.run(len(pixels), attack_in_parts)
         return adversarial
 
-    def _precisely(self) -> AbstractContextManager[None]:
+    def in_precision(self) -> AbstractContextManager[None]:
+        """The model computes in the attack's own precision for a while."""
         return nullcontext() if self.precision is None else self.precision.used()
 
     def _attack(

@@ -43,8 +43,8 @@ def check_float8(device: torch.device) -> None:
     if capability < LEAST_CAPABILITY:
         major, minor = capability
         raise ValueError(
-            "--attack.precision: expected amp on a GPU without FP8 (compute capability 8.9 or "
-            f"newer), got fp8 on {name} ({major}.{minor})"
+            "--attack.precision: expected amp or bf16 on a GPU without FP8 (compute capability "
+            f"8.9 or newer), got fp8 on {name} ({major}.{minor})"
         )
     try:
         values, scales = quantise(torch.ones(MULTIPLE, MULTIPLE, device=device), FORWARD)
@@ -52,8 +52,8 @@ def check_float8(device: torch.device) -> None:
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"--attack.precision: expected amp where PyTorch {torch.__version__} has no FP8 "
-            f"product with a scale for each row, got fp8 on {name} ({reason})"
+            f"--attack.precision: expected amp or bf16 where PyTorch {torch.__version__} has no "
+            f"FP8 product with a scale for each row, got fp8 on {name} ({reason})"
         ) from error
 
 
