@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--weights", choices=("best", "last"), default="last")
     parser.add_argument("--steps", type=int, default=20, help="iterations of PGD")
     parser.add_argument("--num-images", type=int, default=1000, help="the first of them")
-    parser.add_argument("--batch-size", type=int, default=250, help="images at a time")
+    parser.add_argument("--batch-size", type=int, default=250, help="most images at a time")
     parser.add_argument("--name", help="what the table calls the data")
     parser.add_argument("--precision", choices=("fp8", "bf16"), default="fp8")
     parser.add_argument(
@@ -73,7 +73,8 @@ def accuracy_row(run: LoadedRun, arguments: argparse.Namespace) -> dict[str, Any
     right: list[tuple[LowPrecision | None, list[Tensor]]] = [(None, []), (low, [])]
     agreements: list[Tensor] = []
     device = run.model.mean.device
-    data = load_data(run.config.data, batch_size=arguments.batch_size, seed=0, device=device)
+    size = min(arguments.batch_size, run.config.batch_size)  # no more than there are to train on
+    data = load_data(run.config.data, batch_size=size, seed=0, device=device)
     loader = data.test or data.validation
     for batch in loader.epoch(1, limit=arguments.num_images):
         batch = batch.to(device)

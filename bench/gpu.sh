@@ -131,10 +131,11 @@ bench step small 50 "${on_small[@]}"
 bench float8 large 130 "${large[@]}" --batch-sizes "$large_sizes" --layers "$large_layer" --steps 3
 bench float8 base 85 "${base[@]}" --batch-sizes "$base_sizes" --layers blocks.9.mlp.fc1 --steps 3
 bench float8 small 75 "${small[@]}" --batch-sizes "$small_sizes" --layers blocks.9.mlp.fc1 --from 0
-part digits 90 "$python" -m safer_fast.train --amp bf16 --output "$logs/digits-run" "${digits[@]}" &&
-    part float8-digits 40 "$python" -m bench.float8_accuracy "$logs/digits-run" --output "$rows" &&
+part digits 90 "$python" -m safer_fast.train --amp bf16 --output "$logs/digits-run" "${digits[@]}" && {
+    part float8-digits 40 "$python" -m bench.float8_accuracy "$logs/digits-run" --output "$rows"
     part bf16-digits 30 "$python" -m bench.float8_accuracy "$logs/digits-run" --output "$rows" \
         --precision bf16
+}
 part ops 50 "$python" -m bench.ops --output "$rows" --repeats "$op_repeats"
 part attention 60 "$python" -m bench.attention --output "$rows"
 bench peers tiny 90 "${on_tiny[@]}" --leave-out ""
