@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-KNOWN = ("2.14",)
+KNOWN = ("2.11", "2.14")
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,7 @@ def _kernel(node: Any) -> Kernel:
 @contextmanager
 def _described(gpu: Properties) -> Iterator[None]:
     """PyTorch believes that there is this GPU, as far as Inductor asks."""
+    import torch._subclasses.fake_tensor
     import torch.utils._triton
     from torch._dynamo.device_interface import CudaInterface
     from torch._inductor import config
@@ -214,6 +215,7 @@ def _described(gpu: Properties) -> Iterator[None]:
             (CudaInterface, of_interface),
             (CudaInterface.Worker, of_worker),
             (torch.utils._triton, {"triton_hash_with_backend": "described"}),
+            (torch._subclasses.fake_tensor, {"init_gpu_context": None}),
         ):
             for name, value in values.items():
                 stack.enter_context(patch.object(owner, name, _always(value)))

@@ -117,8 +117,14 @@ def compile_blocks(model: RobustModel) -> None:
 
 
 def allow_recompiling() -> None:
-    """The same code may be compiled for many shapes: past its limit torch silently runs eagerly."""
+    """The same code is compiled for every shape and every choice of weights that want gradients.
+
+    Past its limit torch silently runs eagerly. torch 2.11 takes code whose weights wanted none
+    (https://github.com/pytorch/pytorch/pull/177158).
+    """
     torch._dynamo.config.recompile_limit = 64
+    if torch.__version__ < "2.12":  # a TorchVersion, not compared as text
+        torch._dynamo.config.skip_tensor_guards_with_matching_dict_tags = False
 
 
 def keep_memory() -> bool:

@@ -32,7 +32,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
     names = ("alone", "gpu") if torch.cuda.is_available() else ("alone",)
     is_alone = any(item.get_closest_marker(name) for name in names)
     cache = item.config.cache
-    assert cache is not None
+    assert cache is not None, "processes take turns by a file of pytest's cacheprovider"
     with open(cache.mkdir("turns") / "turn", "a+") as turn:
         fcntl.lockf(turn, fcntl.LOCK_EX, 1, 0)
         fcntl.lockf(turn, fcntl.LOCK_EX if is_alone else fcntl.LOCK_SH, 1, 1)

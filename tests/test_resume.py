@@ -89,6 +89,13 @@ def twins(server: Server, photos: Path, tmp_path_factory: pytest.TempPathFactory
     return Twins(server, photos, tmp_path_factory.mktemp("twins"))
 
 
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    if request.param == "dali":
+        pytest.importorskip("nvidia.dali")
+    return str(request.param)
+
+
 @pytest.fixture
 def train(server: Server, photos: Path, tmp_path: Path) -> Train:
     """Starts, or goes on with, the run of the test."""
@@ -250,7 +257,6 @@ def test_a_run_killed_at_chosen_moments_ends_like_one_never_stopped(
     ends_alike(EACH_STEP)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_run_killed_at_random_times_ends_like_one_never_stopped(
     backend: str, server: Server, photos: Path, ends_alike: Train, tmp_path: Path
 ) -> None:
@@ -272,7 +278,6 @@ def test_statistics_of_batch_norms_come_back(train: Train, ends_alike: Train) ->
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("graphs", ["on", "off"])
 def test_a_run_on_a_gpu_that_is_killed_ends_like_one_never_stopped(
     graphs: str, backend: str, train: Train, ends_alike: Train
