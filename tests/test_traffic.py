@@ -36,9 +36,12 @@ def test_quantising_is_joined_to_what_makes_its_rows() -> None:
         ["gelu", "quantise"],
         ["add"],
     ]
+    after_gelu = ["gelu_backward", "quantise"]
+    if torch.__version__ < "2.12":  # a TorchVersion; it names what is computed again there
+        after_gelu.insert(0, "gelu")
     assert does(backward) == [
         ["quantise"],  # of what comes from the block above
-        ["gelu_backward", "quantise"],
+        after_gelu,
         ["add", "native_layer_norm", "native_layer_norm_backward", "quantise"],
         ["stack", "quantise"],
         ["add", "native_layer_norm", "native_layer_norm_backward"],
