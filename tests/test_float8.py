@@ -134,7 +134,9 @@ def test_a_product_is_that_of_its_values(m: int, n: int, k: int, has_bias: bool)
     torch.testing.assert_close(product.double(), exact, rtol=2.0**-8, atol=1e-5)
 
 
-@pytest.mark.skipif(torch.__version__ < "2.14", reason="this PyTorch has one scale a tensor on a CPU")
+@pytest.mark.skipif(
+    torch.__version__ < "2.14", reason="this PyTorch has one scale a tensor on a CPU"
+)
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 16, 16), (5, 48, 32), (64, 32, 144)])
 def test_a_product_as_the_gpu_is_asked_for_it(m: int, n: int, k: int, has_bias: bool) -> None:
