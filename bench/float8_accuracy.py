@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from bench.measure import append, origin
 from safer_fast import float8
+from safer_fast.answers import is_right
 from safer_fast.attack import frozen, pixel_gradient, placed_start
 from safer_fast.attack_suite import climb_of
 from safer_fast.attacker import Attacker
@@ -86,8 +87,8 @@ def accuracy_row(run: LoadedRun, arguments: argparse.Namespace) -> dict[str, Any
             radii = _radii(run, arguments.steps, device)
             adversarial = attack(images, labels, *radii)
             with torch.no_grad():
-                is_right = run.model(adversarial).argmax(1) == labels
-            found.append(is_right[: batch.num_images])
+                right_ones = is_right(run.model(adversarial), labels)
+            found.append(right_ones[: batch.num_images])
         start = run.model.arrange(attack.draw(images, radii[0], attack.norm))
         agreements.append(_agreement(run, low, start, labels)[: batch.num_images])
     in_amp, in_own = (torch.cat(found) for _, found in right)

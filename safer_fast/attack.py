@@ -144,6 +144,14 @@ def pixel_gradient(
     return torch.autograd.grad(loss, pixels)[0]
 
 
+def finite_pixels(attacked: Tensor, images: Tensor) -> Tensor:
+    """The attacked images, with pixels of `images` where a gradient that is no number left NaN.
+
+    Such pixels are no image: an attack that can give nothing else has not succeeded.
+    """
+    return torch.where(attacked.isfinite(), attacked, images)
+
+
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy summed over images: no image's gradient depends on how many there are."""
     return functional.cross_entropy(logits, labels, reduction="sum")

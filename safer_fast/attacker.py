@@ -9,12 +9,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from safer_fast.answers import is_right
 from safer_fast.attack import AttackLoss, Norm, climb_, frozen, random_start
 from safer_fast.capture import Buffers, Replays
 from safer_fast.float8 import LowPrecision
 from safer_fast.micro_batch import MicroBatch
 from safer_fast.network import RobustModel
-from safer_fast.objective import Objective, is_right
+from safer_fast.objective import Objective
 
 Draw = Callable[[Tensor, Tensor, Norm], Tensor]
 """(images, epsilon, norm) -> where the attack starts."""

@@ -73,7 +73,7 @@ def epoch_line(
     epochs: int,
     stage: str,
     figures: Mapping[str, float],
-    accuracies: Mapping[str, float | None],
+    accuracies: Mapping[str, Any],
     gap: AttackGap | None = None,
 ) -> str:
     """One line on an epoch: training figures, and validation accuracies where they were taken."""
@@ -87,7 +87,7 @@ def epoch_line(
         f"epoch {epoch:>3}/{epochs} {stage:<7}  loss {figures['train_loss']:.4f}  "
         f"train robust {figures['train_robust_accuracy']:.3f}{validation}  "
         f"epsilon {figures['epsilon']:.4f}  lr {figures['learning_rate']:.2e}  "
-        f"{figures['images_per_second']:.0f} images/s{_trouble(figures, gap)}"
+        f"{figures['images_per_second']:.0f} images/s{_trouble(figures, accuracies, gap)}"
     )
 
 
@@ -100,9 +100,13 @@ def gap_figures(gap: AttackGap | None) -> dict[str, Any]:
     }
 
 
-def _trouble(figures: Mapping[str, float], gap: AttackGap | None) -> str:
+def _trouble(
+    figures: Mapping[str, float], accuracies: Mapping[str, Any], gap: AttackGap | None
+) -> str:
     """What is wrong with an epoch or its data, if anything is."""
     found = ""
+    if accuracies["num_not_finite"]:
+        found += f"  LOGITS NOT FINITE on {accuracies['num_not_finite']} validation images"
     if gap is not None and gap.is_catastrophic:
         found += (
             f"  CATASTROPHIC OVERFITTING (training images: {gap.training_attack_accuracy:.3f} "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,8 @@ class ThreatModel:
 class Accuracy:
     """Share of `num_images` images that are classified rightly under an attack.
 
-    loss: mean cross-entropy of the attacked images, None where it is not finite.
+    loss: mean cross-entropy of the attacked images, None where it is not finite. num_not_finite:
+    images whose logits are not finite then; they are not right.
     """
 
     attack: str
@@ -45,6 +46,7 @@ class Accuracy:
     accuracy: float
     num_images: int
     loss: float | None = None
+    num_not_finite: int = 0
 
 
 def evaluate(
@@ -69,6 +71,7 @@ def evaluate(
     import torch
     from torch.nn.functional import cross_entropy
 
+    from safer_fast.answers import has_finite, is_right
     from safer_fast.data import as_pixels
     from safer_fast.data.seeds import derive_seed
     from safer_fast.distributed import Ranks
@@ -76,8 +79,8 @@ def evaluate(
 
     micro_batch, ranks = micro_batch or MicroBatch("--batch-size"), ranks or Ranks()
     device = model.mean.device
-    # of each attack: images that are right, and losses; float64 counts exactly
-    sums = torch.zeros(2, len(attacks) + 1, dtype=torch.float64, device=device)
+    # of each attack: images that are right, losses, logits that are not finite; float64 is exact
+    sums = torch.zeros(3, len(attacks) + 1, dtype=torch.float64, device=device)
     for batch in batches:
         batch = batch.to(device, non_blocking=True)
         # padding goes along, so that all batches have one shape
@@ -88,10 +91,11 @@ def evaluate(
             with torch.no_grad():
                 logits = model(attacked)
                 losses = cross_entropy(logits, labels, reduction="none")
-                sums[0, index] += (logits.argmax(1) == labels)[counted].sum()
+                sums[0, index] += is_right(logits, labels)[counted].sum()
                 sums[1, index] += losses[counted].double().sum()
+                sums[2, index] += (~has_finite(logits))[counted].sum()
         sums[:, -1] += batch.num_images
-    (*num_right, num_images), (*losses_of, _) = ranks.sum_(sums).tolist()
+    (*num_right, num_images), (*losses_of, _), (*broken, _) = ranks.sum_(sums).tolist()
     if not num_images:
         raise ValueError("data.path: expected an image that can be read to evaluate on, got none")
     return [
@@ -101,8 +105,9 @@ def evaluate(
             count / num_images,
             int(num_images),
             loss / num_images if math.isfinite(loss) else None,
+            int(num_broken),
         )
-        for name, count, loss in zip(attacks, num_right, losses_of, strict=True)
+        for name, count, loss, num_broken in zip(attacks, num_right, losses_of, broken, strict=True)
     ]
 
 
@@ -121,7 +126,7 @@ def attack_by_name(
     """
     import torch
 
-    from safer_fast.attack import pgd, placed_start
+    from safer_fast.attack import finite_pixels, pgd, placed_start
     from safer_fast.attack_suite import climb_of
 
     if name == "clean":
@@ -150,7 +155,7 @@ def attack_by_name(
             )
 
     micro_batch.run(len(images), attack_in_parts)
-    return attacked
+    return finite_pixels(attacked, images)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -175,7 +180,7 @@ def evaluate_run(config: EvaluateConfig) -> list[Accuracy]:
     from safer_fast.evaluation_run import measure_run
 
     rows = measure_run(config)
-    names = ("attack", "epsilon", "accuracy", "num_images", "loss")
+    names = [field.name for field in fields(Accuracy)]
     return [Accuracy(**{name: row[name] for name in names}) for row in rows]
 
 
@@ -208,6 +213,19 @@ def accuracy_table(accuracies: Sequence[Mapping[str, Any]]) -> str:
         ).rstrip()
         for row in [titles, *cells]
     )
+
+
+def notes(accuracies: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines that say what makes the figures of a table less than they seem."""
+    lines = []
+    for row in accuracies:
+        if count := row.get("num_not_finite"):
+            place = f"{row['weights']}, {printable(row['split'])}, {row['attack']}"
+            lines.append(
+                f"WARNING: {place}: the logits of {count} of {row['num_images']} images are not "
+                "finite; they count as wrong"
+            )
+    return lines
 
 
 def class_table(accuracies: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> str:

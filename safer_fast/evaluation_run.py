@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from safer_fast.attack import placed_start
+from safer_fast.answers import has_finite, is_right
+from safer_fast.attack import finite_pixels, placed_start
 from safer_fast.attack_suite import Climber, LibraryAttacks, climb_of
 from safer_fast.command_configs import EvaluateConfig
 from safer_fast.data import Batch, as_pixels
 from safer_fast.data.seeds import derive_seed
 from safer_fast.distributed import Ranks, connected
-from safer_fast.evaluate import accuracy_table, class_table
+from safer_fast.evaluate import accuracy_table, class_table, notes
 from safer_fast.evaluation_progress import Progress
 from safer_fast.evaluation_setup import EvaluationSetup, num_restarts, set_up_evaluation
 from safer_fast.evaluation_store import SCALE, Outcome, names_of, to_millionths
@@ -61,7 +62,7 @@ def measure_run(config: EvaluateConfig) -> list[dict[str, Any]]:
         rows = [row for row in rows if row["attack"] in config.attacks]
         epoch = setup.judge.config.epochs
         _log(rows, logged, epoch, log)
-        log.say(accuracy_table(rows))
+        log.say("\n".join([accuracy_table(rows), *notes(rows)]))
         log.say(class_table(rows, setup.judge.class_names))
     return rows
 
@@ -100,10 +101,11 @@ class Examination:
         multiple = -(-min(config.batch_size, share) // NUM_SHAPES) if is_shaped else 1
         self.climber = Climber(self.attacked, threat.norm, parts, replays, multiple)
         self.library = LibraryAttacks(self.attacked, threat.norm, num_classes, parts, log.say)
-        # of each attack: images and right ones of each class, losses in millionths, seconds
-        self.sums = {
-            name: torch.zeros(2 * num_classes + 2, dtype=torch.float64) for name in setup.stores
+        # of each attack: images and right ones of each class; then what `_totals` gives
+        self.classes = {
+            name: torch.zeros(2, num_classes, dtype=torch.float64) for name in setup.stores
         }
+        self.totals = {name: torch.zeros(3, dtype=torch.float64) for name in setup.stores}
         for model in {self.judge, self.attacked}:
             model.register_forward_pre_hook(lambda *_: self._move_on())
 
@@ -133,28 +135,31 @@ class Examination:
 
     def rows(self, ranks: Ranks) -> list[dict[str, Any]]:
         """A row for each attack over the batches of all ranks; raises ValueError for no image."""
-        return [self._row(name, ranks.sum_(sums), ranks) for name, sums in self.sums.items()]
+        return [
+            self._row(name, ranks.sum_(classes), ranks.sum_(self.totals[name]), ranks)
+            for name, classes in self.classes.items()
+        ]
 
     def _measure(self, name: str, batch: Batch, clean: Sequence[Outcome]) -> list[Outcome]:
         started = time.perf_counter()
         images = as_pixels(batch.images.to(self.device))
         labels = batch.labels.to(self.device)
         if name == "clean":
-            is_right, losses = self._judged(images, labels)
+            is_right, losses, is_finite = self._judged(images, labels)
         else:
-            is_right = torch.tensor([outcome.is_right for outcome in clean], device=self.device)
-            losses = torch.tensor(
-                [torch.nan if o.loss is None else o.loss / SCALE for o in clean],
-                device=self.device,
-            )
+            known = zip(*((o.is_right, _loss(o), o.is_finite) for o in clean), strict=True)
+            is_right, losses, is_finite = (torch.tensor(v, device=self.device) for v in known)
             for restart in range(num_restarts(name, self.config)):
                 rows = is_right.nonzero().squeeze(1)
                 if len(rows):
                     attacked = self._attack(name, images, labels, rows, batch.position, restart)
-                    is_right[rows], losses[rows] = self._judged(attacked, labels[rows])
-        right, kept = is_right.tolist(), to_millionths(losses)
-        seconds = (time.perf_counter() - started) / len(right)
-        return [Outcome(*pair, seconds) for pair in zip(right, kept, strict=True)]
+                    attacked = finite_pixels(attacked, images[rows])
+                    judged = self._judged(attacked, labels[rows])
+                    for values, found in zip((is_right, losses, is_finite), judged, strict=True):
+                        values[rows] = found
+        columns = is_right.tolist(), to_millionths(losses), is_finite.tolist()
+        seconds = (time.perf_counter() - started) / len(labels)
+        return [Outcome(r, loss, seconds, f) for r, loss, f in zip(*columns, strict=True)]
 
     def _attack(
         self, name: str, images: Tensor, labels: Tensor, rows: Tensor, position: int, restart: int
@@ -176,21 +181,21 @@ class Examination:
             )
         return self.climber(climb, start[rows], images[rows], labels[rows], epsilon)
 
-    def _judged(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Which images are right, bool [B], and their losses [B]."""
-        is_right = torch.empty_like(labels, dtype=torch.bool)
+    def _judged(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Which images are right, bool [B], their losses [B], and whose logits are finite."""
+        right, finite = torch.empty(2, len(labels), dtype=torch.bool, device=self.device)
         losses = torch.empty(len(labels), device=self.device)
 
         def judge_in_parts(size: int) -> None:
             for first in range(0, len(labels), size):
                 part = slice(first, first + size)
                 logits = self.judge(images[part])
-                is_right[part] = logits.argmax(1) == labels[part]
+                right[part], finite[part] = is_right(logits, labels[part]), has_finite(logits)
                 losses[part] = cross_entropy(logits, labels[part], reduction="none")
 
         with torch.no_grad(), self._eagerly():
             self.climber.micro_batch.run(len(labels), judge_in_parts)
-        return is_right, losses
+        return right, losses, finite
 
     def _eagerly(self) -> AbstractContextManager[object]:
         """Batches of any size are nothing to compile for."""
@@ -204,19 +209,15 @@ class Examination:
         self, name: str, labels: Tensor, outcomes: Sequence[Outcome], is_known: bool
     ) -> None:
         right = torch.tensor([outcome.is_right for outcome in outcomes])
-        losses = [torch.nan if outcome.loss is None else outcome.loss for outcome in outcomes]
-        seconds = sum(outcome.seconds for outcome in outcomes)
-        sums, classes = self.sums[name], labels.cpu()
-        num_classes = len(sums) // 2 - 1
-        for index, values in enumerate((classes, classes[right])):
-            part = sums[index * num_classes : (index + 1) * num_classes]
-            part += torch.bincount(values, minlength=num_classes)
-        sums[-2:] += torch.tensor([sum(losses), seconds], dtype=torch.float64)
-        measured = None if is_known else seconds
+        counts, classes = self.classes[name], labels.cpu()
+        for sums, values in zip(counts, (classes, classes[right]), strict=True):
+            sums += torch.bincount(values, minlength=len(sums))
+        self.totals[name] += _totals(outcomes)
+        measured = None if is_known else sum(outcome.seconds for outcome in outcomes)
         self.progress.add(name, len(outcomes), int(right.sum()), measured)
 
-    def _row(self, name: str, sums: Tensor, ranks: Ranks) -> dict[str, Any]:
-        counts, (loss, seconds) = sums[:-2].view(2, -1), sums[-2:].tolist()
+    def _row(self, name: str, counts: Tensor, totals: Tensor, ranks: Ranks) -> dict[str, Any]:
+        loss, seconds, num_not_finite = totals.tolist()
         (num_images, num_right), is_clean = counts.sum(1).int().tolist(), name == "clean"
         if not num_images:
             raise ValueError(
@@ -232,12 +233,25 @@ class Examination:
             "accuracy": num_right / num_images,
             "num_images": num_images,
             "loss": round(loss / num_images) / SCALE if loss == loss else None,
+            "num_not_finite": int(num_not_finite),
             "restarts": None if is_clean else num_restarts(name, self.config),
             "seed": None if is_clean else self.config.seed,
             "source": None if is_clean else self.config.source,
             "per_class_accuracy": [right / count if count else None for count, right in pairs],
             "seconds": round(seconds / ranks.num_ranks, 3),
         }
+
+
+def _totals(outcomes: Sequence[Outcome]) -> Tensor:
+    """Loss in millionths, seconds, images whose logits are not finite; float64 [3]."""
+    losses = (torch.nan if outcome.loss is None else outcome.loss for outcome in outcomes)
+    seconds = sum(outcome.seconds for outcome in outcomes)
+    broken = sum(not outcome.is_finite for outcome in outcomes)
+    return torch.tensor([sum(losses), seconds, broken], dtype=torch.float64)
+
+
+def _loss(outcome: Outcome) -> float:
+    return torch.nan if outcome.loss is None else outcome.loss / SCALE
 
 
 def _log(

@@ -15,20 +15,23 @@ import numpy as np
 from torch import Tensor
 
 FOLDER = "evaluation"
-FORMAT = 1
+FORMAT = 2
 """To be raised where an attack computes something else under the same name."""
 NAME_BYTES = 8
+FLAGS = {"right": "is_right", "finite": "is_finite"}
+"""Keys of a line whose text has a 0 or a 1 for each image, and what they are of an outcome."""
 SCALE = 1_000_000
 """Losses are kept in millionths: sums of whole numbers are the same in any order."""
 
 
 class Outcome(NamedTuple):
-    """What came of one image: whether it is right, its loss in millionths (None: not finite), and
-    its share of the seconds that its batch took."""
+    """What came of one image: whether it is right, its loss in millionths (None: not finite), its
+    share of the seconds that its batch took, and whether its logits are finite."""
 
     is_right: bool
     loss: int | None
     seconds: float
+    is_finite: bool = True
 
 
 class Store:
@@ -78,7 +81,10 @@ class Store:
         self._outcomes |= dict(zip(names, outcomes, strict=True))
         line = {
             "names": "".join(names),
-            "right": "".join("01"[outcome.is_right] for outcome in outcomes),
+            **{
+                key: "".join("01"[getattr(outcome, name)] for outcome in outcomes)
+                for key, name in FLAGS.items()
+            },
             "loss": [outcome.loss for outcome in outcomes],
             "seconds": round(sum(outcome.seconds for outcome in outcomes), 6),
         }
@@ -99,16 +105,15 @@ class Store:
         if line == self._header.encode():
             return
         content = _decoded(line)
-        names, right = (content.get(name) for name in ("names", "right"))
-        losses, seconds = (content.get(name) for name in ("loss", "seconds"))
-        num_images = len(right) if isinstance(right, str) else 0
+        names, losses, seconds = (content.get(name) for name in ("names", "loss", "seconds"))
+        flags = [content.get(key) for key in FLAGS]
+        num_images = len(losses) if isinstance(losses, list) else 0
         if not (
             num_images
-            and set(str(right)) <= {"0", "1"}
+            and isinstance(losses, list)
+            and all(_is_flags(values, num_images) for values in flags)
             and isinstance(names, str)
             and len(names) == 2 * NAME_BYTES * num_images
-            and isinstance(losses, list)
-            and len(losses) == num_images
             and all(loss is None or _is_count(loss) for loss in losses)
             and isinstance(seconds, float)
         ):
@@ -117,9 +122,11 @@ class Store:
                 "measures again"
             )
         size = 2 * NAME_BYTES
-        for index, loss in enumerate(losses):
+        columns = [[flag == "1" for flag in str(values)] for values in flags]
+        for index, (loss, *own) in enumerate(zip(losses, *columns, strict=True)):
             name = names[index * size : (index + 1) * size]
-            self._outcomes[name] = Outcome(right[index] == "1", loss, seconds / num_images)  # type: ignore[index]
+            are_set = dict(zip(FLAGS.values(), own, strict=True))
+            self._outcomes[name] = Outcome(loss=loss, seconds=seconds / num_images, **are_set)
 
 
 def names_of(images: Tensor, labels: Tensor, position: int, is_joint: bool) -> list[str]:
@@ -175,6 +182,11 @@ def _decoded(line: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _is_flags(value: object, count: int) -> bool:
+    """Whether it is a text of so many zeros and ones."""
+    return isinstance(value, str) and len(value) == count and set(value) <= {"0", "1"}
 
 
 def _is_count(value: object) -> bool:

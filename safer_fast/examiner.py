@@ -33,6 +33,21 @@ def attack_shown(config: EvaluationConfig) -> str:
     return (own or ["pgd-20"])[-1]
 
 
+def validation_figures(
+    clean: Accuracy | None = None, robust: Accuracy | None = None
+) -> dict[str, Any]:
+    """An epoch's event says this of the validation split, null where it was not looked at."""
+    if clean is None or robust is None:
+        names = ("clean_accuracy", "robust_accuracy", "validation_loss", "num_not_finite")
+        return dict.fromkeys(names)
+    return {
+        "clean_accuracy": clean.accuracy,
+        "robust_accuracy": robust.accuracy,
+        "validation_loss": robust.loss,
+        "num_not_finite": max(clean.num_not_finite, robust.num_not_finite),
+    }
+
+
 class Examiner:
     """Evaluates weights that lie in a vector like the masters; ranks share the images."""
 

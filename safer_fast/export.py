@@ -180,6 +180,7 @@ def _accuracies(config: ExportConfig) -> list[dict[str, Any]]:
         is_ours = event.get("event") == "evaluation" and event.get("weights") == config.weights
         if is_ours and all(name in event for name in names) and event["num_images"] > 0:
             row = {name: event[name] for name in names}
+            row["num_not_finite"] = event.get("num_not_finite") or 0
             rows[row["split"], row["attack"], row["epsilon"]] = row
     return list(rows.values())
 

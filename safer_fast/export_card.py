@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,13 +73,14 @@ def _summary(card: Card) -> str:
     )
 
 
-def _accuracy_table(accuracies: Iterable[Mapping[str, Any]]) -> str:
+def _accuracy_table(accuracies: Sequence[Mapping[str, Any]]) -> str:
     rows = [_accuracy_row(row) for row in accuracies]
     if not rows:
         return "Not measured."
     head = ["| split | attack | epsilon | accuracy | 95 % interval | images |", "|" + "---|" * 6]
-    note = "The interval is that of the number of images alone, not of seeds of the training."
-    return "\n".join([*head, *rows]) + f"\n\n{note}"
+    notes = ["The interval is that of the number of images alone, not of seeds of the training."]
+    notes += [note for row in accuracies for note in _notes(row)]
+    return "\n".join([*head, *rows, "", *notes])
 
 
 def _accuracy_row(row: Mapping[str, Any]) -> str:
@@ -89,6 +90,13 @@ def _accuracy_row(row: Mapping[str, Any]) -> str:
         f"| {_plain(row['split'])} | {_plain(row['attack'])} | {float(row['epsilon']):.6g} | "
         f"{accuracy:.4f} | {low:.4f} to {high:.4f} | {count} |"
     )
+
+
+def _notes(row: Mapping[str, Any]) -> Iterator[str]:
+    """Sentences on what makes a figure less than it seems."""
+    if count := row.get("num_not_finite"):
+        place = f"{_plain(row['attack'])}, {_plain(row['split'])} split"
+        yield f"{place}: the logits of {int(count)} images are not finite; they count as wrong."
 
 
 def _usage(card: Card) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from safer_fast.answers import has_finite
 from safer_fast.checkpoint_file import (
     json_object,
     naming,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
 MOST_IMAGES = 64
+NO_CLASS = -1
 _MOST_PIXELS = 1024  # along one side
 _MOST_BYTES = 128 << 20
 _MOST_CLASSES = 100_000
@@ -39,8 +41,9 @@ class Gallery:
     """Images before and after an attack, and what a model made of both; all on the CPU.
 
     images, adversarial: float32 [n, C, H, W] in [0, 1], C being 1 or 3. labels, predicted_before,
-    predicted_after: int64 [n]. confidence_before, confidence_after: float32 [n] in [0, 1], the
-    probability of the class that is predicted.
+    predicted_after: int64 [n]; `NO_CLASS` is predicted where a logit is not finite.
+    confidence_before, confidence_after: float32 [n] in [0, 1], the probability of the class that is
+    predicted.
     """
 
     images: Tensor
@@ -172,8 +175,11 @@ def png_of(picture: Picture) -> bytes:
 
 @torch.no_grad()
 def _predictions(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    confidence, predicted = model(images).float().softmax(1).max(1)
-    return confidence.cpu(), predicted.cpu()
+    logits = model(images).float()
+    is_finite = has_finite(logits)
+    confidence, predicted = logits.softmax(1).max(1)
+    confidence = confidence.where(is_finite, 0.0)
+    return confidence.cpu(), predicted.where(is_finite, NO_CLASS).cpu()
 
 
 def _contiguous(gallery: Gallery) -> dict[str, Tensor]:
@@ -223,6 +229,7 @@ def _check_tensor(name: str, tensor: Tensor, shape: torch.Size, num_classes: int
         raise ValueError(f"{name} of shape {list(tensor.shape)!r:.60}")
     if tensor.dtype != dtype:
         raise ValueError(f"{name} of {tensor.dtype}")
+    least = NO_CLASS if name.startswith("predicted") else 0
     limit = num_classes - 1 if is_integer else 1
-    if not bool(((tensor >= 0) & (tensor <= limit)).all()):  # NaN is neither
-        raise ValueError(f"{name} outside of 0 to {limit}")
+    if not bool(((tensor >= least) & (tensor <= limit)).all()):  # NaN is neither
+        raise ValueError(f"{name} outside of {least} to {limit}")

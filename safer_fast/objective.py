@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from safer_fast.answers import is_right
 from safer_fast.attack import AttackLoss, cross_entropy
 from safer_fast.config import ObjectiveConfig
 
@@ -49,12 +50,6 @@ class Targets:
         """Images that count and whose class the first logits [B or more, K] put first, 0-d."""
         first = logits[: len(self.labels)]
         return (is_right(first, self.labels) & (self.weights > 0)).sum()
-
-
-def is_right(logits: Tensor, labels: Tensor) -> Tensor:
-    """Which images' class, or most probable class, the logits [B, K] put first; bool [B]."""
-    classes = labels if labels.ndim == 1 else labels.argmax(1)
-    return logits.detach().argmax(1) == classes
 
 
 Losses = Callable[[Tensor, Tensor, Tensor, ObjectiveConfig], Tensor]

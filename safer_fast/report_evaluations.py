@@ -36,6 +36,7 @@ class Evaluation:
     num_images: int
     accuracy: float | None = field(compare=False)
     loss: float | None = field(compare=False)
+    num_not_finite: int = field(compare=False)
     per_class: Sequence[float | None] = field(compare=False)
 
     @property
@@ -132,6 +133,7 @@ def _evaluation(event: Mapping[str, Any], run: Run) -> Evaluation:
         num_images=int(event.get("num_images") or 0),
         accuracy=event.get("accuracy"),
         loss=event.get("loss"),
+        num_not_finite=int(event.get("num_not_finite") or 0),
         per_class=event.get("per_class_accuracy") or (),
     )
 
@@ -205,6 +207,8 @@ def _accuracy(one: Evaluation | None, facts: Sequence[str] = (), *, has_loss: bo
         low, high = interval(one.accuracy, one.num_images)
         notes.append(f"{100 * low:.1f}\N{EN DASH}{100 * high:.1f}")
     notes += facts
+    if one.num_not_finite:
+        notes.append(f"logits not finite on {one.num_not_finite:,} images, which count as wrong")
     if has_loss and one.loss is not None:
         notes.append(f"loss {one.loss:.3g}")
     return Cell(percent(one.accuracy), ", ".join(notes))

@@ -93,14 +93,16 @@ def _card(gallery: Gallery, facts: GalleryFacts, index: int) -> Card:
     return Card(
         pictures=[Picture(_uri(pixels[index]), words, note) for pixels, words, note in shown],
         label=names[label],
-        before=_prediction(names[before], float(gallery.confidence_before[index])),
-        after=_prediction(names[after], float(gallery.confidence_after[index])),
+        before=_prediction(names, before, float(gallery.confidence_before[index])),
+        after=_prediction(names, after, float(gallery.confidence_after[index])),
         verdict=_verdict(label, before, after),
     )
 
 
-def _prediction(name: str, confidence: float) -> str:
-    return f"{name} ({100 * confidence:.0f}\N{NO-BREAK SPACE}%)"
+def _prediction(names: Sequence[str], number: int, confidence: float) -> str:
+    if number < 0:
+        return "no class (logits not finite)"
+    return f"{names[number]} ({100 * confidence:.0f}\N{NO-BREAK SPACE}%)"
 
 
 def _verdict(label: int, before: int, after: int) -> str:

@@ -36,6 +36,7 @@ _NUMBERS = (
     "restarts",
     "seed",
     "loss",
+    "num_not_finite",
 )
 _TEXTS = ("split", "attack", "weights", "norm", "source")
 _LONGEST_LIST = 100_000  # values of an event: classes, steps of an attack

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from safer_fast.answers import is_right
 from safer_fast.attack import Norm, default_step_size, frozen, pgd
 
 STRONG_STEPS = 20
@@ -92,7 +93,7 @@ def count_right(
                 norm=norm,
                 start=start,
             )
-            count.copy_((model(attacked).argmax(1) == labels).sum())
+            count.copy_(is_right(model(attacked), labels).sum())
     return counts
 
 

@@ -19,8 +19,8 @@ from safer_fast.config import Config
 from safer_fast.data import Batch, Mixing, ahead
 from safer_fast.data.seeds import derive_seed
 from safer_fast.distributed import Ranks
-from safer_fast.evaluate import accuracy_table
-from safer_fast.examiner import Examiner
+from safer_fast.evaluate import accuracy_table, notes
+from safer_fast.examiner import Examiner, validation_figures
 from safer_fast.metrics import Event
 from safer_fast.objective import Targets
 from safer_fast.optim import AveragedWeights, set_learning_rate
@@ -161,19 +161,12 @@ class Trainer:
     def end_epoch(self, epoch: int, figures: dict[str, Any]) -> None:
         """Evaluates on the validation split when it is time, logs the epoch, keeps the best."""
         every = self.config.evaluation.every_epochs
-        accuracies: dict[str, float | None] = dict.fromkeys(
-            ("clean_accuracy", "robust_accuracy", "validation_loss")
-        )
         changes: dict[str, Any] = {}
-        gap = None
+        gap, accuracies = None, validation_figures()
         if epoch % every == 0 or epoch == self.config.epochs:
             gap = self.examiner.attack_gap(epoch)
             clean, robust = self.examiner.on_validation(self._source())
-            accuracies = {
-                "clean_accuracy": clean.accuracy,
-                "robust_accuracy": robust.accuracy,
-                "validation_loss": robust.loss,
-            }
+            accuracies = validation_figures(clean, robust)
             changes = self._keep_best(epoch, (robust.accuracy, clean.accuracy))
         self._write("epoch", epoch, **figures, **accuracies, **gap_figures(gap))
         self.log.say(
@@ -197,7 +190,7 @@ class Trainer:
             self.examiner.show_images(self._source(), self.folder, self.progress.num_steps)
             self._write("end", epoch)
             report = write_report([self.folder])
-            self.log.say(accuracy_table(accuracies))
+            self.log.say("\n".join([accuracy_table(accuracies), *notes(accuracies)]))
             self.log.say(f"run folder: {self.folder}\nreport: {report}")
         return self.folder
 

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "safer_fast"
 ORDER = [
     {"kernels"},
-    {"help_text", "intervals"},
+    {"help_text", "intervals", "answers"},
     {"config", "command_configs", "validation", "command_line", "distributed", "stopping"},
     {"capture", "moments", "micro_batch", "savings", "cut", "sums", "batch_norms"},
     {"report_drawing", "report_map"},

@@ -595,12 +595,20 @@ DAMAGED = [
     b"[]\n",
     b"{}\n",
     b"[" * 100_000 + b"\n",
-    b'{"names": "' + b"a" * 16 + b'", "right": "2", "loss": [1], "seconds": 1.0}\n',
-    b'{"names": "' + b"a" * 15 + b'", "right": "1", "loss": [1], "seconds": 1.0}\n',
-    b'{"names": "' + b"a" * 16 + b'", "right": "1", "loss": [1e999], "seconds": 1.0}\n',
-    b'{"names": "' + b"a" * 16 + b'", "right": "1", "loss": [' + b"9" * 5000 + b"]}\n",
-    b'{"names": "' + b"a" * 16 + b'", "right": "1", "loss": [1], "seconds": NaN}\n',
-    b'{"names": "", "right": "", "loss": [], "seconds": 1.0}\n',
+    b'{"names": "' + b"a" * 16 + b'", "right": "2", "finite": "1", "loss": [1], "seconds": 1.0}\n',
+    b'{"names": "' + b"a" * 15 + b'", "right": "1", "finite": "1", "loss": [1], "seconds": 1.0}\n',
+    b'{"names": "'
+    + b"a" * 16
+    + b'", "right": "1", "finite": "1", "loss": [1e999], "seconds": 1.0}\n',
+    b'{"names": "'
+    + b"a" * 16
+    + b'", "right": "1", "finite": "1", "loss": ['
+    + b"9" * 5000
+    + b"]}\n",
+    b'{"names": "' + b"a" * 16 + b'", "right": "1", "finite": "1", "loss": [1], "seconds": NaN}\n',
+    b'{"names": "", "right": "", "finite": "", "loss": [], "seconds": 1.0}\n',
+    b'{"names": "' + b"a" * 16 + b'", "right": "1", "loss": [1], "seconds": 1.0}\n',
+    b'{"names": "' + b"a" * 16 + b'", "right": "1", "finite": 1, "loss": [1], "seconds": 1.0}\n',
 ]
 
 
@@ -717,7 +725,7 @@ def test_the_in_training_evaluation_gives_the_loss_of_what_counts() -> None:
     with torch.no_grad():
         model.network.head.bias.fill_(torch.nan)  # type: ignore[union-attr]
     (broken,) = evaluate(model, iter(batches), ["clean"], ThreatModel("linf", 0.03))
-    assert broken == Accuracy("clean", 0.0, broken.accuracy, 10, None)
+    assert broken == Accuracy("clean", 0.0, 0.0, 10, None, 10)
 
 
 def test_progress_is_told_every_half_minute_with_accuracies_and_what_is_left(
