@@ -40,8 +40,8 @@ from safer_fast.training_log import TrainingLog, epoch_figures
 class Trainer:
     """Model, data, weights and log of one run; a context manager that notices signals.
 
-    Everything a user can get wrong raises ValueError in the constructor, before the run folder is
-    made. ranks: the processes that train together. found: what the run goes on from.
+    What a user can get wrong raises ValueError in the constructor, before the run folder is made.
+    ranks: the processes that train together. found: what the run goes on from.
     """
 
     stage: Stage
@@ -211,7 +211,8 @@ class Trainer:
         """A point where the run may end, and be gone on from."""
         changes |= {"metrics_size": self.log.size, "audit": self.engine.attack.audited}
         self.progress = replace(self.progress, **changes)
-        if self.stops.check(self.saver.is_due(self.progress.num_steps)):
+        has_images = self.training_log.num_images > 0
+        if self.stops.check(has_images and self.saver.is_due(self.progress.num_steps)):
             self.save()
 
     def _resume(self, checkpoint: Checkpoint) -> None:

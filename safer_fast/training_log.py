@@ -5,37 +5,41 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
+from safer_fast.data import Batch
 from safer_fast.distributed import Ranks
 from safer_fast.health import health_figures
 from safer_fast.moments import Waits
 from safer_fast.run_log import RunLog
 from safer_fast.step import Step
 
-T = TypeVar("T")
 STAGES = ("data", "attack", "ascent", "descent", "update")
 
 
 class TrainingLog:
     """Step lines of metrics.jsonl, and what a terminal or a log shows of them.
 
-    num_steps: those of the whole run, which tell how long it will still take.
+    num_steps: those of the whole run, which tell how long it will still take. num_images: those of
+    this rank in the epoch so far.
     """
 
     def __init__(self, log: RunLog, ranks: Ranks, device: torch.device, num_steps: int) -> None:
         self.log, self.ranks, self.device, self.num_steps = log, ranks, device, num_steps
-        self._steps_taken, self._seconds = 0, 0.0
+        self._steps_taken, self._seconds, self.num_images = 0, 0.0, 0
 
     def begin_epoch(self) -> None:
         """Times count from here on."""
         self._waits, self._logged = Waits(self.device), time.monotonic()
+        self.num_images = 0
 
-    def watch(self, batches: Iterable[T]) -> Iterator[T]:
+    def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches of an epoch; it is noticed how long each is waited for."""
-        return self._waits.watch(batches)
+        for batch in self._waits.watch(batches):
+            self.num_images += batch.num_images
+            yield batch
 
     def write(
         self, step: Step, epoch: int, num_steps: int, learning_rate: float, is_last: bool
@@ -104,8 +108,14 @@ def epoch_figures(
 ) -> dict[str, Any]:
     """The training figures of an epoch of `num_images` images, from the sums of its step lines.
 
-    Every image comes once: those that no step has counted could not be read.
+    Every image comes once: those that no step has counted could not be read. Raises ValueError
+    where that is all of them.
     """
+    if not totals["images"]:
+        raise ValueError(
+            "data.path: expected an image that can be read in every epoch, got none of "
+            f"{num_images}; the checkpoints from before are kept, for --resume auto"
+        )
     counted, elapsed = max(totals["images"], 1), totals["seconds"]
     health = health_figures(totals, is_sharpness_aware)
     success = health["attack_success"]

@@ -16,6 +16,7 @@ from torchvision.transforms.v2 import functional
 from safer_fast.data.crops import Crop
 from safer_fast.data.formats import EncodedSource, Source
 from safer_fast.data.formats.source import IMAGE_FORMATS
+from safer_fast.data.machine import machine_error
 
 GREY_MODES = {"1", "L", "LA"}
 EIGHT_BIT_MODES = GREY_MODES | {"P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
@@ -79,13 +80,14 @@ def decode(source: Source, index: int, image_format: ImageFormat) -> Image.Image
     """One image in mode L or RGB, in its own size.
 
     Raises BadImageError that names the image when it is unreadable or not of 8 bits, ValueError
-    when it is not of the size that the format asks for.
+    when it is not of the size that the format asks for, and MachineError where the machine is to
+    blame.
     """
     image = open_image(source, index)
     try:
         image.load()
     except Exception as error:
-        raise _unreadable(source, index) from error
+        raise _unreadable(source, index, error) from error
     check_size(image, source, index, image_format)
     mode = "L" if image_format.num_channels == 1 else "RGB"
     if image.mode == "P" and "transparency" in image.info:
@@ -100,7 +102,7 @@ def open_image(source: Source, index: int) -> Image.Image:
     try:
         image = source.read(index)
     except Exception as error:
-        raise _unreadable(source, index) from error
+        raise _unreadable(source, index, error) from error
     return _of_eight_bits(image, source, index)
 
 
@@ -116,16 +118,17 @@ def open_encoded(source: EncodedSource, index: int) -> tuple[NDArray[np.uint8], 
         except OSError:
             image = Image.open(io.BytesIO(encoded.data), formats=IMAGE_FORMATS)
     except Exception as error:
-        raise _unreadable(source, index) from error
+        raise _unreadable(source, index, error) from error
     return encoded, _of_eight_bits(image, source, index)
 
 
 def read_encoded(source: EncodedSource, index: int) -> NDArray[np.uint8]:
-    """The bytes of an image file; raises BadImageError where they cannot be read."""
+    """The bytes of an image file; raises BadImageError where they cannot be read, MachineError
+    where the machine is to blame."""
     try:
         return source.encoded(index)
     except Exception as error:
-        raise _unreadable(source, index) from error
+        raise _unreadable(source, index, error) from error
 
 
 def _of_eight_bits(image: Image.Image, source: Source, index: int) -> Image.Image:
@@ -186,7 +189,8 @@ def cut(image: ImageOrTensor, crop: Crop, size: int) -> ImageOrTensor:
     return flipped
 
 
-def _unreadable(source: Source, index: int) -> BadImageError:
-    return BadImageError(
+def _unreadable(source: Source, index: int, error: Exception) -> ValueError:
+    """The line on an image that cannot be read, or on a machine that cannot read it."""
+    return machine_error(error, source.flag, source.describe(index)) or BadImageError(
         f"{source.flag}: expected an image, got an unreadable one: {source.describe(index)}"
     )

@@ -19,6 +19,7 @@ from safer_fast.data.batch import Batch, fill_
 from safer_fast.data.crops import draw_crop
 from safer_fast.data.formats import Source
 from safer_fast.data.images import BadImageError, ImageFormat, cut, decode, fit
+from safer_fast.data.machine import machine_error
 from safer_fast.data.order import Indices
 from safer_fast.data.seeds import derive_seed
 from safer_fast.data.workers import start_loader
@@ -83,7 +84,10 @@ def decode_all(
     processes: for images this small, threads wait for the interpreter more than they decode.
     """
     size = image_format.size
-    images = np.empty((len(rows), image_format.num_channels, size, size), dtype=np.uint8)
+    try:
+        images = np.empty((len(rows), image_format.num_channels, size, size), dtype=np.uint8)
+    except MemoryError as error:
+        raise machine_error(error, source.flag, f"{len(rows)} decoded images") or error from error
     labels = np.empty(len(rows), dtype=np.int64)
     images_per_task = max(1, BYTES_PER_TASK // images[0].nbytes)
     batches = np.split(np.arange(len(rows)), range(images_per_task, len(rows), images_per_task))
@@ -130,6 +134,13 @@ class Reader(Dataset[Any]):
         An error is given back and not raised, because DataLoader would re-raise it as a page of
         traceback.
         """
+        try:
+            return self._read_all(indices)
+        except (OSError, MemoryError) as error:
+            where = f"a batch with {self.source.describe(int(self.rows[indices[0]]))}"
+            return machine_error(error, self.source.flag, where) or ValueError(str(error))
+
+    def _read_all(self, indices: list[int]) -> Samples | ValueError:
         num_channels, edge = self.image_format.num_channels, self.image_format.size
         num_slots = max(self.size, len(indices))
         images = np.empty((num_slots, num_channels, edge, edge), dtype=np.uint8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import multiprocessing
 import os
@@ -16,9 +17,13 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from safer_fast.data.machine import machine_error
+
 # What a terminal or a scheduler sends to all processes of a run; the main one decides what follows.
 SIGNALS = {signal.SIGINT, signal.SIGTERM}
 SECONDS_BETWEEN_LOOKS = 0.5
+# Where no descriptor is left for a batch: from torch, and from multiprocessing.
+TOO_MANY_FILES = ("Too many open files", "received 0 items of ancdata")
 
 
 def start_loader(
@@ -31,7 +36,7 @@ def start_loader(
     """What `reader` gives for each list of indices, read by `num_workers` processes.
 
     prefetch: lists that each of them reads ahead. Workers that died raise ValueError, in up to five
-    seconds.
+    seconds; so does a limit of this process that they or their batches meet.
     """
     loader: DataLoader[Any] = DataLoader(
         reader,
@@ -44,7 +49,10 @@ def start_loader(
         # Its own, so that loading draws nothing from the global one.
         generator=torch.Generator(),
     )
-    return _alive(_started(loader))
+    try:
+        return _alive(_started(loader))
+    except (OSError, MemoryError) as error:
+        raise _limit(error, "starting worker processes") or error from None
 
 
 def _started(loader: DataLoader[Any]) -> Iterator[Any]:
@@ -91,12 +99,21 @@ def _alive(samples: Iterator[Any]) -> Iterator[Any]:
         except (RuntimeError, EOFError, OSError) as error:
             if str(error).startswith("Caught ") or not getattr(samples, "_workers", ()):
                 raise
+            if stopped := _limit(error, "batches of worker processes"):
+                raise stopped from None
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise ValueError(
                 f"data.num_workers: expected worker processes that live, got: {reason} "
                 "(is there enough memory?)"
             ) from None
         yield sample
+
+
+def _limit(error: Exception, where: str) -> ValueError | None:
+    """The line on a limit of this process, which libraries may tell in words alone."""
+    if any(words in str(error) for words in TOO_MANY_FILES):
+        error = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    return machine_error(error, "data.num_workers", where)
 
 
 def _live_and_die_with_main(_: int) -> None:

@@ -9,6 +9,7 @@ from safer_fast.command_line import printable
 from safer_fast.data.bad_images import BadImages
 from safer_fast.data.formats.source import EncodedSource, Source, check_labels, empty_classes
 from safer_fast.data.formats.splits import expand_pattern, group_by_split, is_pattern
+from safer_fast.data.machine import machine_error
 
 __all__ = ["EncodedSource", "Source", "check_labels", "empty_classes", "open_splits"]
 
@@ -26,7 +27,8 @@ def open_splits(path: str | None, flag: str, bad: BadImages | None = None) -> di
     path: None and "digits" are the built-in digits, "synthetic" is noise; files of these names are
     reached as ./digits. flag: the setting named in errors. bad: told of damaged shards and of
     samples without image; default: they are errors.
-    Raises ValueError when the path, its format, columns, arrays, classes or labels are not usable.
+    Raises ValueError when the path, its format, columns, arrays, classes or labels are not usable,
+    or the machine cannot read them.
     """
     if path is None or path == "digits":
         from safer_fast.data.formats.arrays import open_digits
@@ -39,10 +41,12 @@ def open_splits(path: str | None, flag: str, bad: BadImages | None = None) -> di
     location = Path(path).expanduser()
     try:
         splits = _open(location, flag, bad or BadImages("error"))
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        place = error.filename or path
-        raise ValueError(f"{flag}: expected {EXPECTED}, got {place} ({reason})") from error
+    except (OSError, MemoryError) as error:
+        place = str(getattr(error, "filename", None) or path)
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise machine_error(error, flag, place) or ValueError(
+            f"{flag}: expected {EXPECTED}, got {place} ({reason})"
+        ) from error
     for source in splits.values():
         _check(source, location)
     return splits

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from safer_fast.command_line import printable
-from safer_fast.data.formats.source import Source, physical_memory
+from safer_fast.data.formats.source import Source
+from safer_fast.data.machine import machine_error, physical_memory
 
 NUM_TRAINING_DIGITS = 1000
 SPLIT_KEYS = {"train": ("x_train", "y_train"), "test": ("x_test", "y_test")}
@@ -86,7 +87,9 @@ def _open_archive(file: BinaryIO, path: Path, flag: str) -> NpzFile:
         archive = np.load(file, allow_pickle=False)
     except Exception as error:
         # Crafted bytes make numpy and zipfile raise whatever they stumble over.
-        raise ValueError(f"{flag}: expected a readable .npz file, got {path}") from error
+        raise machine_error(error, flag, str(path)) or ValueError(
+            f"{flag}: expected a readable .npz file, got {path}"
+        ) from error
     if not isinstance(archive, NpzFile):
         raise ValueError(f"{flag}: expected an .npz file of named arrays, got one array in {path}")
     return archive
@@ -112,10 +115,26 @@ def _load(archive: NpzFile, key: str, path: Path, flag: str) -> NDArray[Any]:
         if not isinstance(array, np.ndarray):
             raise TypeError("numpy gives the bytes of what is no array")
     except Exception as error:
-        raise ValueError(
+        raise _blame(error, archive, key, path, flag) or ValueError(
             f"{flag}: expected a readable array without Python objects, got {key} in {path}"
         ) from error
     return array
+
+
+def _blame(
+    error: Exception, archive: NpzFile, key: str, path: Path, flag: str
+) -> ValueError | None:
+    """The line on an error of the machine; None where the array is damaged.
+
+    A damaged head asks for more memory than its array has bytes: those are tried.
+    """
+    if isinstance(error, MemoryError) and archive.zip is not None:
+        try:
+            np.empty(archive.zip.getinfo(f"{key}.npy").file_size, dtype=np.uint8)
+            return None
+        except (MemoryError, KeyError):
+            pass
+    return machine_error(error, flag, str(path))
 
 
 def _source(images: NDArray[Any], labels: NDArray[Any], path: Path, flag: str) -> ArraySource:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safer_fast.data.formats.source import EncodedSource, Source
+from safer_fast.data.machine import missing
 
 SPLIT_NAMES = {"train": ["train"], "validation": ["val", "validation"], "test": ["test"]}
 
@@ -30,7 +31,13 @@ class FolderSource(EncodedSource):
         self.files = np.array(encoded, dtype=np.bytes_)
 
     def encoded(self, index: int) -> NDArray[np.uint8]:
-        return np.fromfile(self.describe(index), dtype=np.uint8)
+        file = self.describe(index)
+        try:
+            return np.frombuffer(Path(file).read_bytes(), dtype=np.uint8)
+        except FileNotFoundError:
+            if os.path.lexists(file):  # a link that leads nowhere
+                raise
+            raise missing(self.flag, file) from None
 
     def describe(self, index: int) -> str:
         return os.fsdecode(self.files[index])

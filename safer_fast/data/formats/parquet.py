@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from safer_fast.command_line import printable
-from safer_fast.data.formats.source import EncodedSource, Source, physical_memory
+from safer_fast.data.formats.source import EncodedSource, Source
+from safer_fast.data.machine import machine_error, physical_memory
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMN = "label"
@@ -107,7 +108,9 @@ def _one_line_errors(file: Path, flag: str) -> Iterator[None]:
         yield
     except Exception as error:
         # Crafted bytes make pyarrow raise whatever it stumbles over.
-        raise ValueError(f"{flag}: expected a readable parquet file, got {file}") from error
+        raise machine_error(error, flag, str(file)) or ValueError(
+            f"{flag}: expected a readable parquet file, got {file}"
+        ) from error
 
 
 def _image_column(schema: pa.Schema, file: Path, flag: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from abc import ABC, abstractmethod
 
 import numpy as np
@@ -65,8 +64,3 @@ def empty_classes(source: Source, num_classes: int) -> list[int]:
     """The class numbers without any row. The source's labels are in 0..num_classes-1."""
     counts = np.bincount(source.labels, minlength=num_classes)
     return [int(number) for number in np.flatnonzero(counts == 0)]
-
-
-def physical_memory() -> int:
-    """The memory of this machine in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

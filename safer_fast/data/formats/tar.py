@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import functools
 import os
-import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from safer_fast.data.bad_images import BadImages
+from safer_fast.data.formats.parts import FileParts
 from safer_fast.data.formats.source import EncodedSource, Source
 from safer_fast.data.formats.tar_index import ShardIndex, index_shard
+from safer_fast.data.machine import MachineError
 
 CLASS_NAMES = "classnames.txt"
 # More is indexed by several processes.
@@ -27,11 +28,12 @@ class TarSource(EncodedSource):
     """Samples of one or more shards: members KEY.jpg (or another image) and KEY.cls (an integer) or
     KEY.json (with label or cls); class names from the lines of classnames.txt beside the shards.
 
-    Shards are mapped into memory when a sample of theirs is first read. Nothing is extracted.
+    Nothing is extracted: samples are read where they lie.
     """
 
     def __init__(self, shards: list[Path], flag: str, bad: BadImages) -> None:
         self.shards, self.flag = shards, flag
+        self.parts = FileParts(shards, flag)
         found = []
         for index in _index_all(shards, flag):
             for message in index.refused:
@@ -49,26 +51,13 @@ class TarSource(EncodedSource):
             raise ValueError(f"{flag}: expected at least one sample, got none in {where}")
         self.class_names = _read_class_names(shards[0].parent / CLASS_NAMES, flag)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Worker processes map the shards themselves.
-        return {name: value for name, value in vars(self).items() if name != "map_shard"}
-
     def encoded(self, index: int) -> NDArray[np.uint8]:
-        start = int(self.offsets[index])
-        shard = self.map_shard(self.shards[self.shard_numbers[index]])
-        return shard[start : start + int(self.sizes[index])]
+        place = int(self.offsets[index]), int(self.sizes[index])
+        return self.parts.read(int(self.shard_numbers[index]), *place)
 
     def describe(self, index: int) -> str:
         key = self.keys[index].decode(errors="replace")
         return f"sample {key} of {self.shards[self.shard_numbers[index]]}"
-
-    @functools.cached_property
-    def map_shard(self) -> Callable[[Path], NDArray[np.uint8]]:
-        """The bytes of a shard, read-only; the shards read last stay mapped."""
-        # A map keeps its file open. Three splits may be open at once, beside other files.
-        most_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        most_maps = None if most_files == resource.RLIM_INFINITY else max(1, most_files // 4)
-        return functools.lru_cache(most_maps)(_map_shard)
 
 
 def open_tar(groups: dict[str, list[Path]], flag: str, bad: BadImages) -> dict[str, Source]:
@@ -90,13 +79,14 @@ def _index_all(shards: list[Path], flag: str) -> Iterator[ShardIndex]:
     try:
         found = pool.map(index, shards)
         yield from tqdm(found, "reading shards", len(shards), leave=False, disable=None)
+    except BrokenProcessPool as error:
+        raise MachineError(
+            f"{flag}: expected processes that read shards and live, got: {error} "
+            "(is there enough memory?)"
+        ) from error
     finally:
         # An error in one shard does not wait for the others.
         pool.shutdown(cancel_futures=True)
-
-
-def _map_shard(shard: Path) -> NDArray[np.uint8]:
-    return np.memmap(shard, dtype=np.uint8, mode="r").view(np.ndarray)
 
 
 def _read_class_names(file: Path, flag: str) -> list[str] | None:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safer_fast.command_line import printable
+from safer_fast.data.machine import machine_error
 
 IMAGE_EXTENSIONS = {"jpg", "jpeg", "png", "webp", "ppm", "bmp", "gif", "tif", "tiff"}
 LABEL_EXTENSIONS = {"cls", "json"}
@@ -59,7 +60,7 @@ def index_shard(shard: Path, flag: str) -> ShardIndex:
     keys: list[bytes] = []
     refused: list[str] = []
     with shard.open("rb") as file:
-        samples, damaged_at = _walk(file)
+        samples, damaged_at = _walk(file, flag)
         for sample in samples:
             label = _find_label(sample, file)
             if len(sample.images) == 1 and isinstance(label, int):
@@ -80,8 +81,11 @@ def index_shard(shard: Path, flag: str) -> ShardIndex:
     return ShardIndex(offsets, sizes, labels, np.array(keys, dtype=np.bytes_), refused)
 
 
-def _walk(file: BinaryIO) -> tuple[list[_Sample], int | None]:
-    """The samples, and the byte at which the file is damaged; None where it is whole."""
+def _walk(file: BinaryIO, flag: str) -> tuple[list[_Sample], int | None]:
+    """The samples, and the byte at which the file is damaged; None where it is whole.
+
+    Raises MachineError where the machine cannot read it.
+    """
     samples: list[_Sample] = []
     num_bytes = os.fstat(file.fileno()).st_size
     end = 0
@@ -96,8 +100,10 @@ def _walk(file: BinaryIO) -> tuple[list[_Sample], int | None]:
                 end = tar.offset
                 # Kept for random access, which would cost a kilobyte for each member.
                 tar.members.clear()  # type: ignore[attr-defined]
-    except Exception:
+    except Exception as error:
         # A crafted header makes tarfile raise whatever it stumbles over.
+        if (stopped := machine_error(error, flag, file.name)) is not None:
+            raise stopped from error
         return samples, end
     has_end = os.pread(file.fileno(), tarfile.BLOCKSIZE, end) == bytes(tarfile.BLOCKSIZE)
     return samples, None if has_end else end
