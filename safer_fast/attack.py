@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from safer_fast import kernels
+from safer_fast.attack_arguments import check_settings, checked_loss
 
 Norm = Literal["linf", "l2"]
 PLACES_PER_SEED = 32
@@ -30,6 +31,7 @@ def pgd(
     start: Tensor | None = None,
     objective: AttackLoss | None = None,
     generator: torch.Generator | None = None,
+    check_tensors: bool = True,
 ) -> Tensor:
     """Adversarial examples [B, C, H, W] within `epsilon` of `images` and within [0, 1].
 
@@ -49,16 +51,22 @@ def pgd(
         start: full starting point [B, C, H, W]; default: `random_start`.
         objective: sum-reduced loss of (logits, labels) to be raised; default: cross-entropy.
         generator: source of the random start, on the images' device; default: torch's own.
+        check_tensors: look at the values of images, labels and start too. On a GPU this waits once
+            for its queue to run empty; give False where they are known to be right.
 
     Raises:
-        ValueError: images that are no float [B, C, H, W], another norm, negative radii or steps.
+        ValueError: images that are no float [B, C, H, W], another norm, steps below 0, radii in
+            255ths; with `check_tensors` values that are no pixels in [0, 1], labels that are no
+            classes, and tensors or a model of other shapes or on another device.
     """
-    _check(images, norm, epsilon, step_size, steps)
+    loss = cross_entropy if objective is None else objective
+    check_settings(images, norm=norm, epsilon=epsilon, step_size=step_size, steps=steps)
+    if check_tensors:
+        loss = checked_loss(model, images, labels, start, loss)
     radius, step = (_as_scalar(value, images) for value in (epsilon, step_size))
     if start is None:
         start = random_start(images, radius, norm, generator)
     adversarial = start.detach().clone()
-    loss = cross_entropy if objective is None else objective
     with frozen(model):
         for _ in range(steps):
             climb_(model, adversarial, images, labels, step, radius, norm, loss)
@@ -184,16 +192,3 @@ def _as_scalar(value: float | Tensor, images: Tensor) -> Tensor:
     if isinstance(value, Tensor):
         return value
     return torch.full((), value, dtype=torch.float32, device=images.device)
-
-
-def _check(
-    images: Tensor, norm: str, epsilon: float | Tensor, step_size: float | Tensor, steps: int
-) -> None:
-    if images.ndim != 4 or not images.is_floating_point():
-        shape = list(images.shape)
-        raise ValueError(f"images: expected float [B, C, H, W], got {images.dtype} {shape}")
-    if norm not in ("linf", "l2"):
-        raise ValueError(f"norm: expected linf or l2, got {norm!r}")
-    for name, value in (("epsilon", epsilon), ("step_size", step_size), ("steps", steps)):
-        if not isinstance(value, Tensor) and not value >= 0:
-            raise ValueError(f"{name}: expected at least 0, got {value}")

@@ -253,8 +253,10 @@ def check_suits(name: str, norm: Norm, num_classes: int, image_size: int) -> Non
     """Raises ValueError naming `--attacks` where the attack is not made for such a model."""
     least = LEAST_CLASSES.get(name, 2)
     if name in LIBRARY_ATTACKS and num_classes < least:
+        fits = [n for n in LIBRARY_ATTACKS if LEAST_CLASSES.get(n, 2) <= num_classes]
         raise ValueError(
             f"--attacks: expected at least {least} classes for {name}, got {num_classes}"
+            + (f"; in its place: --attacks {','.join(fits)}" if fits else "")
         )
     if name in ("square", "autoattack") and norm == "l2" and image_size < LEAST_SIZE:
         raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from safer_fast.config import Criterion, Names, Radius
+from safer_fast.config import Names, Radius
 
 
 @dataclass
@@ -51,15 +51,16 @@ class SelectConfig:
 
     run: str
     """Run folder."""
-    criterion: Criterion = "sharpness"
-    """Score that ranks the layers."""
+    criterion: str = "sharpness"
+    """Score that ranks the layers: sharpness, gradient-norm, criticality, random, least-sharp, or
+    one of your own (docs/extending.md)."""
     criteria: Names = field(
         default_factory=lambda: Names(
             ["sharpness-absolute", "sharpness-relative", "gradient-norm", "criticality"]
         )
     )
     """What it is compared with, comma-separated: sharpness-absolute, sharpness-relative,
-    gradient-norm, criticality; fewer take less time."""
+    gradient-norm, criticality, or those of your own; fewer take less time."""
     fraction: float = 0.05
     """Share of the layers that is selected, in (0, 1]; at least one layer."""
     rho: float = 0.05

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
-from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -18,16 +16,14 @@ from jsonargparse.typing import register_type
 
 from safer_fast.config import Config, Names, Radius
 from safer_fast.distributed import is_quiet
-from safer_fast.help_text import HelpFormatter, dashed, tidy
+from safer_fast.help_text import HelpFormatter, tidy
+from safer_fast.messages import as_line, cut, explained, typed
+from safer_fast.messages import printable as printable
 from safer_fast.validation import check_config
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "digits"
 MOST_LEVELS = 20
-# What steers a terminal, turns the order of letters round, or is no text at all.
-UNPRINTABLE = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-)
 T = TypeVar("T")
 
 
@@ -44,13 +40,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 def fail(message: str) -> None:
     """Prints one line on standard error, once for ranks that all see it; exits with status 2."""
     if not is_quiet():
-        print("error: " + printable(" ".join(message.split())), file=sys.stderr)
+        print("error: " + as_line(message), file=sys.stderr)
     sys.exit(2)
-
-
-def printable(text: str) -> str:
-    """The text with ? in place of line breaks, escape sequences and marks that turn it round."""
-    return UNPRINTABLE.sub("?", text)
 
 
 def load_yaml(text: str) -> Any:
@@ -130,12 +121,34 @@ class _Parser(ArgumentParser):
 
 def parse(parser: ArgumentParser, arguments: Sequence[str], kind: Callable[..., T]) -> T:
     """The parsed arguments as `kind`, a dataclass; raises ValueError with one clear line."""
+    return parsed(parser, kind, lambda: parser.parse_args(list(arguments)))
+
+
+def parsed(parser: ArgumentParser, kind: Callable[..., T], read: Callable[[], Any]) -> T:
+    """The values that `read` gives, parsed as `kind`; raises ValueError with one line."""
     try:
-        values = parser.instantiate(parser.parse_args(list(arguments)))
+        values = parser.instantiate(read())
     except ArgumentError as error:
-        raise ValueError(_one_line(str(error))) from None
+        raise ValueError(explained(str(error), _settings_of(parser))) from None
     names = {item.name for item in fields(kind)} if is_dataclass(kind) else set()
-    return kind(**{name: value for name, value in vars(values).items() if name in names})
+    parsed = kind(**{name: value for name, value in vars(values).items() if name in names})
+    _check_nulls(parsed)
+    return parsed
+
+
+def _check_nulls(config: Any, group: str = "") -> None:
+    """Raises ValueError for null where a setting does not take it; jsonargparse lets it pass."""
+    for name, kind in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if is_dataclass(value):
+            _check_nulls(value, f"{name}.")
+        elif value is None and type(None) not in get_args(kind):
+            raise ValueError(f"{typed(group + name)}: expected a value, got null")
+
+
+def _settings_of(parser: ArgumentParser) -> list[str]:
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    return [flag[2:] for flag in flags if flag.startswith("--")]
 
 
 def with_underscores(arguments: Sequence[str]) -> list[str]:
@@ -182,14 +195,16 @@ def _check_mapping(file: Path) -> None:
     except (OSError, ValueError) as error:
         raise ValueError(f"--config: expected YAML in {file}: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"--config: expected names with values in {file}, got {content!r:.40}")
+        raise ValueError(
+            f"--config: expected names with values in {file}, got {cut(repr(content))}"
+        )
     # jsonargparse would read other files that these name
     if "config" in content:
         raise ValueError("--config: unknown setting 'config'")
     for name in _group_names():
         if not isinstance(group := content.get(name, {}), dict):
             raise ValueError(
-                f"--config: expected names with values for {name} in {file}, got {group!r:.40}"
+                f"--config: expected names with values for {name} in {file}, got {cut(repr(group))}"
             )
 
 
@@ -212,13 +227,6 @@ def _recipe_names() -> str:
     return f"one of the recipes {', '.join(names)}"
 
 
-def _known_names() -> list[str]:
-    names, groups = [], _group_names()
-    for name, value in Config().to_dict().items():
-        names += [f"{name}.{key}" for key in value] if name in groups else [name]
-    return names
-
-
 def _switches() -> list[str]:
     """Flags that are true where they stand alone."""
     flags = []
@@ -232,47 +240,6 @@ def _switches() -> list[str]:
 def _group_names() -> list[str]:
     config = Config()
     return [item.name for item in fields(config) if is_dataclass(getattr(config, item.name))]
-
-
-def _suggestion(name: str, known: Sequence[str]) -> str:
-    close = get_close_matches(name, known, n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
-
-
-def _one_line(message: str) -> str:
-    """Jsonargparse's message of several lines as `--flag: expected ..., got ...`."""
-    message = " ".join(message.split())
-    if found := re.match(r"unrecognized arguments: (\S+)", message):
-        flag = found[1].partition("=")[0]
-        return f"unknown flag {flag}{_suggestion(flag.lstrip('-'), _known_names())}"
-    if found := re.match(r"(?:Group '(.+?)' does not accept option|Option) '(.+?)'", message):
-        name = f"{found[1]}.{found[2]}" if found[1] else found[2]
-        return f"--config: unknown setting {name!r}{_suggestion(name, _known_names())}"
-    if found := re.match(r"argument (--\S+): (.*)", message):
-        return f"{found[1]}: {found[2]}"
-    if not (found := re.match(r'Parser key "(.+?)": *(.*)', message)):
-        return message
-    name, text = found[1], found[2]
-    flag = f"--{name}" if "." in name else dashed(f"--{name}")
-    if value := re.search(r"(?:Got|Given) value: (?:type: .*?Given value: )?(.*)$", text):
-        return f"{flag}: expected {_expected(text)}, got {value[1]}"
-    return f"{flag}: {text}"
-
-
-def _expected(text: str) -> str:
-    if "fraction such as" in text:
-        return "a number or a fraction such as 8/255"
-    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-    words["dict"] = "names with values such as {depth: 4}"
-    text = re.sub(r"Given value type: <class '[^']+'>", "", text)
-    kinds = [kind for kind in re.findall(r"<class '([^']+)'>", text) if kind != "NoneType"]
-    expected = list(dict.fromkeys(words.get(kind, kind) for kind in kinds))
-    if choices := re.search(r"Literal\[(.*?)\]", text):
-        names = choices[1].replace("'", "")
-        expected.insert(0, names if expected else f"one of {names}")
-    if expected:
-        return " or ".join(expected)
-    return re.sub(r"^Expected (.*?)\. Got value.*", r"\1", text)
 
 
 def _parse_radius(value: Any) -> Radius:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from safer_fast.config import Criterion
 from safer_fast.distributed import Ranks
+from safer_fast.messages import cut
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 """Adversarial images [B, C, H, W] and labels [B], on the model's device."""
@@ -37,11 +38,13 @@ def known_criteria() -> list[str]:
     return [*get_args(Criterion), *REGISTERED]
 
 
-def check_criterion(name: str) -> None:
-    """Raises ValueError unless there is a criterion of this name."""
-    if name not in known_criteria():
-        known = ", ".join(known_criteria())
-        raise ValueError(f"--selection.criterion: expected one of {known}, got {name!r}")
+def check_criterion(
+    name: str, flag: str = "--selection.criterion", known: Sequence[str] | None = None
+) -> None:
+    """Raises ValueError naming `flag` unless `name` is among `known`, by default all criteria."""
+    known = known_criteria() if known is None else known
+    if name not in known:
+        raise ValueError(f"{flag}: expected one of {', '.join(known)}, got {cut(repr(name))}")
 
 
 def registered_scores(

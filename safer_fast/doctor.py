@@ -13,11 +13,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safer_fast import command_line
+from safer_fast import command_line, ranges
 from safer_fast.config import DataConfig
 from safer_fast.doctor_checks import Check, diagnose
 from safer_fast.doctor_data import check_data, check_disk
 from safer_fast.doctor_machine import Facts, describe_machine
+from safer_fast.validation import check_ranges
 
 
 @dataclass
@@ -39,8 +40,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     words = command_line.with_underscores(arguments)
     config = command_line.parse(parser, words, DoctorConfig)
-    if config.batch_size < 1:
-        raise ValueError(f"--batch-size: expected at least 1, got {config.batch_size}")
+    check_ranges(config, ranges.DOCTOR)
     checks = [*diagnose(), check_disk(config.output)]
     if config.data.path is not None:
         checks += check_data(config.data, config.batch_size)

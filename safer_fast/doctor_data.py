@@ -55,7 +55,9 @@ def check_disk(output: str | None) -> Check:
     if free < _LEAST_DISK_GIB:
         return Check("disk", False, detail, "make room, or put --output on another disk")
     if speed < _LEAST_DISK_MIB_PER_S:
-        remedy = "put --output on a faster disk, or write fewer checkpoints (--checkpoint.minutes)"
+        remedy = (
+            "put --output on a faster disk, or write fewer checkpoints (--checkpoint.every_minutes)"
+        )
         return Check("disk", False, detail, remedy)
     return Check("disk", True, detail)
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from safer_fast import ranges
 from safer_fast.command_configs import EvaluateConfig
 from safer_fast.command_line import new_parser, parse, printable, run, with_underscores
+from safer_fast.conversion import converted
 from safer_fast.intervals import interval
-from safer_fast.validation import LIBRARY_ATTACKS, check_attack_name
+from safer_fast.validation import LIBRARY_ATTACKS, check_attack_name, check_ranges
 
 if TYPE_CHECKING:  # torch is imported when there is something to compute: --help does not wait
     import torch
@@ -152,6 +154,7 @@ def attack_by_name(
                 norm=norm,
                 start=start[part],
                 objective=climb.loss,
+                check_tensors=False,
             )
 
     micro_batch.run(len(images), attack_in_parts)
@@ -176,6 +179,7 @@ def evaluate_run(config: EvaluateConfig) -> list[Accuracy]:
     end it with SystemExit. Raises ValueError for a folder that is no run and for data and settings
     that do not fit its model.
     """
+    config = converted(config)
     _check(config)
     from safer_fast.evaluation_run import measure_run
 
@@ -190,14 +194,7 @@ def _check(config: EvaluateConfig) -> None:
         raise ValueError("--attacks: expected at least one attack, got none")
     for name in config.attacks:
         check_attack_name(name, "--attacks", LIBRARY_ATTACKS)
-    for name in ("batch_size", "num_images", "restarts"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
-    if not 0 <= config.seed <= 2**31:
-        raise ValueError(f"--seed: expected a whole number from 0 to 2^31, got {config.seed}")
-    if config.epsilon is not None and not 0 <= config.epsilon < math.inf:
-        raise ValueError(f"--epsilon: expected a radius of at least 0, got {config.epsilon:g}")
+    check_ranges(config, ranges.EVALUATE)
 
 
 def accuracy_table(accuracies: Sequence[Mapping[str, Any]]) -> str:

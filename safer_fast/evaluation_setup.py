@@ -14,6 +14,7 @@ from safer_fast.distributed import Ranks
 from safer_fast.evaluate import ThreatModel
 from safer_fast.evaluation_store import Store, file_digest
 from safer_fast.run_folder import LoadedRun, load_run
+from safer_fast.validation import check_ball
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,8 @@ def _threat(config: EvaluateConfig, judge: LoadedRun) -> ThreatModel:
             f"--epsilon: expected a radius for {norm}, got none: the run's is one for {own.norm}"
         )
     epsilon = float(own.epsilon if config.epsilon is None else config.epsilon)
-    if norm == "linf" and epsilon > 1:
-        raise ValueError(
-            f"--epsilon: expected a radius in [0, 1] for linf, got {epsilon:g} (pixels are in "
-            "[0, 1]; write 8/255, not 8)"
-        )
+    shape = judge.num_channels, judge.image_size, judge.image_size
+    check_ball(norm, epsilon, shape=shape, flags=("--epsilon", ""))
     return ThreatModel(norm, epsilon)
 
 

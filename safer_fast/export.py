@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from safer_fast.command_configs import ExportConfig
 from safer_fast.command_line import new_parser, parse, printable, run, with_underscores
+from safer_fast.conversion import converted
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,7 @@ def export(config: ExportConfig) -> Path:
     from safer_fast.export_onnx import check_packages
     from safer_fast.run_folder import check_output, load_run
 
+    config = converted(config)
     folder = Path(config.output or Path(config.run) / f"export-{config.format}")
     check_output(folder)
     if config.format == "onnx":

@@ -63,6 +63,7 @@ class Probe:
             steps=config.steps,
             norm=config.norm,
             start=self.start(images),
+            check_tensors=False,
         )
 
 

@@ -25,6 +25,7 @@ from safer_fast.run_log import RunLog
 from safer_fast.run_state import Progress
 from safer_fast.runtime import prepare_runtime
 from safer_fast.selection import candidates, match_layers
+from safer_fast.validation import check_ball
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ def set_up(config: Config, ranks: Ranks, checkpoint: Checkpoint | None) -> Setup
         num_ranks=ranks.num_ranks,
         report=tqdm.write if ranks.is_first else _say_nothing,
     )
+    shape = data.num_channels, data.image_size, data.image_size
+    check_ball(config.attack.norm, config.attack.epsilon, config.attack.step_size, shape=shape)
     data.bad.report = tqdm.write  # up to here all ranks have looked at the same images
     known = stored.get("facts")
     engine = Engine(config, runtime, data, ranks, known)

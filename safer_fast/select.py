@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from safer_fast import ranges
 from safer_fast.command_configs import SelectConfig
 from safer_fast.command_line import new_parser, parse, run, with_underscores
+from safer_fast.conversion import converted
+from safer_fast.messages import cut
 from safer_fast.select_plot import FORMATS, save_maps
 from safer_fast.select_scores import CRITERIA, Measured, measure_run, rank_correlations
 from safer_fast.select_table import correlation_table, score_table
+from safer_fast.validation import check_ranges
 
 _LEFT_OUT = "random measures nothing and least-sharp is sharpness turned round: neither is compared"
 
@@ -20,19 +24,20 @@ def main(arguments: Sequence[str]) -> None:
     parser = new_parser("select", "Score the layers of a trained model by every criterion.")
     parser.add_class_arguments(SelectConfig, None, skip={"run"})
     parser.add_argument("run", type=str, metavar="RUN", help="run folder")
-    config = parse(parser, _with_plot_file(with_underscores(arguments)), SelectConfig)
-    _check(config)
-    select(config)
+    select(parse(parser, _with_plot_file(with_underscores(arguments)), SelectConfig))
 
 
 def select(config: SelectConfig) -> list[str]:
     """Scores the layers of a run's model; prints the tables, writes them, gives the selected names.
 
-    The names are those that `criterion` selects; the other criteria stand beside it.
+    The names are those that `criterion` selects; the other criteria stand beside it. Raises
+    ValueError for settings that mean nothing, and for a folder that is no run.
     """
     from safer_fast.checkpoint import save_json
     from safer_fast.selection import select_layers
 
+    config = converted(config)
+    _check(config)
     chosen = f"sharpness-{config.radius}" if config.criterion == "sharpness" else config.criterion
     measured = measure_run(config, chosen, config.criteria)
     selected = {
@@ -64,20 +69,15 @@ def _with_plot_file(words: Sequence[str]) -> list[str]:
 
 
 def _check(config: SelectConfig) -> None:
-    least = (("--num-images", config.num_images, 1), ("--steps", config.steps, 0))
-    for flag, value, minimum in least:
-        if value is not None and value < minimum:
-            raise ValueError(f"{flag}: expected at least {minimum}, got {value}")
-    if not config.rho > 0:
-        raise ValueError(f"--rho: expected above 0, got {config.rho}")
-    if not 0 < config.fraction <= 1:
-        raise ValueError(f"--fraction: expected above 0, at most 1, got {config.fraction}")
-    if config.criterion == "all":
-        raise ValueError("--criterion: expected one that scores layers, got all")
-    if unknown := [name for name in config.criteria if name not in CRITERIA]:
-        raise ValueError(f"--criteria: expected some of {', '.join(CRITERIA)}, got {unknown[0]}")
+    from safer_fast.criteria import REGISTERED, check_criterion, known_criteria
+
+    check_ranges(config, ranges.SELECT)
     if config.plot and not config.plot.endswith(FORMATS):
-        raise ValueError(f"--plot: expected a .svg or .png file, got {config.plot}")
+        raise ValueError(f"--plot: expected a .svg or .png file, got {cut(config.plot)}")
+    scoring = [name for name in known_criteria() if name != "all"]
+    check_criterion(config.criterion, "--criterion", scoring)
+    for name in config.criteria:
+        check_criterion(name, "--criteria", [*CRITERIA, *REGISTERED])
     if Path(config.run).is_file():
         raise ValueError(
             f"RUN: expected a run folder, got {config.run}: weights alone do not say which data "

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from safer_fast.command_configs import SelectConfig
+from safer_fast.validation import check_ball
 
 if TYPE_CHECKING:
     import torch
@@ -45,13 +46,15 @@ def measure_run(config: SelectConfig, chosen: str, criteria: Sequence[str]) -> M
 
     started = time.monotonic()
     loaded = load_run(Path(config.run), config.weights, config.device)
-    batches = _batches(config, loaded)
-    arenas = _prepare(config, loaded)
     threat = loaded.config.attack
     epsilon = float(threat.epsilon if config.epsilon is None else config.epsilon)
+    shape = loaded.num_channels, loaded.image_size, loaded.image_size
+    check_ball(threat.norm, epsilon, shape=shape, flags=("--epsilon", ""))
     steps = threat.steps if config.steps is None else config.steps
     names = _defined(dict.fromkeys([chosen, *criteria]), chosen, steps)
     measures = {name: _measure(name, config) for name in names}
+    batches = _batches(config, loaded)
+    arenas = _prepare(config, loaded)
     scores = score_layers(
         loaded.model,
         batches,
@@ -142,7 +145,7 @@ def _measure(name: str, config: SelectConfig) -> Measure:
         "random": Measure("random"),
         "least-sharp": Measure("sharpness", config.radius),
     }
-    return measures[name]
+    return measures.get(name) or Measure(name)
 
 
 def _attack(loaded: LoadedRun, epsilon: float, steps: int, seed: int) -> Any:
@@ -158,6 +161,7 @@ def _attack(loaded: LoadedRun, epsilon: float, steps: int, seed: int) -> Any:
         step_size=default_step_size(epsilon, steps),
         steps=steps,
         norm=loaded.config.attack.norm,
+        check_tensors=False,
         generator=torch.Generator(loaded.model.mean.device).manual_seed(seed),
     )
 

@@ -92,6 +92,7 @@ def count_right(
                 steps=num_steps,
                 norm=norm,
                 start=start,
+                check_tensors=False,
             )
             count.copy_(is_right(model(attacked), labels).sum())
     return counts

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from safer_fast.command_line import parse_config, run
 from safer_fast.config import Config
+from safer_fast.conversion import checked
 from safer_fast.distributed import connected
 from safer_fast.stopping import Stopped
 
@@ -28,9 +29,11 @@ def train_model(config: Config) -> Path:
 
     Two stages: `selection.warmup_epochs` of adversarial training of everything, then SAFER on the
     selected layers. Under torchrun all processes train it together. SIGINT and SIGTERM end it with
-    a checkpoint and SystemExit. Raises ValueError for what a user can mend, before anything is
-    written, and FloatingPointError when too many steps in a row are not finite.
+    a checkpoint and SystemExit. Settings may be given as on the command line (`epsilon="8/255"`).
+    Raises ValueError for what a user can mend, before anything is written, and FloatingPointError
+    when too many steps in a row are not finite.
     """
+    config = checked(config)
     if config.dry_run:
         raise ValueError("--dry-run: expected false where a run is trained, got true")
     with connected(config.runtime.device != "cpu") as ranks:

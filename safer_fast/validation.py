@@ -2,83 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import yaml
+
+from safer_fast import ranges
 from safer_fast.config import SAVINGS, Config
+from safer_fast.messages import cut, typed
+from safer_fast.ranges import Range
 
 CW_STEPS = 30
 LIBRARY_ATTACKS = ("apgd-ce", "apgd-dlr", "square", "autoattack")
 """Attacks of the evaluate command alone."""
 
-_RANGES: dict[str, tuple[str, float, float]] = {
-    # flag: (what is expected, smallest, largest); both ends included
-    "seed": ("a whole number from 0 to 2^31", 0, 2**31),
-    "epochs": ("at least 1", 1, float("inf")),
-    "batch_size": ("at least 1", 1, float("inf")),
-    "model.patch_size": ("at least 1", 1, float("inf")),
-    "model.drop_path_rate": ("a share from 0 to 0.99", 0, 0.99),
-    "data.validation_fraction": ("a share from 0.001 to 0.9", 0.001, 0.9),
-    "data.max_images": ("at least 1", 1, float("inf")),
-    "data.image_size": ("at least 2", 2, float("inf")),
-    "data.randaugment": ("a magnitude from 0 to 30", 0, 30),
-    "data.random_erasing": ("a share from 0 to 1", 0, 1),
-    "data.mixup": ("at least 0", 0, float("inf")),
-    "data.cutmix": ("at least 0", 0, float("inf")),
-    "data.num_workers": ("at least 0", 0, float("inf")),
-    "data.prefetch": ("at least 1", 1, float("inf")),
-    "attack.epsilon": ("a radius of at least 0 for pixels in [0, 1]", 0, float("inf")),
-    "attack.steps": ("at least 0", 0, float("inf")),
-    "attack.step_size": ("at least 0", 0, float("inf")),
-    "attack.clean_epochs": ("at least 0", 0, float("inf")),
-    "attack.epsilon_warmup_epochs": ("at least 0", 0, float("inf")),
-    "attack.fp8_from": ("auto or at least 0", 0, float("inf")),
-    "attack.audit_every": ("at least 1", 1, float("inf")),
-    "attack.audit_images": ("at least 1", 1, float("inf")),
-    "attack.audit_ratio": ("a share from 0 to 1", 0, 1),
-    "objective.beta": ("at least 0", 0, float("inf")),
-    "objective.label_smoothing": ("a share from 0 to 0.99", 0, 0.99),
-    "selection.fraction": ("a share above 0, at most 1", 1e-9, 1),
-    "selection.every_epochs": ("at least 0", 0, float("inf")),
-    "selection.warmup_epochs": ("at least 0", 0, float("inf")),
-    "selection.rho": ("above 0", 1e-12, float("inf")),
-    "selection.from_block": ("at least 0", 0, float("inf")),
-    "selection.num_images": ("at least 1", 1, float("inf")),
-    "selection.lora_rank": ("at least 0", 0, float("inf")),
-    "sam.rho": ("at least 0", 0, float("inf")),
-    "optim.learning_rate": ("above 0", 1e-12, float("inf")),
-    "optim.safer_learning_rate": ("above 0", 1e-12, float("inf")),
-    "optim.weight_decay": ("at least 0", 0, float("inf")),
-    "optim.momentum": ("a share from 0 to 0.9999", 0, 0.9999),
-    "optim.warmup_epochs": ("at least 0", 0, float("inf")),
-    "optim.decay": ("a factor from 0 to 1", 0, 1),
-    "optim.min_learning_rate": ("at least 0", 0, float("inf")),
-    "optim.clip_norm": ("above 0", 1e-12, float("inf")),
-    "optim.ema_decay": ("a share from 0 to 0.999999", 0, 0.999999),
-    "runtime.num_threads": ("at least 1", 1, float("inf")),
-    "runtime.attack_micro_batch": ("auto or at least 1", 1, float("inf")),
-    "runtime.train_micro_batch": ("auto or at least 1", 1, float("inf")),
-    "runtime.log_every_steps": ("at least 1", 1, float("inf")),
-    "runtime.max_skipped_steps": ("at least 1", 1, float("inf")),
-    "checkpoint.every_steps": ("at least 1", 1, float("inf")),
-    "checkpoint.every_minutes": ("above 0", 1e-9, float("inf")),
-    "checkpoint.keep": ("at least 1", 1, float("inf")),
-    "checkpoint.grace_s": ("above 0", 1e-3, float("inf")),
-    "evaluation.every_epochs": ("at least 1", 1, float("inf")),
-    "evaluation.steps": ("at least 1", 1, float("inf")),
-    "evaluation.max_images": ("at least 1", 1, float("inf")),
-    "evaluation.patience": ("at least 1", 1, float("inf")),
-    "evaluation.sentinel_images": ("at least 0", 0, float("inf")),
-}
+HINT = "pixels are in [0, 1]; write 8/255, not 8"
 
 
 def check_config(config: Config) -> None:
     """Every setting is within its range; raises ValueError with the first flag that is not."""
-    for flag, (expected, smallest, largest) in _RANGES.items():
-        value = _value(config, flag)
-        if value is not None and value != "auto" and not smallest <= value <= largest:
-            raise ValueError(f"{_typed(flag)}: expected {expected}, got {value}")
+    check_ranges(config, ranges.TRAIN)
+    _check_arguments(config.model.arguments)
     _check_together(config)
+
+
+def check_ranges(config: Any, known: Mapping[str, Range]) -> None:
+    """Raises ValueError with the first flag of `known` whose number in `config` is out of range."""
+    for flag, limits in known.items():
+        value = _value(config, flag)
+        if value is None or value == "auto":
+            continue
+        if expected := limits.expected(value):
+            raise ValueError(f"{typed(flag)}: expected {expected}, got {cut(str(value))}")
+
+
+def check_ball(
+    norm: str,
+    epsilon: float,
+    step_size: float | None = None,
+    *,
+    shape: Sequence[int] | None = None,
+    flags: tuple[str, str] = ("--attack.epsilon", "--attack.step_size"),
+) -> None:
+    """Raises ValueError for a radius that reaches every image there is, or a step across the ball.
+
+    shape: of an image [C, H, W]; None: not known yet, any image will do. flags: what the radius and
+    the step are called in messages.
+    """
+    if norm == "linf":
+        largest, words = 1.0, "a radius in [0, 1] for linf"
+    else:
+        channels, *edges = shape or (ranges.CHANNELS, ranges.EDGE, ranges.EDGE)
+        largest = math.sqrt(math.prod((channels, *edges)))
+        words = f"a radius for l2 of at most {largest:.4g}, the diagonal of all images"
+        if shape:
+            words += " of " + "x".join(map(str, shape))
+    if not 0 <= epsilon <= largest:
+        raise ValueError(f"{flags[0]}: expected {words}, got {epsilon:g} ({HINT})")
+    diameter = 2 * (epsilon or largest)
+    if step_size is not None and not 0 <= step_size <= diameter * (1 + 1e-6):
+        raise ValueError(
+            f"{flags[1]}: expected at most {diameter:.4g}, the diameter of the ball, got "
+            f"{step_size:g} ({HINT})"
+        )
+
+
+def _check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Raises ValueError for names that no function has, and values that run.yaml cannot hold."""
+    for name in arguments:
+        if not str(name).isidentifier():
+            hint = "; a space follows each colon" if ":" in str(name) else ""
+            raise ValueError(
+                "--model.arguments: expected names with values such as {depth: 4}, got "
+                f"{{{cut(str(name))}}}{hint}"
+            )
+    try:
+        yaml.safe_dump(dict(arguments))
+    except yaml.representer.RepresenterError as error:
+        raise ValueError(
+            "--model.arguments: expected numbers, texts, lists and names with values, got "
+            f"{cut(repr(error.args[-1]))}"
+        ) from None
 
 
 def _check_together(config: Config) -> None:
@@ -92,11 +98,9 @@ def _check_together(config: Config) -> None:
             f"--selection.warmup_epochs: expected less than --epochs {config.epochs}, "
             f"got {selection.warmup_epochs}"
         )
-    if attack.norm == "linf" and attack.epsilon > 1:
-        raise ValueError(
-            f"--attack.epsilon: expected a radius in [0, 1] for linf, got {attack.epsilon:g} "
-            "(pixels are in [0, 1]; write 8/255, not 8)"
-        )
+    size = config.data.image_size
+    shape = None if size is None else (ranges.CHANNELS, size, size)
+    check_ball(attack.norm, attack.epsilon, attack.step_size, shape=shape)
     if attack.precision != "amp" and config.amp == "off":
         raise ValueError(f"--attack.precision: expected amp with --amp off, got {attack.precision}")
     if config.objective.name == "mart":
@@ -121,7 +125,8 @@ def _check_together(config: Config) -> None:
         )
     if unknown := [name for name in config.runtime.exact_savings if name not in SAVINGS]:
         raise ValueError(
-            f"--runtime.exact_savings: expected any of {', '.join(SAVINGS)}, got {unknown[0]!r}"
+            f"--runtime.exact_savings: expected any of {', '.join(SAVINGS)}, got "
+            f"{cut(repr(unknown[0]))}"
         )
     for name in config.evaluation.attacks:
         check_attack_name(name, "--evaluation.attacks")
@@ -132,11 +137,12 @@ def check_attack_name(name: str, flag: str, others: Sequence[str] = ()) -> None:
 
     Raises ValueError naming `flag` otherwise.
     """
-    kind, dash, steps = name.partition("-")
-    is_climb = kind in ("pgd", "cw") and dash and steps.isascii() and steps.isdigit()
-    if name not in ("clean", "fgsm", "cw", *others) and not (is_climb and int(steps) > 0):
+    climb = re.fullmatch(r"(?:pgd|cw)-0*([1-9][0-9]{0,8})", name)
+    if name not in ("clean", "fgsm", "cw", *others) and climb is None:
         known = ", ".join(["clean", "fgsm", "pgd-K (such as pgd-20)", "cw", "cw-K", *others])
-        raise ValueError(f"{flag}: expected {known}, got {name!r}")
+        raise ValueError(f"{flag}: expected {known}, got {cut(repr(name))}")
+    if climb is not None and int(climb[1]) > ranges.ITERATIONS:
+        raise ValueError(f"{flag}: expected at most {ranges.ITERATIONS:,} iterations, got {name}")
 
 
 def num_attack_steps(name: str) -> int:
@@ -144,13 +150,8 @@ def num_attack_steps(name: str) -> int:
     return {"clean": 0, "fgsm": 1, "cw": CW_STEPS}.get(name) or int(name.partition("-")[2] or 0)
 
 
-def _value(config: Config, flag: str) -> Any:
-    value: Any = config
+def _value(config: Any, flag: str) -> Any:
+    value = config
     for name in flag.split("."):
         value = getattr(value, name)
     return value
-
-
-def _typed(flag: str) -> str:
-    """The flag as users type it: --batch-size, but --attack.step_size."""
-    return "--" + (flag if "." in flag else flag.replace("_", "-"))

@@ -196,14 +196,50 @@ def test_memory_does_not_grow_over_two_hundred_attacks() -> None:
         ({"images": torch.zeros(3, 8, 8)}, r"images: expected float \[B, C, H, W\]"),
         ({"norm": "l1"}, "norm: expected linf or l2, got 'l1'"),
         ({"epsilon": -0.1}, r"epsilon: expected at least 0, got -0\.1"),
-        ({"steps": -1}, "steps: expected at least 0, got -1"),
+        ({"steps": -1}, "steps: expected a whole number of at least 0, got -1"),
+        ({"steps": 1.0}, "steps: expected a whole number of at least 0, got 1.0"),
+        ({"epsilon": 8}, "epsilon: expected a radius in .*, got 8 .*write 8/255, not 8"),
+        (
+            {"epsilon": 128, "norm": "l2"},
+            r"epsilon: expected .* 55\.43, .* of 3x32x32, got 128 .*8/255",
+        ),
+        ({"step_size": 2}, r"step_size: expected at most 0\.2, the diameter of the ball, got 2"),
+        ({"step_size": float("inf")}, "step_size: expected at most .*, got inf"),
+        ({"epsilon": float("nan")}, "epsilon: expected at least 0, got nan"),
+        ({"epsilon": torch.zeros(2)}, r"epsilon: expected a 0-d tensor on cpu, got float32 \[2\]"),
+        (
+            {"images": torch.full((2, 3, 8, 8), 255.0)},
+            r"images: expected pixels in \[0, 1\], .* 255",
+        ),
+        ({"images": torch.full((2, 3, 8, 8), -1.0)}, r"images: expected pixels in \[0, 1\], .* -1"),
+        ({"images": torch.full((2, 3, 8, 8), torch.nan)}, r"images: expected pixels .* nan"),
+        ({"start": torch.rand(2, 3, 32, 32) + 1}, r"start: expected pixels in \[0, 1\]"),
+        (
+            {"start": torch.rand(1, 3, 32, 32)},
+            r"start: expected float32 \[2, 3, 32, 32\] .* like images",
+        ),
+        ({"labels": torch.tensor([0, 10])}, "labels: expected 10 classes as logits have, got 10"),
+        ({"labels": torch.tensor([0, -1])}, "labels: expected class numbers from 0, got -1"),
+        ({"labels": torch.tensor([0])}, r"labels: expected int64 \[2\] or probabilities"),
+        ({"labels": torch.tensor([0.0, 1.0])}, r"labels: expected int64 \[2\] or probabilities"),
+        ({"labels": torch.rand(2, 9)}, r"labels: expected 10 classes .*, got float32 \[2, 9\]"),
+        ({"labels": torch.ones(2, 10) * 7}, "labels: expected probabilities, got values from 7"),
+        ({"model": PlainNetwork().to("meta")}, "model: expected on cpu like images, got meta"),
     ],
 )
 def test_wrong_arguments_are_refused(change: dict[str, object], message: str) -> None:
     images, labels = images_and_labels(2)
     settings: dict[str, object] = {"epsilon": 0.1, "step_size": 0.1, "steps": 1, "images": images}
+    settings |= {"model": PlainNetwork(), "labels": labels}
     with pytest.raises(ValueError, match=message):
-        pgd(PlainNetwork(), labels=labels, **settings | change)  # type: ignore[arg-type]
+        pgd(**settings | change)  # type: ignore[arg-type]
+
+
+def test_values_of_tensors_are_left_alone_where_one_says_so() -> None:
+    images, labels = images_and_labels(2)
+    settings = {"epsilon": 0.1, "step_size": 0.1, "steps": 1, "check_tensors": False}
+    attacked = pgd(PlainNetwork(), images + 2, labels, **settings)  # type: ignore[arg-type]
+    assert attacked.max() == 1
 
 
 def seed_of(number: int) -> int:

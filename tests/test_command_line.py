@@ -100,7 +100,7 @@ def test_a_saved_configuration_repeats_the_run(tmp_path: Path) -> None:
 
 MISTAKES: list[tuple[list[str], str]] = [
     (["--foo", "1"], "unknown flag --foo"),
-    (["--attack.epsilonn", "1"], "unknown flag --attack.epsilonn, did you mean 'attack.epsilon'?"),
+    (["--attack.epsilonn", "1"], "unknown flag --attack.epsilonn, did you mean --attack.epsilon?"),
     (["--amp", "fp3"], "--amp: expected one of off, bf16, got fp3"),
     (["--epochs", "1.5"], "--epochs: expected a whole number, got 1.5"),
     (["--epochs", "0"], "--epochs: expected at least 1, got 0"),

@@ -9,8 +9,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "safer_fast"
 ORDER = [
     {"kernels"},
-    {"help_text", "intervals", "answers"},
+    {"help_text", "intervals", "answers", "ranges"},
+    {"messages"},
     {"config", "command_configs", "validation", "command_line", "distributed", "stopping"},
+    {"conversion"},
     {"capture", "moments", "micro_batch", "savings", "cut", "sums", "batch_norms"},
     {"report_drawing", "report_map"},
     {
@@ -25,6 +27,7 @@ ORDER = [
     },
     {"network", "checkpoint_folder", "run_log", "gallery"},
     {"model"},
+    {"attack_arguments"},
     {"attack", "sam", "runtime", "attention", "criteria"},
     {
         "objective",

@@ -216,9 +216,9 @@ def test_bf16_changes_precision_alone(trained: Path, tmp_path: Path) -> None:
         (["--num-images=0"], "--num-images: expected at least 1, got 0"),
         (["--steps=-1"], "--steps: expected at least 0, got -1"),
         (["--rho=0"], "--rho: expected above 0"),
-        (["--fraction=2"], "--fraction: expected above 0, at most 1"),
-        (["--criterion=all"], "--criterion: expected one that scores layers, got all"),
-        (["--criteria=sharp"], "--criteria: expected some of sharpness-absolute, .*, got sharp"),
+        (["--fraction=2"], "--fraction: expected a share above 0, at most 1"),
+        (["--criterion=all"], "--criterion: expected one of sharpness, .*least-sharp, got 'all'"),
+        (["--criteria=sharp"], "--criteria: expected one of sharpness-absolute, .*, got 'sharp'"),
         (["--plot=maps.pdf"], r"--plot: expected a \.svg or \.png file, got maps\.pdf"),
     ],
 )
