@@ -10,7 +10,7 @@ import torch
 
 from safer_fast import __version__
 from safer_fast.config import Config
-from safer_fast.data import Data
+from safer_fast.data import Data, describe_subset
 from safer_fast.engine import Engine
 from safer_fast.sentinel import AttackGap
 
@@ -33,6 +33,10 @@ def describe_run(config: Config, engine: Engine, data: Data) -> dict[str, Any]:
         notes.append(f"data: unreadable images or shards left out at the start: {count}")
     if model.num_blocks == 0:
         notes.append(f"prefix reuse: off ({config.model.name} cannot be cut into blocks)")
+    limit, of_images = config.evaluation.max_images, data.validation.num_images
+    validation = {}
+    if limit is not None and limit < of_images:
+        validation["validation"] = describe_subset(limit, of_images)
     return {
         "safer_fast": __version__,
         "torch": torch.__version__,
@@ -45,6 +49,7 @@ def describe_run(config: Config, engine: Engine, data: Data) -> dict[str, Any]:
         f"{data.validation.num_images} validation, {num_test} test images of "
         f"{data.num_channels}x{data.image_size}x{data.image_size}; "
         f"{len(data.train)} batches of {largest} by {data.train.backend}",
+        **validation,
         "notes": notes,
     }
 

@@ -32,7 +32,7 @@ class EvaluateConfig:
     path: str | None = None
     """Data to evaluate on, in any format of --data.path; default: the run's test split."""
     num_images: int | None = None
-    """Use only the first images; default: all."""
+    """Use only so many images, a fixed subset stratified by class; default: all."""
     batch_size: int = 256
     """Images per batch, at most; an evaluation that was stopped goes on at the next batch."""
     seed: int = 0

@@ -56,7 +56,8 @@ class DataConfig:
     validation_fraction: float = 0.1
     """Share of training rows cut off as validation split where the data has none, in (0, 1)."""
     max_images: int | None = None
-    """Use at most this many training images, drawn with the seed; default: all."""
+    """Use at most this many training images, drawn with the seed, of every class there is room for;
+    default: all."""
     image_size: int | None = None
     """Edge in pixels that images are brought to; default: their own, which must then be one for
     all."""
@@ -281,7 +282,8 @@ class EvaluationConfig:
     steps: int = 10
     """PGD steps of the evaluation during training."""
     max_images: int | None = 1000
-    """Validation images of the evaluation during training; null: all."""
+    """Validation images of the evaluation during training, the same at each, stratified by class;
+    null: all."""
     attacks: Names = field(default_factory=lambda: Names(["clean", "pgd-20"]))
     """Final figures: clean, fgsm, pgd-K, cw or cw-K, at attack.epsilon."""
     patience: int | None = None

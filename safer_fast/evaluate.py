@@ -258,9 +258,15 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         f"{row['epsilon']:.4f}",
         f"{row['accuracy']:.4f}",
         f"{low:.4f}-{high:.4f}",
-        str(row["num_images"]),
+        _images(row),
         "" if seconds is None else f"{seconds:.1f}",
     ]
+
+
+def _images(row: Mapping[str, Any]) -> str:
+    """The number of images of a figure, and of how many they are a subset."""
+    num_images, of_images = row["num_images"], row.get("of_images") or 0
+    return f"{num_images} of {of_images}" if num_images < of_images else str(num_images)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from safer_fast.answers import has_finite, is_right
 from safer_fast.attack import finite_pixels, placed_start
 from safer_fast.attack_suite import Climber, LibraryAttacks, climb_of
 from safer_fast.command_configs import EvaluateConfig
-from safer_fast.data import Batch, as_pixels
+from safer_fast.data import Batch, as_pixels, describe_subset
 from safer_fast.data.seeds import derive_seed
 from safer_fast.distributed import Ranks, connected
 from safer_fast.evaluate import accuracy_table, class_table, notes
@@ -48,6 +48,8 @@ def measure_run(config: EvaluateConfig) -> list[dict[str, Any]]:
         logged = read_metrics(file) if ranks.is_first and file.is_file() else []
         log = RunLog(folder, ranks)
         num_images = setup.loader.num_images
+        if config.num_images is not None and config.num_images < num_images:
+            log.say(f"{setup.split}: {describe_subset(config.num_images, num_images)}")
         share = -(-min(config.num_images or num_images, num_images) // ranks.num_ranks)
         with Progress(list(setup.stores), share, log.say, ranks.is_first) as progress:
             examination = Examination(config, setup, progress, stops, log, share)
@@ -86,7 +88,8 @@ class Examination:
         judge, attacked, threat = setup.judge, setup.attacked, setup.threat
         self.config, self.judge, self.attacked = config, judge.model, attacked.model
         self.threat, self.stores, self.progress, self.stops = threat, setup.stores, progress, stops
-        self.split, self.is_transfer = setup.split, attacked is not judge
+        self.split, self.of_images = setup.split, setup.loader.num_images
+        self.is_transfer = attacked is not judge
         self.device = judge.model.mean.device
         num_classes = len(judge.class_names)
         runtime = plan(
@@ -232,6 +235,7 @@ class Examination:
             "epsilon": 0.0 if is_clean else self.threat.epsilon,
             "accuracy": num_right / num_images,
             "num_images": num_images,
+            "of_images": self.of_images,
             "loss": round(loss / num_images) / SCALE if loss == loss else None,
             "num_not_finite": int(num_not_finite),
             "restarts": None if is_clean else num_restarts(name, self.config),
@@ -257,10 +261,14 @@ def _loss(outcome: Outcome) -> float:
 def _log(
     rows: Sequence[dict[str, Any]], logged: Sequence[Mapping[str, Any]], epoch: int, log: RunLog
 ) -> None:
-    """Rows are appended to metrics.jsonl where nothing there says the same."""
+    """Rows are appended to metrics.jsonl where nothing there says the same.
+
+    Earlier versions did not say of how many images theirs were, nor how many were not finite.
+    """
+    known = [{"of_images": e.get("num_images"), "num_not_finite": 0, **e} for e in logged]
     for row in rows:
         facts = {key: value for key, value in row.items() if key != "seconds"}
-        if not any(event.items() >= facts.items() for event in logged):
+        if not any(event.items() >= facts.items() for event in known):
             log.write("evaluation", epoch=epoch, step=0, **row)
     log.close()
 

@@ -34,13 +34,18 @@ def attack_shown(config: EvaluationConfig) -> str:
 
 
 def validation_figures(
-    clean: Accuracy | None = None, robust: Accuracy | None = None
+    clean: Accuracy | None = None, robust: Accuracy | None = None, of_images: int | None = None
 ) -> dict[str, Any]:
-    """An epoch's event says this of the validation split, null where it was not looked at."""
+    """An epoch's event says this of the validation split, null where it was not looked at.
+
+    of_images: all of the split.
+    """
     if clean is None or robust is None:
-        names = ("clean_accuracy", "robust_accuracy", "validation_loss", "num_not_finite")
-        return dict.fromkeys(names)
+        accuracies = ("clean_accuracy", "robust_accuracy", "validation_loss", "num_not_finite")
+        return dict.fromkeys((*accuracies, "validation_images", "of_validation_images"))
     return {
+        "validation_images": robust.num_images,
+        "of_validation_images": of_images,
         "clean_accuracy": clean.accuracy,
         "robust_accuracy": robust.accuracy,
         "validation_loss": robust.loss,
@@ -73,10 +78,11 @@ class Examiner:
         split = "test" if self.data.test is not None else "validation"
         attacks = self.config.evaluation.attacks
         results = self._accuracies(loader, attacks, source, f"{split}, weights {weights}")
-        return [{"split": split, "weights": weights, **vars(result)} for result in results]
+        facts = {"split": split, "weights": weights, "of_images": loader.num_images}
+        return [facts | vars(result) for result in results]
 
     def show_images(self, source: Tensor, folder: Path, step: int) -> None:
-        """The first images of the final split, attacked, are in the run's gallery, and in its log.
+        """A few images of the final split, attacked, are in the run's gallery, and in its log.
 
         The first rank does that, with its own images; where it has none there is no gallery.
         """

@@ -181,7 +181,7 @@ def _accuracies(config: ExportConfig) -> list[dict[str, Any]]:
     for event in read_metrics(file) if file.is_file() else []:
         is_ours = event.get("event") == "evaluation" and event.get("weights") == config.weights
         if is_ours and all(name in event for name in names) and event["num_images"] > 0:
-            row = {name: event[name] for name in names}
+            row = {name: event[name] for name in (*names, "of_images") if name in event}
             row["num_not_finite"] = event.get("num_not_finite") or 0
             rows[row["split"], row["attack"], row["epsilon"]] = row
     return list(rows.values())

@@ -85,10 +85,12 @@ def _accuracy_table(accuracies: Sequence[Mapping[str, Any]]) -> str:
 
 def _accuracy_row(row: Mapping[str, Any]) -> str:
     accuracy, count = float(row["accuracy"]), int(row["num_images"])
+    of_images = int(row.get("of_images") or 0)
+    images = f"{count} of {of_images}" if count < of_images else str(count)
     low, high = interval(accuracy, count)
     return (
         f"| {_plain(row['split'])} | {_plain(row['attack'])} | {float(row['epsilon']):.6g} | "
-        f"{accuracy:.4f} | {low:.4f} to {high:.4f} | {count} |"
+        f"{accuracy:.4f} | {low:.4f} to {high:.4f} | {images} |"
     )
 
 

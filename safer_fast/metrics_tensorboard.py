@@ -17,7 +17,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import CRC_TABLE
 
 _NAME = "events.out.tfevents."
-_NOT_PLOTTED = ("event", "epoch", "step", "time_s")
+_NOT_PLOTTED = ("event", "epoch", "step", "time_s", "validation_images", "of_validation_images")
 _MOST_MAPS = 12  # of selections before a resume: each takes a quarter of a second to draw
 _MOST_LEVELS = 3  # of values within values
 

@@ -34,6 +34,7 @@ class Evaluation:
     restarts: int
     seed: int | None
     num_images: int
+    of_images: int
     accuracy: float | None = field(compare=False)
     loss: float | None = field(compare=False)
     num_not_finite: int = field(compare=False)
@@ -131,6 +132,7 @@ def _evaluation(event: Mapping[str, Any], run: Run) -> Evaluation:
         restarts=1 if attack == "clean" else int(event.get("restarts") or 1),
         seed=None if attack == "clean" or event.get("seed") is None else int(event["seed"]),
         num_images=int(event.get("num_images") or 0),
+        of_images=int(event.get("of_images") or event.get("num_images") or 0),
         accuracy=event.get("accuracy"),
         loss=event.get("loss"),
         num_not_finite=int(event.get("num_not_finite") or 0),
@@ -194,7 +196,8 @@ def _facts(one: Evaluation) -> dict[str, str]:
     if one.source:
         facts["source"] = f"images made for {one.source}"
     if one.num_images > 0:
-        facts["images"] = f"{one.num_images:,} images"
+        of_images = f" of {one.of_images:,}" if one.num_images < one.of_images else ""
+        facts["images"] = f"{one.num_images:,}{of_images} images"
     return facts
 
 

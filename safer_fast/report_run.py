@@ -26,6 +26,7 @@ _NUMBERS = (
     "peak_memory_mib",
     "skipped_steps",
     "num_images",
+    "of_images",
     "validation_loss",
     "train_start_accuracy",
     "loss_rise",

@@ -166,7 +166,8 @@ class Trainer:
         if epoch % every == 0 or epoch == self.config.epochs:
             gap = self.examiner.attack_gap(epoch)
             clean, robust = self.examiner.on_validation(self._source())
-            accuracies = validation_figures(clean, robust)
+            of_images = self.data.validation.num_images
+            accuracies = validation_figures(clean, robust, of_images)
             changes = self._keep_best(epoch, (robust.accuracy, clean.accuracy))
         self._write("epoch", epoch, **figures, **accuracies, **gap_figures(gap))
         self.log.say(

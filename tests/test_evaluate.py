@@ -765,11 +765,13 @@ def test_intervals_are_those_of_wilson() -> None:
 
 def test_tables_name_what_was_measured(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command.main([str(folder), "--attacks", "clean,pgd-2", "--num-images=50", "--device=cpu"])
-    lines = capsys.readouterr().out.splitlines()
+    said, *lines = capsys.readouterr().out.splitlines()
+    assert said == "test: 50 of 797 images, stratified by class"
     titles = ["weights", "split", "attack", "norm", "epsilon", "accuracy", "95", "%", "images", "s"]
     assert lines[0].split() == titles
     assert lines[1].split()[:3] == ["last", "test", "clean"]
     assert lines[2].split()[:5] == ["last", "test", "pgd-2", "linf", "0.1000"]
+    assert " 50 of 797 " in lines[1]
     assert lines[3].split() == ["class", "clean", "pgd-2"]
     assert len(lines) == 4 + 10
 

@@ -4,6 +4,7 @@ from safer_fast.data.ahead import ahead
 from safer_fast.data.batch import Batch, Loader, as_pixels
 from safer_fast.data.load import Data, load_data, load_evaluation_data
 from safer_fast.data.mixing import Mixing
+from safer_fast.data.subset import describe_subset
 
 __all__ = [
     "Batch",
@@ -12,6 +13,7 @@ __all__ = [
     "Mixing",
     "ahead",
     "as_pixels",
+    "describe_subset",
     "load_data",
     "load_evaluation_data",
 ]

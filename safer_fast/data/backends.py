@@ -21,8 +21,9 @@ from safer_fast.data.loaders import (
     StreamLoader,
     SyntheticLoader,
 )
-from safer_fast.data.order import Indices, Ordering
+from safer_fast.data.order import Ordering
 from safer_fast.data.reading import decode_all
+from safer_fast.data.subset import Indices
 
 # Sets up to this many decoded bytes lie on the device.
 MEMORY_LIMIT = 2**30

@@ -109,15 +109,18 @@ class Loader(Protocol):
 
         Every image comes exactly once; what comes from `start` on is what would have come there
         anyway. A training loader shuffles and augments, the others give every image in order and
-        unaugmented, whatever the number. limit: only so many images count, the first ones of all
-        ranks together; the others are not read, and batches of none but them do not come. Every
-        rank has as many batches, some perhaps of nothing but padding.
+        unaugmented, whatever the number. limit: only so many images count, of all ranks together;
+        the others are not read, and batches of none but them do not come. A training loader takes
+        the first of its order; the others take a stratified subset that depends on the labels
+        alone, in an order of its own: a larger subset begins with a smaller one. Every rank has as
+        many batches, some perhaps of nothing but padding.
         Raises ValueError that names the file when an image cannot be read and is not to be skipped.
         """
 
     def probe(self, num_images: int, number: int) -> Iterator[Batch]:
         """At most `num_images` different images, unaugmented, drawn with the seed and `number`.
 
+        They hold as many classes as they have room for.
         The last batch may be smaller than the others, and a rank's part of it empty; every rank
         has as many batches.
         """

@@ -28,9 +28,10 @@ from safer_fast.data.images import (
     open_encoded,
     read_encoded,
 )
-from safer_fast.data.order import Indices, OrderedLoader, Ordering
+from safer_fast.data.order import OrderedLoader, Ordering
 from safer_fast.data.reading import Reader, Samples, usable
 from safer_fast.data.seeds import derive_seed
+from safer_fast.data.subset import Indices
 
 # What DALI decodes to the same bits as PIL on a CPU (tested); other formats come to it as pixels.
 FORMATS = {"JPEG", "PNG", "WEBP", "BMP", "PPM"}
@@ -56,7 +57,7 @@ class DaliLoader(OrderedLoader):
         slot: PipelineSlot,
         bad: BadImages,
     ) -> None:
-        super().__init__(len(rows), ordering)
+        super().__init__(len(rows), ordering, source.labels[rows])
         self.source, self.rows, self.slot, self.bad = source, rows, slot, bad
         self._sizes = np.zeros((len(rows), 2), dtype=np.int32)
 

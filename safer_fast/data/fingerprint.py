@@ -11,7 +11,7 @@ import numpy as np
 from safer_fast.data.batch import Loader
 from safer_fast.data.formats import Source
 from safer_fast.data.images import ImageFormat
-from safer_fast.data.order import Indices
+from safer_fast.data.subset import Indices
 
 
 def fingerprint(

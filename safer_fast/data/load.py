@@ -20,8 +20,9 @@ from safer_fast.data.formats import Source, check_labels, empty_classes, open_sp
 from safer_fast.data.formats.synthetic import SIZE as SYNTHETIC_SIZE
 from safer_fast.data.formats.synthetic import SyntheticSource
 from safer_fast.data.images import ImageFormat, find_num_channels, find_sizes
-from safer_fast.data.order import Indices, Ordering
+from safer_fast.data.order import Ordering
 from safer_fast.data.seeds import derive_seed
+from safer_fast.data.subset import Indices, draw
 
 LARGEST_UNAUGMENTED_SIZE = 16
 LARGEST_CROP_SIZE = 64
@@ -276,7 +277,8 @@ def _cut(splits: _Splits, config: DataConfig, seed: int) -> dict[str, tuple[Sour
             )
     training, validation = np.sort(order[num_validation:]), np.sort(order[:num_validation])
     if config.max_images is not None:
-        training = np.sort(generator.permutation(training)[: config.max_images])
+        drawn = draw(generator.permutation(training), splits.train.labels, config.max_images)
+        training = np.sort(drawn)
     rows = {"train": (splits.train, training), "validation": (splits.train, validation)}
     for split, source in (("validation", splits.validation), ("test", splits.test)):
         if source is not None:

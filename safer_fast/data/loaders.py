@@ -13,9 +13,10 @@ from safer_fast.data.bad_images import BadImages
 from safer_fast.data.batch import Batch
 from safer_fast.data.formats import Source
 from safer_fast.data.images import ImageFormat
-from safer_fast.data.order import Indices, OrderedLoader, Ordering, Part
+from safer_fast.data.order import OrderedLoader, Ordering, Part
 from safer_fast.data.reading import Reader, read_batches
 from safer_fast.data.seeds import derive_seed, make_generator
+from safer_fast.data.subset import Indices
 
 
 class SetLoader(OrderedLoader):
@@ -29,7 +30,7 @@ class SetLoader(OrderedLoader):
     def __init__(
         self, images: NDArray[np.uint8], labels: NDArray[np.int64], ordering: Ordering
     ) -> None:
-        super().__init__(len(images), ordering)
+        super().__init__(len(images), ordering, labels)
         self.margin = PADDING.get(self.augmentation or "", 0)
         self.padded = pad(images, self.margin) if self.margin else images
         self.labels = labels
@@ -120,7 +121,7 @@ class StreamLoader(OrderedLoader):
         prefetch: int = 2,
         randaugment: int = 0,
     ) -> None:
-        super().__init__(len(rows), ordering)
+        super().__init__(len(rows), ordering, source.labels[rows])
         self.source, self.rows, self.image_format, self.bad = source, rows, image_format, bad
         self.num_workers, self.prefetch, self.randaugment = num_workers, prefetch, randaugment
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
 from safer_fast.data.batch import Batch
-from safer_fast.data.seeds import make_generator
-
-Indices = NDArray[np.int64]
+from safer_fast.data.seeds import make_permutation
+from safer_fast.data.subset import Indices, Labels, draw, fixed_order
 
 
 @dataclass(frozen=True)
@@ -51,13 +49,14 @@ class OrderedLoader(ABC):
     image: none is dropped, none weighs much more than another, and filling all up to one size costs
     next to nothing. Ranks take consecutive parts of each batch, so that a batch is the same
     whatever their number. Raises ValueError when there are fewer training images than fill a
-    batch, and when there is no image.
+    batch, and when there is no image. labels: the class of each image, by which a part of them is
+    drawn; None where images have none of their own.
     """
 
     backend: str
 
-    def __init__(self, num_images: int, ordering: Ordering) -> None:
-        self.num_images, self.ordering = num_images, ordering
+    def __init__(self, num_images: int, ordering: Ordering, labels: Labels | None = None) -> None:
+        self.num_images, self.ordering, self._classes = num_images, ordering, labels
         self.seed, self.augmentation = ordering.seed, ordering.augmentation
         if self.augmentation is not None and ordering.batch_size > num_images:
             raise ValueError(
@@ -78,7 +77,7 @@ class OrderedLoader(ABC):
     def epoch(self, number: int, start: int = 0, limit: int | None = None) -> Iterator[Batch]:
         """See `Loader.epoch`."""
         is_training = self.augmentation is not None
-        order = self._permutation("order", number) if is_training else np.arange(self.num_images)
+        order = self._permutation("order", number) if is_training else self._places(limit)
         parts = self._parts(np.array_split(order, len(self)), limit)[start:]
         batches = self._read_parts(parts, number if is_training else None, self.batch_size)
         # what was left out, or comes from where nobody fills up
@@ -86,7 +85,11 @@ class OrderedLoader(ABC):
 
     def probe(self, num_images: int, number: int) -> Iterator[Batch]:
         """See `Loader.probe`."""
-        order = self._permutation("probe", number)[:num_images]
+        order = self._permutation("probe", number)
+        if self._classes is None:
+            order = order[:num_images]
+        else:
+            order = draw(order, self._classes, num_images)
         ends = range(self.ordering.batch_size, len(order), self.ordering.batch_size)
         return self._read_parts(self._parts(np.split(order, ends)), None, 0)
 
@@ -120,7 +123,17 @@ class OrderedLoader(ABC):
             start += len(batch)
         return parts
 
+    def _places(self, limit: int | None) -> Indices:
+        """The order of evaluation: as the images lie, or a subset of all classes first."""
+        if limit is None or limit >= self.num_images:
+            return np.arange(self.num_images)
+        return self._subset_first
+
+    @cached_property
+    def _subset_first(self) -> Indices:
+        if self._classes is None:
+            return np.arange(self.num_images)
+        return fixed_order(self._classes)
+
     def _permutation(self, purpose: str, number: int) -> Indices:
-        generator = make_generator(self.seed, purpose, number)
-        order: Indices = torch.randperm(self.num_images, generator=generator).numpy()
-        return order
+        return make_permutation(self.num_images, self.seed, purpose, number)

@@ -20,8 +20,8 @@ from safer_fast.data.crops import draw_crop
 from safer_fast.data.formats import Source
 from safer_fast.data.images import BadImageError, ImageFormat, cut, decode, fit
 from safer_fast.data.machine import machine_error
-from safer_fast.data.order import Indices
 from safer_fast.data.seeds import derive_seed
+from safer_fast.data.subset import Indices
 from safer_fast.data.workers import start_loader
 
 # Small, because what workers give back lies in shared memory, of which containers have little.

@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 
 def derive_seed(seed: int, purpose: str, *numbers: int) -> int:
@@ -17,3 +18,10 @@ def derive_seed(seed: int, purpose: str, *numbers: int) -> int:
 def make_generator(seed: int, purpose: str, *numbers: int) -> torch.Generator:
     """A CPU generator seeded by `derive_seed`."""
     return torch.Generator().manual_seed(derive_seed(seed, purpose, *numbers))
+
+
+def make_permutation(length: int, seed: int, purpose: str, *numbers: int) -> NDArray[np.int64]:
+    """The numbers from 0 to `length - 1` in an order drawn by `make_generator`."""
+    generator = make_generator(seed, purpose, *numbers)
+    order: NDArray[np.int64] = torch.randperm(length, generator=generator).numpy()
+    return order
