@@ -23,6 +23,13 @@ from safer_fast.validation import check_config
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "digits"
+OPEN_FLAGS = (
+    "model.patch_size",
+    "selection.warmup_epochs",
+    "attack.clean_epochs",
+    "attack.epsilon_warmup_epochs",
+)
+"""What training chooses by the data and the weights where nobody gives it."""
 MOST_LEVELS = 20
 T = TypeVar("T")
 
@@ -79,7 +86,8 @@ def parse_config(arguments: Sequence[str]) -> Config:
     """The configuration that `python -m safer_fast.train` was asked for.
 
     `--config` takes a YAML file or the name of a recipe; flags override it. With neither `--config`
-    nor `--data.path` the recipe `digits` is the base. Raises ValueError naming the flag.
+    nor `--data.path` the recipe `digits` is the base. See also `find_open_flags`.
+    Raises ValueError naming the flag.
     """
     parser = new_parser("train", "Train a robust vision transformer.")
     parser.add_argument("--config", action="config", help=f"a YAML file or {_recipe_names()}")
@@ -90,6 +98,20 @@ def parse_config(arguments: Sequence[str]) -> Config:
     config = parse(parser, _config_first(words), Config)
     check_config(config)
     return config
+
+
+def find_open_flags(arguments: Sequence[str]) -> list[str]:
+    """Those of OPEN_FLAGS that training is to choose: without a recipe, and not typed.
+
+    The name of a model is one of its patch size too.
+    """
+    given = {word.partition("=")[0] for word in with_underscores(arguments)}
+    if "--config" in given or "--data.path" not in given:
+        return []
+    if "--model.name" in given:
+        given.add("--model.patch_size")
+    groups = {flag: f"--{flag.partition('.')[0]}" for flag in OPEN_FLAGS}
+    return [flag for flag in OPEN_FLAGS if not given & {f"--{flag}", groups[flag]}]
 
 
 def new_parser(command: str, description: str) -> ArgumentParser:

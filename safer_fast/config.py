@@ -322,8 +322,8 @@ class Config:
     """Go on with the run in --output from its newest checkpoint. auto: start afresh where there is
     none; must: that is an error."""
     dry_run: bool = False
-    """Take 20 steps, print speed, memory, operations and the time the run would need, and write
-    nothing."""
+    """Take 20 steps of each stage, a minute of them at most, print speed, memory, operations and
+    the time the run would need, and write nothing."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     attack: AttackConfig = field(default_factory=AttackConfig)

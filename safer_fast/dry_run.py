@@ -1,10 +1,10 @@
-"""What a run would cost: 20 steps of each of its stages, timed, and the rest worked out."""
+"""What a run would cost: up to 20 steps of each of its stages, timed, and the rest worked out."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from itertools import accumulate, count, islice, pairwise
@@ -12,7 +12,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from tqdm import tqdm
 
 from safer_fast.config import Config
 from safer_fast.cut import STEM
@@ -29,19 +28,31 @@ from safer_fast.validation import num_attack_steps
 
 NUM_STEPS = 20
 NUM_WARM_UP = 6
-"""Steps that compile and capture; they are not timed."""
+"""Steps that compile and capture; they are not timed where others are."""
+MOST_S = 60.0
+"""Of the steps of all stages; each stage takes at least one."""
+BETWEEN_LINES_S = 10.0
+"""Where no terminal shows a bar."""
+NUM_PROBED_ON_CPU = 16
+"""Images of each rank that layers are scored on, where scoring takes longer than the steps."""
+LONG_STEP_S = 10.0
+"""What an evaluation of a batch may take; it is one of fewer images where steps take longer."""
 NUM_SHOWN = 4
 
 
 @dataclass(frozen=True)
 class StageCost:
-    """One stage: its layers, the median step, operations per image of each phase, memory."""
+    """One stage: its layers, the median step, operations per image of each phase, memory.
+
+    num_taken: steps that were taken to find that out.
+    """
 
     name: str
     layers: list[str]
     cut: int
     num_steps: int
     step_s: float
+    num_taken: int
     batch_size: int
     operations: dict[str, float]
     peak_memory_mib: float
@@ -80,23 +91,25 @@ class RunCost:
         return self.training_s + self.evaluation_s
 
 
-def dry_run(config: Config, ranks: Ranks | None = None) -> RunCost:
-    """Prints what the run would cost, after 20 steps of each stage; leaves nothing behind.
+def dry_run(config: Config, ranks: Ranks | None = None, notes: Iterable[str] = ()) -> RunCost:
+    """Prints what the run would cost, after 20 steps of each stage or a minute of them; leaves
+    nothing behind.
 
     Steps run at full epsilon, so clean epochs will take less, and include the wait for data.
     Selection is that of the weights the run starts with: layers may differ from those of the run.
-    What happens once in a while is left out: compiling, capturing, selecting layers.
+    What happens once in a while is left out: compiling, capturing, selecting layers. On a CPU
+    layers are selected by fewer images than those of the run. notes: see `train_model`.
     """
+    ranks = ranks or Ranks()
     with (
         TemporaryDirectory() as folder,
-        Trainer(
-            replace(config, output=str(Path(folder) / "run"), resume="never"), ranks
-        ) as trainer,
+        Trainer(_as_tried(config, Path(folder) / "run", ranks), ranks, notes=notes) as trainer,
     ):
-        stages = [_cost_of(trainer, stage) for stage in _stages(config)]
+        planned = _stages(config)
+        stages = [_cost_of(trainer, stage, MOST_S / len(planned)) for stage in planned]
         rate = matmul_rate(trainer.runtime.device, trainer.runtime.compute_dtype)
         rate *= trainer.ranks.num_ranks
-        cost = RunCost(stages, _evaluation_seconds(trainer), rate)
+        cost = RunCost(stages, _evaluation_seconds(trainer, stages[-1]), rate)
         trainer.log.say(table(cost))
     return cost
 
@@ -157,38 +170,69 @@ def _stages(config: Config) -> list[Stage]:
     return [last] if first == last else [first, last]
 
 
-def _cost_of(trainer: Trainer, stage: Stage) -> StageCost:
+def _as_tried(config: Config, output: Path, ranks: Ranks) -> Config:
+    """The configuration of a run that selects layers quickly."""
+    selection = config.selection
+    if config.runtime.device == "cpu" or not torch.cuda.is_available():
+        most = NUM_PROBED_ON_CPU * ranks.num_ranks
+        selection = replace(selection, num_images=min(selection.num_images, most))
+    return replace(config, output=str(output), resume="never", selection=selection)
+
+
+def _cost_of(trainer: Trainer, stage: Stage, most_s: float) -> StageCost:
     device = trainer.runtime.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     trainer.choose(stage.first_epoch)
-    times = _step_times(trainer, stage)
+    times = _step_times(trainer, stage, most_s)
     return StageCost(
         name=stage.name,
         layers=trainer.step.selection.names,
         cut=trainer.step.cut,
         num_steps=stage.num_epochs * len(trainer.data.train),
-        step_s=statistics.median(times[NUM_WARM_UP:]),
+        step_s=statistics.median(times[min(NUM_WARM_UP, len(times) - 1) :]),
+        num_taken=len(times),
         batch_size=-(-trainer.data.train.num_images // len(trainer.data.train)),
         operations=_operations(trainer),
         peak_memory_mib=trainer.runtime.peak_memory_mib(),
     )
 
 
-def _step_times(trainer: Trainer, stage: Stage) -> list[float]:
-    """Seconds of each step at full epsilon, one right after the other as in a run."""
+def _step_times(trainer: Trainer, stage: Stage, most_s: float) -> list[float]:
+    """Seconds of each step at full epsilon, one right after the other as in a run.
+
+    As many steps as fit into `most_s`; those that compile and capture do not count.
+    """
     num_batches, device = len(trainer.data.train), trainer.runtime.device
-    attack = trainer.config.attack
+    attack, runtime = trainer.config.attack, trainer.runtime
     full_epoch = max(stage.last_epoch, attack.clean_epochs + attack.epsilon_warmup_epochs + 1)
     batches = islice(_endless(trainer, stage.first_epoch), NUM_STEPS)
-    label = f"{stage.name} steps"
-    moments = [Moment(device)]
-    for index, batch in enumerate(
-        tqdm(batches, total=NUM_STEPS, desc=label, leave=False, disable=None)
-    ):
-        trainer.take_step(full_epoch, index % num_batches, num_batches, batch)
+    least = NUM_WARM_UP + 1 if runtime.is_compiled or runtime.is_captured else 1
+    moments, num_steps, shown_s = [Moment(device)], NUM_STEPS, time.monotonic()
+    for index, batch in enumerate(trainer.log.bar(batches, NUM_STEPS, f"{stage.name} steps"), 1):
+        trainer.take_step(full_epoch, (index - 1) % num_batches, num_batches, batch)
         moments.append(Moment(device))
+        if index <= NUM_WARM_UP + 1:  # steps to come are not waited for: they overlap as in a run
+            fitting = _num_fitting(_seconds_between(moments)[least - 1 :], most_s)
+            num_steps = trainer.ranks.share(min(NUM_STEPS, max(index, least - 1 + fitting)))
+        if is_due := time.monotonic() - shown_s > BETWEEN_LINES_S:
+            shown_s = time.monotonic()
+        line = f"{stage.name}: step {index} of {num_steps}"
+        trainer.log.show(line, {}, only_on_terminals=not is_due)
+        if index >= num_steps:
+            break
+    return _seconds_between(moments)
+
+
+def _seconds_between(moments: Sequence[Moment]) -> list[float]:
     return [start.seconds_until(end) for start, end in pairwise(moments)]
+
+
+def _num_fitting(times: Sequence[float], most_s: float) -> int:
+    """How many steps fit into `most_s`, by the last of those that were taken."""
+    if not times:
+        return NUM_STEPS
+    return len(times) + int(max(most_s - sum(times), 0.0) / max(times[-1], 1e-9))
 
 
 def _endless(trainer: Trainer, first_epoch: int) -> Iterator[Batch]:
@@ -213,13 +257,20 @@ def _operations(trainer: Trainer) -> dict[str, float]:
     return phases
 
 
-def _evaluation_seconds(trainer: Trainer) -> float:
-    """Seconds of all evaluations, by the second of two of a batch: the first may compile."""
+def _evaluation_seconds(trainer: Trainer, stage: StageCost) -> float:
+    """Seconds of all evaluations, by the second of two of a batch: the first may compile.
+
+    Where steps take long, by one of some of its images.
+    """
     config, data = trainer.config, trainer.data
     threat = ThreatModel(config.attack.norm, float(config.attack.epsilon))
     attacks, parts = _attacks_during(config), trainer.engine.evaluation_batch
     (batch,) = islice(data.validation.epoch(1), 1)
-    for _ in range(2):
+    is_slow = stage.step_s > LONG_STEP_S
+    if is_slow:
+        most = max(1, int(batch.num_images * LONG_STEP_S / stage.step_s))
+        batch = Batch(batch.images[:most], batch.labels[:most])
+    for _ in range(1 if is_slow else 2):
         started = time.perf_counter()
         evaluate(trainer.model, iter([batch]), attacks, threat, micro_batch=parts)
         elapsed = time.perf_counter() - started
@@ -246,7 +297,8 @@ def _lines_of(stage: StageCost, rate: float) -> list[str]:
         stage.name,
         f"  layers      {names}" + (f" and {num_more} more" if num_more > 0 else ""),
         f"  suffix      {suffix}",
-        f"  step        {stage.step_s * 1e3:.1f} ms, {stage.images_per_second:.1f} images/s",
+        f"  step        {stage.step_s * 1e3:.1f} ms, {stage.images_per_second:.1f} images/s, "
+        f"after {stage.num_taken} steps",
         f"  operations  {phases} GFLOP per image",
         f"  MFU         {stage.mfu(rate):.1%} of the {rate / 1e12:.3g} TFLOP/s of a matrix product",
         f"  memory      {stage.peak_memory_mib:.0f} MiB at its peak",

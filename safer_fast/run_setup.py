@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,13 @@ class Setup:
     facts: dict[str, Any]
 
 
-def set_up(config: Config, ranks: Ranks, checkpoint: Checkpoint | None) -> Setup:
+def set_up(
+    config: Config, ranks: Ranks, checkpoint: Checkpoint | None, notes: Iterable[str] = ()
+) -> Setup:
     """The run is ready and has introduced itself; its weights are those that it once began with.
 
-    Raises ValueError for everything that a user can get wrong, before the run folder is made.
+    notes: lines that its introduction ends with. Raises ValueError for everything that a user can
+    get wrong, before the run folder is made.
     """
     if config.log.wandb:
         check_wandb()
@@ -51,7 +55,7 @@ def set_up(config: Config, ranks: Ranks, checkpoint: Checkpoint | None) -> Setup
         check_adapters()
     check_criterion(config.selection.criterion)
     stored = {} if checkpoint is None else checkpoint.state
-    notes = check_settings(stored["config"], config) if stored else []
+    notes = [*notes, *(check_settings(stored["config"], config) if stored else [])]
     runtime = prepare_runtime(config.runtime, config.amp, ranks.local_rank)
     data = load_data(
         config.data,
@@ -72,6 +76,7 @@ def set_up(config: Config, ranks: Ranks, checkpoint: Checkpoint | None) -> Setup
     notes += check_facts(known, facts) if known else []
     ranks.check_alike(engine.arenas.master, "at the start")
     described = describe_run(config, engine, data)
+    described["notes"] += notes
     shown = config.to_dict() | described if config.log.wandb else None
     if checkpoint is None:
         folder, progress = make_folder(config, data.name, ranks), Progress()
@@ -80,7 +85,7 @@ def set_up(config: Config, ranks: Ranks, checkpoint: Checkpoint | None) -> Setup
     else:
         folder, progress = checkpoint.path.parent.parent, Progress.read(stored["progress"])
         log = RunLog(folder, ranks, progress.metrics_size, shown)
-    log.say(banner(described | {"notes": [*described["notes"], *notes]}))
+    log.say(banner(described))
     return Setup(data, engine, folder, log, progress, facts)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from safer_fast.command_line import parse_config, run
+from safer_fast.command_line import find_open_flags, parse_config, run
 from safer_fast.config import Config
 from safer_fast.conversion import checked
 from safer_fast.distributed import connected
@@ -14,24 +14,26 @@ from safer_fast.stopping import Stopped
 
 def main(arguments: Sequence[str]) -> None:
     """`python -m safer_fast.train [--config RECIPE] [--dry-run] [flags]`; see `--help`."""
-    config = parse_config(arguments)
+    from safer_fast.defaults import choose_defaults
+
+    config, notes = choose_defaults(parse_config(arguments), find_open_flags(arguments))
     if config.dry_run:
         from safer_fast.dry_run import dry_run
 
         with connected(config.runtime.device != "cpu") as ranks:
-            dry_run(config, ranks)
+            dry_run(config, ranks, notes)
     else:
-        train_model(config)
+        train_model(config, notes)
 
 
-def train_model(config: Config) -> Path:
+def train_model(config: Config, notes: Iterable[str] = ()) -> Path:
     """Trains what `config` describes and gives the run folder, complete with its report.
 
     Two stages: `selection.warmup_epochs` of adversarial training of everything, then SAFER on the
-    selected layers. Under torchrun all processes train it together. SIGINT and SIGTERM end it with
-    a checkpoint and SystemExit. Settings may be given as on the command line (`epsilon="8/255"`).
-    Raises ValueError for what a user can mend, before anything is written, and FloatingPointError
-    when too many steps in a row are not finite.
+    selected layers. Under torchrun all processes train it together. notes: lines that the run shows
+    of itself at the start. SIGINT and SIGTERM end it with a checkpoint and SystemExit. Settings may
+    be given as on the command line (`epsilon="8/255"`). Raises ValueError for what a user can mend,
+    before anything is written, and FloatingPointError when too many steps in a row are not finite.
     """
     config = checked(config)
     if config.dry_run:
@@ -46,7 +48,7 @@ def train_model(config: Config) -> Path:
             if ranks.is_first:
                 print(f"finished already; report: {write_report([found.finished])}")
             return found.finished
-        trainer = Trainer(config, ranks, found)
+        trainer = Trainer(config, ranks, found, notes)
         del found  # its tensors are the trainer's by now
         with trainer:
             try:

@@ -41,17 +41,22 @@ class Trainer:
     """Model, data, weights and log of one run; a context manager that notices signals.
 
     What a user can get wrong raises ValueError in the constructor, before the run folder is made.
-    ranks: the processes that train together. found: what the run goes on from.
+    ranks: the processes that train together. found: what the run goes on from. notes: lines for its
+    introduction.
     """
 
     stage: Stage
 
     def __init__(
-        self, config: Config, ranks: Ranks | None = None, found: Found | None = None
+        self,
+        config: Config,
+        ranks: Ranks | None = None,
+        found: Found | None = None,
+        notes: Iterable[str] = (),
     ) -> None:
         self.config, self.ranks = config, ranks or Ranks()
         checkpoint = None if found is None else found.checkpoint
-        run = set_up(config, self.ranks, checkpoint)
+        run = set_up(config, self.ranks, checkpoint, notes)
         self.data, self.engine, self.folder, self.log = run.data, run.engine, run.folder, run.log
         self.runtime, self.model = self.engine.runtime, self.engine.model
         self.arenas = self.engine.arenas
@@ -166,8 +171,7 @@ class Trainer:
         if epoch % every == 0 or epoch == self.config.epochs:
             gap = self.examiner.attack_gap(epoch)
             clean, robust = self.examiner.on_validation(self._source())
-            of_images = self.data.validation.num_images
-            accuracies = validation_figures(clean, robust, of_images)
+            accuracies = validation_figures(clean, robust, self.data.validation.num_images)
             changes = self._keep_best(epoch, (robust.accuracy, clean.accuracy))
         self._write("epoch", epoch, **figures, **accuracies, **gap_figures(gap))
         self.log.say(

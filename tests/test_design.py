@@ -43,7 +43,7 @@ ORDER = [
     {"attacker", "health", "adapters", "attack_suite", "float8_speed"},
     {"step", "reference", "run_folder", "attack_audit"},
     {"engine", "banner", "probe", "run_state", "training_log"},
-    {"resume", "saving"},
+    {"resume", "saving", "defaults"},
     {"run_setup"},
     {
         "select_scores",

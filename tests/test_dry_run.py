@@ -15,9 +15,17 @@ from safer_fast import dry_run as module
 from safer_fast import train_model
 from safer_fast.attack import pgd
 from safer_fast.command_line import parse_config
-from safer_fast.dry_run import NUM_STEPS, NUM_WARM_UP, dry_run, passes_of_evaluation, table
+from safer_fast.dry_run import (
+    NUM_PROBED_ON_CPU,
+    NUM_STEPS,
+    NUM_WARM_UP,
+    dry_run,
+    passes_of_evaluation,
+    table,
+)
 from safer_fast.flops import costs, ideal_flops
 from safer_fast.gallery import make_gallery
+from safer_fast.probe import choose_by_probe
 from safer_fast.trainer import Trainer
 
 FLAGS = ["--data.max_images=300", "--batch-size=16", "--evaluation.max_images=50"]
@@ -192,6 +200,47 @@ def test_training_itself_refuses_to_pass_for_a_dry_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--dry-run: expected false"):
         train_model(config)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_slow_steps_end_with_the_time_and_the_table_says_how_many_there_were(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock, taken = [0.0], 0
+    take_step = Trainer.take_step
+
+    def slow(trainer: Trainer, *arguments: Any) -> float:
+        nonlocal taken
+        taken += 1
+        clock[0] += seconds
+        return take_step(trainer, *arguments)
+
+    monkeypatch.setattr(Trainer, "take_step", slow)
+    for name in ("perf_counter", "monotonic"):
+        monkeypatch.setattr(f"time.{name}", lambda: clock[0])
+    for seconds, expected in ((7.0, 4), (100.0, 1), (0.5, NUM_STEPS)):
+        taken = 0
+        cost = dry_run(parse_config(TWO_STAGES))
+        # a minute for both stages
+        assert [stage.num_taken for stage in cost.stages] == [expected] * 2
+        assert taken == 2 * expected
+        assert [stage.step_s for stage in cost.stages] == [pytest.approx(seconds)] * 2
+        said = capsys.readouterr().out
+        assert said.count(f"after {expected} steps") == 2
+        # no terminal: lines now and then
+        assert ("warm-up: step " in said) == (seconds * expected > 10)
+
+
+def test_on_a_cpu_few_images_choose_the_layers() -> None:
+    probed: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "safer_fast.trainer.choose_by_probe",
+            lambda config, *others: (
+                probed.append(config.selection.num_images) or choose_by_probe(config, *others)
+            ),
+        )
+        dry_run(parse_config([*TWO_STAGES, "--runtime.device=cpu"]))
+    assert probed == [NUM_PROBED_ON_CPU]
 
 
 def command(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:

@@ -158,6 +158,17 @@ def load_evaluation_data(
     return backends.loader(source, np.arange(len(source)), ordering)
 
 
+def find_image_size(config: DataConfig) -> int:
+    """Edge in pixels of the images that `load_data` will give; raises ValueError as it does."""
+    if config.image_size is not None:
+        return config.image_size
+    train = _open(config, BadImages(config.bad_images, lambda _: None)).train
+    if isinstance(train, SyntheticSource):
+        return SYNTHETIC_SIZE
+    width, _ = next(iter(find_sizes([train])))
+    return width
+
+
 def _notes(train: Source, class_names: list[str]) -> list[str]:
     """A line on classes that have no image to learn from."""
     empty = [class_names[number] for number in empty_classes(train, len(class_names))]
