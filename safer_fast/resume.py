@@ -14,6 +14,7 @@ from safer_fast.config import Config
 from safer_fast.distributed import Ranks
 from safer_fast.metrics import FILE_NAME, read_metrics
 from safer_fast.run_folder import CHECKPOINTS, CONFIG, check_output, clear_run_folder
+from safer_fast.run_lock import RunLock
 
 # Settings that change nothing that is computed; data is compared by what it holds, not by where it
 # lies, its backend by what `auto` has come to.
@@ -34,23 +35,35 @@ _FREE_GROUPS, _ROUNDING_GROUP = ("checkpoint.", "log."), "runtime."
 
 @dataclass(frozen=True)
 class Found:
-    """The folder of a run that is over, or a checkpoint to go on from; neither: a run to begin."""
+    """The folder of a run that is over, or a checkpoint to go on from; neither: a run to begin.
+
+    lock: keeps the folder of the run to this process.
+    """
 
     finished: Path | None = None
     checkpoint: Checkpoint | None = None
+    lock: RunLock | None = None
 
 
-def find_run(config: Config, ranks: Ranks, report: Callable[[str], None] = print) -> Found:
+def find_run(
+    config: Config,
+    ranks: Ranks,
+    lock: RunLock | None = None,
+    report: Callable[[str], None] = print,
+) -> Found:
     """What `--output` holds; raises ValueError where it is not what `--resume` allows.
 
-    The first rank looks; a run of ours that has no checkpoint yet is cleared away by `auto`. A run
-    that is over is one only of its own settings.
+    The first rank looks, once it has the lock: nothing of a run that another process writes is
+    touched. A run of ours that has no checkpoint yet is cleared away by `auto`. A run that is over
+    is one only of its own settings.
     """
     if config.output is None:
-        return Found()
+        return Found(lock=lock)
     folder, found = Path(config.output), None
     answer: dict[str, Any] = {"is_finished": False, "file": None}
     if ranks.is_first:
+        if lock is not None and config.resume != "never" and folder.is_dir():
+            lock.take(folder)
         answer["is_finished"] = config.resume != "never" and _is_finished(folder)
         if answer["is_finished"]:
             check_settings(parse_config(["--config", str(folder / CONFIG)]).to_dict(), config)
@@ -60,7 +73,7 @@ def find_run(config: Config, ranks: Ranks, report: Callable[[str], None] = print
     answer = ranks.share(answer)
     if answer["file"] and found is None:
         found = read_checkpoint(folder / CHECKPOINTS / answer["file"])
-    return Found(folder if answer["is_finished"] else None, found)
+    return Found(folder if answer["is_finished"] else None, found, lock)
 
 
 def check_settings(stored: Mapping[str, Any], config: Config) -> list[str]:

@@ -14,6 +14,8 @@ import yaml
 from safer_fast import __version__
 from safer_fast.command_line import parse_config
 from safer_fast.config import Config, ModelConfig
+from safer_fast.lock_file import LOCK
+from safer_fast.run_lock import RunLock
 
 if TYPE_CHECKING:
     from safer_fast.data import Data
@@ -41,40 +43,54 @@ class LoadedRun:
     weights: Path
 
 
-def create_run_folder(config: Config, data_name: str) -> Path:
-    """A new or empty folder for the run; raises ValueError for one that is in use."""
+def create_run_folder(config: Config, data_name: str, lock: RunLock | None = None) -> Path:
+    """A new or empty folder for the run; raises ValueError for one that is in use.
+
+    lock: keeps the folder to this process.
+    """
     today = datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = Path(config.output or f"runs/{today}-{config.model.name}-{data_name}")
-    check_output(folder)
+    is_begun = lock is not None and (folder / LOCK).exists()  # its lock names the owner
+    if not is_begun:
+        check_output(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(
             f"--output: expected a folder that can be made, got {folder}: {error}"
         ) from None
+    if lock is not None:
+        lock.take(folder)
+        check_output(folder)  # another run may have begun in it, and ended, since the first look
     return folder
 
 
 def check_output(folder: Path) -> None:
-    """Raises ValueError unless `folder` does not exist or is empty."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    """Raises ValueError unless `folder` does not exist, or holds nothing but a lock."""
+    if folder.exists() and not (folder.is_dir() and _names(folder) <= {LOCK}):
         raise ValueError(f"--output: expected a new or empty folder, got {folder}, which is in use")
 
 
 def clear_run_folder(folder: Path) -> None:
     """What a run wrote before its first checkpoint is gone, so that it can begin again.
 
-    Only a folder that holds nothing but that is cleared; others are left as they are.
+    Only a folder that holds nothing but that is cleared; others are left as they are. The lock of
+    the folder must be held, and stays.
     """
     if not (folder / CONFIG).is_file():
         return
     own = {CONFIG, "metrics.jsonl", "best.safetensors", "best.safetensors.tmp", CHECKPOINTS}
     own |= {"gallery.safetensors", "wandb", "wandb-id.txt"}
     # by its configuration the folder is known as one of ours: that goes last
-    found = sorted(folder.iterdir(), key=lambda path: path.name == CONFIG)
+    others = (path for path in folder.iterdir() if path.name != LOCK)
+    found = sorted(others, key=lambda path: path.name == CONFIG)
     if all(path.name in own or path.name.startswith("events.out.tfevents.") for path in found):
         for path in found:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
 def save_config(config: Config, folder: Path) -> None:

@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from safer_fast.adapters import check_adapters
 from safer_fast.banner import banner, describe_run
-from safer_fast.checkpoint_file import Checkpoint
 from safer_fast.config import Config
 from safer_fast.criteria import check_criterion
 from safer_fast.data import Data, load_data
@@ -20,8 +19,9 @@ from safer_fast.distributed import Ranks
 from safer_fast.engine import Engine
 from safer_fast.metrics_wandb import check_wandb
 from safer_fast.optim import build_optimizer
-from safer_fast.resume import check_facts, check_settings
+from safer_fast.resume import Found, check_facts, check_settings
 from safer_fast.run_folder import create_run_folder, save_config
+from safer_fast.run_lock import RunLock
 from safer_fast.run_log import RunLog
 from safer_fast.run_state import Progress
 from safer_fast.runtime import prepare_runtime
@@ -41,19 +41,19 @@ class Setup:
     facts: dict[str, Any]
 
 
-def set_up(
-    config: Config, ranks: Ranks, checkpoint: Checkpoint | None, notes: Iterable[str] = ()
-) -> Setup:
+def set_up(config: Config, ranks: Ranks, found: Found, notes: Iterable[str] = ()) -> Setup:
     """The run is ready and has introduced itself; its weights are those that it once began with.
 
-    notes: lines that its introduction ends with. Raises ValueError for everything that a user can
-    get wrong, before the run folder is made.
+    found: the checkpoint to go on from, if any, and the lock of the folder. notes: lines that its
+    introduction ends with. Raises ValueError for everything that a user can get wrong, before the
+    run folder is made.
     """
     if config.log.wandb:
         check_wandb()
     if config.selection.lora_rank:
         check_adapters()
     check_criterion(config.selection.criterion)
+    checkpoint = found.checkpoint
     stored = {} if checkpoint is None else checkpoint.state
     notes = [*notes, *(check_settings(stored["config"], config) if stored else [])]
     runtime = prepare_runtime(config.runtime, config.amp, ranks.local_rank)
@@ -79,7 +79,7 @@ def set_up(
     described["notes"] += notes
     shown = config.to_dict() | described if config.log.wandb else None
     if checkpoint is None:
-        folder, progress = make_folder(config, data.name, ranks), Progress()
+        folder, progress = make_folder(config, data.name, ranks, found.lock), Progress()
         log = RunLog(folder, ranks, wandb=shown)
         log.write("run", epoch=0, step=0, **described)
     else:
@@ -119,11 +119,11 @@ def facts_of(engine: Engine, data: Data) -> dict[str, Any]:
     }
 
 
-def make_folder(config: Config, data_name: str, ranks: Ranks) -> Path:
+def make_folder(config: Config, data_name: str, ranks: Ranks, lock: RunLock | None = None) -> Path:
     """The folder of a new run with its run.yaml, made by the first rank and known to all."""
     made = None
     if ranks.is_first:
-        folder = create_run_folder(config, data_name)
+        folder = create_run_folder(config, data_name, lock)
         save_config(config, folder)
         made = str(folder)
     return Path(ranks.share(made))

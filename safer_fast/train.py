@@ -9,6 +9,7 @@ from safer_fast.command_line import find_open_flags, parse_config, run
 from safer_fast.config import Config
 from safer_fast.conversion import checked
 from safer_fast.distributed import connected
+from safer_fast.run_lock import RunLock
 from safer_fast.stopping import Stopped
 
 
@@ -38,12 +39,12 @@ def train_model(config: Config, notes: Iterable[str] = ()) -> Path:
     config = checked(config)
     if config.dry_run:
         raise ValueError("--dry-run: expected false where a run is trained, got true")
-    with connected(config.runtime.device != "cpu") as ranks:
+    with connected(config.runtime.device != "cpu") as ranks, RunLock() as lock:
         from safer_fast.report import write_report
         from safer_fast.resume import find_run
         from safer_fast.trainer import Trainer
 
-        found = find_run(config, ranks)
+        found = find_run(config, ranks, lock)
         if found.finished is not None:
             if ranks.is_first:
                 print(f"finished already; report: {write_report([found.finished])}")

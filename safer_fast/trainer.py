@@ -41,8 +41,8 @@ class Trainer:
     """Model, data, weights and log of one run; a context manager that notices signals.
 
     What a user can get wrong raises ValueError in the constructor, before the run folder is made.
-    ranks: the processes that train together. found: what the run goes on from. notes: lines for its
-    introduction.
+    ranks: the processes that train together. found: what `find_run` has found. notes: lines for
+    its introduction.
     """
 
     stage: Stage
@@ -55,8 +55,8 @@ class Trainer:
         notes: Iterable[str] = (),
     ) -> None:
         self.config, self.ranks = config, ranks or Ranks()
-        checkpoint = None if found is None else found.checkpoint
-        run = set_up(config, self.ranks, checkpoint, notes)
+        found = found or Found()
+        run = set_up(config, self.ranks, found, notes)
         self.data, self.engine, self.folder, self.log = run.data, run.engine, run.folder, run.log
         self.runtime, self.model = self.engine.runtime, self.engine.model
         self.arenas = self.engine.arenas
@@ -70,8 +70,8 @@ class Trainer:
         self.training_log = TrainingLog(self.log, self.ranks, self.runtime.device, num_steps)
         self.examiner = Examiner(config, self.engine, self.data, self.log, self.stops)
         self.progress = run.progress
-        if checkpoint is not None:
-            self._resume(checkpoint)
+        if found.checkpoint is not None:
+            self._resume(found.checkpoint)
 
     def __enter__(self) -> Trainer:
         self.stops.__enter__()

@@ -19,6 +19,8 @@ ORDER = [
         "data",
         "checkpoint",
         "checkpoint_file",
+        "lock_file",
+        "run_lock",
         "metrics",
         "metrics_tensorboard",
         "metrics_wandb",
