@@ -71,7 +71,7 @@ def set_up(config: Config, ranks: Ranks, found: Found, notes: Iterable[str] = ()
     data.bad.report = tqdm.write  # up to here all ranks have looked at the same images
     known = stored.get("facts")
     engine = Engine(config, runtime, data, ranks, known)
-    check_fit(config, engine)
+    check_fit(config, engine, data)
     facts = facts_of(engine, data)
     notes += check_facts(known, facts) if known else []
     ranks.check_alike(engine.arenas.master, "at the start")
@@ -89,7 +89,7 @@ def set_up(config: Config, ranks: Ranks, found: Found, notes: Iterable[str] = ()
     return Setup(data, engine, folder, log, progress, facts)
 
 
-def check_fit(config: Config, engine: Engine) -> None:
+def check_fit(config: Config, engine: Engine, data: Data) -> None:
     """Raises ValueError for settings that fit no model, or not this one, or not so many ranks."""
     selection, num_ranks = config.selection, engine.ranks.num_ranks
     candidates(engine.model, selection.from_block, selection.candidates)
@@ -102,6 +102,12 @@ def check_fit(config: Config, engine: Engine) -> None:
             raise ValueError(
                 f"{flag}: expected at least one image for each of {num_ranks} ranks, got {size}"
             )
+    smallest = data.train.num_images // len(data.train)
+    if smallest < num_ranks:
+        raise ValueError(
+            f"data.path: expected at least one training image for each of {num_ranks} ranks "
+            f"in every batch, got a batch of {smallest}"
+        )
 
 
 def facts_of(engine: Engine, data: Data) -> dict[str, Any]:

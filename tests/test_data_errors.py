@@ -418,8 +418,6 @@ def test_other_data_that_a_model_does_not_know_is_named(
 
 
 SETTINGS: list[tuple[dict[str, Any], str]] = [
-    ({"batch_size": 19}, "batch_size: expected at most 18 training images, got 19"),
-    ({"batch_size": 6, "max_images": 5}, "batch_size: expected at most 5 training images, got 6"),
     ({"validation_fraction": 0.01}, "data.validation_fraction: expected at least one image"),
     ({"validation_fraction": 0.99}, "data.validation_fraction: expected at least one image"),
     ({"validation_fraction": 1.0}, "data.validation_fraction: expected a share in (0, 1), got 1.0"),

@@ -636,6 +636,7 @@ def test_a_run_that_has_finished_is_left_as_it_is_and_said_to_be_once(
     ("flags", "expected"),
     [
         (["--batch-size=2"], "--batch-size: expected at least one image for each of 3 ranks"),
+        (["--data.max_images=2"], "data.path: expected at least one training image for each of 3"),
         (["--data.path=nothing"], "nothing"),
         (["--model.checkpoint=nothing"], "nothing"),
         (["--resume=must"], "--resume must: expected a run with checkpoints"),

@@ -118,7 +118,11 @@ def load_data(
         validation_rows=rows["validation"][1].tolist() if splits.validation is None else None,
         fingerprint=fingerprint(rows, loaders, class_names, image_format),
         bad=bad,
-        notes=[*_notes(splits.train, class_names), *backends.notes],
+        notes=[
+            *_notes(splits.train, class_names),
+            *_batch_notes(loaders["train"], batch_size),
+            *backends.notes,
+        ],
     )
 
 
@@ -176,6 +180,13 @@ def _notes(train: Source, class_names: list[str]) -> list[str]:
         return []
     more = f" and {len(empty) - NUM_NAMED} more" if len(empty) > NUM_NAMED else ""
     return [f"{train.flag}: no image of class {', '.join(empty[:NUM_NAMED])}{more}"]
+
+
+def _batch_notes(train: Loader, batch_size: int) -> list[str]:
+    """A line on a batch size that the training images do not fill."""
+    if train.num_images >= batch_size:
+        return []
+    return [f"batch_size: all {train.num_images} training images are one batch, not {batch_size}"]
 
 
 def _check_settings(config: DataConfig) -> None:

@@ -174,8 +174,9 @@ class SyntheticLoader(OrderedLoader):
         super().__init__(num_images, ordering)
         size, num_channels = image_format.size, image_format.num_channels
         # a probe's batches may be larger than an epoch's, and those larger by what fills them up
-        (largest,) = self._parts([np.arange(ordering.batch_size)])
-        num_rows = max(ordering.batch_size, largest.position + self.batch_size)
+        most = self.ordering.batch_size
+        (largest,) = self._parts([np.arange(most)])
+        num_rows = max(most, largest.position + self.batch_size)
         images = torch.randint(
             256,
             (num_rows, num_channels, size, size),

@@ -48,25 +48,21 @@ class OrderedLoader(ABC):
     An epoch is cut into the fewest batches of at most `batch_size` images, equal to within one
     image: none is dropped, none weighs much more than another, and filling all up to one size costs
     next to nothing. Ranks take consecutive parts of each batch, so that a batch is the same
-    whatever their number. Raises ValueError when there are fewer training images than fill a
-    batch, and when there is no image. labels: the class of each image, by which a part of them is
-    drawn; None where images have none of their own.
+    whatever their number. Images that do not fill a batch are one batch. Raises ValueError when
+    there is no image. labels: the class of each image, by which a part of them is drawn; None where
+    images have none of their own.
     """
 
     backend: str
 
     def __init__(self, num_images: int, ordering: Ordering, labels: Labels | None = None) -> None:
-        self.num_images, self.ordering, self._classes = num_images, ordering, labels
+        self.num_images, self._classes = num_images, labels
         self.seed, self.augmentation = ordering.seed, ordering.augmentation
-        if self.augmentation is not None and ordering.batch_size > num_images:
-            raise ValueError(
-                f"batch_size: expected at most {num_images} training images, "
-                f"got {ordering.batch_size}"
-            )
         if not num_images:
             raise ValueError(
                 "data.path: expected an image that can be read in every split, got none"
             )
+        self.ordering = replace(ordering, batch_size=min(ordering.batch_size, num_images))
         largest = -(-num_images // len(self))
         part = -(-largest // ordering.num_ranks)
         self.batch_size = -(-part // ordering.multiple) * ordering.multiple
