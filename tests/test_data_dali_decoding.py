@@ -147,7 +147,7 @@ def no_dali(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("no_dali")
 def test_auto_takes_the_torch_backend_where_dali_is_not_installed(jpegs: Path) -> None:
-    data = load_photos(jpegs, "auto")
+    data = load_photos(jpegs, "auto", validation_path=str(jpegs))
     assert data.train.backend == data.validation.backend == "torch"
     note = f"DALI: off (it is not installed: {dali_pipeline.INSTALL}); worker processes"
     assert [line for line in data.notes if line.startswith(note)] == data.notes
@@ -165,7 +165,7 @@ def test_dali_that_is_not_installed_is_named(jpegs: Path) -> None:
 
 
 def test_auto_takes_dali_where_it_is_installed(jpegs: Path) -> None:
-    data = load_photos(jpegs, "auto")
+    data = load_photos(jpegs, "auto", validation_path=str(jpegs))
     assert data.train.backend == "dali"
     assert data.notes == []
 
@@ -187,7 +187,7 @@ def test_a_dali_that_cannot_work_here_is_named_with_its_reason(
     monkeypatch.setattr(dali_pipeline, "_build", failing)
     why_no_dali.cache_clear()
     try:
-        data = load_photos(jpegs, "auto")
+        data = load_photos(jpegs, "auto", validation_path=str(jpegs))
     finally:
         why_no_dali.cache_clear()
     assert data.train.backend == "torch"

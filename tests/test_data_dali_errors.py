@@ -217,10 +217,12 @@ def test_bad_images_do_not_move_the_crops_of_others(tmp_path: Path, augmentation
 
 
 def test_a_size_that_no_first_look_sees_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
+    for name in "ab":
+        (tmp_path / name).mkdir()
     for number in range(300):
         edge = 9 if number == 172 else 8
-        (tmp_path / "a" / f"{number:03}.png").write_bytes(encode(photo(edge, edge), "png"))
+        file = tmp_path / "ab"[number // 200] / f"{number:03}.png"
+        file.write_bytes(encode(photo(edge, edge), "png"))
     data = load(tmp_path, batch_size=50, augmentation="none")
     assert "got 8x8 (" in (message := fail(data))
     assert f"and 9x9 ({tmp_path / 'a' / '172.png'})" in message

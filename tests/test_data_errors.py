@@ -66,10 +66,11 @@ def write_folder(path: Path, *names: str, image: bytes = png(COLOUR[0])) -> Path
     return path
 
 
-def write_tar(file: Path, images: Any, label: bytes = b"0") -> Path:
+def write_tar(file: Path, images: Any, label: bytes | None = None) -> Path:
     with tarfile.open(file, "w") as archive:
         for number, image in enumerate(images):
-            for extension, content in (("png", image), ("cls", label)):
+            own_label = label or b"%d" % (number % 2)
+            for extension, content in (("png", image), ("cls", own_label)):
                 info = tarfile.TarInfo(f"{number:03}.{extension}")
                 info.size = len(content)
                 archive.addfile(info, io.BytesIO(content))
@@ -93,7 +94,9 @@ def write_array(file: Path) -> Path:
 
 
 PNGS = [png(image) for image in COLOUR]
-SIX = [f"a/{number}.png" for number in range(6)]
+SIX = [f"{'ab'[number % 2]}/{number}.png" for number in range(6)]
+# The first image and another one of each class.
+BOTH = ["a/0.png", "b/1.png"]
 MANY = [PNGS[0]] * 300
 OBJECTS = np.array(["a"] * 20, dtype=object)
 
@@ -127,20 +130,36 @@ DATA: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
         [UNREADABLE, "a/1.jpg"],
     ),
     "not an image": (
-        lambda p: write_folder(write_folder(p, *SIX), "a/1.png", image=b"hello"),
-        [UNREADABLE, "a/1.png"],
+        lambda p: write_folder(write_folder(p, *SIX), "b/1.png", image=b"hello"),
+        [UNREADABLE, "b/1.png"],
     ),
     "truncated file": (
         lambda p: write_half(write_folder(p, *SIX) / SIX[4]).parents[1],
         [UNREADABLE, SIX[4]],
     ),
     "sixteen bits": (
-        lambda p: write_folder(p, "a/0.png", image=png(GREY[0].astype(np.uint16) * 257)),
+        lambda p: write_folder(p, *BOTH, image=png(GREY[0].astype(np.uint16) * 257)),
         ["data.path: expected an image of 8 bits per channel, got mode I;16", "a/0.png"],
     ),
+    "one class in a folder": (
+        lambda p: write_folder(p, "train/a/0.png", "train/a/1.png", "val/a/2.png"),
+        ["data.path: expected training images of at least two classes, got one class, a:", "train"],
+    ),
+    "one class in a parquet file": (
+        lambda p: write_parquet(p / "a.parquet", PNGS, LABELS * 0 + 1, ["cat", "dog"]),
+        ["of at least two classes, got one class, dog: row 0 of", "a.parquet"],
+    ),
+    "one class in a tar": (
+        lambda p: write_tar(p / "a.tar", PNGS, b"3"),
+        ["of at least two classes, got one class, 3: sample 000 of", "a.tar"],
+    ),
+    "one class in an npz": (
+        lambda p: write_npz(p / "a.npz", labels=LABELS * 0),
+        ["of at least two classes, got one class, 0: row 0 of", "a.npz"],
+    ),
     "two sizes": (
-        lambda p: write_folder(write_folder(p, "a/0.png"), "a/1.png", image=png(SMALLER[0])),
-        [ONE_SIZE, "a/0.png) and 6x6 (", "a/1.png)"],
+        lambda p: write_folder(write_folder(p, "a/0.png"), "b/1.png", image=png(SMALLER[0])),
+        [ONE_SIZE, "a/0.png) and 6x6 (", "b/1.png)"],
     ),
     "no rows": (
         lambda p: write_parquet(p / "a.parquet", [], np.zeros(0, int)),
@@ -197,13 +216,13 @@ DATA: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     ),
     "truncated image that no first look sees": (
         lambda p: write_parquet(
-            p / "a.parquet", [*MANY[:172], PNGS[1][:-60], *MANY[173:]], np.zeros(300, int)
+            p / "a.parquet", [*MANY[:172], PNGS[1][:-60], *MANY[173:]], np.arange(300) % 2
         ),
         [UNREADABLE, "row 172 of", "a.parquet"],
     ),
     "size that no first look sees": (
         lambda p: write_parquet(
-            p / "a.parquet", [*MANY[:172], png(COLOUR[0, :6]), *MANY[173:]], np.zeros(300, int)
+            p / "a.parquet", [*MANY[:172], png(COLOUR[0, :6]), *MANY[173:]], np.arange(300) % 2
         ),
         [ONE_SIZE, "row 0 of", "and 8x6 (row 172 of"],
     ),
@@ -421,6 +440,7 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"validation_fraction": 0.01}, "data.validation_fraction: expected at least one image"),
     ({"validation_fraction": 0.99}, "data.validation_fraction: expected at least one image"),
     ({"validation_fraction": 1.0}, "data.validation_fraction: expected a share in (0, 1), got 1.0"),
+    ({"max_images": 1}, "data.max_images: expected training images of at least two classes"),
     ({"max_images": 0}, "data.max_images: expected at least 1, got 0"),
     ({"image_size": 0}, "data.image_size: expected at least 1, got 0"),
     ({"num_workers": -1}, "data.num_workers: expected at least 0, got -1"),
@@ -439,11 +459,12 @@ def test_a_bad_image_in_a_stream_is_named_without_a_traceback(
     tmp_path: Path, num_workers: int
 ) -> None:
     photo = png(RNG.integers(0, 256, (80, 70, 3), dtype=np.uint8))
-    write_folder(tmp_path, *(f"a/{number}.png" for number in range(9)), image=photo)
-    for number in range(9):
-        write_half(tmp_path / f"a/{number}.png")
+    names = [f"{'ab'[number % 2]}/{number}.png" for number in range(9)]
+    write_folder(tmp_path, *names, image=photo)
+    for name in names:
+        write_half(tmp_path / name)
     message = fail(tmp_path, image_size=72, num_workers=num_workers)
-    assert message.startswith(UNREADABLE + str(tmp_path / "a"))
+    assert message.startswith(UNREADABLE + str(tmp_path))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

@@ -284,7 +284,7 @@ def test_augmented_images_are_crops_of_the_padded_image(
     ("size", "kind"), [(16, "none"), (17, "crop"), (64, "crop"), (65, "random-resized-crop")]
 )
 def test_auto_augmentation_goes_by_size(tmp_path: Path, size: int, kind: str) -> None:
-    np.savez(tmp_path / "a.npz", images=np.zeros((10, size, size), np.uint8), labels=[0] * 10)
+    np.savez(tmp_path / "a.npz", images=np.zeros((10, size, size), np.uint8), labels=[0, 1] * 5)
     loader = load(tmp_path / "a.npz").train
     assert isinstance(loader, CpuSetLoader | StreamLoader)
     assert loader.augmentation == kind
@@ -513,7 +513,9 @@ def test_noise_costs_nothing_and_repeats() -> None:
 
 def test_a_class_without_images_is_named(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", images=np.zeros((20, 8, 8), np.uint8), labels=[0, 3, 5, 9] * 5)
-    assert load(tmp_path / "a.npz").notes == ["data.path: no image of class 1, 2, 4 and 3 more"]
+    assert load(tmp_path / "a.npz").notes == [
+        "data.path: no training image of class 1, 2, 4 and 3 more"
+    ]
 
 
 def test_images_left_out_of_a_set_are_reported_at_the_start(photos: Path) -> None:

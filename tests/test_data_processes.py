@@ -535,12 +535,13 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("noise")
     rng = np.random.default_rng(0)
     num_images = IMAGES_PER_EPOCH * 5 // 4
-    (folder / "photos" / "a").mkdir(parents=True)
+    for name in "ab":
+        (folder / "photos" / name).mkdir(parents=True)
     for number in range(num_images):
         pixels = rng.integers(0, 256, (256, 341, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "photos" / "a" / f"{number}.jpg")
+        Image.fromarray(pixels).save(folder / "photos" / "ab"[number % 2] / f"{number}.jpg")
     images = rng.integers(0, 256, (num_images, SIZE, SIZE, 3), dtype=np.uint8)
-    np.savez(folder / "set.npz", images=images, labels=np.zeros(num_images, np.int64))
+    np.savez(folder / "set.npz", images=images, labels=np.arange(num_images) % 2)
     return {
         "torch": folder / "photos",
         "dali": folder / "photos",

@@ -38,6 +38,7 @@ from safer_fast.command_line import fail, load_yaml, parse_config
 from safer_fast.config import DataConfig
 from safer_fast.data import load_data
 from safer_fast.data.formats import arrays
+from safer_fast.data.formats.beside import Beside
 from safer_fast.data.formats.folder import FolderSource
 from safer_fast.measured import remembered
 from safer_fast.model import build_model, save_timm_config
@@ -724,16 +725,23 @@ def test_classes_and_files_are_those_of_torchvision(tmp_path: Path) -> None:
         "a b/9.png",
         "A/x.tif",
     ]
-    names += ["\u00e9/.png", "\u00e9/x.y.Png", "b/note.txt", "b/z.pgm", "b/.hidden/1.bmp", "b/png"]
+    names += ["\u00e9/x.y.Png", "b/note.txt", "b/z.pgm"]
     folder = write_folder(tmp_path / "a", dict.fromkeys(names, RED))
     (folder / "b/link.png").symlink_to(folder / "A/x.tif")
     (folder / "b/c").symlink_to(folder / "a b/c")
     (folder / "c").symlink_to(folder / "b")
-    expected, source = ImageFolder(str(folder)), FolderSource(folder, "data.path")
+    expected, source = ImageFolder(str(folder)), FolderSource(folder, "data.path", Beside())
     found = [source.describe(row) for row in range(len(source))]
     assert list(zip(found, source.labels.tolist(), strict=True)) == expected.samples
     assert source.class_names == expected.classes
     assert source.labels.dtype == np.int64
+    # where torchvision sees images in what systems hide, and none without an ending
+    write_folder(folder, dict.fromkeys(["b/.png", "b/.hidden/1.bmp", ".d/1.png", "b/png"], RED))
+    again = FolderSource(folder, "data.path", Beside())
+    assert set(map(again.describe, range(len(again)))) - set(found) == {
+        str(folder / "b/png"),
+        str(folder / "c/png"),
+    }
 
 
 @pytest.mark.timeout(30)

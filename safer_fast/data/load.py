@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,15 @@ from safer_fast.config import DataConfig
 from safer_fast.data.backends import Backends
 from safer_fast.data.bad_images import BadImages
 from safer_fast.data.batch import Loader
+from safer_fast.data.classes import (
+    agree_on_classes,
+    check_classes,
+    check_several,
+    notes_on_classes,
+    relabel,
+)
 from safer_fast.data.fingerprint import fingerprint
-from safer_fast.data.formats import Source, check_labels, empty_classes, open_splits
+from safer_fast.data.formats import Beside, Source, open_splits
 from safer_fast.data.formats.synthetic import SIZE as SYNTHETIC_SIZE
 from safer_fast.data.formats.synthetic import SyntheticSource
 from safer_fast.data.images import ImageFormat, find_num_channels, find_sizes
@@ -26,7 +32,6 @@ from safer_fast.data.subset import Indices, draw
 
 LARGEST_UNAUGMENTED_SIZE = 16
 LARGEST_CROP_SIZE = 64
-NUM_NAMED = 3
 
 
 @dataclass
@@ -89,10 +94,13 @@ def load_data(
     """
     _check_settings(config)
     bad = BadImages(config.bad_images, report)
-    splits = _open(config, bad)
-    class_names = _agree_on_classes(splits)
+    beside = Beside()
+    splits = _open(config, bad, beside)
+    class_names = agree_on_classes(splits.train, splits.all()[1:])
     image_format = _agree_on_images(splits, config.image_size)
     rows = _cut(splits, config, seed)
+    cut_by = "validation_fraction" if config.max_images is None else "max_images"
+    check_several(*rows["train"], class_names, f"data.{cut_by}")
     backends = Backends(config, image_format, len(class_names), device or torch.device("cpu"), bad)
     evaluation = Ordering(evaluation_batch_size or batch_size, seed, rank=rank, num_ranks=num_ranks)
     training = replace(
@@ -119,7 +127,8 @@ def load_data(
         fingerprint=fingerprint(rows, loaders, class_names, image_format),
         bad=bad,
         notes=[
-            *_notes(splits.train, class_names),
+            *beside.lines(),
+            *notes_on_classes(*rows["train"], class_names),
             *_batch_notes(loaders["train"], batch_size),
             *backends.notes,
         ],
@@ -143,19 +152,24 @@ def load_evaluation_data(
     split, else all of it where it has no splits.
 
     config: how it is loaded. Images are brought to `image_size`. class_names: those of the model,
-    to be compared with the data's where that has names; default: not compared.
+    by which the data's classes, all or some of them, are found where it has names; default: not
+    compared. A line that rank 0 prints counts what was passed over.
     Raises ValueError as `load_data` does, also for labels and channels that the model does not
     know.
     """
-    bad = BadImages(config.bad_images)
-    found = open_splits(path, "data.path", bad)
+    bad, beside = BadImages(config.bad_images), Beside()
+    found = open_splits(path, "data.path", bad, beside)
     source = found.get("test") or found.get("validation") or found.get("all")
     if source is None:
         raise ValueError(
             f"data.path: expected test or validation data, got only {', '.join(found)} in {path}"
         )
-    _check_classes(source, class_names, num_classes)
+    if class_names is not None:
+        relabel(source, class_names)
+    check_classes(source, class_names, num_classes)
     _check_channels(source, num_channels)
+    for line in beside.lines() if rank == 0 else []:
+        bad.report(f"note:       {line}")
     image_format = ImageFormat(image_size, num_channels)
     backends = Backends(config, image_format, num_classes, device or torch.device("cpu"), bad)
     ordering = Ordering(batch_size, seed=0, rank=rank, num_ranks=num_ranks)
@@ -166,20 +180,11 @@ def find_image_size(config: DataConfig) -> int:
     """Edge in pixels of the images that `load_data` will give; raises ValueError as it does."""
     if config.image_size is not None:
         return config.image_size
-    train = _open(config, BadImages(config.bad_images, lambda _: None)).train
+    train = _open(config, BadImages(config.bad_images, lambda _: None), Beside()).train
     if isinstance(train, SyntheticSource):
         return SYNTHETIC_SIZE
     width, _ = next(iter(find_sizes([train])))
     return width
-
-
-def _notes(train: Source, class_names: list[str]) -> list[str]:
-    """A line on classes that have no image to learn from."""
-    empty = [class_names[number] for number in empty_classes(train, len(class_names))]
-    if not empty:
-        return []
-    more = f" and {len(empty) - NUM_NAMED} more" if len(empty) > NUM_NAMED else ""
-    return [f"{train.flag}: no image of class {', '.join(empty[:NUM_NAMED])}{more}"]
 
 
 def _batch_notes(train: Loader, batch_size: int) -> list[str]:
@@ -203,9 +208,9 @@ def _check_settings(config: DataConfig) -> None:
         raise ValueError(f"data.prefetch: expected at least 1, got {config.prefetch}")
 
 
-def _open(config: DataConfig, bad: BadImages) -> _Splits:
+def _open(config: DataConfig, bad: BadImages, beside: Beside) -> _Splits:
     """Splits named explicitly go before those found beside the training data."""
-    found = open_splits(config.path, "data.path", bad)
+    found = open_splits(config.path, "data.path", bad, beside)
     train = found.get("train") or found.get("all")
     if train is None:
         raise ValueError(
@@ -213,46 +218,21 @@ def _open(config: DataConfig, bad: BadImages) -> _Splits:
         )
     return _Splits(
         train,
-        _open_one(config.validation_path, "validation", bad) or found.get("validation"),
-        _open_one(config.test_path, "test", bad) or found.get("test"),
+        _open_one(config.validation_path, "validation", bad, beside) or found.get("validation"),
+        _open_one(config.test_path, "test", bad, beside) or found.get("test"),
     )
 
 
-def _open_one(path: str | None, split: str, bad: BadImages) -> Source | None:
+def _open_one(path: str | None, split: str, bad: BadImages, beside: Beside) -> Source | None:
     if path is None:
         return None
-    found = open_splits(path, f"data.{split}_path", bad)
+    found = open_splits(path, f"data.{split}_path", bad, beside)
     source = found.get(split) or found.get("all")
     if source is None:
         raise ValueError(
             f"data.{split}_path: expected {split} data, got only {', '.join(found)} in {path}"
         )
     return source
-
-
-def _agree_on_classes(splits: _Splits) -> list[str]:
-    """The training data's class names, else its label numbers; other splits may not differ."""
-    train, *others = splits.all()
-    names = train.class_names or [str(number) for number in range(int(train.labels.max()) + 1)]
-    for source in others:
-        _check_classes(source, train.class_names, len(names))
-    return names
-
-
-def _check_classes(source: Source, names: list[str] | None, num_classes: int) -> None:
-    given = source.class_names
-    if given is not None and names is not None and given != names:
-        raise ValueError(
-            f"{source.flag}: expected the class names of the training data, "
-            f"got {_first_difference(names, given)}: {source.describe(0)}"
-        )
-    check_labels(source, num_classes)
-
-
-def _first_difference(expected: list[str], got: list[str]) -> str:
-    pairs = zip_longest(expected, got, fillvalue="nothing")
-    wanted, name = next(pair for pair in pairs if pair[0] != pair[1])
-    return f"{name} in place of {wanted}"
 
 
 def _agree_on_images(splits: _Splits, image_size: int | None) -> ImageFormat:

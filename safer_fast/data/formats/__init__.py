@@ -7,11 +7,19 @@ from pathlib import Path
 
 from safer_fast.command_line import printable
 from safer_fast.data.bad_images import BadImages
+from safer_fast.data.formats.beside import CLASS_NAMES, Beside
 from safer_fast.data.formats.source import EncodedSource, Source, check_labels, empty_classes
-from safer_fast.data.formats.splits import expand_pattern, group_by_split, is_pattern
+from safer_fast.data.formats.splits import (
+    KINDS,
+    expand_pattern,
+    files_of,
+    find_split_folders,
+    group_by_split,
+    is_pattern,
+)
 from safer_fast.data.machine import machine_error
 
-__all__ = ["EncodedSource", "Source", "check_labels", "empty_classes", "open_splits"]
+__all__ = ["Beside", "EncodedSource", "Source", "check_labels", "empty_classes", "open_splits"]
 
 EXPECTED = (
     "a .parquet or .tar file, a folder or pattern (train-{000..099}.tar) of them, "
@@ -21,12 +29,14 @@ EXPECTED = (
 MOST_UNNAMED_CLASSES = 2**20
 
 
-def open_splits(path: str | None, flag: str, bad: BadImages | None = None) -> dict[str, Source]:
+def open_splits(
+    path: str | None, flag: str, bad: BadImages | None = None, beside: Beside | None = None
+) -> dict[str, Source]:
     """The splits that a path holds: train, validation and test, or `all` where it names none.
 
     path: None and "digits" are the built-in digits, "synthetic" is noise; files of these names are
     reached as ./digits. flag: the setting named in errors. bad: told of damaged shards and of
-    samples without image; default: they are errors.
+    samples without image; default: they are errors. beside: told of what is not read.
     Raises ValueError when the path, its format, columns, arrays, classes or labels are not usable,
     or the machine cannot read them.
     """
@@ -40,7 +50,7 @@ def open_splits(path: str | None, flag: str, bad: BadImages | None = None) -> di
         return open_synthetic(flag)
     location = Path(path).expanduser()
     try:
-        splits = _open(location, flag, bad or BadImages("error"))
+        splits = _open(location, flag, bad or BadImages("error"), beside or Beside())
     except (OSError, MemoryError) as error:
         place = str(getattr(error, "filename", None) or path)
         reason = getattr(error, "strerror", None) or type(error).__name__
@@ -52,26 +62,50 @@ def open_splits(path: str | None, flag: str, bad: BadImages | None = None) -> di
     return splits
 
 
-def _open(path: Path, flag: str, bad: BadImages) -> dict[str, Source]:
+def _open(path: Path, flag: str, bad: BadImages, beside: Beside) -> dict[str, Source]:
     """Format by what is there; each format's libraries are imported only when it is used."""
     if is_pattern(path):
         return _open_files({"all": expand_pattern(path, flag)}, flag, bad)
     if path.is_dir():
-        from safer_fast.data.formats.folder import find_split_folders, open_folder
-
-        files = sorted(path.glob("*.parquet"))
-        # Image folders often lie beside the .tar files that they were unpacked from.
-        if not files and not find_split_folders(path):
-            files = sorted(path.glob("*.tar"))
-        if files:
-            return _open_files(group_by_split(files, flag), flag, bad)
-        return open_folder(path, flag)
+        return _open_folder(path, flag, bad, beside)
     _refuse_special(path, flag)
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         from safer_fast.data.formats.arrays import open_npz
 
-        return open_npz(path, flag)
+        return open_npz(path, flag, beside)
     return _open_files({"all": [path]}, flag, bad)
+
+
+def _open_folder(path: Path, flag: str, bad: BadImages, beside: Beside) -> dict[str, Source]:
+    from safer_fast.data.formats.folder import open_folders
+
+    splits: dict[str, Path] = {}
+    # Image folders often lie beside the .tar files that they were unpacked from.
+    if not (files := files_of(path, ".parquet")):
+        splits = find_split_folders(path, flag, beside)
+        files = [] if splits else files_of(path, ".tar")
+    if files:
+        beside.pass_over_rest(path, [*files, path / CLASS_NAMES])
+        return _open_files(group_by_split(files, flag), flag, bad)
+    if groups := _files_of_splits(splits, flag, beside):
+        return _open_files(groups, flag, bad)
+    return open_folders(splits or {"all": path}, flag, beside)
+
+
+def _files_of_splits(splits: dict[str, Path], flag: str, beside: Beside) -> dict[str, list[Path]]:
+    """The files in the folders of splits; none where these hold images."""
+    for kind in KINDS:
+        groups = {split: files_of(folder, kind) for split, folder in splits.items()}
+        if not any(groups.values()):
+            continue
+        for split, folder in splits.items():
+            if not groups[split]:
+                raise ValueError(
+                    f"{flag}: expected {kind} files in every split, got none in {folder}"
+                )
+            beside.pass_over_rest(folder, [*groups[split], folder / CLASS_NAMES])
+        return groups
+    return {}
 
 
 def _open_files(groups: dict[str, list[Path]], flag: str, bad: BadImages) -> dict[str, Source]:
@@ -80,11 +114,11 @@ def _open_files(groups: dict[str, list[Path]], flag: str, bad: BadImages) -> dic
     for files in groups.values():
         for file in files:
             _refuse_special(file, flag)
-    if first.suffix == ".parquet":
+    if first.suffix.lower() == ".parquet":
         from safer_fast.data.formats.parquet import open_parquet
 
         return open_parquet(groups, flag)
-    if first.suffix == ".tar":
+    if first.suffix.lower() == ".tar":
         from safer_fast.data.formats.tar import open_tar
 
         return open_tar(groups, flag, bad)

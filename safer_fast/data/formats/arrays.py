@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -11,12 +13,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from safer_fast.command_line import printable
+from safer_fast.data.formats.beside import Beside
 from safer_fast.data.formats.source import Source
+from safer_fast.data.formats.splits import split_of, tells_split
 from safer_fast.data.machine import machine_error, physical_memory
 
 NUM_TRAINING_DIGITS = 1000
-SPLIT_KEYS = {"train": ("x_train", "y_train"), "test": ("x_test", "y_test")}
-UNSPLIT_KEYS = (("images", "labels"), ("x", "y"))
+# What arrays are named, in whatever case, alone or with a word for a split: x_train, val_labels.
+PAIRS = (("images", "labels"), ("image", "label"), ("x", "y"))
 
 
 class ArraySource(Source):
@@ -59,27 +63,51 @@ def open_digits(flag: str) -> dict[str, Source]:
     }
 
 
-def open_npz(path: Path, flag: str) -> dict[str, Source]:
-    """Arrays images and labels (or x and y), or x_train, y_train and maybe x_test, y_test."""
+def open_npz(path: Path, flag: str, beside: Beside) -> dict[str, Source]:
+    """Arrays of images and labels, of all data or of splits by their names."""
     # Opened here: numpy leaves a file open that it finds to be damaged.
     with path.open("rb") as file, _open_archive(file, path, flag) as archive:
-        names = set(archive.files)
-        found = {split: keys for split, keys in SPLIT_KEYS.items() if set(keys) <= names}
-        if "train" not in found:
-            unsplit = [keys for keys in UNSPLIT_KEYS if set(keys) <= names]
-            found = {"all": unsplit[0]} if unsplit else {}
-        if not found:
-            raise ValueError(
-                f"{flag}: expected arrays images and labels, x and y, or x_train and y_train, "
-                f"got {printable(', '.join(archive.files)) or 'none'} in {path}"
-            )
+        found = _find_arrays(archive.files, path, flag)
         wanted = [key for keys in found.values() for key in keys]
         _check_memory(archive, wanted, path, flag)
         arrays = {key: _load(archive, key, path, flag) for key in wanted}
+        for key in archive.files:
+            if key not in wanted:
+                beside.pass_over(f"{path}/{key}")
     return {
         split: _source(arrays[images], arrays[labels], path, flag)
         for split, (images, labels) in found.items()
     }
+
+
+def _find_arrays(names: list[str], path: Path, flag: str) -> dict[str, tuple[str, str]]:
+    """The names of the arrays of images and of labels, by split.
+
+    Raises ValueError unless there are both, for all data or for every split that is named.
+    """
+    by_split: dict[str, dict[str, str]] = defaultdict(dict)
+    for name in names:
+        if word := _word_of(name):
+            by_split[split_of(name) or "all"].setdefault(word, name)
+    found = {}
+    for split, by_word in by_split.items():
+        pair = next((pair for pair in PAIRS if set(pair) <= set(by_word)), None)
+        found[split] = (by_word[pair[0]], by_word[pair[1]]) if pair else None
+    whole = {split: pair for split, pair in found.items() if pair is not None}
+    if not whole or len(whole) < len(found) or ("all" in whole and len(whole) > 1):
+        raise ValueError(
+            f"{flag}: expected arrays images and labels, x and y, or x_train and y_train "
+            f"(and of val and test), got {printable(', '.join(names)) or 'none'} in {path}"
+        )
+    return whole
+
+
+def _word_of(name: str) -> str | None:
+    """The word for images or labels in a name that has none besides it but one for a split."""
+    words = set(re.split(r"[^a-z0-9]+", name.lower()))
+    known = words.intersection(word for pair in PAIRS for word in pair)
+    is_alone = len(words) == 1 or (len(words) == 2 and tells_split(name))
+    return known.pop() if known and is_alone else None
 
 
 def _open_archive(file: BinaryIO, path: Path, flag: str) -> NpzFile:

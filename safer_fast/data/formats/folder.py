@@ -9,20 +9,27 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from safer_fast.data.formats.source import EncodedSource, Source
+from safer_fast.data.formats.beside import Beside, find_dead_links, is_hidden, visible_folders
+from safer_fast.data.formats.source import EncodedSource, Source, image_endings, is_image
 from safer_fast.data.machine import missing
 
-SPLIT_NAMES = {"train": ["train"], "validation": ["val", "validation"], "test": ["test"]}
+# What notes on images end in. Such files are not opened: there may be one beside every image.
+TEXT_ENDINGS = {".csv", ".json", ".txt", ".xml", ".yaml"}
 
 
 class FolderSource(EncodedSource):
-    """DIR/CLASS/*.jpg with the classes and files of torchvision's ImageFolder, sorted by name."""
+    """DIR/CLASS/*.jpg with the classes and files of torchvision's ImageFolder, sorted by name, but
+    without hidden ones, and with images whose ending does not tell that they are."""
 
-    def __init__(self, path: Path, flag: str) -> None:
-        names = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+    def __init__(self, path: Path, flag: str, beside: Beside) -> None:
+        if dead := find_dead_links(path):
+            link = path / dead[0]
+            raise ValueError(f"{flag}: expected class folders, got a link to nowhere: {link}")
+        names = visible_folders(path)
         if not names:
             raise ValueError(f"{flag}: expected a folder for each class, got none in {path}")
-        files = [_find_images(os.path.join(path, name), flag) for name in names]
+        beside.pass_over_rest(path, map(Path, names))
+        files = [_find_images(os.path.join(path, name), flag, beside) for name in names]
         self.flag, self.class_names = flag, names
         self.labels = np.repeat(np.arange(len(names)), [len(found) for found in files])
         # One buffer: worker processes would copy a list of strings page by page as they count
@@ -43,57 +50,63 @@ class FolderSource(EncodedSource):
         return os.fsdecode(self.files[index])
 
 
-def _find_images(folder: str, flag: str) -> list[str]:
+def _find_images(folder: str, flag: str, beside: Beside) -> list[str]:
     """The image files below the folder of a class, at least one, by folder and name.
 
     Links are followed, but no folder is entered twice: links may form circles.
     """
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
     found, waiting, seen = [], [folder], set()
     while waiting:
         status = os.stat(parent := waiting.pop())
         if (place := (status.st_dev, status.st_ino)) in seen:
+            beside.pass_over(parent, is_folder=True)
             continue
         seen.add(place)
         with os.scandir(parent) as entries:
-            folders, files = _sort_out(entries, flag)
+            by_name = sorted(entries, key=lambda entry: entry.name)
+        folders, files = _sort_out(by_name, flag, beside)
         waiting += sorted(folders)
-        found += [(parent, name) for name in files if name.lower().endswith(IMG_EXTENSIONS)]
+        found += [(parent, name) for name in files]
     if not found:
         raise ValueError(f"{flag}: expected images in every class folder, got none in {folder}")
+    for deeper in sorted({parent for parent, _ in found} - {folder}):
+        beside.take_from_below(deeper)
     return [os.path.join(parent, name) for parent, name in sorted(found)]
 
 
-def _sort_out(entries: Iterable[os.DirEntry[str]], flag: str) -> tuple[list[str], list[str]]:
-    """The paths of folders and the names of files, links that lead nowhere among them.
+def _sort_out(
+    entries: Iterable[os.DirEntry[str]], flag: str, beside: Beside
+) -> tuple[list[str], list[str]]:
+    """The paths of folders and the names of images, links that lead nowhere among them.
 
     Raises ValueError for pipes and devices, which could be read for ever.
     """
-    folders, files = [], []
+    folders, images = [], []
     for entry in entries:
-        if entry.is_dir():
+        is_folder = entry.is_dir()
+        if is_hidden(entry.name):
+            beside.pass_over(entry.path, is_folder)
+        elif is_folder:
             folders.append(entry.path)
-        elif entry.is_file() or not os.path.exists(entry.path):
-            files.append(entry.name)
-        else:
+        elif not entry.is_file() and os.path.exists(entry.path):
             raise ValueError(
                 f"{flag}: expected files of images, got a pipe or device: {entry.path}"
             )
-    return folders, files
+        elif _is_taken(entry):
+            images.append(entry.name)
+        else:
+            beside.pass_over(entry.path)
+    return folders, images
 
 
-def open_folder(path: Path, flag: str) -> dict[str, Source]:
-    """The splits below a folder, or all of it where no subfolder is named after a split."""
-    folders = find_split_folders(path) or {"all": path}
-    return {split: FolderSource(folder, flag) for split, folder in folders.items()}
+def _is_taken(entry: os.DirEntry[str]) -> bool:
+    """Whether a file is an image, by its ending where that tells, else by its first bytes."""
+    ending = os.path.splitext(entry.name)[1].lower()
+    if ending in image_endings():
+        return True
+    return ending not in TEXT_ENDINGS and is_image(entry.path)
 
 
-def find_split_folders(path: Path) -> dict[str, Path]:
-    """The subfolders that are named after splits."""
-    return {
-        split: path / name
-        for split, names in SPLIT_NAMES.items()
-        for name in names
-        if (path / name).is_dir()
-    }
+def open_folders(folders: dict[str, Path], flag: str, beside: Beside) -> dict[str, Source]:
+    """The images of each split's folder."""
+    return {split: FolderSource(path, flag, beside) for split, path in folders.items()}

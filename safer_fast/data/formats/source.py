@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from abc import ABC, abstractmethod
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 # Not all that PIL knows: it would have Ghostscript run what an EPS file says.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "PPM", "BMP", "GIF", "TIFF", "JPEG2000", "AVIF")
@@ -50,6 +51,26 @@ class EncodedSource(Source):
         return Image.open(io.BytesIO(self.encoded(index).data), formats=IMAGE_FORMATS)
 
 
+@functools.cache
+def image_endings() -> frozenset[str]:
+    """The endings of names by which images of `IMAGE_FORMATS` are known: .jpg, .png and so on."""
+    endings = Image.registered_extensions()
+    return frozenset(ending for ending, name in endings.items() if name in IMAGE_FORMATS)
+
+
+def is_image(file: str) -> bool:
+    """Whether a file begins as images of `IMAGE_FORMATS` do; raises OSError as `open` does."""
+    try:
+        Image.open(file, formats=IMAGE_FORMATS).close()
+    except UnidentifiedImageError:
+        return False
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # it cannot be opened
+        # PIL stumbles over it: what is wrong is said, with its name, when it is decoded
+    return True
+
+
 def check_labels(source: Source, num_classes: int) -> None:
     """Raises ValueError that names the first row whose label is not in 0..num_classes-1."""
     bad = np.flatnonzero((source.labels < 0) | (source.labels >= num_classes))
@@ -60,7 +81,7 @@ def check_labels(source: Source, num_classes: int) -> None:
         )
 
 
-def empty_classes(source: Source, num_classes: int) -> list[int]:
-    """The class numbers without any row. The source's labels are in 0..num_classes-1."""
-    counts = np.bincount(source.labels, minlength=num_classes)
+def empty_classes(labels: NDArray[np.int64], num_classes: int) -> list[int]:
+    """The class numbers without any row; labels are in 0..num_classes-1."""
+    counts = np.bincount(labels, minlength=num_classes)
     return [int(number) for number in np.flatnonzero(counts == 0)]

@@ -1,4 +1,4 @@
-"""Which files make which split: brace patterns, and what the names of files tell."""
+"""Which files and folders make which split: brace patterns, and what names tell."""
 
 from __future__ import annotations
 
@@ -7,9 +7,18 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+from safer_fast.data.formats.beside import Beside, find_dead_links, is_hidden, visible_folders
+
 RANGE = re.compile(r"\{([0-9]{1,18})\.\.([0-9]{1,18})\}")
-SPLIT_IN_NAME = re.compile(r"(?<![a-z])(train(ing)?|val(id|idation)?|test(ing)?)(?![a-z])")
-SPLITS = {"tr": "train", "va": "validation", "te": "test"}
+SPLIT = re.compile(
+    r"(?<![a-z])(?:(?P<train>train(?:ing)?)|(?P<validation>val(?:id(?:ation)?)?|dev)|"
+    r"(?P<test>test(?:ing)?))(?:set|data)?(?![a-z])"
+)
+# Of these, some mean validation data and some test data.
+UNCLEAR = re.compile(r"(?<![a-z])(?:eval(?:uation)?|(?:hold|held)[-_ ]?out)(?:set|data)?(?![a-z])")
+CAPITAL_WITHIN = re.compile(r"(?<=[a-z])(?=[A-Z])")
+KINDS = (".parquet", ".tar")
+ADVICE = "name it train, val or test, or give each split by a path of its own"
 
 
 def is_pattern(path: Path) -> bool:
@@ -31,18 +40,68 @@ def expand_pattern(pattern: Path, flag: str) -> list[Path]:
     return files
 
 
+def split_of(name: str) -> str | None:
+    """The split that a name tells, by a word of it in whatever case; None where none does."""
+    match = SPLIT.search(_words(name))
+    return match.lastgroup if match else None
+
+
+def tells_split(name: str) -> bool:
+    """Whether a name has a word for a split, be it clear for which or not."""
+    return split_of(name) is not None or UNCLEAR.search(_words(name)) is not None
+
+
+def files_of(folder: Path, kind: str) -> list[Path]:
+    """The files of a kind in a folder, by name; endings count in whatever case."""
+    return sorted(
+        entry
+        for entry in folder.iterdir()
+        if entry.suffix.lower() == kind and not is_hidden(entry.name)
+    )
+
+
 def group_by_split(files: list[Path], flag: str) -> dict[str, list[Path]]:
     """The splits that the file names tell, or all of it where no name tells one."""
     groups: dict[str, list[Path]] = defaultdict(list)
     for file in files:
-        match = SPLIT_IN_NAME.search(file.stem.lower())
-        groups[SPLITS[match[0][:2]] if match else "all"].append(file)
+        groups[split_of(file.stem) or "all"].append(file)
     if "all" in groups and len(groups) > 1:
         raise ValueError(
             f"{flag}: expected train, val or test in the name of every file or of none, "
             f"got {groups['all'][0]}"
         )
     return dict(groups)
+
+
+def find_split_folders(path: Path, flag: str, beside: Beside) -> dict[str, Path]:
+    """The folders below `path` that are splits by their names; none where they are classes.
+
+    A folder is a split whose name is a word for one, and one whose name has such a word among
+    others if it holds folders. Raises ValueError for two folders of one split, and for one that
+    looks like a split and is not used.
+    """
+    if dead := [name for name in find_dead_links(path) if tells_split(name)]:
+        raise ValueError(f"{flag}: expected a folder, got a link to nowhere: {path / dead[0]}")
+    folders = [path / name for name in visible_folders(path)]
+    found: dict[str, Path] = {}
+    for folder in folders:
+        if (split := _split_of_folder(folder)) is None:
+            continue
+        if split in found:
+            names = f"{found[split].name} and {folder.name}"
+            raise ValueError(f"{flag}: expected one folder of {split} data, got {names} in {path}")
+        found[split] = folder
+    others = [folder for folder in folders if folder not in found.values()]
+    for folder in others:
+        if UNCLEAR.search(_words(folder.name)) and (found or visible_folders(folder)):
+            raise ValueError(
+                f"{flag}: expected folders of classes, or of train, val and test data, "
+                f"got {folder}; {ADVICE}"
+            )
+    if found:
+        _check_both(list(found.values()), others, flag)
+        beside.pass_over_rest(path, found.values())
+    return found
 
 
 def _expand(pattern: str, flag: str) -> Iterator[str]:
@@ -58,3 +117,26 @@ def _expand(pattern: str, flag: str) -> Iterator[str]:
     for number in range(int(first), int(last) + 1):
         name = f"{pattern[: match.start()]}{number:0{width}}{pattern[match.end() :]}"
         yield from _expand(name, flag)
+
+
+def _check_both(splits: list[Path], others: list[Path], flag: str) -> None:
+    """Raises ValueError where the splits may be classes: nothing is in them but files of images."""
+    for folder in splits:
+        if visible_folders(folder) or any(files_of(folder, kind) for kind in KINDS):
+            return
+    if others:
+        raise ValueError(
+            f"{flag}: expected folders of splits or folders of classes, "
+            f"got both: {splits[0]} without classes, beside {others[0].name}"
+        )
+
+
+def _split_of_folder(folder: Path) -> str | None:
+    split = split_of(folder.name)
+    is_word = SPLIT.fullmatch(_words(folder.name)) is not None
+    return split if split and (is_word or visible_folders(folder)) else None
+
+
+def _words(name: str) -> str:
+    """The name in lower case, TrainImages as two words."""
+    return CAPITAL_WITHIN.sub(" ", name).lower()

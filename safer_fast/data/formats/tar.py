@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from safer_fast.data.bad_images import BadImages
+from safer_fast.data.formats.beside import CLASS_NAMES
 from safer_fast.data.formats.parts import FileParts
 from safer_fast.data.formats.source import EncodedSource, Source
 from safer_fast.data.formats.tar_index import ShardIndex, index_shard
 from safer_fast.data.machine import MachineError
 
-CLASS_NAMES = "classnames.txt"
 # More is indexed by several processes.
 LARGEST_ALONE = 2**30
 

@@ -1,0 +1,91 @@
+"""What lies beside the data and is not read: hidden and system files, and what is no image."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from safer_fast.command_line import printable
+
+# Names of classes, one on a line, beside shards.
+CLASS_NAMES = "classnames.txt"
+# As macOS, Windows, Linux, Synology and Python leave them in any folder.
+SYSTEM_NAMES = {
+    "__macosx",
+    "__pycache__",
+    "@eadir",
+    "$recycle.bin",
+    "desktop.ini",
+    "lost+found",
+    "system volume information",
+    "thumbs.db",
+}
+
+
+class Beside:
+    """Counts what is not read as data, for one line on it, and folders below those of classes."""
+
+    def __init__(self) -> None:
+        self._num_files = self._num_folders = self._num_deep = 0
+        self._example = self._hidden_example = self._deep_example = ""
+
+    def pass_over(self, path: str, is_folder: bool = False) -> None:
+        """This file or folder is not read."""
+        self._num_folders += is_folder
+        self._num_files += not is_folder
+        if is_hidden(os.path.basename(path)):
+            self._hidden_example = self._hidden_example or path
+        else:
+            self._example = self._example or path
+
+    def pass_over_rest(self, folder: Path, used: Iterable[Path]) -> None:
+        """Nothing in this folder is read but what is used."""
+        names = {path.name for path in used}
+        with os.scandir(folder) as entries:
+            rest = sorted(
+                (entry.path, entry.is_dir()) for entry in entries if entry.name not in names
+            )
+        for path, is_folder in rest:
+            self.pass_over(path, is_folder)
+
+    def take_from_below(self, folder: str) -> None:
+        """The images in this folder, below that of a class, are of the class."""
+        self._num_deep += 1
+        self._deep_example = self._deep_example or folder
+
+    def lines(self) -> list[str]:
+        """A line on what was passed over and one on deeper folders, where there are any."""
+        found = []
+        if counts := [*_count(self._num_files, "file"), *_count(self._num_folders, "folder")]:
+            example = printable(self._example or self._hidden_example)
+            found.append(f"data: passed over {' and '.join(counts)}, such as {example}")
+        for count in _count(self._num_deep, "folder"):
+            example = printable(self._deep_example)
+            found.append(f"data: classes have images in {count} below their own, such as {example}")
+        return found
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a system or a tool made this file or folder for itself."""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+
+
+def visible_folders(path: str | Path) -> list[str]:
+    """The names of the folders in a folder, sorted, without hidden ones and those of systems."""
+    with os.scandir(path) as entries:
+        return sorted(
+            entry.name for entry in entries if not is_hidden(entry.name) and entry.is_dir()
+        )
+
+
+def find_dead_links(path: str | Path) -> list[str]:
+    """The names of links in a folder that lead nowhere, sorted, without hidden ones."""
+    with os.scandir(path) as entries:
+        links = [entry.name for entry in entries if entry.is_symlink()]
+    dead = [name for name in links if not os.path.exists(os.path.join(path, name))]
+    return sorted(name for name in dead if not is_hidden(name))
+
+
+def _count(number: int, noun: str) -> list[str]:
+    return [f"{number:,} {noun}{'' if number == 1 else 's'}"] if number else []
