@@ -77,7 +77,7 @@ def _describe(data: Data) -> str:
         f"{data.num_classes} classes, {data.train.num_images} training, "
         f"{data.validation.num_images} validation, {num_test} test images of "
         f"{data.num_channels}x{data.image_size}x{data.image_size}; training would use "
-        f"{data.train.backend}"
+        f"{data.train.backend}" + "".join(f"; {note}" for note in data.notes)
     )
 
 

@@ -192,6 +192,17 @@ def test_files_with_known_endings_are_not_opened_to_find_them(
     assert len(open_splits(str(tmp_path), "data.path")["train"]) == 6
 
 
+def test_members_of_shards_are_hidden_by_the_same_names(tmp_path: Path) -> None:
+    hidden = [(name, PNG) for name in ("._0.png", "__MACOSX/0.png", "README", "./.a/1.png")]
+    labels = [("./0.cls", b"0"), ("./1.cls", b"1"), ("./2.cls", b"1")]
+    images = [("./0.jp2", TAKEN["g.jp2"]), ("./1.PGM", encode(photo(8, 8).convert("L"), "ppm"))]
+    pairs = zip([*images, ("./2.png", PNG)], labels, strict=True)
+    file = write_tar(tmp_path / "a.tar", [*hidden, *(member for pair in pairs for member in pair)])
+    data = load(file, validation_path=str(file))
+    assert data.train.num_images == data.validation.num_images == 3
+    assert data.notes == [f"data: passed over 8 files, such as {file}/__MACOSX/0.png"]
+
+
 def test_a_class_of_nothing_but_other_files_is_an_error(tmp_path: Path) -> None:
     write_splits(tmp_path, "train")
     (tmp_path / "train/owl").mkdir()

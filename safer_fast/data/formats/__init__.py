@@ -65,7 +65,7 @@ def open_splits(
 def _open(path: Path, flag: str, bad: BadImages, beside: Beside) -> dict[str, Source]:
     """Format by what is there; each format's libraries are imported only when it is used."""
     if is_pattern(path):
-        return _open_files({"all": expand_pattern(path, flag)}, flag, bad)
+        return _open_files({"all": expand_pattern(path, flag)}, flag, bad, beside)
     if path.is_dir():
         return _open_folder(path, flag, bad, beside)
     _refuse_special(path, flag)
@@ -73,7 +73,7 @@ def _open(path: Path, flag: str, bad: BadImages, beside: Beside) -> dict[str, So
         from safer_fast.data.formats.arrays import open_npz
 
         return open_npz(path, flag, beside)
-    return _open_files({"all": [path]}, flag, bad)
+    return _open_files({"all": [path]}, flag, bad, beside)
 
 
 def _open_folder(path: Path, flag: str, bad: BadImages, beside: Beside) -> dict[str, Source]:
@@ -86,9 +86,9 @@ def _open_folder(path: Path, flag: str, bad: BadImages, beside: Beside) -> dict[
         files = [] if splits else files_of(path, ".tar")
     if files:
         beside.pass_over_rest(path, [*files, path / CLASS_NAMES])
-        return _open_files(group_by_split(files, flag), flag, bad)
+        return _open_files(group_by_split(files, flag), flag, bad, beside)
     if groups := _files_of_splits(splits, flag, beside):
-        return _open_files(groups, flag, bad)
+        return _open_files(groups, flag, bad, beside)
     return open_folders(splits or {"all": path}, flag, beside)
 
 
@@ -108,7 +108,9 @@ def _files_of_splits(splits: dict[str, Path], flag: str, beside: Beside) -> dict
     return {}
 
 
-def _open_files(groups: dict[str, list[Path]], flag: str, bad: BadImages) -> dict[str, Source]:
+def _open_files(
+    groups: dict[str, list[Path]], flag: str, bad: BadImages, beside: Beside
+) -> dict[str, Source]:
     """One source for each split of files of one format."""
     first = next(file for files in groups.values() for file in files)
     for files in groups.values():
@@ -121,7 +123,7 @@ def _open_files(groups: dict[str, list[Path]], flag: str, bad: BadImages) -> dic
     if first.suffix.lower() == ".tar":
         from safer_fast.data.formats.tar import open_tar
 
-        return open_tar(groups, flag, bad)
+        return open_tar(groups, flag, bad, beside)
     raise ValueError(f"{flag}: expected {EXPECTED}, got {first}")
 
 

@@ -54,6 +54,15 @@ class Beside:
         self._num_deep += 1
         self._deep_example = self._deep_example or folder
 
+    def add(self, other: Beside) -> None:
+        """What another one counts counts here too."""
+        self._num_files += other._num_files
+        self._num_folders += other._num_folders
+        self._num_deep += other._num_deep
+        self._example = self._example or other._example
+        self._hidden_example = self._hidden_example or other._hidden_example
+        self._deep_example = self._deep_example or other._deep_example
+
     def lines(self) -> list[str]:
         """A line on what was passed over and one on deeper folders, where there are any."""
         found = []

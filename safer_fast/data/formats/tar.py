@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from safer_fast.data.bad_images import BadImages
-from safer_fast.data.formats.beside import CLASS_NAMES
+from safer_fast.data.formats.beside import CLASS_NAMES, Beside
 from safer_fast.data.formats.parts import FileParts
 from safer_fast.data.formats.source import EncodedSource, Source
 from safer_fast.data.formats.tar_index import ShardIndex, index_shard
@@ -31,13 +31,14 @@ class TarSource(EncodedSource):
     Nothing is extracted: samples are read where they lie.
     """
 
-    def __init__(self, shards: list[Path], flag: str, bad: BadImages) -> None:
+    def __init__(self, shards: list[Path], flag: str, bad: BadImages, beside: Beside) -> None:
         self.shards, self.flag = shards, flag
         self.parts = FileParts(shards, flag)
         found = []
         for index in _index_all(shards, flag):
             for message in index.refused:
                 bad.refuse(message)
+            beside.add(index.beside)
             found.append(index)
         # Arrays, because worker processes would copy lists page by page as they count references.
         self.offsets = np.concatenate([index.offsets for index in found])
@@ -60,12 +61,15 @@ class TarSource(EncodedSource):
         return f"sample {key} of {self.shards[self.shard_numbers[index]]}"
 
 
-def open_tar(groups: dict[str, list[Path]], flag: str, bad: BadImages) -> dict[str, Source]:
-    """A source for each split's shards; what they lack is told to `bad`.
+def open_tar(
+    groups: dict[str, list[Path]], flag: str, bad: BadImages, beside: Beside
+) -> dict[str, Source]:
+    """A source for each split's shards; what they lack is told to `bad`, what else they have to
+    `beside`.
 
     Raises ValueError for labels that are missing or no integers, and where there are no samples.
     """
-    return {split: TarSource(shards, flag, bad) for split, shards in groups.items()}
+    return {split: TarSource(shards, flag, bad, beside) for split, shards in groups.items()}
 
 
 def _index_all(shards: list[Path], flag: str) -> Iterator[ShardIndex]:

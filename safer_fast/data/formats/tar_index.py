@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safer_fast.command_line import printable
+from safer_fast.data.formats.beside import Beside, is_hidden
+from safer_fast.data.formats.source import image_endings
 from safer_fast.data.machine import machine_error
 
-IMAGE_EXTENSIONS = {"jpg", "jpeg", "png", "webp", "ppm", "bmp", "gif", "tif", "tiff"}
 LABEL_EXTENSIONS = {"cls", "json"}
 INTEGER = re.compile(r"-?[0-9]{1,18}")
 # Keys are only for messages; one that is as long as a header allows would widen the whole array.
@@ -31,7 +32,7 @@ class ShardIndex:
     """The usable samples of a shard, in its order.
 
     offsets, sizes: of the image files, in bytes. refused: a line for each sample that has not one
-    image, and one for the shard where it is damaged.
+    image, and one for the shard where it is damaged. beside: what is no part of a sample.
     """
 
     offsets: NDArray[np.int64]
@@ -39,6 +40,7 @@ class ShardIndex:
     labels: NDArray[np.int64]
     keys: NDArray[np.bytes_]
     refused: list[str]
+    beside: Beside
 
 
 @dataclass(slots=True)
@@ -59,8 +61,9 @@ def index_shard(shard: Path, flag: str) -> ShardIndex:
     rows: list[tuple[int, int, int]] = []
     keys: list[bytes] = []
     refused: list[str] = []
+    beside = Beside()
     with shard.open("rb") as file:
-        samples, damaged_at = _walk(file, flag)
+        samples, damaged_at = _walk(file, flag, beside)
         for sample in samples:
             label = _find_label(sample, file)
             if len(sample.images) == 1 and isinstance(label, int):
@@ -78,10 +81,10 @@ def index_shard(shard: Path, flag: str) -> ShardIndex:
     if damaged_at is not None:
         refused.append(_describe_damage(damaged_at, shard, flag))
     offsets, sizes, labels = np.array(rows, dtype=np.int64).reshape(-1, 3).T.copy()
-    return ShardIndex(offsets, sizes, labels, np.array(keys, dtype=np.bytes_), refused)
+    return ShardIndex(offsets, sizes, labels, np.array(keys, dtype=np.bytes_), refused, beside)
 
 
-def _walk(file: BinaryIO, flag: str) -> tuple[list[_Sample], int | None]:
+def _walk(file: BinaryIO, flag: str, beside: Beside) -> tuple[list[_Sample], int | None]:
     """The samples, and the byte at which the file is damaged; None where it is whole.
 
     Raises MachineError where the machine cannot read it.
@@ -96,7 +99,8 @@ def _walk(file: BinaryIO, flag: str) -> tuple[list[_Sample], int | None]:
                 # A crafted size may lead back to where the walk comes from, which would never end.
                 if tar.offset <= member.offset or not (is_whole or member.issparse()):
                     return samples, member.offset_data
-                _add(member, samples)
+                if not _add(member, samples) and not member.isdir():
+                    beside.pass_over(f"{file.name}/{member.name}")
                 end = tar.offset
                 # Kept for random access, which would cost a kilobyte for each member.
                 tar.members.clear()  # type: ignore[attr-defined]
@@ -109,23 +113,27 @@ def _walk(file: BinaryIO, flag: str) -> tuple[list[_Sample], int | None]:
     return samples, None if has_end else end
 
 
-def _add(member: tarfile.TarInfo, samples: list[_Sample]) -> None:
+def _add(member: tarfile.TarInfo, samples: list[_Sample]) -> bool:
     """To the last sample or, with another key, to a new one; as webdataset names and groups them.
 
-    Left out: what is no file with all its bytes in one place, and names without key or extension.
+    False for what is left out: what is no file with all its bytes in one place, names without key
+    or extension, and what is hidden or in a hidden folder.
     """
     folder, slash, name = member.name.rpartition("/")
     stem, _, extension = name.partition(".")
     if not (stem and extension and member.isreg()) or member.issparse():
-        return
+        return False
+    if any(is_hidden(part) for part in folder.split("/") if part not in (".", "..")):
+        return False
     key = printable(folder + slash + stem)
     if not samples or samples[-1].key != key:
         samples.append(_Sample(key))
     sample, extent, extension = samples[-1], (member.offset_data, member.size), extension.lower()
-    if extension in IMAGE_EXTENSIONS:
+    if f".{extension}" in image_endings():
         sample.images.append(extent)
     elif extension in LABEL_EXTENSIONS:
         sample.labels[extension] = extent
+    return True
 
 
 def _find_label(sample: _Sample, file: BinaryIO) -> int | str | None:
