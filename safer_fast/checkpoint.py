@@ -8,31 +8,44 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from safer_fast.checkpoint_file import naming, write_tensors
+from safer_fast.checkpoint_file import naming, verify_if_signed, write_tensors
 
 WEIGHTS = "model.safetensors"
 BEST_WEIGHTS = "best.safetensors"
 MODEL_CONFIG = "config.json"
 
 
-def load_weights(network: nn.Module, path: str) -> None:
+def load_weights(network: nn.Module, path: str) -> list[str]:
     """The network has the weights of a run folder or of a .safetensors file with timm's names.
 
-    Raises ValueError, naming the file, where there is none, or it is damaged or of another model.
+    Gives a line on tensors that were passed by. Raises ValueError, naming the file, where there is
+    none, or it is damaged or of another model.
     """
     file = weights_file(path)
     weights = load_tensors(file)
+    passed = _computed(network, weights, file)
+    weights = {name: tensor for name, tensor in weights.items() if name not in passed}
     _check_same_tensors(network.state_dict(), weights, file)
     network.load_state_dict(weights)
+    if not passed:
+        return []
+    return [
+        f"weights: {file} also has {len(passed)} tensors that the network computes ({passed[0]})"
+    ]
 
 
 def load_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU; raises ValueError naming it if damaged."""
+    """The tensors of a safetensors file, on the CPU, compared with the file's sha256 if it has one.
+
+    Raises ValueError naming the file if it is damaged.
+    """
     try:
+        verify_if_signed(file)
         return load_file(file)
     except (OSError, SafetensorError) as error:
         raise ValueError(
@@ -94,6 +107,24 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
+
+
+def _computed(network: nn.Module, weights: Mapping[str, Tensor], file: Path) -> list[str]:
+    """Names of tensors that are no part of the weights: the network computes them when it is built.
+
+    Runs once wrote them. Raises ValueError for one that this network computes otherwise.
+    """
+    state, buffers = network.state_dict(), dict(network.named_buffers())
+    names = [name for name in weights if name in buffers and name not in state]
+    for name in names:
+        own, got = buffers[name], weights[name]
+        # some are only computed when images come, and are placeholders until then
+        if own.shape == got.shape and not torch.allclose(own, got.to(own), equal_nan=True):
+            raise ValueError(
+                f"model.checkpoint: expected the weights of this model, got those of another: "
+                f"{file} has another {name}"
+            )
+    return names
 
 
 def _check_same_tensors(

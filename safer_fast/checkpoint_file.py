@@ -130,6 +130,14 @@ def verify(path: Path, expected: str | None = None) -> dict[str, str]:
     return read_metadata(path)
 
 
+def verify_if_signed(path: Path) -> None:
+    """Raises ValueError, naming the file, if it has a sha256 that is not that of its contents."""
+    with path.open("rb") as file:
+        is_signed = file.read(_DIGEST_AT)[8:] == _OPENING
+    if is_signed:
+        verify(path)
+
+
 def is_verified(path: Path, digest: str | None) -> bool:
     """Whether the file is whole, and has this sha256 where one is given."""
     try:

@@ -57,7 +57,7 @@ class Engine:
             norms=config.selection.norms,
         )
         savings = config.runtime.exact_savings
-        notes = []
+        notes = list(self.model.notes)
         if config.selection.lora_rank:
             # both read weights past the modules that hold them, and would miss the factors
             savings = Names(name for name in savings if name not in ("patch-order", "class-token"))

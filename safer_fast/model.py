@@ -53,11 +53,14 @@ def build_model(
     _check_transformer(config.name, network)
     network.model_args = {"img_size": image_size, **arguments}
     normalisation = network.pretrained_cfg["mean"], network.pretrained_cfg["std"]
+    notes = []
     if config.checkpoint is not None:
-        load_weights(network, config.checkpoint)
+        notes = load_weights(network, config.checkpoint)
         normalisation = read_normalisation(config.checkpoint) or normalisation
     mean, std = (_for_channels(values, num_channels) for values in normalisation)
-    return RobustModel(cut(network), mean, std, compute_dtype, norms).eval()
+    model = RobustModel(cut(network), mean, std, compute_dtype, norms).eval()
+    model.notes = notes
+    return model
 
 
 def save_timm_config(

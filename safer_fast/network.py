@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -45,6 +45,8 @@ class RobustModel(nn.Module):
         """Edge of a patch where `arrange` puts pixels in patch order."""
         self.feature_dtype: torch.dtype | None = None
         """Of features that enter the first block; None: as they leave what is below it."""
+        self.notes: list[str] = []
+        """Lines on what a user may not expect of the weights it was built with."""
         self.layers = find_layers(self.network, norms)
         """Each layer's name and the names of its parameters, in order of definition."""
 
@@ -193,6 +195,19 @@ def find_layers(network: nn.Module, norms: bool = False) -> dict[str, tuple[str,
         elif norms and "Norm" in type(module).__name__:
             waiting += own
     return layers
+
+
+def state_of(network: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a network whose parameters have the values in `weights`, by their names.
+
+    These are the names that load again: buffers that are computed when a network is built, such
+    as masks and rotary frequencies, are no part of it.
+    """
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    return {
+        name: weights[names[id(value)]] if id(value) in names else value.detach().clone()
+        for name, value in network.state_dict(keep_vars=True).items()
+    }
 
 
 @contextmanager

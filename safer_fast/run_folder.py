@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from safer_fast import __version__
-from safer_fast.command_line import parse_config
+from safer_fast.command_line import parse_config, printable
 from safer_fast.config import Config, ModelConfig
 from safer_fast.lock_file import LOCK
 from safer_fast.run_lock import RunLock
@@ -176,7 +176,9 @@ def load_run(
         num_channels=facts["num_channels"],
         compute_dtype=runtime.compute_dtype,
     )
-    load_weights(model.network, str(folder / files[weights]))
+    model.notes = load_weights(model.network, str(folder / files[weights]))
+    for note in model.notes if local_rank == 0 else []:
+        print(printable(note))
     savings = config.runtime.exact_savings if is_frozen else []
     model.save(savings, facts["image_size"])
     model.to(runtime.device)

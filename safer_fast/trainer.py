@@ -22,6 +22,7 @@ from safer_fast.distributed import Ranks
 from safer_fast.evaluate import accuracy_table, notes
 from safer_fast.examiner import Examiner, validation_figures
 from safer_fast.metrics import Event
+from safer_fast.network import state_of
 from safer_fast.objective import Targets
 from safer_fast.optim import AveragedWeights, set_learning_rate
 from safer_fast.probe import choose_by_probe
@@ -345,5 +346,4 @@ class Trainer:
         return self.engine.weights() if self.average is None else self.average.average
 
     def _weights(self) -> dict[str, Tensor]:
-        buffers = {name: buffer.clone() for name, buffer in self.model.network.named_buffers()}
-        return self.arenas.state_dict(self._source()) | buffers
+        return state_of(self.model.network, self.arenas.state_dict(self._source()))
