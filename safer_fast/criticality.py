@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from safer_fast.distributed import Ranks
 from safer_fast.network import RobustModel, find_layers
@@ -25,6 +27,11 @@ def criticality(
     """
     changes = _feature_changes(model, [_pair_of(*pair) for pair in pairs])
     order = list(changes)
+    if unseen := [name for name in names if name not in changes]:
+        raise ValueError(
+            f"selection.criterion: expected layers whose output can be seen for criticality, got "
+            f"{unseen[0]}, which this network computes another way"
+        )
     sums = ranks.sum_(torch.stack(list(changes.values())))
     scores = dict(zip(order[1:], (sums[1:] / sums[:-1]).tolist(), strict=True))
     return {name: scores[name] for name in names}
@@ -42,9 +49,13 @@ def _feature_changes(model: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]) -
     """||F(x + d) - F(x)|| / dim summed over images, of the image and of all layers as they run."""
     changes: dict[str, Tensor] = {}
     zero = torch.zeros((), dtype=torch.float64, device=pairs[0][0].device)
+    called: dict[str, Tensor] = {}
+    with _every_layer(model, called.__setitem__):
+        model(pairs[0][0][:1])
+    past = set(find_layers(_network_of(model))) - called.keys()
     for clean, attacked in pairs:
         before: dict[str, Tensor] = {"": clean}
-        with _every_layer(model, before.__setitem__):
+        with _every_layer(model, before.__setitem__, past):
             model(clean)
 
         def compare(name: str, output: Tensor, before: dict[str, Tensor] = before) -> None:
@@ -54,15 +65,21 @@ def _feature_changes(model: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]) -
             changes[name] = changes.get(name, zero) + norms.sum() / change.shape[1]
 
         compare("", attacked)
-        with _every_layer(model, compare):
+        with _every_layer(model, compare, past):
             model(attacked)
     return changes
 
 
 @contextmanager
-def _every_layer(model: nn.Module, keep: Keep) -> Iterator[None]:
-    """`keep` is given every layer's name and output as the model runs."""
-    network = model.network if isinstance(model, RobustModel) else model
+def _every_layer(model: nn.Module, keep: Keep, past: Collection[str] = ()) -> Iterator[None]:
+    """`keep` is given every layer's name and output as the model runs.
+
+    past: linear layers that are not called: the network multiplies by their weights itself, as
+    EVA-02's attention does.
+    """
+    network = _network_of(model)
+    weights = {id(network.get_submodule(name).weight): name for name in past}
+    products = _Products(weights, keep) if past else nullcontext()
 
     def hook(name: str) -> Callable[[nn.Module, object, Tensor], None]:
         return lambda _module, _inputs, output: keep(name, output)
@@ -72,11 +89,34 @@ def _every_layer(model: nn.Module, keep: Keep) -> Iterator[None]:
         for name in find_layers(network)
     ]
     try:
-        if isinstance(model, RobustModel):
-            with model.plainly():
-                yield
-        else:
+        with model.plainly() if isinstance(model, RobustModel) else nullcontext(), products:
             yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Products(TorchFunctionMode):
+    """Tells `keep` of each linear map by one of these weights, known by their ids."""
+
+    def __init__(self, names: Mapping[int, str], keep: Keep) -> None:
+        super().__init__()
+        self.names, self.keep = names, keep
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is nn.functional.linear:
+            weight = args[1] if len(args) > 1 else (kwargs or {})["weight"]
+            if name := self.names.get(id(weight)):
+                self.keep(name, output)
+        return output
+
+
+def _network_of(model: nn.Module) -> nn.Module:
+    return model.network if isinstance(model, RobustModel) else model

@@ -72,7 +72,7 @@ def _write_timm(config: ExportConfig, loaded: LoadedRun, folder: Path) -> str:
     from safer_fast.checkpoint import MODEL_CONFIG, WEIGHTS, save_json, save_weights
 
     save_weights(loaded.model.network.state_dict(), folder / WEIGHTS)
-    save_json(_timm_config(config, loaded, folder), folder / MODEL_CONFIG)
+    save_json(_timm_config(config, loaded), folder / MODEL_CONFIG)
     return (
         'load it: timm.create_model("local-dir:FOLDER", pretrained=True); it takes normalised '
         f"images, mean and std in {MODEL_CONFIG}"
@@ -92,8 +92,11 @@ def _write_hub(config: ExportConfig, loaded: LoadedRun, folder: Path) -> str:
 def _write_robustbench(config: ExportConfig, loaded: LoadedRun, folder: Path) -> str:
     from safer_fast.export_robustbench import CODE, save_robustbench
 
-    described = _timm_config(config, loaded, folder)
-    save_robustbench(loaded.model, described["architecture"], described["model_args"], folder)
+    described = _timm_config(config, loaded)
+    sizes = loaded.image_size, loaded.short_side
+    save_robustbench(
+        loaded.model, described["architecture"], described["model_args"], folder, *sizes
+    )
     return (
         f"load it: from {Path(CODE).stem} import load, with FOLDER on Python's path; images in "
         "[0, 1], see its docstring"
@@ -103,7 +106,13 @@ def _write_robustbench(config: ExportConfig, loaded: LoadedRun, folder: Path) ->
 def _write_onnx(config: ExportConfig, loaded: LoadedRun, folder: Path) -> str:
     from safer_fast.export_onnx import save_onnx
 
-    facts = {"class_names": loaded.class_names, "threat_model": _threat_model(loaded)}
+    described = _timm_config(config, loaded)["pretrained_cfg"]
+    names = ("input_size", "interpolation", "crop_pct", "crop_mode")
+    facts = {
+        "class_names": loaded.class_names,
+        "threat_model": _threat_model(loaded),
+        "preprocessing": {name: described[name] for name in names},
+    }
     difference = save_onnx(loaded.model, _images(loaded), folder / ONNX, facts)
     return (
         f'load it: onnxruntime.InferenceSession("FOLDER/{ONNX}"); images float32 [B, C, H, W] in '
@@ -111,20 +120,14 @@ def _write_onnx(config: ExportConfig, loaded: LoadedRun, folder: Path) -> str:
     )
 
 
-def _timm_config(config: ExportConfig, loaded: LoadedRun, folder: Path) -> dict[str, Any]:
-    """config.json in timm's schema, which claims nothing of weights that these are not."""
+def _timm_config(config: ExportConfig, loaded: LoadedRun) -> dict[str, Any]:
+    """config.json in timm's schema, with the license that was given."""
     from safer_fast import __version__
-    from safer_fast.checkpoint import MODEL_CONFIG, read_json
-    from safer_fast.model import save_timm_config
+    from safer_fast.model import timm_config
     from safer_fast.run_folder import KEY
 
-    file = folder / MODEL_CONFIG
-    save_timm_config(loaded.model, file, loaded.image_size, loaded.class_names)
-    content = read_json(file)
-    file.unlink()
-    # tag and license are those of timm's own weights of this architecture
-    for name in ("tag", "license", "origin_url", "paper_ids", "paper_name"):
-        content["pretrained_cfg"].pop(name, None)
+    sizes = loaded.image_size, loaded.short_side
+    content = timm_config(loaded.model, *sizes, loaded.class_names)
     content["pretrained_cfg"]["license"] = config.license
     content[KEY] = {
         "version": __version__,
@@ -152,6 +155,7 @@ def _card(config: ExportConfig, loaded: LoadedRun) -> Any:
         weights=config.weights,
         num_classes=len(loaded.class_names),
         shape=(loaded.num_channels, loaded.image_size, loaded.image_size),
+        short_side=loaded.short_side,
         mean=model.mean.flatten().tolist(),
         std=model.std.flatten().tolist(),
         accuracies=_accuracies(config),

@@ -28,6 +28,7 @@ class Card:
     weights: str
     num_classes: int
     shape: tuple[int, int, int]
+    short_side: int
     mean: Sequence[float]
     std: Sequence[float]
     accuracies: Sequence[Mapping[str, Any]]
@@ -108,6 +109,9 @@ def _usage(card: Card) -> str:
         'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()\n```\n\n'
         "FOLDER is where these files lie; from the hub it is `hf-hub:USER/NAME` in place of "
         "`local-dir:FOLDER`.\n\n"
+        f"Images of another size are resized (bilinear) until their short side has "
+        f"{card.short_side} pixels, and the centre of {card.shape[1]}x{card.shape[2]} is kept: "
+        "`timm.data.create_transform(**timm.data.resolve_model_data_config(model))`.\n\n"
         f"The network takes normalised images: subtract mean ({mean}), divide by standard "
         f"deviation ({std}), both for pixels in [0, 1]. An attack must differentiate through that "
         "normalisation, and measure its radius in pixels."

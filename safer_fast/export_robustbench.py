@@ -15,11 +15,17 @@ WEIGHTS, CODE = "model.pt", "robust_model.py"
 
 
 def save_robustbench(
-    model: RobustModel, architecture: str, arguments: Mapping[str, Any], folder: Path
+    model: RobustModel,
+    architecture: str,
+    arguments: Mapping[str, Any],
+    folder: Path,
+    image_size: int,
+    short_side: int,
 ) -> None:
     """`folder` has the state dict with timm's names, and the code whose `load()` gives the model.
 
-    arguments: of timm.create_model; plain values, which the code holds as literals.
+    arguments: of timm.create_model; plain values, which the code holds as literals. image_size,
+    short_side: pixels that images were evaluated at, and were resized to before that.
     """
     weights = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
     torch.save(weights, folder / WEIGHTS)
@@ -29,6 +35,8 @@ def save_robustbench(
         mean=model.mean.flatten().tolist(),
         std=model.std.flatten().tolist(),
         weights=WEIGHTS,
+        image_size=image_size,
+        short_side=short_side,
     )
     (folder / CODE).write_text(code, encoding="utf-8")
 
@@ -39,6 +47,9 @@ _MODULE = '''"""A robust classifier of pixels in [0, 1], for RobustBench and Aut
     from robust_model import load
 
     benchmark(load(), dataset="cifar10", threat_model="Linf", eps=8 / 255)
+
+Images of another size are resized (bilinear) until their short side has {short_side} pixels, and
+the centre of {image_size}x{image_size} is kept.
 
 The model zoo of RobustBench takes RobustModel as `model` of an entry and, as its file, {weights}.
 """

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.models._hub import save_config_for_hf
 from timm.models.convit import ConVit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
@@ -51,7 +50,6 @@ def build_model(
         arguments["patch_size"] = config.patch_size
     network: Any = _create(config, num_classes, num_channels, image_size, arguments)
     _check_transformer(config.name, network)
-    network.model_args = {"img_size": image_size, **arguments}
     normalisation = network.pretrained_cfg["mean"], network.pretrained_cfg["std"]
     notes = []
     if config.checkpoint is not None:
@@ -63,26 +61,40 @@ def build_model(
     return model
 
 
-def save_timm_config(
-    model: RobustModel, path: Path, image_size: int, class_names: list[str]
-) -> None:
-    """`path` describes the model in timm's Hub format: arguments, size, mean, std, class names."""
+def timm_config(
+    model: RobustModel, image_size: int, short_side: int, class_names: list[str]
+) -> dict[str, Any]:
+    """The content of config.json in timm's Hub format, by which timm builds the model again.
+
+    short_side: what the short side of an image is resized to before the centre is kept. Nothing is
+    said of weights that timm has for the same architecture: neither their preprocessing nor their
+    origin, license, papers or tag.
+    """
     network: Any = model.network
     mean, std = model.mean.flatten().tolist(), model.std.flatten().tolist()
-    save_config_for_hf(
-        network,
-        str(path),
-        model_config={
-            "model_args": network.model_args,
-            "label_names": class_names,
-            "pretrained_cfg": {
-                "input_size": (len(mean), image_size, image_size),
-                "mean": mean,
-                "std": std,
-                "num_classes": network.num_classes,
-            },
+    known = network.pretrained_cfg
+    pool = getattr(network, "global_pool", None)
+    return {
+        "architecture": known["architecture"],
+        "num_classes": network.num_classes,
+        "num_features": network.num_features,
+        **({"global_pool": pool} if isinstance(pool, str) and pool else {}),
+        "label_names": class_names,
+        "model_args": network.model_args,
+        "pretrained_cfg": {
+            "input_size": [len(mean), image_size, image_size],
+            "fixed_input_size": bool(known.get("fixed_input_size")),
+            "interpolation": "bilinear",
+            "crop_pct": _crop_share(image_size, short_side),
+            "crop_mode": "center",
+            "mean": mean,
+            "std": std,
+            "num_classes": network.num_classes,
+            # where timm finds what other channels and other classes change
+            "first_conv": known.get("first_conv"),
+            "classifier": known.get("classifier"),
         },
-    )
+    }
 
 
 def cut(network: Any) -> Whole:
@@ -103,6 +115,14 @@ def cut(network: Any) -> Whole:
     return Whole(network)
 
 
+def _crop_share(image_size: int, short_side: int) -> float:
+    """The crop_pct from which timm, which divides and rounds down, gets the short side again."""
+    share = image_size / short_side
+    return (
+        share if math.floor(image_size / share) == short_side else image_size / (short_side + 0.5)
+    )
+
+
 def _check_name(name: str) -> None:
     if not timm.is_model(name):
         close = timm.list_models(f"*{name[:8]}*")[:3]
@@ -121,15 +141,10 @@ def _create(
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
     def create(**sizes: Any) -> nn.Module:
-        network: nn.Module = timm.create_model(
-            config.name,
-            pretrained=config.pretrained,
-            num_classes=num_classes,
-            in_chans=num_channels,
-            **sizes,
-            **arguments,
-        )
-        return network
+        given = {"num_classes": num_classes, "in_chans": num_channels, **sizes, **arguments}
+        network: Any = timm.create_model(config.name, pretrained=config.pretrained, **given)
+        network.model_args = given
+        return network  # type: ignore[no-any-return]
 
     try:
         try:

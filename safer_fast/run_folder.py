@@ -31,7 +31,8 @@ KEY = "safer_fast"
 class LoadedRun:
     """A run read back: its configuration, its model on the device in eval mode, its classes.
 
-    weights: the file that the model's are from.
+    short_side: what the short side of an image is resized to before the centre is kept. weights:
+    the file that the model's are from.
     """
 
     config: Config
@@ -39,6 +40,7 @@ class LoadedRun:
     class_names: list[str]
     num_channels: int
     image_size: int
+    short_side: int
     runtime: Runtime
     weights: Path
 
@@ -112,20 +114,19 @@ def export_model(
     accuracies: Sequence[dict[str, Any]] = (),
 ) -> None:
     """The folder loads in timm: `timm.create_model("local-dir:FOLDER", pretrained=True)`."""
-    from safer_fast.checkpoint import MODEL_CONFIG, WEIGHTS, read_json, save_json, save_weights
-    from safer_fast.model import save_timm_config
+    from safer_fast.checkpoint import MODEL_CONFIG, WEIGHTS, save_json, save_weights
+    from safer_fast.model import timm_config
 
+    assert weights.keys() == model.network.state_dict().keys(), "names that do not load again"
     save_weights(weights, folder / WEIGHTS)
-    save_timm_config(model, folder / MODEL_CONFIG, data.image_size, data.class_names)
-    content = read_json(folder / MODEL_CONFIG)
-    for claim in ("tag", "license"):  # of timm's own weights, which these are not
-        content["pretrained_cfg"].pop(claim, None)
+    content = timm_config(model, data.image_size, data.short_side, data.class_names)
     content[KEY] = {
         "version": __version__,
         "threat_model": {"norm": config.attack.norm, "epsilon": float(config.attack.epsilon)},
         "class_names": data.class_names,
         "num_channels": data.num_channels,
         "image_size": data.image_size,
+        "short_side": data.short_side,
         "validation_rows": data.validation_rows,
         "accuracies": list(accuracies),
     }
@@ -194,19 +195,26 @@ def load_run(
         facts["class_names"],
         facts["num_channels"],
         facts["image_size"],
+        facts["short_side"],
         runtime,
         folder / files[weights],
     )
 
 
 def _checked(facts: Any, file: Path) -> dict[str, Any]:
-    """What `export_model` wrote of a run; raises ValueError naming the file if it did not."""
+    """What `export_model` wrote of a run, or would have once; raises ValueError naming the file."""
+    from safer_fast.data.images import short_side
+
     expected = {"class_names": list, "num_channels": int, "image_size": int}
     for name, kind in expected.items():
         value = facts.get(name) if isinstance(facts, dict) else None
         if type(value) is not kind or not value:
             raise ValueError(f"{file}: expected {name} of a run under {KEY}, got {value!r:.40}")
-    return dict(facts)
+    # runs did not write it once
+    known = facts.get("short_side", short_side(facts["image_size"]))
+    if type(known) is not int or known < facts["image_size"]:
+        raise ValueError(f"{file}: expected short_side of a run under {KEY}, got {known!r:.40}")
+    return {**facts, "short_side": known}
 
 
 def _plain(value: Any) -> Any:

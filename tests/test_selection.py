@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from safer_fast import pgd, rank_layers, select_layers
 from safer_fast.config import Names, SelectionConfig
+from safer_fast.criticality import criticality
+from safer_fast.distributed import Ranks
 from safer_fast.network import find_layers
 from safer_fast.parameters import ParameterArenas
 from safer_fast.selection import candidates, choose_layers, match_layers
@@ -234,3 +236,27 @@ def test_a_choice_follows_its_configuration(config: SelectionConfig, expected: i
     if choice.scores:
         assert list(choice.scores) == named
     assert choice.criterion == config.criterion
+
+
+def test_criticality_sees_a_product_that_the_network_makes_past_its_layer() -> None:
+    model = build("eva02_tiny_patch14_224")
+    clean, _ = images_and_labels(4)
+    attacked = (clean + 0.03 * torch.randn_like(clean)).clamp(0, 1)
+    attention, seen = model.network.blocks[0].attn, []
+    handle = attention.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        for images in (clean, attacked):
+            model(images)
+    handle.remove()
+    bias = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
+    with torch.no_grad():
+        before, after = (nn.functional.linear(x, attention.qkv.weight, bias) for x in seen)
+        pixels = [
+            model.network.patch_embed.proj((x - model.mean) / model.std) for x in (clean, attacked)
+        ]
+    changes = [
+        (b - a).flatten(1).norm(dim=1).sum() / a[0].numel() for a, b in ((before, after), pixels)
+    ]
+    names = ["patch_embed.proj", "blocks.0.attn.qkv"]
+    scores = criticality(model, [(clean, attacked)], names, Ranks())
+    assert scores["blocks.0.attn.qkv"] == pytest.approx(float(changes[0] / changes[1]), rel=1e-4)

@@ -41,7 +41,7 @@ from safer_fast.data.formats import arrays
 from safer_fast.data.formats.beside import Beside
 from safer_fast.data.formats.folder import FolderSource
 from safer_fast.measured import remembered
-from safer_fast.model import build_model, save_timm_config
+from safer_fast.model import build_model, timm_config
 from safer_fast.report import write_report
 from safer_fast.report_run import read_runs
 from safer_fast.run_folder import load_run, save_config
@@ -349,8 +349,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_config(config, folder)
     for file in ("model.safetensors", "best.safetensors"):
         save_weights(model.network.state_dict(), folder / file)
-    save_timm_config(model, folder / "config.json", 8, names)
-    content = json.loads((folder / "config.json").read_text())
+    content = timm_config(model, 8, 8, names)
     content["safer_fast"] = {"class_names": names, "num_channels": 1, "image_size": 8}
     (folder / "config.json").write_text(json.dumps(content))
     return folder

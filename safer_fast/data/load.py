@@ -25,7 +25,7 @@ from safer_fast.data.fingerprint import fingerprint
 from safer_fast.data.formats import Beside, Source, open_splits
 from safer_fast.data.formats.synthetic import SIZE as SYNTHETIC_SIZE
 from safer_fast.data.formats.synthetic import SyntheticSource
-from safer_fast.data.images import ImageFormat, find_num_channels, find_sizes
+from safer_fast.data.images import ImageFormat, find_num_channels, find_sizes, short_side
 from safer_fast.data.order import Ordering
 from safer_fast.data.seeds import derive_seed
 from safer_fast.data.subset import Indices, draw
@@ -40,7 +40,8 @@ class Data:
 
     name: "digits" or the stem of the path. test: None where there is no test data.
     num_channels: 1 for grey images, else 3. image_size: edge in pixels of the images that the
-    loaders give. validation_rows: rows of the training data that were cut off as validation
+    loaders give. short_side: what the short side of an image is resized to, where the centre is
+    evaluated. validation_rows: rows of the training data that were cut off as validation
     split, sorted; None where the data has its own. fingerprint: the same for the same data wherever
     it lies, see fingerprint.py. bad: knows of the images left out. notes: lines on what a user may
     not expect.
@@ -54,6 +55,7 @@ class Data:
     class_names: list[str]
     num_channels: int
     image_size: int
+    short_side: int
     validation_rows: list[int] | None
     fingerprint: str
     bad: BadImages = field(default_factory=BadImages)
@@ -123,6 +125,7 @@ def load_data(
         class_names=class_names,
         num_channels=image_format.num_channels,
         image_size=image_format.size,
+        short_side=_short_side(splits, image_format),
         validation_rows=rows["validation"][1].tolist() if splits.validation is None else None,
         fingerprint=fingerprint(rows, loaders, class_names, image_format),
         bad=bad,
@@ -253,6 +256,15 @@ def _agree_on_images(splits: _Splits, image_size: int | None) -> ImageFormat:
             f"got {' and '.join(examples[:2])}"
         )
     return ImageFormat(width, num_channels, example)
+
+
+def _short_side(splits: _Splits, image_format: ImageFormat) -> int:
+    """Images that all have the size already are evaluated whole."""
+    size, short = image_format.size, short_side(image_format.size)
+    if image_format.example is not None or short == size:
+        return size
+    evaluated = splits.test or splits.validation or splits.train
+    return size if set(find_sizes([evaluated])) == {(size, size)} else short
 
 
 def _check_channels(source: Source, num_channels: int) -> None:
