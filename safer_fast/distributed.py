@@ -137,6 +137,21 @@ class Ranks:
                 "on all; machines of one kind with the same versions are needed"
             )
 
+    def check_same(self, text: str, flag: str, what: str) -> None:
+        """Raises ValueError, on all ranks alike, unless all have the same ASCII text."""
+        if self.num_ranks == 1:
+            return
+        import torch
+
+        codes = self.gather(torch.tensor(list(text.encode("ascii"))))
+        is_other = (codes != codes[0]).any(1).tolist()
+        if different := [str(rank) for rank in range(self.num_ranks) if is_other[rank]]:
+            many = "s" if len(different) > 1 else ""
+            raise ValueError(
+                f"{flag}: expected the same {what} on all ranks, got other ones on "
+                f"rank{many} {', '.join(different)} than on rank 0"
+            )
+
     @contextmanager
     def _together(self) -> Iterator[None]:
         try:

@@ -51,6 +51,7 @@ def set_up_evaluation(config: EvaluateConfig, ranks: Ranks) -> EvaluationSetup:
     if source is not None:
         _check_source(source, judge)
     split, loader = _evaluation_data(config, judge, ranks)
+    ranks.check_same(loader.digest, "--data.path", "images and labels")
     stores = _stores(config, judge, source, threat, ranks)
     return EvaluationSetup(judge, source or judge, threat, split, loader, stores)
 

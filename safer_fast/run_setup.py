@@ -66,6 +66,7 @@ def set_up(config: Config, ranks: Ranks, found: Found, notes: Iterable[str] = ()
         num_ranks=ranks.num_ranks,
         report=tqdm.write if ranks.is_first else _say_nothing,
     )
+    ranks.check_same(data.fingerprint, "--data.path", "images, labels and classes")
     shape = data.num_channels, data.image_size, data.image_size
     check_ball(config.attack.norm, config.attack.epsilon, config.attack.step_size, shape=shape)
     data.bad.report = tqdm.write  # up to here all ranks have looked at the same images

@@ -15,6 +15,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -490,6 +491,28 @@ def move_a_weight(rank: int) -> None:
         return take_step(trainer, *arguments)
 
     Trainer.take_step = replacement  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("changed", ["labels", "rows", "classes"])
+def test_ranks_with_other_data_end_before_the_first_step_with_one_line(
+    changed: str, tmp_path: Path
+) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (80, 8, 8, 3), dtype=np.uint8)
+    for rank in range(3):
+        labels = np.arange(80) % 4
+        if rank == 1:
+            labels = {"labels": labels[::-1], "rows": labels[:76], "classes": labels % 3}[changed]
+        (tmp_path / str(rank)).mkdir()
+        np.savez(tmp_path / str(rank) / "set.npz", images=images[: len(labels)], labels=labels)
+    flags = [*FLAGS, "--data.path=set.npz", f"--output={tmp_path / 'run'}"]
+    endings = training(3, flags, partial(in_own_folder, tmp_path)).endings()
+    assert_one_error("--data.path: expected the same images, labels and classes on all", endings)
+    assert sum("got other ones on rank 1 than on rank 0" in e.output for e in endings) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def in_own_folder(root: Path) -> None:
+    os.chdir(root / str(own_rank()))
 
 
 def write_photos(folder: Path, bad: set[int]) -> None:

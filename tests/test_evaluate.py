@@ -499,6 +499,23 @@ def evaluated(num_ranks: int, folder: Path, *moments: Moment, seconds: float = 1
     return team.endings(seconds)
 
 
+def test_ranks_with_other_data_measure_nothing(folder: Path, tmp_path: Path) -> None:
+    images = np.zeros((20, 8, 8, 1), np.uint8)
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        np.savez(tmp_path / str(rank) / "set.npz", images=images, labels=(np.arange(20) + rank) % 9)
+    endings = Team(2, command_beside_own_data, str(tmp_path), str(folder)).endings()
+    assert_status(2, endings)
+    (said,) = [line for ending in endings for line in ending.output.splitlines() if line]
+    assert said.startswith("error: --data.path: expected the same images and labels on all ranks")
+    assert not (folder / "evaluation").exists()
+
+
+def command_beside_own_data(root: str, folder: str) -> None:
+    os.chdir(Path(root, os.environ["RANK"]))
+    command_in_a_process(folder, ["--attacks=clean", "--data.path=set.npz"])
+
+
 def test_a_killed_evaluation_goes_on_at_the_next_batch_with_the_same_figures(
     folder: Path, tmp_path: Path
 ) -> None:

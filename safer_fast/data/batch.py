@@ -94,6 +94,11 @@ class Loader(Protocol):
         """Images in the split, of all ranks together."""
 
     @property
+    def digest(self) -> str:
+        """Sixteen hexadecimal digits that are the same for the same number of images of the same
+        classes in the same order."""
+
+    @property
     def batch_size(self) -> int:
         """Images of every batch of an epoch, padding included."""
 

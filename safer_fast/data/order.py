@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -66,6 +67,14 @@ class OrderedLoader(ABC):
         largest = -(-num_images // len(self))
         part = -(-largest // ordering.num_ranks)
         self.batch_size = -(-part // ordering.multiple) * ordering.multiple
+
+    @property
+    def digest(self) -> str:
+        """See `Loader.digest`."""
+        content = np.array([self.num_images], dtype="<i8").tobytes()
+        if self._classes is not None:
+            content += np.ascontiguousarray(self._classes, dtype="<i8").tobytes()
+        return hashlib.blake2b(content, digest_size=8).hexdigest()
 
     def __len__(self) -> int:
         return -(-self.num_images // self.ordering.batch_size)
