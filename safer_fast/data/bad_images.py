@@ -25,6 +25,7 @@ class BadImages:
         self.policy, self.report = policy, report
         self._count = 0
         self._known: set[str] = set()
+        self._said: set[str] = set()
 
     def refuse(self, message: str) -> None:
         """Leaves out what `message` names, or raises it as ValueError, with what would help."""
@@ -38,6 +39,12 @@ class BadImages:
             self.report(f"left out: {printable(message)}")
         elif len(self._known) == MOST_REPORTED + 1:
             self.report("left out: more images, which are counted and no longer named")
+
+    def say_once(self, message: str) -> None:
+        """Reports what is no image but comes again with every epoch."""
+        if message not in self._said:
+            self._said.add(message)
+            self.report(message)
 
     def take(self) -> int:
         """How many times an image was left out since this was last asked."""

@@ -62,7 +62,8 @@ def read_batches(
     """
     num_workers = min(num_workers, len(batches))
     lists = [indices.tolist() for indices in batches]
-    for samples in start_loader(reader, lists, num_workers, prefetch, pin_memory):
+    loader = start_loader(reader, lists, num_workers, prefetch, pin_memory, bad.say_once)
+    for samples in loader:
         yield usable(samples, bad)
 
 

@@ -9,13 +9,15 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
 
 from safer_fast.data.machine import machine_error
 
@@ -24,6 +26,10 @@ SIGNALS = {signal.SIGINT, signal.SIGTERM}
 SECONDS_BETWEEN_LOOKS = 0.5
 # Where no descriptor is left for a batch: from torch, and from multiprocessing.
 TOO_MANY_FILES = ("Too many open files", "received 0 items of ancdata")
+NO_ROOM = (
+    "shared memory (/dev/shm) has no room for batches ({}): they come through pipes, which is "
+    "slower; make it larger (docker run --shm-size 8g), or lower --data.num_workers"
+)
 
 
 def start_loader(
@@ -32,27 +38,78 @@ def start_loader(
     num_workers: int,
     prefetch: int,
     pin_memory: bool,
+    report: Callable[[str], None],
 ) -> Iterator[Any]:
-    """What `reader` gives for each list of indices, read by `num_workers` processes.
+    """What `reader` gives for each list of indices, tuples or errors, read by `num_workers`
+    processes.
 
-    prefetch: lists that each of them reads ahead. Workers that died raise ValueError, in up to five
-    seconds; so does a limit of this process that they or their batches meet.
+    prefetch: lists that each of them reads ahead. report: told where shared memory, by which
+    tensors come from workers, has no room for them; they come more slowly then. Workers that died
+    raise ValueError, in up to five seconds; so does a limit of this process that they or their
+    batches meet.
     """
     loader: DataLoader[Any] = DataLoader(
         reader,
         batch_sampler=batch_sampler,
         num_workers=num_workers,
         prefetch_factor=prefetch if num_workers else None,
-        collate_fn=_as_they_are,
+        collate_fn=_handed_over,
         pin_memory=pin_memory,
         worker_init_fn=_live_and_die_with_main,
         # Its own, so that loading draws nothing from the global one.
         generator=torch.Generator(),
     )
     try:
-        return _alive(_started(loader))
+        samples = _started(loader)
     except (OSError, MemoryError) as error:
         raise _limit(error, "starting worker processes") or error from None
+    return _received(_alive(samples), report)
+
+
+@dataclass(frozen=True)
+class _Piped:
+    """A tuple with arrays in place of tensors, which comes without shared memory, and why."""
+
+    values: tuple[Any, ...]
+    kind: Callable[[Any], Any]
+    reason: str
+
+    def unpacked(self) -> Any:
+        return self.kind(
+            torch.from_numpy(value) if is_tensor else value for value, is_tensor in self.values
+        )
+
+
+def _handed_over(samples: Any) -> Any:
+    """In a worker: the samples with their tensors in shared memory, or without any of it.
+
+    torch would move them there in a thread, whose error nobody sees: the main process would wait
+    for ever.
+    """
+    if get_worker_info() is None or not isinstance(samples, tuple):
+        return samples
+    try:
+        for value in samples:
+            if isinstance(value, Tensor):
+                value.share_memory_()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        if stopped := _limit(error, "batches of worker processes"):
+            return stopped
+        reason = str(error).splitlines()[0].rpartition(": ")[2]
+        pairs = ((v.numpy(), True) if isinstance(v, Tensor) else (v, False) for v in samples)
+        return _Piped(tuple(pairs), type(samples)._make, reason)  # type: ignore[attr-defined]
+    return samples
+
+
+def _received(samples: Iterator[Any], report: Callable[[str], None]) -> Iterator[Any]:
+    """The samples as the reader gave them."""
+    is_told = False
+    for sample in samples:
+        if isinstance(sample, _Piped):
+            if not is_told:
+                report(NO_ROOM.format(sample.reason))
+            is_told, sample = True, sample.unpacked()
+        yield sample
 
 
 def _started(loader: DataLoader[Any]) -> Iterator[Any]:
@@ -158,7 +215,3 @@ def _end_in_silence() -> None:
             hook(kind, error, traceback)
 
     sys.excepthook = unless_it_ended
-
-
-def _as_they_are(samples: Any) -> Any:
-    return samples
