@@ -31,6 +31,7 @@ MOST_IMAGES = 64
 NO_CLASS = -1
 _MOST_PIXELS = 1024  # along one side
 _MOST_BYTES = 128 << 20
+_MOST_FACTS_BYTES = 16 << 20
 _MOST_CLASSES = 100_000
 _FACTS = "gallery"  # where the metadata have them
 _TILE = 64  # pixels: smaller images are scaled up to it in a strip
@@ -120,11 +121,20 @@ def write_gallery(
 ) -> None:
     """`path` holds the gallery and these facts; a reader never sees half of it.
 
-    Raises ValueError naming the file where it cannot be written.
+    Raises ValueError naming the file where it cannot be written, and what `read_gallery` would
+    refuse.
     """
     facts = GalleryFacts(list(class_names), attack, float(epsilon), weights, split)
+    tensors = _contiguous(gallery)
+    try:
+        _checked_gallery(tensors, len(_checked_facts(vars(facts)).class_names))
+        num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        if num_bytes > _MOST_BYTES - _MOST_FACTS_BYTES:
+            raise ValueError(f"{num_bytes:,} bytes")
+    except ValueError as error:
+        raise ValueError(f"expected what a gallery can hold, got {error}") from None
     with naming(path):
-        write_tensors(path, _contiguous(gallery), {_FACTS: json.dumps(vars(facts))})
+        write_tensors(path, tensors, {_FACTS: json.dumps(vars(facts))})
 
 
 def read_gallery(path: Path) -> tuple[Gallery, GalleryFacts]:

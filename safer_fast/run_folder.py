@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ def create_run_folder(config: Config, data_name: str, lock: RunLock | None = Non
     lock: keeps the folder to this process.
     """
     today = datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = Path(config.output or f"runs/{today}-{config.model.name}-{data_name}")
+    folder = Path(config.output or printable(f"runs/{today}-{config.model.name}-{data_name}"))
     is_begun = lock is not None and (folder / LOCK).exists()  # its lock names the owner
     if not is_begun:
         check_output(folder)
@@ -68,7 +69,13 @@ def create_run_folder(config: Config, data_name: str, lock: RunLock | None = Non
 
 
 def check_output(folder: Path) -> None:
-    """Raises ValueError unless `folder` does not exist, or holds nothing but a lock."""
+    """Raises ValueError unless `folder` does not exist, or holds nothing but a lock, and its name
+    can be shown."""
+    if printable(str(folder)) != str(folder):
+        raise ValueError(
+            "--output: expected a path without line breaks and control characters, got "
+            f"{str(folder)!r:.80}"
+        )
     if folder.exists() and not (folder.is_dir() and _names(folder) <= {LOCK}):
         raise ValueError(f"--output: expected a new or empty folder, got {folder}, which is in use")
 
@@ -99,7 +106,9 @@ def save_config(config: Config, folder: Path) -> None:
     """`run.yaml` holds the resolved configuration; `--config` on it repeats the run."""
     content = _plain(config.to_dict()) | {"output": None, "resume": "never"}
     (folder / CONFIG).write_text(
-        f"# safer_fast {__version__}: python -m safer_fast.train --config {folder / CONFIG}\n"
+        f"# safer_fast {__version__}: python -m safer_fast.train --config "
+        + shlex.quote(printable(str(folder / CONFIG)))
+        + "\n"
         + yaml.safe_dump(content, sort_keys=False)
     )
 
