@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from safer_fast.checkpoint_file import naming, verify_if_signed, write_tensors
+from safer_fast.whole_file import write_whole
 
 WEIGHTS = "model.safetensors"
 BEST_WEIGHTS = "best.safetensors"
@@ -93,9 +93,7 @@ def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
 
 def save_json(content: Mapping[str, Any], path: Path) -> None:
     """`path` holds this JSON object; a reader never sees half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
+    write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:

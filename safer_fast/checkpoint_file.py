@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -18,6 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 from torch import Tensor
+
+from safer_fast.whole_file import replace, write_new
 
 # what a file begins with, after 8 bytes with the length of its header; its digest comes next
 _OPENING = b'{"__metadata__":{"sha256":"'
@@ -68,24 +70,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     header = header.replace(_NO_DIGEST, digest.hexdigest().encode(), 1)
 
     def write(temporary: Path) -> None:
-        _write_synced(temporary, chain([header], (_bytes(tensors[name]) for name in order)))
+        write_new(temporary, chain([header], (_bytes(tensors[name]) for name in order)))
         verify(temporary)
 
     replace(path, write)
     return digest.hexdigest()
-
-
-def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """`path` is what `write` made of a temporary name beside it; a reader never sees half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.unlink(missing_ok=True)
-        write(temporary)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def link_or_copy(path: Path, other: Path) -> None:
@@ -94,16 +83,7 @@ def link_or_copy(path: Path, other: Path) -> None:
         os.link(path, other)
     except OSError:
         with path.open("rb") as file:
-            _write_synced(other, iter(partial(file.read, 1 << 20), b""))
-
-
-def sync_folder(folder: Path) -> None:
-    """The names in the folder survive a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            write_new(other, iter(partial(file.read, 1 << 20), b""))
 
 
 def verify(path: Path, expected: str | None = None) -> dict[str, str]:
@@ -234,14 +214,6 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 def _bytes(tensor: Tensor) -> memoryview:
     return tensor.view(-1).view(torch.uint8).numpy().data
-
-
-def _write_synced(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    with path.open("wb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _pinned_copy(tensor: Tensor) -> Tensor:

@@ -24,12 +24,11 @@ from safer_fast.checkpoint_file import (
     read_metadata,
     read_tensors,
     reason,
-    replace,
     snapshot,
-    sync_folder,
     verify,
     write_tensors,
 )
+from safer_fast.whole_file import check_no_link, replace, sync_folder
 
 _SUFFIX = ".safetensors"
 _STEP = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})\.safetensors")
@@ -253,6 +252,7 @@ class CheckpointFolder:
     def _write(
         self, path: Path, take: Callable[[], dict[str, Tensor]], metadata: Mapping[str, str]
     ) -> str:
+        check_no_link(self._folder)
         with naming(self._folder):
             if not self._folder.is_dir():
                 self._folder.mkdir(parents=True, exist_ok=True)

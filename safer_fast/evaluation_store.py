@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 from torch import Tensor
 
+from safer_fast.whole_file import check_no_link, open_plain
+
 FOLDER = "evaluation"
 FORMAT = 2
 """To be raised where an attack computes something else under the same name."""
@@ -46,8 +48,7 @@ class Store:
         self._header = json.dumps({"format": FORMAT, **facts}, sort_keys=True, default=str)
         key = hashlib.blake2b(self._header.encode(), digest_size=8).hexdigest()
         self._folder = run / FOLDER
-        if self._folder.is_symlink():
-            raise ValueError(f"{self._folder}: expected a folder of the run, got a link")
+        check_no_link(self._folder)
         self._own = self._folder / f"{key}-{rank}.jsonl"
         self._pattern = f"{key}-*.jsonl"
         self._outcomes: dict[str, Outcome] = {}
@@ -91,9 +92,9 @@ class Store:
         self._append(json.dumps(line))
 
     def _append(self, line: str) -> None:
+        check_no_link(self._folder)
         self._folder.mkdir(exist_ok=True)
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-        with os.fdopen(os.open(self._own, flags, 0o644), "r+b", buffering=0) as file:
+        with open_plain(self._own, os.O_RDWR | os.O_APPEND | os.O_CREAT) as file:
             if not self._is_mended:
                 content = file.read()
                 file.truncate(content.rfind(b"\n") + 1)

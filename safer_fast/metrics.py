@@ -14,6 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NoReturn, get_args
 
+from safer_fast.whole_file import open_plain
+
 Event = Literal["run", "step", "epoch", "selection", "evaluation", "end"]
 
 FILE_NAME = "metrics.jsonl"
@@ -111,8 +113,8 @@ class _Lines:
     """
 
     def __init__(self, path: Path, report: Callable[[str], None]) -> None:
+        open_plain(path, os.O_RDWR | os.O_CREAT).close()
         _mend_last_line(path)
-        path.touch()
         self._path = path.absolute()
         self._report = report
         self._lock = threading.RLock()
@@ -170,7 +172,7 @@ class _Lines:
         self._find_end()
         self._is_torn = True
         try:
-            with self._path.open("ab") as file:
+            with open_plain(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT) as file:
                 file.write(content)
         except OSError:
             with suppress(OSError):  # then it is cut off before the next try
@@ -195,7 +197,7 @@ class _Lines:
 
     def _cut_off_part(self) -> None:
         if self._is_torn and self._size_on_disk() > self._end:
-            os.truncate(self._path, self._end)
+            _truncate(self._path, self._end)
         self._is_torn = False
 
     def _size_on_disk(self) -> int:
@@ -256,7 +258,7 @@ def _cut(path: Path, size: int) -> list[dict[str, Any]]:
         end = kept.rpartition(b"\n")[2]
         raise ValueError(f"{path}: expected a line to end at byte {size}, got {_shown(end)}")
     events = _events(path, kept)
-    os.truncate(path, size)
+    _truncate(path, size)
     return events
 
 
@@ -285,12 +287,17 @@ def _mend_last_line(path: Path) -> None:
     complete, newline, unfinished = content.rpartition(b"\n")
     if not unfinished:
         return
-    with path.open("r+b") as file:
+    with open_plain(path, os.O_RDWR) as file:
         if _event(unfinished) is None:
             file.truncate(len(complete) + len(newline))
         else:
             file.seek(0, 2)
             file.write(b"\n")
+
+
+def _truncate(path: Path, size: int) -> None:
+    with open_plain(path, os.O_RDWR) as file:
+        os.truncate(file.fileno(), size)
 
 
 def _event(line: bytes) -> dict[str, Any] | None:

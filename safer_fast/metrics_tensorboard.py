@@ -16,6 +16,8 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import CRC_TABLE
 
+from safer_fast.whole_file import open_plain
+
 _NAME = "events.out.tfevents."
 _NOT_PLOTTED = ("event", "epoch", "step", "time_s", "validation_images", "of_validation_images")
 _MOST_MAPS = 12  # of selections before a resume: each takes a quarter of a second to draw
@@ -63,7 +65,9 @@ class EventFile:
     def _append(self, record: bytes) -> None:
         assert self._path is not None
         try:
-            with self._path.open("r+b") as file:  # not "ab": a removed file is not made anew
+            with open_plain(
+                self._path, os.O_RDWR
+            ) as file:  # not "ab": a removed file is not made anew
                 file.seek(0, os.SEEK_END)
                 file.write(record)
         except OSError as error:

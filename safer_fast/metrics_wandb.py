@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safer_fast.metrics_tensorboard import layer_map
+from safer_fast.whole_file import check_no_link, write_whole
 
 IDENTITY = "wandb-id.txt"
 FOLDER = "wandb"
@@ -54,8 +55,9 @@ class WandbRun:
         import wandb
 
         identity = folder / IDENTITY
+        check_no_link(folder / FOLDER)
         if not identity.is_file():
-            identity.write_text(secrets.token_hex(4) + "\n")
+            write_whole(identity, f"{secrets.token_hex(4)}\n".encode())
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=folder.resolve().name,

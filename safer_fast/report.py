@@ -19,6 +19,7 @@ from safer_fast.report_curves import Figure
 from safer_fast.report_drawing import RUN_COLOURS, as_svg
 from safer_fast.report_gallery import galleries
 from safer_fast.report_run import Run, read_runs
+from safer_fast.whole_file import write_whole
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _MOST_LAYERS = 40  # that one drawing of selections has rows for
@@ -84,8 +85,9 @@ def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
     if output is None:
         output = runs[0] / "report.html"
         # a link that came with the folder would lead elsewhere
-        output.unlink(missing_ok=True)
-    output.write_text(page.lstrip(), encoding="utf-8")
+        write_whole(output, page.lstrip().encode())
+    else:
+        output.write_text(page.lstrip(), encoding="utf-8")
     return output
 
 

@@ -15,6 +15,7 @@ from safer_fast.distributed import Ranks
 from safer_fast.metrics import FILE_NAME, read_metrics
 from safer_fast.run_folder import CHECKPOINTS, CONFIG, check_output, clear_run_folder
 from safer_fast.run_lock import RunLock
+from safer_fast.whole_file import check_no_link
 
 # Settings that change nothing that is computed; data is compared by what it holds, not by where it
 # lies, its backend by what `auto` has come to.
@@ -119,6 +120,7 @@ def _newest(folder: Path, config: Config, report: Callable[[str], None]) -> Chec
     if config.resume == "never":
         check_output(folder)
         return None
+    check_no_link(folder / CHECKPOINTS)
     size = (folder / FILE_NAME).stat().st_size if (folder / FILE_NAME).is_file() else 0
 
     def refuse(checkpoint: Checkpoint) -> str | None:

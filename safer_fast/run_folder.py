@@ -17,6 +17,7 @@ from safer_fast.command_line import parse_config, printable
 from safer_fast.config import Config, ModelConfig
 from safer_fast.lock_file import LOCK
 from safer_fast.run_lock import RunLock
+from safer_fast.whole_file import write_whole
 
 if TYPE_CHECKING:
     from safer_fast.data import Data
@@ -86,16 +87,18 @@ def clear_run_folder(folder: Path) -> None:
     Only a folder that holds nothing but that is cleared; others are left as they are. The lock of
     the folder must be held, and stays.
     """
-    if not (folder / CONFIG).is_file():
+    is_begun = folder.is_dir() and _names(folder) <= {LOCK, f"{CONFIG}.tmp"}
+    if not is_begun and not (folder / CONFIG).is_file():
         return
     own = {CONFIG, "metrics.jsonl", "best.safetensors", "best.safetensors.tmp", CHECKPOINTS}
-    own |= {"gallery.safetensors", "wandb", "wandb-id.txt"}
+    own |= {"gallery.safetensors", "wandb", "wandb-id.txt", f"{CONFIG}.tmp"}
     # by its configuration the folder is known as one of ours: that goes last
     others = (path for path in folder.iterdir() if path.name != LOCK)
     found = sorted(others, key=lambda path: path.name == CONFIG)
     if all(path.name in own or path.name.startswith("events.out.tfevents.") for path in found):
         for path in found:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            is_folder = path.is_dir() and not path.is_symlink()
+            shutil.rmtree(path) if is_folder else path.unlink()
 
 
 def _names(folder: Path) -> set[str]:
@@ -105,12 +108,9 @@ def _names(folder: Path) -> set[str]:
 def save_config(config: Config, folder: Path) -> None:
     """`run.yaml` holds the resolved configuration; `--config` on it repeats the run."""
     content = _plain(config.to_dict()) | {"output": None, "resume": "never"}
-    (folder / CONFIG).write_text(
-        f"# safer_fast {__version__}: python -m safer_fast.train --config "
-        + shlex.quote(printable(str(folder / CONFIG)))
-        + "\n"
-        + yaml.safe_dump(content, sort_keys=False)
-    )
+    command = shlex.quote(printable(str(folder / CONFIG)))
+    title = f"# safer_fast {__version__}: python -m safer_fast.train --config {command}\n"
+    write_whole(folder / CONFIG, (title + yaml.safe_dump(content, sort_keys=False)).encode())
 
 
 def export_model(

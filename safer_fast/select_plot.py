@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safer_fast.select_scores import Scores
+from safer_fast.whole_file import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,9 +32,7 @@ def save_maps(
         for name, by_layer in scores.items()
     }
     content = _as_svg(figures) if path.suffix == ".svg" else _as_png(list(figures.values()))
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    write_whole(path, content)
 
 
 def _as_svg(figures: Mapping[str, Figure]) -> bytes:

@@ -171,8 +171,10 @@ KILLS: dict[str, list[Moment | Patch]] = {
         Moment("pathlib.Path.mkdir", call=3, is_after=True),
         Moment("pathlib.Path.unlink", call=2, is_after=True),
         Patch("os.fsync", half_a_file),
-        Moment("shutil.rmtree", is_after=True),
         Moment("os.replace"),
+        Moment("os.replace", call=2),
+        Moment("shutil.rmtree", is_after=True),
+        Moment("os.replace", call=2),
     ],
     "in warm-up": [
         Moment(f"{STEP}.update", call=2),
