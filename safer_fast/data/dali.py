@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch.nn import functional
 
 from safer_fast.data.augmentation import PADDING, DeviceDraws, draw
@@ -120,9 +121,7 @@ class DaliLoader(OrderedLoader):
         image_format = self.slot.image_format
         file, image = open_encoded(self.source, row)
         check_size(image, self.source, row, image_format)
-        is_whole = image.format != "JPEG" or file[-2:].tobytes() == END_OF_JPEG
-        # DALI rounds CMYK otherwise than PIL
-        if image.format not in FORMATS or image.mode == "CMYK" or not is_whole:
+        if not _is_decoded_alike(image, file):
             return as_file(decode(self.source, row, image_format)), image.size
         self._sizes[index] = image.size
         return file, image.size
@@ -153,6 +152,17 @@ class DaliLoader(OrderedLoader):
             return Batch(images, batch.labels[: len(indices)])
 
         return augment
+
+
+def _is_decoded_alike(image: Image.Image, file: NDArray[np.uint8]) -> bool:
+    """Whether DALI makes the pixels of it that PIL makes, and sees what is wrong with it."""
+    codec, *_, layout = next(iter(getattr(image, "tile", ())), ("", ""))
+    if image.format == "JPEG":  # of four colours DALI rounds otherwise
+        return image.mode != "CMYK" and file[-2:].tobytes() == END_OF_JPEG
+    if image.format == "PPM":  # any other decoder: values as text, or up to another one than 255
+        return bool(codec == "raw")
+    # of a PNG 16 bits per channel, which PIL cuts off and DALI rounds, of a BMP those per pixel
+    return image.format in FORMATS and not any(bits in str(layout) for bits in (";15", ";16"))
 
 
 def _unresized_centre(size: tuple[int, int], wanted: int) -> Crop | None:
