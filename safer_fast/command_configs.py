@@ -31,6 +31,10 @@ class EvaluateConfig:
     """last or best, of --source."""
     path: str | None = None
     """Data to evaluate on, in any format of --data.path; default: the run's test split."""
+    image_column: str | None = None
+    """Column of images in parquet files, with --data.path; default: the run's."""
+    label_column: str | None = None
+    """Column of labels in parquet files, with --data.path; default: the run's."""
     num_images: int | None = None
     """Use only so many images, a fixed subset stratified by class; default: all."""
     batch_size: int = 256

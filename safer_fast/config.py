@@ -58,6 +58,11 @@ class DataConfig:
     max_images: int | None = None
     """Use at most this many training images, drawn with the seed, of every class there is room for;
     default: all."""
+    image_column: str | None = None
+    """Column of images in parquet files; default: image or img, or the only one of images."""
+    label_column: str | None = None
+    """Column of labels in parquet files, integers or text, such as fine_label; default: label, or
+    the only one that metadata or name calls labels."""
     image_size: int | None = None
     """Edge in pixels that images are brought to; default: their own, which must then be one for
     all."""

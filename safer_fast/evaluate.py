@@ -166,7 +166,9 @@ def main(arguments: Sequence[str]) -> None:
     parser = new_parser("evaluate", "Measure clean and robust accuracy of a run.")
     parser.add_class_arguments(EvaluateConfig, None, skip={"run"})
     parser.add_argument("run", type=str, metavar="RUN", help="run folder")
-    words = [word.replace("--data.path", "--path", 1) for word in with_underscores(arguments)]
+    words = with_underscores(arguments)
+    for name in ("path", "image_column", "label_column"):
+        words = [word.replace(f"--data.{name}", f"--{name}", 1) for word in words]
     words = [f"{word}=true" if word == "--fresh" else word for word in words]
     evaluate_run(parse(parser, words, EvaluateConfig))
 
@@ -195,6 +197,9 @@ def _check(config: EvaluateConfig) -> None:
     for name in config.attacks:
         check_attack_name(name, "--attacks", LIBRARY_ATTACKS)
     check_ranges(config, ranges.EVALUATE)
+    for name in ("image_column", "label_column"):
+        if (column := getattr(config, name)) is not None and config.path is None:
+            raise ValueError(f"--data.{name}: expected --data.path beside it, got only {column}")
 
 
 def accuracy_table(accuracies: Sequence[Mapping[str, Any]]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +103,11 @@ def _evaluation_data(config: EvaluateConfig, loaded: LoadedRun, ranks: Ranks) ->
     parts: dict[str, Any] = {"rank": ranks.rank, "num_ranks": ranks.num_ranks}
     parts["device"] = loaded.model.mean.device
     if config.path is not None:
+        columns = {name: getattr(config, name) for name in ("image_column", "label_column")}
+        given = {name: column for name, column in columns.items() if column is not None}
         data = load_evaluation_data(
             config.path,
-            settings.data,
+            replace(settings.data, **given),
             batch_size=config.batch_size,
             num_classes=len(loaded.class_names),
             num_channels=loaded.num_channels,

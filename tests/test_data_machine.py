@@ -214,8 +214,7 @@ def test_errors_of_the_machine_are_no_damage_of_a_file(
         FORMATS[name](tmp_path)
     monkeypatch.setattr(tarfile.TarFile, "next", failing)
     monkeypatch.setattr(np, "load", failing)
-    monkeypatch.setattr(pq, "ParquetFile", failing)
-    monkeypatch.setattr(pq, "read_schema", failing)
+    monkeypatch.setattr(pq, "read_metadata", failing)
     for name in ("a.tar", "a.npz", "a.parquet"):
         assert error[1] in fail(tmp_path / name)
 

@@ -26,6 +26,8 @@ def agree_on_classes(train: Source, others: list[Source]) -> list[str]:
 
 def check_classes(source: Source, names: list[str] | None, num_classes: int) -> None:
     """Raises ValueError unless class names, where both are known, and labels are those."""
+    if names is not None:
+        source.adopt(names)
     given = source.class_names
     if given is not None and names is not None and given != names:
         raise ValueError(

@@ -22,7 +22,7 @@ from safer_fast.data.classes import (
     relabel,
 )
 from safer_fast.data.fingerprint import fingerprint
-from safer_fast.data.formats import Beside, Source, open_splits
+from safer_fast.data.formats import Beside, Columns, Source, open_splits
 from safer_fast.data.formats.synthetic import SIZE as SYNTHETIC_SIZE
 from safer_fast.data.formats.synthetic import SyntheticSource
 from safer_fast.data.images import ImageFormat, find_num_channels, find_sizes, short_side
@@ -161,7 +161,7 @@ def load_evaluation_data(
     know.
     """
     bad, beside = BadImages(config.bad_images), Beside()
-    found = open_splits(path, "data.path", bad, beside)
+    found = open_splits(path, "data.path", bad, beside, _columns(config))
     source = found.get("test") or found.get("validation") or found.get("all")
     if source is None:
         raise ValueError(
@@ -213,23 +213,36 @@ def _check_settings(config: DataConfig) -> None:
 
 def _open(config: DataConfig, bad: BadImages, beside: Beside) -> _Splits:
     """Splits named explicitly go before those found beside the training data."""
-    found = open_splits(config.path, "data.path", bad, beside)
+    columns = _columns(config)
+    found = open_splits(config.path, "data.path", bad, beside, columns)
     train = found.get("train") or found.get("all")
     if train is None:
         raise ValueError(
             f"data.path: expected training data, got only {', '.join(found)} in {config.path}"
         )
-    return _Splits(
+    splits = _Splits(
         train,
-        _open_one(config.validation_path, "validation", bad, beside) or found.get("validation"),
-        _open_one(config.test_path, "test", bad, beside) or found.get("test"),
+        _open_one(config, "validation", bad, beside) or found.get("validation"),
+        _open_one(config, "test", bad, beside) or found.get("test"),
     )
+    for role, name in vars(columns).items():
+        if name is not None and not any(source.has_columns for source in splits.all()):
+            raise ValueError(
+                f"data.{role}_column: expected parquet files, which have columns, "
+                f"got {config.path or 'digits'}"
+            )
+    return splits
 
 
-def _open_one(path: str | None, split: str, bad: BadImages, beside: Beside) -> Source | None:
+def _columns(config: DataConfig) -> Columns:
+    return Columns(config.image_column, config.label_column)
+
+
+def _open_one(config: DataConfig, split: str, bad: BadImages, beside: Beside) -> Source | None:
+    path = config.validation_path if split == "validation" else config.test_path
     if path is None:
         return None
-    found = open_splits(path, f"data.{split}_path", bad, beside)
+    found = open_splits(path, f"data.{split}_path", bad, beside, _columns(config))
     source = found.get(split) or found.get("all")
     if source is None:
         raise ValueError(

@@ -6,6 +6,8 @@ import errno
 import os
 import resource
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
 # Of one file: it may be left out. Any other error number speaks of the machine.
 ABOUT_ONE_FILE = {
@@ -53,6 +55,17 @@ def physical_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def memory_limit() -> int:
+    """The memory that this process may take in bytes: less than the machine's by ulimit -v or -d,
+    or in a container."""
+    limits = [resource.getrlimit(which)[0] for which in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):
+            limits.append(int(Path(file).read_text()))
+    allowed = [limit for limit in limits if limit != resource.RLIM_INFINITY and limit > 0]
+    return min([physical_memory(), *allowed])
+
+
 def _causes(error: BaseException) -> Iterator[BaseException]:
     """The error and those that it came of: libraries hide what the system said behind their own."""
     seen: set[int] = set()
@@ -86,7 +99,9 @@ def _advice(number: int) -> str:
             "lower --data.num_workers, --data.prefetch or --batch-size"
         )
     if number == errno.EAGAIN:
-        return "ulimit -u, or a container, allows no more processes: lower --data.num_workers"
+        return (
+            "no more processes or threads are allowed (ulimit -u, memory): lower --data.num_workers"
+        )
     if number in FULL:
         return "no room is left on a disk or in /dev/shm: make room"
     return "no image is left out for this: see to the disk or network, then go on with --resume"

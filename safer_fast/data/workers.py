@@ -25,7 +25,11 @@ from safer_fast.data.machine import machine_error
 SIGNALS = {signal.SIGINT, signal.SIGTERM}
 SECONDS_BETWEEN_LOOKS = 0.5
 # Where no descriptor is left for a batch: from torch, and from multiprocessing.
-TOO_MANY_FILES = ("Too many open files", "received 0 items of ancdata")
+LIMITS = {
+    "Too many open files": errno.EMFILE,
+    "received 0 items of ancdata": errno.EMFILE,
+    "can't start new thread": errno.EAGAIN,
+}
 NO_ROOM = (
     "shared memory (/dev/shm) has no room for batches ({}): they come through pipes, which is "
     "slower; make it larger (docker run --shm-size 8g), or lower --data.num_workers"
@@ -61,7 +65,7 @@ def start_loader(
     )
     try:
         samples = _started(loader)
-    except (OSError, MemoryError) as error:
+    except (OSError, MemoryError, RuntimeError) as error:
         raise _limit(error, "starting worker processes") or error from None
     return _received(_alive(samples), report)
 
@@ -167,9 +171,11 @@ def _alive(samples: Iterator[Any]) -> Iterator[Any]:
 
 
 def _limit(error: Exception, where: str) -> ValueError | None:
-    """The line on a limit of this process, which libraries may tell in words alone."""
-    if any(words in str(error) for words in TOO_MANY_FILES):
-        error = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    """The line on a limit of this process that the error speaks of; None where it does not."""
+    for words, number in LIMITS.items():
+        if words in str(error):
+            error = OSError(number, os.strerror(number))
+            break
     return machine_error(error, "data.num_workers", where)
 
 

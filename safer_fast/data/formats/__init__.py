@@ -8,7 +8,13 @@ from pathlib import Path
 from safer_fast.command_line import printable
 from safer_fast.data.bad_images import BadImages
 from safer_fast.data.formats.beside import CLASS_NAMES, Beside
-from safer_fast.data.formats.source import EncodedSource, Source, check_labels, empty_classes
+from safer_fast.data.formats.source import (
+    Columns,
+    EncodedSource,
+    Source,
+    check_labels,
+    empty_classes,
+)
 from safer_fast.data.formats.splits import (
     KINDS,
     expand_pattern,
@@ -19,7 +25,15 @@ from safer_fast.data.formats.splits import (
 )
 from safer_fast.data.machine import machine_error
 
-__all__ = ["Beside", "EncodedSource", "Source", "check_labels", "empty_classes", "open_splits"]
+__all__ = [
+    "Beside",
+    "Columns",
+    "EncodedSource",
+    "Source",
+    "check_labels",
+    "empty_classes",
+    "open_splits",
+]
 
 EXPECTED = (
     "a .parquet or .tar file, a folder or pattern (train-{000..099}.tar) of them, "
@@ -30,13 +44,18 @@ MOST_UNNAMED_CLASSES = 2**20
 
 
 def open_splits(
-    path: str | None, flag: str, bad: BadImages | None = None, beside: Beside | None = None
+    path: str | None,
+    flag: str,
+    bad: BadImages | None = None,
+    beside: Beside | None = None,
+    columns: Columns | None = None,
 ) -> dict[str, Source]:
     """The splits that a path holds: train, validation and test, or `all` where it names none.
 
     path: None and "digits" are the built-in digits, "synthetic" is noise; files of these names are
     reached as ./digits. flag: the setting named in errors. bad: told of damaged shards and of
     samples without image; default: they are errors. beside: told of what is not read.
+    columns: of parquet files.
     Raises ValueError when the path, its format, columns, arrays, classes or labels are not usable,
     or the machine cannot read them.
     """
@@ -50,7 +69,13 @@ def open_splits(
         return open_synthetic(flag)
     location = Path(path).expanduser()
     try:
-        splits = _open(location, flag, bad or BadImages("error"), beside or Beside())
+        splits = _open(
+            location,
+            flag,
+            bad or BadImages("error"),
+            beside or Beside(),
+            columns or Columns(),
+        )
     except (OSError, MemoryError) as error:
         place = str(getattr(error, "filename", None) or path)
         reason = getattr(error, "strerror", None) or type(error).__name__
@@ -62,21 +87,25 @@ def open_splits(
     return splits
 
 
-def _open(path: Path, flag: str, bad: BadImages, beside: Beside) -> dict[str, Source]:
+def _open(
+    path: Path, flag: str, bad: BadImages, beside: Beside, columns: Columns
+) -> dict[str, Source]:
     """Format by what is there; each format's libraries are imported only when it is used."""
     if is_pattern(path):
-        return _open_files({"all": expand_pattern(path, flag)}, flag, bad, beside)
+        return _open_files({"all": expand_pattern(path, flag)}, flag, bad, beside, columns)
     if path.is_dir():
-        return _open_folder(path, flag, bad, beside)
+        return _open_folder(path, flag, bad, beside, columns)
     _refuse_special(path, flag)
     if path.suffix.lower() == ".npz":
         from safer_fast.data.formats.arrays import open_npz
 
         return open_npz(path, flag, beside)
-    return _open_files({"all": [path]}, flag, bad, beside)
+    return _open_files({"all": [path]}, flag, bad, beside, columns)
 
 
-def _open_folder(path: Path, flag: str, bad: BadImages, beside: Beside) -> dict[str, Source]:
+def _open_folder(
+    path: Path, flag: str, bad: BadImages, beside: Beside, columns: Columns
+) -> dict[str, Source]:
     from safer_fast.data.formats.folder import open_folders
 
     splits: dict[str, Path] = {}
@@ -86,9 +115,9 @@ def _open_folder(path: Path, flag: str, bad: BadImages, beside: Beside) -> dict[
         files = [] if splits else files_of(path, ".tar")
     if files:
         beside.pass_over_rest(path, [*files, path / CLASS_NAMES])
-        return _open_files(group_by_split(files, flag), flag, bad, beside)
+        return _open_files(group_by_split(files, flag), flag, bad, beside, columns)
     if groups := _files_of_splits(splits, flag, beside):
-        return _open_files(groups, flag, bad, beside)
+        return _open_files(groups, flag, bad, beside, columns)
     return open_folders(splits or {"all": path}, flag, beside)
 
 
@@ -109,7 +138,7 @@ def _files_of_splits(splits: dict[str, Path], flag: str, beside: Beside) -> dict
 
 
 def _open_files(
-    groups: dict[str, list[Path]], flag: str, bad: BadImages, beside: Beside
+    groups: dict[str, list[Path]], flag: str, bad: BadImages, beside: Beside, columns: Columns
 ) -> dict[str, Source]:
     """One source for each split of files of one format."""
     first = next(file for files in groups.values() for file in files)
@@ -119,7 +148,7 @@ def _open_files(
     if first.suffix.lower() == ".parquet":
         from safer_fast.data.formats.parquet import open_parquet
 
-        return open_parquet(groups, flag)
+        return open_parquet(groups, flag, columns, bad.report)
     if first.suffix.lower() == ".tar":
         from safer_fast.data.formats.tar import open_tar
 

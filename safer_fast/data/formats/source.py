@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,19 +15,39 @@ from PIL import Image, UnidentifiedImageError
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "PPM", "BMP", "GIF", "TIFF", "JPEG2000", "AVIF")
 
 
+@dataclass(frozen=True)
+class Columns:
+    """The columns of images and labels that the settings name; None: those that leave no choice."""
+
+    image: str | None = None
+    label: str | None = None
+
+
 class Source(ABC):
     """Labelled images on disk or in memory; picklable, for worker processes.
 
     flag: the setting that named the data, for error messages.
-    labels: int64 [N]. class_names: None where the format has no names.
+    labels: int64 [N]. class_names: None where the format has no names. has_columns: whether
+    `Columns` choose what is read. has_text_labels: class names are the labels that were read.
     """
 
+    has_columns = False
+    has_text_labels = False
     flag: str
     labels: NDArray[np.int64]
     class_names: list[str] | None
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def adopt(self, class_names: list[str]) -> None:
+        """Counts classes as `class_names` does, where labels are texts and all of them are there.
+
+        Other labels are numbers already, and stay.
+        """
+        names = self.class_names
+        if self.has_text_labels and names is not None and set(names) <= set(class_names):
+            self.labels, self.class_names = renumbered(self.labels, names, class_names), class_names
 
     @abstractmethod
     def read(self, index: int) -> Image.Image:
@@ -69,6 +90,12 @@ def is_image(file: str) -> bool:
             raise  # it cannot be opened
         # PIL stumbles over it: what is wrong is said, with its name, when it is decoded
     return True
+
+
+def renumbered(labels: NDArray[np.int64], names: list[str], wanted: list[str]) -> NDArray[np.int64]:
+    """Labels that count `wanted`, which has all of `names`, in place of `names`."""
+    places = {name: place for place, name in enumerate(wanted)}
+    return np.array([places[name] for name in names], dtype=np.int64)[labels]
 
 
 def check_labels(source: Source, num_classes: int) -> None:

@@ -1,0 +1,158 @@
+"""Which columns of a parquet file are images and labels, and what the labels stand for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from safer_fast.command_line import printable
+from safer_fast.data.formats.source import Columns
+
+IMAGE_COLUMNS = ("image", "img")
+LABEL_COLUMN = "label"
+# What a column of labels may be called where none is called label and no metadata tells.
+LABEL_WORDS = ("label", "class", "target", "category")
+Column: TypeAlias = "pa.ChunkedArray[Any]"
+
+
+@dataclass(frozen=True)
+class Found:
+    """The names of both columns, and those of the classes where the metadata has them."""
+
+    image: str
+    label: str
+    class_names: list[str] | None
+
+
+def find_columns(schema: pa.Schema, wanted: Columns, file: Path, flag: str) -> Found:
+    """The columns that `wanted` names, else those whose names and types leave no choice.
+
+    Raises ValueError that lists the columns where one is missing, leaves a choice, or has no type
+    of images or labels.
+    """
+    features = _features(schema)
+    image = _named(wanted.image, "image", schema, file) or _one(
+        _image_candidates(schema, features), "image (or img)", "image", schema, file, flag
+    )
+    label = _named(wanted.label, "label", schema, file) or _one(
+        _label_candidates(schema, features, image), LABEL_COLUMN, "label", schema, file, flag
+    )
+    if not is_image(kind := schema.field(image).type):
+        raise ValueError(
+            f"{_flag(wanted.image, 'image', flag)}: expected encoded images as bytes or "
+            f"struct{{bytes, path}}, got {kind} in column {printable(image)} of {file}"
+        )
+    if not (pa.types.is_integer(kind := schema.field(label).type) or is_text(kind)):
+        raise ValueError(
+            f"{_flag(wanted.label, 'label', flag)}: expected integers or text as labels, "
+            f"got {kind} in column {printable(label)} of {file}"
+        )
+    names = features.get(label, {}).get("names") if pa.types.is_integer(kind) else None
+    known = [str(name) for name in names] if isinstance(names, list) else []
+    return Found(image, label, known or None)
+
+
+def is_image(kind: pa.DataType) -> bool:
+    """Whether it is the type of encoded images: bytes, or a struct of bytes and path."""
+    if pa.types.is_struct(kind):
+        place = kind.get_field_index("bytes")
+        return place >= 0 and is_image(kind.field(place).type)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether it is the type of texts, in a dictionary or not."""
+    if pa.types.is_dictionary(kind):
+        return is_text(kind.value_type)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def read_labels(
+    column: Column, name: str, file: Path, flag: str
+) -> tuple[NDArray[np.int64], list[str] | None]:
+    """Labels [N]; of a column of texts their places in the sorted texts, and these.
+
+    Raises ValueError for a row without a label.
+    """
+    if column.null_count:
+        row = int(np.flatnonzero(column.is_null())[0])
+        raise ValueError(
+            f"{flag}: expected a label in every row of column {printable(name)}, "
+            f"got none: row {row} of {file}"
+        )
+    if not is_text(column.type):
+        return column.to_numpy().astype(np.int64), None
+    column = column.cast(pa.large_string())
+    names = sorted(str(name) for name in pc.unique(column).to_pylist())
+    places = pc.index_in(column, value_set=pa.array(names, pa.large_string()))
+    return places.to_numpy().astype(np.int64), names
+
+
+def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
+    """What the metadata key `huggingface` says of the columns."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: told for name, told in features.items() if isinstance(told, dict)}
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        return {}
+
+
+def _image_candidates(schema: pa.Schema, features: dict[str, dict[str, Any]]) -> list[str]:
+    for name in IMAGE_COLUMNS:
+        if name in schema.names:
+            return [name]
+    told = [name for name in schema.names if features.get(name, {}).get("_type") == "Image"]
+    return told or [field.name for field in schema if is_image(field.type)]
+
+
+def _label_candidates(
+    schema: pa.Schema, features: dict[str, dict[str, Any]], image: str
+) -> list[str]:
+    if LABEL_COLUMN in schema.names:
+        return [LABEL_COLUMN]
+    told = [name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"]
+    return told or [
+        field.name
+        for field in schema
+        if (pa.types.is_integer(field.type) or is_text(field.type))
+        and any(word in field.name.lower() for word in LABEL_WORDS)
+        and field.name != image
+    ]
+
+
+def _named(name: str | None, role: str, schema: pa.Schema, file: Path) -> str | None:
+    """The column that the setting names."""
+    if name is not None and schema.names.count(name) != 1:
+        raise ValueError(
+            f"data.{role}_column: expected one column of {file} ({_list(schema.names)}), "
+            f"got {printable(name)}"
+        )
+    return name
+
+
+def _one(
+    candidates: list[str], usual: str, role: str, schema: pa.Schema, file: Path, flag: str
+) -> str:
+    """The only candidate."""
+    if len(candidates) == 1 and schema.names.count(candidates[0]) == 1:
+        return candidates[0]
+    raise ValueError(
+        f"{flag}: expected one column {usual}, or --data.{role}_column, "
+        f"got {_list(candidates or schema.names)} in {file}"
+    )
+
+
+def _list(names: list[str]) -> str:
+    return printable(", ".join(names)) or "none"
+
+
+def _flag(name: str | None, role: str, flag: str) -> str:
+    """The setting that a column comes from."""
+    return flag if name is None else f"data.{role}_column"
