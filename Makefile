@@ -44,9 +44,11 @@ bench: install
 	$(BIN)/python -m bench.step
 	$(BIN)/python -m bench.attack
 
-# runs that are killed and resumed, a few seconds each: FLAGS="--cycles 1000 --seed 7"
+# runs that are killed and resumed, a few seconds each (FLAGS="--cycles 1000 --seed 7"), then every
+# flag of every command with every hostile value
 soak: install
 	$(BIN)/python -m tests.soak $(FLAGS)
+	$(BIN)/python -m tests.hostile
 
 format: install
 	$(BIN)/ruff check --fix .

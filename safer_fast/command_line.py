@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -17,7 +18,7 @@ from jsonargparse.typing import register_type
 from safer_fast.config import Config, Names, Radius
 from safer_fast.distributed import is_quiet
 from safer_fast.help_text import HelpFormatter, tidy
-from safer_fast.messages import as_line, cut, explained, typed
+from safer_fast.messages import LONGEST_WORD, as_line, cut, explained, typed
 from safer_fast.messages import printable as printable
 from safer_fast.validation import check_config
 
@@ -31,6 +32,9 @@ OPEN_FLAGS = (
 )
 """What training chooses by the data and the weights where nobody gives it."""
 MOST_LEVELS = 20
+CONTROL = re.compile("[\x00-\x1f\x7f]")
+ENDLESS_NUMBER = re.compile(r"\d{309}")
+"""No float has as many digits, and from 4,300 on Python makes no int of them."""
 T = TypeVar("T")
 
 
@@ -74,6 +78,8 @@ def _scalars(text: str) -> Iterator[str]:
     for event in yaml.parse(text, yaml.SafeLoader):
         level += isinstance(event, yaml.CollectionStartEvent)
         level -= isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.ScalarEvent) and ENDLESS_NUMBER.search(event.value):
+            raise ValueError(f"numbers as long as {cut(event.value)} are not allowed")
         if level > MOST_LEVELS:
             raise ValueError(f"more than {MOST_LEVELS} levels are not allowed")
         if isinstance(event, yaml.ScalarEvent):
@@ -143,6 +149,11 @@ class _Parser(ArgumentParser):
 
 def parse(parser: ArgumentParser, arguments: Sequence[str], kind: Callable[..., T]) -> T:
     """The parsed arguments as `kind`, a dataclass; raises ValueError with one clear line."""
+    for before, word in pairwise(["", *arguments]):
+        if ENDLESS_NUMBER.search(word):
+            named = next((each for each in (word, before) if each.startswith("--")), None)
+            flag = "RUN" if named is None else typed(named.partition("=")[0][2:])
+            raise ValueError(f"{flag}: expected numbers of fewer digits, got {cut(word)}")
     return parsed(parser, kind, lambda: parser.parse_args(list(arguments)))
 
 
@@ -152,20 +163,32 @@ def parsed(parser: ArgumentParser, kind: Callable[..., T], read: Callable[[], An
         values = parser.instantiate(read())
     except ArgumentError as error:
         raise ValueError(explained(str(error), _settings_of(parser))) from None
+    except OverflowError:
+        raise ValueError("expected numbers below 1e308, got a larger one") from None
     names = {item.name for item in fields(kind)} if is_dataclass(kind) else set()
     parsed = kind(**{name: value for name, value in vars(values).items() if name in names})
-    _check_nulls(parsed)
+    _check_values(parsed)
     return parsed
 
 
-def _check_nulls(config: Any, group: str = "") -> None:
-    """Raises ValueError for null where a setting does not take it; jsonargparse lets it pass."""
+def _check_values(config: Any, group: str = "") -> None:
+    """Raises ValueError for null where a setting does not take it, and for texts that name nothing.
+
+    jsonargparse lets them pass.
+    """
     for name, kind in get_type_hints(type(config)).items():
         value = getattr(config, name)
+        flag = "RUN" if name in ("run", "runs") else typed(group + name)
         if is_dataclass(value):
-            _check_nulls(value, f"{name}.")
+            _check_values(value, f"{name}.")
         elif value is None and type(None) not in get_args(kind):
-            raise ValueError(f"{typed(group + name)}: expected a value, got null")
+            raise ValueError(f"{flag}: expected a value, got null")
+        for text in [value] if isinstance(value, str) else value if isinstance(value, list) else []:
+            if CONTROL.search(text) or any(len(part) > LONGEST_WORD for part in text.split("/")):
+                raise ValueError(
+                    f"{flag}: expected a name or path without control characters, at most "
+                    f"{LONGEST_WORD} letters between slashes, got {cut(repr(text))}"
+                )
 
 
 def _settings_of(parser: ArgumentParser) -> list[str]:
@@ -199,6 +222,8 @@ def _config_first(words: Sequence[str]) -> list[str]:
         name = DEFAULT_RECIPE
     if name is None:
         return words
+    if len(name.rpartition("/")[2]) > LONGEST_WORD - len(".yaml"):  # no file has such a name
+        raise ValueError(f"--config: expected a YAML file or {_recipe_names()}, got {cut(name)}")
     recipe = RECIPES / f"{name}.yaml"
     file = recipe if recipe.is_file() else Path(name)
     _check_mapping(file)

@@ -123,8 +123,6 @@ def explained(message: str, known: Sequence[str]) -> str:
     if not (found := re.match(r'Parser key "(.+?)": *(.*)', message)):
         return message
     flag, text = typed(found[1]), found[2]
-    if "for integer string conversion" in text:
-        return f"{flag}: expected a number of fewer digits, got one of thousands"
     if text.startswith("Unable to load config"):
         return f"{flag}: expected names with values such as {{name: value}}, got another value"
     if value := re.search(r"(?:Got|Given) value: (?:type: .*?Given value: )?(.*)$", text):

@@ -9,6 +9,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import PatchEmbed
 from timm.models.convit import ConVit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
@@ -50,6 +51,7 @@ def build_model(
         arguments["patch_size"] = config.patch_size
     network: Any = _create(config, num_classes, num_channels, image_size, arguments)
     _check_transformer(config.name, network)
+    check_patches(network, image_size, may_leave_rows=True)
     normalisation = network.pretrained_cfg["mean"], network.pretrained_cfg["std"]
     notes = []
     if config.checkpoint is not None:
@@ -121,6 +123,24 @@ def _crop_share(image_size: int, short_side: int) -> float:
     return (
         share if math.floor(image_size / share) == short_side else image_size / (short_side + 0.5)
     )
+
+
+def check_patches(network: Any, image_size: int, may_leave_rows: bool = False) -> None:
+    """Raises ValueError unless patches cover the images, or with `may_leave_rows` fit into them."""
+    embedding = getattr(network, "patch_embed", None)
+    if not isinstance(embedding, PatchEmbed) or embedding.dynamic_img_pad:
+        return
+    edge = max(embedding.patch_size)
+    left = [image_size % size for size in embedding.patch_size]
+    if edge > image_size or (any(left) and not may_leave_rows):
+        fitting = [size for size in range(1, image_size + 1) if image_size % size == 0]
+        sizes = {max(image_size // edge, 1) * edge, (image_size // edge + 1) * edge}
+        raise ValueError(
+            f"--model.patch_size: expected a divisor of {image_size}, the pixels of an edge, got "
+            f"{edge}, which leaves {max(left)} rows unread; give one of "
+            f"{', '.join(map(str, fitting))}, or "
+            f"--data.image_size {' or '.join(map(str, sorted(sizes)))}"
+        )
 
 
 def _check_name(name: str) -> None:

@@ -55,7 +55,7 @@ FRACTION = _between(1e-9, 1, "a share above 0, at most 1")
 EPSILON = Range(
     0,
     2 * EDGE,
-    "a radius of at least 0 for pixels in [0, 1]",
+    "a radius of at least 0",
     "a radius for pixels in [0, 1] such as 8/255",
 )
 """The ball's own limits follow from the norm and the images: `validation.check_ball`."""

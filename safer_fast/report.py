@@ -19,6 +19,7 @@ from safer_fast.report_curves import Figure
 from safer_fast.report_drawing import RUN_COLOURS, as_svg
 from safer_fast.report_gallery import galleries
 from safer_fast.report_run import Run, read_runs
+from safer_fast.validation import check_file
 from safer_fast.whole_file import write_whole
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str]) -> None:
         "--output", type=str | None, help="the page to write; default: report.html in the first RUN"
     )
     asked = command_line.parse(parser, command_line.with_underscores(arguments), _Arguments)
+    check_file(asked.output, "--output")
     output = None if asked.output is None else Path(asked.output)
     print(f"wrote {write_report([Path(folder) for folder in asked.runs], output)}")
 

@@ -18,6 +18,7 @@ from safer_fast.data import Data, load_data
 from safer_fast.distributed import Ranks
 from safer_fast.engine import Engine
 from safer_fast.metrics_wandb import check_wandb
+from safer_fast.model import check_patches
 from safer_fast.optim import build_optimizer
 from safer_fast.resume import Found, check_facts, check_settings
 from safer_fast.run_folder import create_run_folder, save_config
@@ -73,6 +74,8 @@ def set_up(config: Config, ranks: Ranks, found: Found, notes: Iterable[str] = ()
     known = stored.get("facts")
     engine = Engine(config, runtime, data, ranks, known)
     check_fit(config, engine, data)
+    if checkpoint is None:
+        check_patches(engine.model.network, data.image_size)
     facts = facts_of(engine, data)
     notes += check_facts(known, facts) if known else []
     ranks.check_alike(engine.arenas.master, "at the start")

@@ -14,7 +14,7 @@ from safer_fast.messages import cut
 from safer_fast.select_plot import FORMATS, save_maps
 from safer_fast.select_scores import CRITERIA, Measured, measure_run, rank_correlations
 from safer_fast.select_table import correlation_table, score_table
-from safer_fast.validation import check_ranges
+from safer_fast.validation import check_file, check_ranges
 
 _LEFT_OUT = "random measures nothing and least-sharp is sharpness turned round: neither is compared"
 
@@ -74,6 +74,8 @@ def _check(config: SelectConfig) -> None:
     check_ranges(config, ranges.SELECT)
     if config.plot and not config.plot.endswith(FORMATS):
         raise ValueError(f"--plot: expected a .svg or .png file, got {cut(config.plot)}")
+    check_file(config.output, "--output")
+    check_file(config.plot, "--plot")
     scoring = [name for name in known_criteria() if name != "all"]
     check_criterion(config.criterion, "--criterion", scoring)
     for name in config.criteria:

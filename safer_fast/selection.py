@@ -168,7 +168,11 @@ def select_layers(scores: Mapping[str, float], *, fraction: float) -> list[str]:
     if not scores:
         raise ValueError("scores: expected at least one layer, got none")
     if lost := [name for name, score in scores.items() if isnan(score)]:
-        raise ValueError(f"scores: expected numbers, got NaN for {', '.join(lost)}")
+        shown = ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else "")
+        raise ValueError(
+            f"scores: expected numbers, got NaN for {shown}: weights or losses are not finite; "
+            "train with a lower --optim.learning_rate or with --optim.clip_norm"
+        )
     count = max(1, int(fraction * len(scores) + 0.5))
     return sorted(scores, key=lambda name: (-scores[name], name))[:count]
 

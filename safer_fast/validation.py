@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -35,7 +36,8 @@ def check_ranges(config: Any, known: Mapping[str, Range]) -> None:
         if value is None or value == "auto":
             continue
         if expected := limits.expected(value):
-            raise ValueError(f"{typed(flag)}: expected {expected}, got {cut(str(value))}")
+            got = f"{value:.10g}" if isinstance(value, float) else cut(str(value))
+            raise ValueError(f"{typed(flag)}: expected {expected}, got {got}")
 
 
 def check_ball(
@@ -67,6 +69,12 @@ def check_ball(
             f"{flags[1]}: expected at most {diameter:.4g}, the diameter of the ball, got "
             f"{step_size:g} ({HINT})"
         )
+
+
+def check_file(path: str | None, flag: str) -> None:
+    """Raises ValueError where no file can be written, before there is anything to lose."""
+    if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+        raise ValueError(f"{flag}: expected a file in a folder that exists, got {cut(repr(path))}")
 
 
 def _check_arguments(arguments: Mapping[str, Any]) -> None:

@@ -149,6 +149,57 @@ def test_radii_in_255ths_are_refused_of_a_run(
     assert "8/255" in line
 
 
+def write_images(folder: Path, size: int) -> Path:
+    images = np.zeros((40, size, size, 3), np.uint8)
+    folder.mkdir()
+    np.savez(folder / "data.npz", images=images, labels=np.arange(40) % 4)
+    return folder / "data.npz"
+
+
+@pytest.mark.parametrize(
+    ("size", "patch", "message"),
+    [
+        (30, "4", "got 4, which leaves 2 rows unread; give one of 1, 2, 3, 5, 6, 10, 15, 30, or "),
+        (8, "16", "expected a divisor of 8, the pixels of an edge, got 16"),
+        (8, "null", "expected a divisor of 8, the pixels of an edge, got 16"),
+    ],
+)
+def test_patches_that_do_not_cover_the_images_are_refused(
+    size: int, patch: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*TINY, f"--data.path={write_images(tmp_path / 'data', size)}", "--batch-size=8"]
+    words += [f"--model.patch_size={patch}", f"--output={tmp_path / 'run'}"]
+    line = refused(train.main, words, capsys)
+    assert line.startswith("error: --model.patch_size: ")
+    assert message in line
+    assert f"--data.image_size {'28 or 32' if size == 30 else '16'}" in line.replace(
+        "16 or 32", "16"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safer_fast import report
+
+    for main in (select.main, report.main):
+        for path in (tmp_path, tmp_path / "none" / "file"):
+            line = refused(main, [str(run), f"--output={path}"], capsys)
+            assert line.startswith("error: --output: expected a file in a folder that exists")
+
+
+def test_autoattack_with_too_few_classes_names_what_to_use() -> None:
+    from safer_fast.attack_suite import check_suits
+
+    with pytest.raises(
+        ValueError, match=r"got 3; in its place: --attacks apgd-ce,apgd-dlr,square$"
+    ):
+        check_suits("autoattack", "linf", 3, 32)
+    with pytest.raises(ValueError, match=r"got 2; in its place: --attacks apgd-ce,square$"):
+        check_suits("apgd-dlr", "linf", 2, 32)
+
+
 def test_settings_of_other_commands_are_checked_from_python_too(run: Path) -> None:
     with pytest.raises(ValueError, match="--steps: expected at most 10,000, got 2147483648"):
         select.select(SelectConfig(str(run), steps=2**31))
