@@ -148,7 +148,7 @@ def _open_files(
     if first.suffix.lower() == ".parquet":
         from safer_fast.data.formats.parquet import open_parquet
 
-        return open_parquet(groups, flag, columns, bad.report)
+        return open_parquet(groups, flag, columns)
     if first.suffix.lower() == ".tar":
         from safer_fast.data.formats.tar import open_tar
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,13 +94,11 @@ class _Facts:
     num_bytes: int
 
 
-def open_parquet(
-    groups: dict[str, list[Path]], flag: str, columns: Columns, report: Callable[[str], None]
-) -> dict[str, Source]:
+def open_parquet(groups: dict[str, list[Path]], flag: str, columns: Columns) -> dict[str, Source]:
     """A source for each split's files, whose images are held in memory where they are few.
 
-    report: told of images that are copied. Raises ValueError for files that are damaged or in
-    another schema, and where there is no room for copies.
+    Raises ValueError for files that are damaged or in another schema, and where there is no room
+    for copies.
     """
     facts = {file: _look(file, columns, flag) for files in groups.values() for file in files}
     num_bytes = sum(fact.num_bytes for fact in facts.values())
@@ -115,7 +112,7 @@ def open_parquet(
             images = HeldImages(files, names, flag)
         else:
             sizes = [facts[file].num_bytes for file in files]
-            images = copy_images(files, names, sizes, flag, report)
+            images = copy_images(files, names, sizes, flag)
         splits[split] = ParquetSource(files, named, images, flag)
     return splits
 

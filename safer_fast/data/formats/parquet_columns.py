@@ -132,7 +132,7 @@ def _named(name: str | None, role: str, schema: pa.Schema, file: Path) -> str | 
     if name is not None and schema.names.count(name) != 1:
         raise ValueError(
             f"data.{role}_column: expected one column of {file} ({_list(schema.names)}), "
-            f"got {printable(name)}"
+            f"got {printable(name) or 'an empty name'}"
         )
     return name
 
@@ -143,9 +143,10 @@ def _one(
     """The only candidate."""
     if len(candidates) == 1 and schema.names.count(candidates[0]) == 1:
         return candidates[0]
+    shown = [name for name in schema.names if name in candidates] or schema.names
     raise ValueError(
         f"{flag}: expected one column {usual}, or --data.{role}_column, "
-        f"got {_list(candidates or schema.names)} in {file}"
+        f"got {_list(shown)} in {file}"
     )
 
 

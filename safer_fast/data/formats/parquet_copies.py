@@ -10,7 +10,8 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from safer_fast.data.formats.parquet_images import one_line_errors, one_of, split_column
 from safer_fast.data.formats.parts import FileParts
 from safer_fast.data.machine import machine_error
+from safer_fast.distributed import is_quiet
 from safer_fast.measured import cache_file
 
 FOLDER = "parquet"
@@ -53,18 +55,17 @@ def copy_images(
     columns: Sequence[str],
     sizes: Sequence[int],
     flag: str,
-    report: Callable[[str], None],
 ) -> CopiedImages:
     """The images of the files; those that are not in the cache yet are copied to it.
 
-    sizes: bytes of each file's images. report: told of the copying. Other processes wait for the
-    one that copies. Raises ValueError where there is no room.
+    sizes: bytes of each file's images. A line on standard error says what is copied and where to.
+    Other processes wait for the one that copies. Raises ValueError where there is no room.
     """
     copies = [_copy_of(file, column) for file, column in zip(files, columns, strict=True)]
     try:
         if any(_index(copy) is None for copy in copies):
-            with _alone(copies[0].parent, report):
-                _copy_missing(files, columns, sizes, copies, flag, report)
+            with _alone(copies[0].parent):
+                _copy_missing(files, columns, sizes, copies, flag)
         indices = [_index(copy) for copy in copies]
     except OSError as error:
         where = f"copying images to {copies[0].parent}"
@@ -100,14 +101,15 @@ def _index_file(copy: Path) -> Path:
 
 
 @contextmanager
-def _alone(folder: Path, report: Callable[[str], None]) -> Iterator[None]:
+def _alone(folder: Path) -> Iterator[None]:
     """No other process copies meanwhile, where the file system knows locks."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("wb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            report(f"waiting for another process that copies images to {folder}")
+            if not is_quiet():
+                _say(f"waiting for another process that copies images to {folder}")
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:
             pass  # copies are complete or not there: at worst one is made twice
@@ -120,7 +122,6 @@ def _copy_missing(
     sizes: Sequence[int],
     copies: Sequence[Path],
     flag: str,
-    report: Callable[[str], None],
 ) -> None:
     every = zip(files, columns, sizes, copies, strict=True)
     wanted = [task for task in every if _index(task[3]) is None]
@@ -133,12 +134,17 @@ def _copy_missing(
             f"files that do not fit in memory, got {free / 2**30:.1f} GiB; XDG_CACHE_HOME names "
             "another folder, and tar shards or image folders need none"
         )
-    report(
+    _say(
         f"copying the images of {len(wanted)} parquet files ({num_bytes / 2**30:.1f} GiB) to "
         f"{folder}, once"
     )
     for task in tqdm(wanted, "copying images", leave=False, disable=None):
         _copy(*task, flag)
+
+
+def _say(line: str) -> None:
+    """Whoever asked for the images: what fills a disk is never silent."""
+    tqdm.write(line, file=sys.stderr)
 
 
 def _copy(file: Path, column: str, num_bytes: int, copy: Path, flag: str) -> None:
