@@ -34,9 +34,8 @@ def load_weights(network: nn.Module, path: str) -> list[str]:
     network.load_state_dict(weights)
     if not passed:
         return []
-    return [
-        f"weights: {file} also has {len(passed)} tensors that the network computes ({passed[0]})"
-    ]
+    more = f" and {len(passed) - 1} more" if len(passed) > 1 else ""
+    return [f"weights: {file} also has {passed[0]}{more}, which the network computes: passed by"]
 
 
 def load_tensors(file: Path) -> dict[str, Tensor]:

@@ -119,10 +119,8 @@ def cut(network: Any) -> Whole:
 
 def _crop_share(image_size: int, short_side: int) -> float:
     """The crop_pct from which timm, which divides and rounds down, gets the short side again."""
-    share = image_size / short_side
-    return (
-        share if math.floor(image_size / share) == short_side else image_size / (short_side + 0.5)
-    )
+    shares = (image_size / pixels for pixels in (short_side, short_side + 0.5))
+    return next(share for share in shares if math.floor(image_size / share) == short_side)
 
 
 def check_patches(network: Any, image_size: int, may_leave_rows: bool = False) -> None:
@@ -161,10 +159,13 @@ def _create(
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
     def create(**sizes: Any) -> nn.Module:
-        given = {"num_classes": num_classes, "in_chans": num_channels, **sizes, **arguments}
-        network: Any = timm.create_model(config.name, pretrained=config.pretrained, **given)
-        network.model_args = given
-        return network  # type: ignore[no-any-return]
+        given = {"num_classes": num_classes, "in_chans": num_channels, **sizes}
+        # apart, so that an argument that is given already is refused
+        network: nn.Module = timm.create_model(
+            config.name, pretrained=config.pretrained, **given, **arguments
+        )
+        network.model_args = given | arguments  # type: ignore[assignment]
+        return network
 
     try:
         try:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 CONFIG = "run.yaml"
 CHECKPOINTS = "checkpoints"
 KEY = "safer_fast"
+_MOST_PIXELS = 2**16  # along an edge, more than anybody trains on
 
 
 @dataclass(frozen=True)
@@ -217,13 +218,18 @@ def _checked(facts: Any, file: Path) -> dict[str, Any]:
     expected = {"class_names": list, "num_channels": int, "image_size": int}
     for name, kind in expected.items():
         value = facts.get(name) if isinstance(facts, dict) else None
-        if type(value) is not kind or not value:
+        is_sane = type(value) is kind and (bool(value) if kind is list else _is_size(value))
+        if not is_sane:
             raise ValueError(f"{file}: expected {name} of a run under {KEY}, got {value!r:.40}")
     # runs did not write it once
     known = facts.get("short_side", short_side(facts["image_size"]))
-    if type(known) is not int or known < facts["image_size"]:
+    if not _is_size(known) or known < facts["image_size"]:
         raise ValueError(f"{file}: expected short_side of a run under {KEY}, got {known!r:.40}")
     return {**facts, "short_side": known}
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 < value <= _MOST_PIXELS
 
 
 def _plain(value: Any) -> Any:

@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file
 
 from safer_fast import evaluate, export, report, select, train
@@ -29,6 +30,8 @@ OTHERS: dict[str, dict[str, object]] = {
     "pvt_v2_b0": {"depths": [1, 1, 1, 1], "embed_dims": [8, 16, 16, 16], "num_heads": [1, 2, 2, 2]},
 }
 NETWORKS = FAMILIES | OTHERS
+# before, timm tries to unpickle a .safetensors file, or fails on a folder with two of them
+READS_FOLDERS = Version(timm.__version__) >= Version("1.0.29")
 FLAGS = [
     "--batch-size=8",
     "--epochs=2",
@@ -89,11 +92,17 @@ def logits_of_ours(run: Path, weights: str, images: torch.Tensor) -> torch.Tenso
 
 def logits_of_timm(folder: Path, images: torch.Tensor) -> torch.Tensor:
     """Of what timm makes of the folder; its names are exactly those in the file."""
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    assert model.state_dict().keys() == load_file(folder / "model.safetensors").keys()
-    mean, std = (torch.tensor(model.pretrained_cfg[n]).view(1, -1, 1, 1) for n in ("mean", "std"))
+    config, file = json.loads((folder / "config.json").read_text()), folder / "model.safetensors"
+    if READS_FOLDERS:
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    else:
+        name, arguments = config["architecture"], config["model_args"]
+        model = timm.create_model(name, checkpoint_path=str(file), **arguments)
+    assert model.state_dict().keys() == load_file(file).keys()
+    said = config["pretrained_cfg"]
+    mean, std = (torch.tensor(said[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
     with torch.no_grad():
-        logits: torch.Tensor = model((images - mean) / std)
+        logits: torch.Tensor = model.eval()((images - mean) / std)
     return logits
 
 

@@ -136,6 +136,8 @@ def test_the_second_pass_does_not_move_the_statistics_of_batch_norms() -> None:
             ModelConfig(name="vit_tiny_patch16_224", arguments={"num_heads": 5, "depth": 1}),
             "takes no 3x32x32",
         ),
+        (ModelConfig(name="vit_tiny_patch16_224", arguments={"num_classes": 3}), "num_classes"),
+        (ModelConfig(name="vit_tiny_patch16_224", arguments={"in_chans": 1}), "in_chans"),
         (ModelConfig(name="vit_tiny_patch16_224", checkpoint="missing.safetensors"), "missing"),
     ],
 )

@@ -216,7 +216,7 @@ def test_runs_that_wrote_what_the_network_computes_load_with_a_note(
     save_weights(tensors | dict(loaded.named_buffers()), file)
     capsys.readouterr()
     evaluate.main([str(run), "--attacks=clean", "--num-images=8"])
-    note = f"weights: {file} also has 1 tensors that the network computes (rope.periods)"
+    note = f"weights: {file} also has rope.periods, which the network computes: passed by"
     assert note in capsys.readouterr().out
     export.main([str(run)])
     assert load_file(run / "export-timm" / "model.safetensors").keys() == tensors.keys()
@@ -226,3 +226,24 @@ def test_runs_that_wrote_what_the_network_computes_load_with_a_note(
     save_weights(tensors | {"rope.other": torch.ones(2)}, file)
     with pytest.raises(ValueError, match=r"has \['rope\.other'\] besides"):
         evaluate.main([str(run), "--attacks=clean"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("short_side", 10**400),
+        ("short_side", 7),
+        ("short_side", True),
+        ("image_size", -8),
+        ("image_size", 10**400),
+        ("num_channels", 0),
+    ],
+)
+def test_sizes_that_no_run_wrote_are_refused(name: str, value: int, run: Path) -> None:
+    file = run / "config.json"
+    content = json.loads(file.read_text())
+    assert content["safer_fast"][name]
+    content["safer_fast"][name] = value
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"config.json: expected {name} of a run"):
+        load_run(run, "last", "cpu")
