@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 from safer_fast import evaluate, train
 from safer_fast.command_line import run
 from safer_fast.config import DataConfig
-from safer_fast.data import Data, load_data
+from safer_fast.data import Data, load_data, load_evaluation_data
 from safer_fast.data.formats.splits import split_of
 
 from .pictures import encode, photo
@@ -124,6 +125,15 @@ def test_what_looks_like_a_split_and_is_not_used_is_an_error(
 def test_a_split_beside_classes_is_no_class(tmp_path: Path) -> None:
     write_splits(tmp_path, "", classes=("bicycle", "train"))
     assert f"got both: {tmp_path}/train without classes, beside bicycle" in fail(tmp_path)
+
+
+def test_classes_within_a_split_may_be_named_as_splits(tmp_path: Path) -> None:
+    """CIFAR-100, for example, has trains."""
+    write_splits(tmp_path, "train", "test", classes=("bicycle", "train"))
+    whole = load(tmp_path)
+    alone = load(tmp_path / "train", test_path=str(tmp_path / "test"))
+    assert whole.class_names == alone.class_names == ["bicycle", "train"]
+    assert sizes(whole) == sizes(alone) == (5, 0, 6)
 
 
 def test_words_for_splits_within_names_of_classes_are_no_splits(tmp_path: Path) -> None:
@@ -264,6 +274,11 @@ def test_a_cluttered_folder_is_trained_and_one_class_of_it_evaluated(
     evaluate.main([str(output), f"--path={dogs}", "--attacks=clean", "--device=cpu"])
     told = capsys.readouterr().out
     assert f"note:       data: passed over 1 file, such as {dogs}/dog/.DS_Store" in told
+    model: dict[str, Any] = {"num_classes": 2, "num_channels": 3, "image_size": 8}
+    loader = load_evaluation_data(
+        str(dogs), DataConfig(num_workers=0), batch_size=3, class_names=list(CLASSES), **model
+    )
+    assert next(loader.epoch(1)).labels.tolist() == [1, 1, 1]
     monkeypatch.setattr(sys, "argv", ["evaluate", str(output), f"--path={dogs}", "--device=cpu"])
     (dogs / "dog").rename(dogs / "wolf")
     with pytest.raises(SystemExit) as ending:

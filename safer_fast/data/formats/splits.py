@@ -98,8 +98,9 @@ def find_split_folders(path: Path, flag: str, beside: Beside) -> dict[str, Path]
                 f"{flag}: expected folders of classes, or of train, val and test data, "
                 f"got {folder}; {ADVICE}"
             )
+    if others and not any(map(_holds_data, found.values())):
+        found = _as_classes(path, found, others[0], flag)
     if found:
-        _check_both(list(found.values()), others, flag)
         beside.pass_over_rest(path, found.values())
     return found
 
@@ -119,16 +120,21 @@ def _expand(pattern: str, flag: str) -> Iterator[str]:
         yield from _expand(name, flag)
 
 
-def _check_both(splits: list[Path], others: list[Path], flag: str) -> None:
-    """Raises ValueError where the splits may be classes: nothing is in them but files of images."""
-    for folder in splits:
-        if visible_folders(folder) or any(files_of(folder, kind) for kind in KINDS):
-            return
-    if others:
+def _holds_data(folder: Path) -> bool:
+    """Whether the folder of a split holds folders of classes, or files other than images."""
+    return bool(visible_folders(folder)) or any(files_of(folder, kind) for kind in KINDS)
+
+
+def _as_classes(path: Path, found: dict[str, Path], other: Path, flag: str) -> dict[str, Path]:
+    """No splits where `path` is one itself, whose classes have such names; else raises ValueError
+    for splits without classes beside other folders."""
+    if found and not SPLIT.fullmatch(_words(path.resolve().name)):
+        folder = next(iter(found.values()))
         raise ValueError(
             f"{flag}: expected folders of splits or folders of classes, "
-            f"got both: {splits[0]} without classes, beside {others[0].name}"
+            f"got both: {folder} without classes, beside {other.name}"
         )
+    return {}
 
 
 def _split_of_folder(folder: Path) -> str | None:
