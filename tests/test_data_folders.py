@@ -88,6 +88,14 @@ def test_shards_may_lie_in_folders_of_splits(tmp_path: Path) -> None:
     assert data.notes == [f"data: passed over 1 file, such as {tmp_path}/Train/._000.tar"]
 
 
+def test_folders_of_classes_go_before_the_archives_that_they_came_from(tmp_path: Path) -> None:
+    write_splits(tmp_path, "train", "val")
+    archive = write_tar(tmp_path / "train" / "cat.tar", [("cat/0.png", b"")])
+    data = load(tmp_path)
+    assert sizes(data) == (6, 6, 0)
+    assert data.notes == [f"data: passed over 1 file, such as {archive}"]
+
+
 def test_npz_arrays_are_splits_by_the_same_words(tmp_path: Path) -> None:
     images = np.zeros((6, 8, 8, 3), np.uint8)
     arrays = {"train_images": images, "train_labels": np.arange(6) % 2}

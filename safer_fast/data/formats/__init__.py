@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safer_fast.command_line import printable
 from safer_fast.data.bad_images import BadImages
-from safer_fast.data.formats.beside import CLASS_NAMES, Beside
+from safer_fast.data.formats.beside import CLASS_NAMES, Beside, visible_folders
 from safer_fast.data.formats.source import (
     Columns,
     EncodedSource,
@@ -122,7 +122,9 @@ def _open_folder(
 
 
 def _files_of_splits(splits: dict[str, Path], flag: str, beside: Beside) -> dict[str, list[Path]]:
-    """The files in the folders of splits; none where these hold images."""
+    """The files in the folders of splits; none where these hold folders of classes."""
+    if any(map(visible_folders, splits.values())):
+        return {}
     for kind in KINDS:
         groups = {split: files_of(folder, kind) for split, folder in splits.items()}
         if not any(groups.values()):

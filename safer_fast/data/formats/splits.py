@@ -83,14 +83,7 @@ def find_split_folders(path: Path, flag: str, beside: Beside) -> dict[str, Path]
     if dead := [name for name in find_dead_links(path) if tells_split(name)]:
         raise ValueError(f"{flag}: expected a folder, got a link to nowhere: {path / dead[0]}")
     folders = [path / name for name in visible_folders(path)]
-    found: dict[str, Path] = {}
-    for folder in folders:
-        if (split := _split_of_folder(folder)) is None:
-            continue
-        if split in found:
-            names = f"{found[split].name} and {folder.name}"
-            raise ValueError(f"{flag}: expected one folder of {split} data, got {names} in {path}")
-        found[split] = folder
+    found = _splits_among(folders, flag)
     others = [folder for folder in folders if folder not in found.values()]
     for folder in others:
         if UNCLEAR.search(_words(folder.name)) and (found or visible_folders(folder)):
@@ -118,6 +111,20 @@ def _expand(pattern: str, flag: str) -> Iterator[str]:
     for number in range(int(first), int(last) + 1):
         name = f"{pattern[: match.start()]}{number:0{width}}{pattern[match.end() :]}"
         yield from _expand(name, flag)
+
+
+def _splits_among(folders: list[Path], flag: str) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for folder in folders:
+        if (split := _split_of_folder(folder)) is None:
+            continue
+        if split in found:
+            names = f"{found[split].name} and {folder.name}"
+            raise ValueError(
+                f"{flag}: expected one folder of {split} data, got {names} in {folder.parent}"
+            )
+        found[split] = folder
+    return found
 
 
 def _holds_data(folder: Path) -> bool:
