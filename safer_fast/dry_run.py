@@ -21,6 +21,7 @@ from safer_fast.evaluate import ThreatModel, evaluate
 from safer_fast.examiner import NUM_IMAGES_SHOWN, attack_shown
 from safer_fast.flops import costs, ideal_flops, matmul_rate
 from safer_fast.moments import Moment
+from safer_fast.resume import Found
 from safer_fast.schedule import Stage, radii_at, stage_of
 from safer_fast.sentinel import STRONG_STEPS
 from safer_fast.trainer import Trainer
@@ -33,7 +34,7 @@ MOST_S = 60.0
 """Of the steps of all stages; each stage takes at least one."""
 BETWEEN_LINES_S = 10.0
 """Where no terminal shows a bar."""
-NUM_PROBED_ON_CPU = 16
+NUM_PROBED_ON_CPU = 8
 """Images of each rank that layers are scored on, where scoring takes longer than the steps."""
 LONG_STEP_S = 10.0
 """What an evaluation of a batch may take; it is one of fewer images where steps take longer."""
@@ -103,10 +104,13 @@ def dry_run(config: Config, ranks: Ranks | None = None, notes: Iterable[str] = (
     ranks = ranks or Ranks()
     with (
         TemporaryDirectory() as folder,
-        Trainer(_as_tried(config, Path(folder) / "run", ranks), ranks, notes=notes) as trainer,
+        Trainer(
+            _as_tried(config, Path(folder) / "run", ranks), ranks, Found(notes=tuple(notes))
+        ) as trainer,
     ):
         planned = _stages(config)
         stages = [_cost_of(trainer, stage, MOST_S / len(planned)) for stage in planned]
+        trainer.log.say("evaluation: of one batch")
         rate = matmul_rate(trainer.runtime.device, trainer.runtime.compute_dtype)
         rate *= trainer.ranks.num_ranks
         cost = RunCost(stages, _evaluation_seconds(trainer, stages[-1]), rate)
@@ -183,6 +187,7 @@ def _cost_of(trainer: Trainer, stage: Stage, most_s: float) -> StageCost:
     device = trainer.runtime.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    trainer.log.say(f"{stage.name}: up to {NUM_STEPS} steps, {most_s:.0f} s of them at most")
     trainer.choose(stage.first_epoch)
     times = _step_times(trainer, stage, most_s)
     return StageCost(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,12 +40,13 @@ _FREE_GROUPS, _ROUNDING_GROUP = ("checkpoint.", "log."), "runtime."
 class Found:
     """The folder of a run that is over, or a checkpoint to go on from; neither: a run to begin.
 
-    lock: keeps the folder of the run to this process.
+    lock: keeps the folder of the run to this process. notes: lines for the run's introduction.
     """
 
     finished: Path | None = None
     checkpoint: Checkpoint | None = None
     lock: RunLock | None = None
+    notes: Sequence[str] = ()
 
 
 def find_run(
@@ -77,6 +80,12 @@ def find_run(
     return Found(folder if answer["is_finished"] else None, found, lock)
 
 
+def settings_digest(config: Config) -> str:
+    """Hexadecimal digits that tell apart the settings of different results."""
+    names = {name: value for name, value in _flat(config.to_dict()).items() if _is_checked(name)}
+    return hashlib.blake2b(json.dumps(names).encode(), digest_size=8).hexdigest()
+
+
 def check_settings(stored: Mapping[str, Any], config: Config) -> list[str]:
     """Lines on settings that differ in rounding only; raises ValueError for any that change more.
 
@@ -90,7 +99,7 @@ def check_settings(stored: Mapping[str, Any], config: Config) -> list[str]:
         and name not in _FREE
         and not name.startswith(_FREE_GROUPS)
     }
-    refused = [text for name, text in changes.items() if not name.startswith(_ROUNDING_GROUP)]
+    refused = [text for name, text in changes.items() if _is_checked(name)]
     if refused:
         raise ValueError(f"--resume: expected the settings of the run: {'; '.join(refused)}")
     return [f"goes on with other rounding: {text}" for text in changes.values()]
@@ -145,6 +154,11 @@ def _is_finished(folder: Path) -> bool:
     if not (folder / FILE_NAME).is_file() or not (folder / CONFIG).is_file():
         return False
     return any(event["event"] == "end" for event in read_metrics(folder / FILE_NAME))
+
+
+def _is_checked(name: str) -> bool:
+    """Whether a setting decides what is computed, beyond rounding."""
+    return name not in _FREE and not name.startswith((*_FREE_GROUPS, _ROUNDING_GROUP))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from safer_fast.engine import Engine
 from safer_fast.metrics_wandb import check_wandb
 from safer_fast.model import check_patches
 from safer_fast.optim import build_optimizer
-from safer_fast.resume import Found, check_facts, check_settings
+from safer_fast.resume import Found, check_facts, check_settings, settings_digest
 from safer_fast.run_folder import create_run_folder, save_config
 from safer_fast.run_lock import RunLock
 from safer_fast.run_log import RunLog
@@ -42,21 +41,21 @@ class Setup:
     facts: dict[str, Any]
 
 
-def set_up(config: Config, ranks: Ranks, found: Found, notes: Iterable[str] = ()) -> Setup:
+def set_up(config: Config, ranks: Ranks, found: Found) -> Setup:
     """The run is ready and has introduced itself; its weights are those that it once began with.
 
-    found: the checkpoint to go on from, if any, and the lock of the folder. notes: lines that its
-    introduction ends with. Raises ValueError for everything that a user can get wrong, before the
-    run folder is made.
+    found: the checkpoint to go on from, if any, and the lock of the folder. Raises ValueError for
+    everything that a user can get wrong, before the run folder is made.
     """
     if config.log.wandb:
         check_wandb()
     if config.selection.lora_rank:
         check_adapters()
     check_criterion(config.selection.criterion)
+    ranks.check_same(settings_digest(config), "--config", "settings")
     checkpoint = found.checkpoint
     stored = {} if checkpoint is None else checkpoint.state
-    notes = [*notes, *(check_settings(stored["config"], config) if stored else [])]
+    notes = [*found.notes, *(check_settings(stored["config"], config) if stored else [])]
     runtime = prepare_runtime(config.runtime, config.amp, ranks.local_rank)
     data = load_data(
         config.data,

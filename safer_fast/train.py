@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from safer_fast.command_line import find_open_flags, parse_config, run
@@ -44,12 +45,12 @@ def train_model(config: Config, notes: Iterable[str] = ()) -> Path:
         from safer_fast.resume import find_run
         from safer_fast.trainer import Trainer
 
-        found = find_run(config, ranks, lock)
+        found = replace(find_run(config, ranks, lock), notes=tuple(notes))
         if found.finished is not None:
             if ranks.is_first:
                 print(f"finished already; report: {write_report([found.finished])}")
             return found.finished
-        trainer = Trainer(config, ranks, found, notes)
+        trainer = Trainer(config, ranks, found)
         del found  # its tensors are the trainer's by now
         with trainer:
             try:

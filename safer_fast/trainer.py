@@ -42,22 +42,17 @@ class Trainer:
     """Model, data, weights and log of one run; a context manager that notices signals.
 
     What a user can get wrong raises ValueError in the constructor, before the run folder is made.
-    ranks: the processes that train together. found: what `find_run` has found. notes: lines for
-    its introduction.
+    ranks: the processes that train together. found: what `find_run` has found.
     """
 
     stage: Stage
 
     def __init__(
-        self,
-        config: Config,
-        ranks: Ranks | None = None,
-        found: Found | None = None,
-        notes: Iterable[str] = (),
+        self, config: Config, ranks: Ranks | None = None, found: Found | None = None
     ) -> None:
         self.config, self.ranks = config, ranks or Ranks()
         found = found or Found()
-        run = set_up(config, self.ranks, found, notes)
+        run = set_up(config, self.ranks, found)
         self.data, self.engine, self.folder, self.log = run.data, run.engine, run.folder, run.log
         self.runtime, self.model = self.engine.runtime, self.engine.model
         self.arenas = self.engine.arenas
@@ -195,7 +190,10 @@ class Trainer:
             export_model(self.model, self._weights(), self.folder, accuracies=accuracies, **facts)
             self.examiner.show_images(self._source(), self.folder, self.progress.num_steps)
             self._write("end", epoch)
-            report = write_report([self.folder])
+            try:
+                report = str(write_report([self.folder]))
+            except (ValueError, OSError) as error:  # all that was trained and measured is kept
+                report = f"none ({error})"
             self.log.say("\n".join([accuracy_table(accuracies), *notes(accuracies)]))
             self.log.say(f"run folder: {self.folder}\nreport: {report}")
         return self.folder

@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from safer_fast import train
 from safer_fast.command_line import parse_config
 from safer_fast.config import Criterion, DataConfig
 from safer_fast.data import Batch, as_pixels, load_data
@@ -509,6 +510,22 @@ def test_ranks_with_other_data_end_before_the_first_step_with_one_line(
     assert_one_error("--data.path: expected the same images, labels and classes on all", endings)
     assert sum("got other ones on rank 1 than on rank 0" in e.output for e in endings) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_ranks_with_other_settings_end_before_the_first_step_with_one_line(
+    digits: str, tmp_path: Path
+) -> None:
+    flags = [*FLAGS, digits, f"--output={tmp_path / 'run'}"]
+    endings = training(2, flags, other_seed).endings()
+    assert_one_error("--config: expected the same settings on all ranks, got other ones", endings)
+    assert not (tmp_path / "run").exists()
+
+
+def other_seed() -> None:
+    """On the second rank, as a machine whose command is another one."""
+    if own_rank() == 1:
+        parse = train.parse_config
+        train.parse_config = lambda words: parse([*words, "--seed=7"])
 
 
 def in_own_folder(root: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from safer_fast.metrics import read_metrics
 from safer_fast.report_run import GALLERY
 from safer_fast.run_folder import create_run_folder
 from safer_fast.train import main
+from safer_fast.trainer import Trainer
 
 FLAGS = [
     "--model.name=vit_tiny_patch16_224",
@@ -65,6 +67,25 @@ def test_images_too_large_for_a_gallery_cost_the_gallery_alone(
     assert [event["event"] for event in read_metrics(output / "metrics.jsonl")][-1] == "end"
     assert (output / "report.html").is_file()
     assert not (output / GALLERY).exists()
+
+
+def test_a_report_that_cannot_be_written_does_not_end_a_run_with_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 1), dtype=np.uint8)
+    np.savez(tmp_path / "set.npz", images=images, labels=np.arange(10) % 2)
+    output, end_epoch = tmp_path / "run", Trainer.end_epoch
+
+    def in_the_way(trainer: Trainer, *arguments: Any) -> None:
+        end_epoch(trainer, *arguments)
+        (output / "report.html").mkdir()
+
+    flags = [*FLAGS, "--model.patch_size=4", f"--data.path={tmp_path / 'set.npz'}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "end_epoch", in_the_way)
+        main([*flags, f"--output={output}"])
+    assert "report: none (" in capsys.readouterr().out
+    assert [event["event"] for event in read_metrics(output / "metrics.jsonl")][-1] == "end"
 
 
 @pytest.mark.parametrize(
