@@ -303,21 +303,22 @@ def test_the_memory_of_this_machine_is_known() -> None:
 
 
 MEASURED = """
-import resource, sys
+import sys
 import numpy, pyarrow, timm, torch, torch._dynamo, torch.utils.tensorboard
 from safer_fast.data.formats import parquet
 from safer_fast.train import main
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # of this program, not of the one that started it
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if "VmHWM" in line)
 before, parquet.LARGEST_IN_MEMORY = peak(), 2**25
 main(sys.argv[1:])
 print("MiB:", (peak() - before) / 1024)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss")
-def test_a_set_of_several_times_the_memory_it_takes_trains(tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_set_larger_than_the_memory_it_may_take_trains(tmp_path: Path) -> None:
     padded = [image + bytes(2**20) for image in PNGS]
-    table = pa.table({"image": pa.array(padded * 16, pa.binary()), "label": COARSE * 16})
+    table = pa.table({"image": pa.array(padded * 24, pa.binary()), "label": COARSE * 24})
     settings: dict[str, Any] = {"compression": "zstd", "use_dictionary": False}
     pq.write_table(table, tmp_path / "a.parquet", write_batch_size=8, **settings)
     del table, padded
@@ -334,9 +335,9 @@ def test_a_set_of_several_times_the_memory_it_takes_trains(tmp_path: Path) -> No
     epochs = [e for e in read_metrics(tmp_path / "run/metrics.jsonl") if e["event"] == "epoch"]
     assert [epoch["skipped_images"] for epoch in epochs] == [0, 0]
     (copy,) = (tmp_path / "cache/safer_fast/parquet").glob("*.images")
-    assert copy.stat().st_size > 300 * 2**20
+    assert copy.stat().st_size > 480 * 2**20
     # what training itself takes is among them
-    assert float(done.stdout.split("MiB:")[1]) < 150
+    assert float(done.stdout.split("MiB:")[1]) < 200
 
 
 def test_evaluation_data_may_have_text_labels_of_a_part_of_the_classes(tmp_path: Path) -> None:

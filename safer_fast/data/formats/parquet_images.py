@@ -107,4 +107,4 @@ def _check_path(name: str, row: int, file: Path, flag: str) -> None:
 
 def _read(file: Path, column: str, flag: str) -> Array:
     with one_line_errors(file, flag):
-        return pq.read_table(file, columns=[column], memory_map=True)[column]
+        return pq.read_table(file, columns=[column])[column]
