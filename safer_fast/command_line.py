@@ -151,8 +151,9 @@ def parse(parser: ArgumentParser, arguments: Sequence[str], kind: Callable[..., 
     """The parsed arguments as `kind`, a dataclass; raises ValueError with one clear line."""
     for before, word in pairwise(["", *arguments]):
         if ENDLESS_NUMBER.search(word):
-            named = next((each for each in (word, before) if each.startswith("--")), None)
-            flag = "RUN" if named is None else typed(named.partition("=")[0][2:])
+            awaits_value = before.startswith("--") and "=" not in before
+            named = word if word.startswith("--") else before if awaits_value else ""
+            flag = typed(named.partition("=")[0][2:]) if named else "RUN"
             raise ValueError(f"{flag}: expected numbers of fewer digits, got {cut(word)}")
     return parsed(parser, kind, lambda: parser.parse_args(list(arguments)))
 

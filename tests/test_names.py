@@ -22,7 +22,7 @@ OF_OTHERS = {
     "rdzv-endpoint rdzv-id shutdown-timeout",
     "sbatch": "cpus-per-task gpus-per-node nodes ntasks-per-node open-mode requeue signal",
     "git": "porcelain short untracked-files",
-    "pip": "no-deps",
+    "pip": "no-build-isolation no-deps",
     "docker": "shm-size",
     "nvidia-smi": "query-gpu",
     "tensorboard": "logdir",
