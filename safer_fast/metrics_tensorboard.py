@@ -111,6 +111,28 @@ def _new_path(run: Path) -> Path:
     return next(path for path in paths if not path.exists())
 
 
+def evaluation_tag(line: Mapping[str, Any]) -> str:
+    """A name for the figure of an evaluation, with all that it depends on: none share a name.
+
+    For example `last-test-pgd-20-linf-8of255-1000images`; what is as usual (one restart, seed 0)
+    goes unsaid.
+    """
+    words = [str(line[name]) for name in ("weights", "split", "attack")]
+    words += [line["norm"]] if line.get("norm") else []
+    words += [_radius(line["epsilon"])] if line["epsilon"] else []
+    words += [f"{line['num_images']}images"]
+    words += [f"{line['restarts']}restarts"] if (line.get("restarts") or 1) > 1 else []
+    words += [f"seed{line['seed']}"] if line.get("seed") else []
+    words += [str(line["source"])] if line.get("source") else []
+    return "-".join(words)
+
+
+def _radius(epsilon: float) -> str:
+    """8of255 for 8/255: a slash would make a group of its own."""
+    levels = round(epsilon * 255)
+    return f"{levels}of255" if levels / 255 == epsilon else repr(float(epsilon))
+
+
 def layer_map(line: Mapping[str, Any]) -> tuple[bytes, int, int]:
     """The map of a selection as a PNG file, with its width and height."""
     from safer_fast.report_drawing import as_png
@@ -142,8 +164,7 @@ def _scalars(line: Mapping[str, Any]) -> dict[str, float]:
     """What TensorBoard plots of a line, by `group/name`."""
     event = line["event"]
     if event == "evaluation":
-        words = [line["weights"], line["split"], line["attack"], line.get("source")]
-        values = {"-".join(str(word) for word in words if word): line["accuracy"]}
+        values = {evaluation_tag(line): line["accuracy"]}
     elif event == "selection":
         values = line["scores"]
     elif event in ("run", "end"):

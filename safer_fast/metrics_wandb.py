@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from safer_fast.metrics_tensorboard import layer_map
+from safer_fast.metrics_tensorboard import evaluation_tag, layer_map
 from safer_fast.whole_file import check_no_link, write_whole
 
 IDENTITY = "wandb-id.txt"
@@ -94,7 +94,7 @@ def _plotted(line: Mapping[str, Any]) -> dict[str, Any]:
     if event in ("run", "end"):
         return {}
     if event == "evaluation":
-        return {f"{event}/{line['weights']}-{line['split']}-{line['attack']}": line["accuracy"]}
+        return {f"{event}/{evaluation_tag(line)}": line["accuracy"]}
     if event == "selection":
         return {f"{event}/{name}": score for name, score in line["scores"].items()}
     found: dict[str, Any] = {}

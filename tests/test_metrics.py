@@ -130,7 +130,7 @@ def test_tensorboard_has_the_scalars_by_group_and_name(tmp_path: Path) -> None:
     tags = set(events.Tags()["scalars"])
     assert {f"epoch/{key}" for key in EPOCH} - tags == {"epoch/robust_accuracy"}  # it is None
     assert {"selection/head", "selection/blocks.0.attn.qkv"} <= tags
-    (scalar,) = events.Scalars("evaluation/best-test-pgd-20")
+    (scalar,) = events.Scalars("evaluation/best-test-pgd-20-8of255-1000images")
     assert (scalar.step, round(scalar.value, 6)) == (7, 0.45)
 
 
@@ -154,7 +154,9 @@ def test_figures_of_transferred_images_have_a_name_of_their_own(tmp_path: Path) 
         log.write("evaluation", epoch=1, step=7, **EVALUATION, source=None)
         log.write("evaluation", epoch=1, step=7, **EVALUATION, source="other")
     names = [name for name, *_ in scalars(tmp_path)]
-    assert names == ["evaluation/best-test-pgd-20", "evaluation/best-test-pgd-20-other"]
+    assert names == [
+        "evaluation/best-test-pgd-20-8of255-1000images" + end for end in ("", "-other")
+    ]
 
 
 def test_tensorboard_has_a_map_of_the_layers_for_each_selection(tmp_path: Path) -> None:

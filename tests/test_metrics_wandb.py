@@ -17,7 +17,8 @@ from PIL import Image
 from safer_fast import metrics_wandb
 from safer_fast.command_line import parse_config
 from safer_fast.distributed import Ranks
-from safer_fast.metrics_wandb import WandbRun
+from safer_fast.metrics_tensorboard import _scalars
+from safer_fast.metrics_wandb import WandbRun, _plotted
 from safer_fast.run_log import RunLog
 
 LINE = {
@@ -78,8 +79,10 @@ def test_numbers_are_sent_by_event_and_name_over_the_steps(
     run.add({"event": "run", "epoch": 0, "step": 0, "time_s": 0.0, "device": "cpu"})
     chosen = {"criterion": "sharpness", "scores": {"head": 0.5}, "selected": ["head"], "cut": 1}
     run.add({"event": "selection", "epoch": 1, "step": 3, **chosen})
-    place = {"weights": "last", "split": "test", "attack": "pgd-20"}
-    run.add({"event": "evaluation", "epoch": 1, "step": 3, "accuracy": 0.5, **place})
+    place = {"weights": "last", "split": "test", "attack": "pgd-20", "epsilon": 0.25}
+    run.add(
+        {"event": "evaluation", "epoch": 1, "step": 3, "accuracy": 0.5, "num_images": 9, **place}
+    )
     run.close()
     width, height = package.told.pop(2)["selection/layers"]
     assert min(width, height) > 50
@@ -95,10 +98,35 @@ def test_numbers_are_sent_by_event_and_name_over_the_steps(
             "epoch/stage_ms/attack": 2.0,
         },
         {"step": 3, "selection/head": 0.5},
-        {"step": 3, "evaluation/last-test-pgd-20": 0.5},
+        {"step": 3, "evaluation/last-test-pgd-20-0.25-9images": 0.5},
     ]
     assert package.started[0]["config"] == {"seed": 1}
     assert package.is_finished
+
+
+def test_no_two_figures_share_a_tag() -> None:
+    line = {"event": "evaluation", "epoch": 1, "step": 3, "accuracy": 0.5}
+    line |= {"weights": "last", "split": "test", "attack": "pgd-20", "norm": "linf", "seed": 0}
+    line |= {"epsilon": 8 / 255, "num_images": 1000, "restarts": 1, "source": None}
+    others: list[dict[str, Any]] = [
+        {},
+        {"weights": "best"},
+        {"split": "validation"},
+        {"attack": "pgd-2"},
+        {"norm": "l2"},
+        {"epsilon": 8 / 255 + 1e-9},
+        {"epsilon": 9 / 255},
+        {"num_images": 100},
+        {"restarts": 5},
+        {"seed": 1},
+        {"source": "other"},
+        {"attack": "clean", "norm": None, "epsilon": 0.0, "restarts": None, "seed": None},
+    ]
+    tags = [[*plotted(line | other)] for plotted in (_plotted, _scalars) for other in others]
+    assert [len(names) for names in tags] == [1] * len(tags)
+    assert tags[: len(others)] == tags[len(others) :]
+    assert len({name for (name,) in tags}) == len(others)
+    assert tags[0] == ["evaluation/last-test-pgd-20-linf-8of255-1000images"]
 
 
 def test_pictures_are_sent_too(package: Recorded, tmp_path: Path) -> None:
