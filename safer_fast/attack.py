@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from safer_fast import kernels
 from safer_fast.attack_arguments import check_settings, checked_loss
+from safer_fast.gradient_watch import Watch
 
 Norm = Literal["linf", "l2"]
 PLACES_PER_SEED = 32
@@ -32,6 +33,7 @@ def pgd(
     objective: AttackLoss | None = None,
     generator: torch.Generator | None = None,
     check_tensors: bool = True,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Adversarial examples [B, C, H, W] within `epsilon` of `images` and within [0, 1].
 
@@ -53,6 +55,7 @@ def pgd(
         generator: source of the random start, on the images' device; default: torch's own.
         check_tensors: look at the values of images, labels and start too. On a GPU this waits once
             for its queue to run empty; give False where they are known to be right.
+        watch: notes which images have no gradient that is of use, and which start right.
 
     Raises:
         ValueError: images that are no float [B, C, H, W], another norm, steps below 0, radii in
@@ -69,7 +72,7 @@ def pgd(
     adversarial = start.detach().clone()
     with frozen(model):
         for _ in range(steps):
-            climb_(model, adversarial, images, labels, step, radius, norm, loss)
+            climb_(model, adversarial, images, labels, step, radius, norm, loss, watch)
     return adversarial
 
 
@@ -82,12 +85,16 @@ def climb_(
     epsilon: Tensor,
     norm: Norm,
     objective: AttackLoss,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Moves `adversarial` by one step of PGD in place; the model must be `frozen`.
 
     The pixels of an image may lie in any order [B, ...] that the model takes; radii are 0-d.
     """
-    gradient = pixel_gradient(model, adversarial, labels, objective)
+    loss = objective if watch is None else watch.seeing(objective)
+    gradient = pixel_gradient(model, adversarial, labels, loss)
+    if watch is not None:
+        watch.note(gradient)
     move_ = kernels.linf_step_ if norm == "linf" else kernels.l2_step_
     return move_(adversarial, images, gradient, step_size, epsilon)
 

@@ -12,9 +12,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from safer_fast.attack import AttackLoss, Norm, climb_, cross_entropy, default_step_size, frozen
+from safer_fast.attack import (
+    AttackLoss,
+    Norm,
+    climb_,
+    cross_entropy,
+    default_step_size,
+    frozen,
+    pixel_gradient,
+)
 from safer_fast.capture import Buffers, Replays
 from safer_fast.data.batch import fill_
+from safer_fast.gradient_watch import Watch
 from safer_fast.micro_batch import MicroBatch
 from safer_fast.network import RobustModel
 from safer_fast.savings import from_patches
@@ -78,11 +87,21 @@ class Climber:
         self.model, self.norm, self.multiple = model, norm, multiple
         self.micro_batch, self.replays = micro_batch, replays
         self.buffers = Buffers()
+        self._watches: dict[int, Watch] = {}
 
     def __call__(
-        self, climb: Climb, start: Tensor, images: Tensor, labels: Tensor, epsilon: float
+        self,
+        climb: Climb,
+        start: Tensor,
+        images: Tensor,
+        labels: Tensor,
+        epsilon: float,
+        watch: Watch | None = None,
     ) -> Tensor:
-        """Where the climb from `start` [B, C, H, W] ends, within `epsilon` of the images."""
+        """Where the climb from `start` [B, C, H, W] ends, within `epsilon` of the images.
+
+        watch: has what was noticed of the images afterwards.
+        """
         num_images = len(images)
         start, images, labels = (self._filled_up(values) for values in (start, images, labels))
         attacked = torch.empty_like(images)
@@ -90,7 +109,11 @@ class Climber:
         def climb_in_parts(size: int) -> None:
             for first in range(0, len(images), size):
                 part = slice(first, first + size)
-                attacked[part] = self._climb(climb, start[part], images[part], labels[part], radii)
+                own = self._watch(len(images[part]))
+                chosen = (start[part], images[part], labels[part])
+                attacked[part] = self._climb(climb, *chosen, radii, own)
+                if watch is not None:
+                    watch.put(part, own)
 
         radii = self._radius("epsilon", epsilon), self._radius("step size", climb.step_size)
         with frozen(self.model):
@@ -104,14 +127,18 @@ class Climber:
         images: Tensor,
         labels: Tensor,
         radii: tuple[Tensor, Tensor],
+        watch: Watch,
     ) -> Tensor:
         model, (epsilon, step_size) = self.model, radii
         attacked = self.buffers.hold("attacked", model.arrange(start))
         pixels = self.buffers.hold("pixels", model.arrange(images))
         labels = self.buffers.hold("labels", labels)
 
+        watch.begin()
+
         def iterate() -> None:
-            climb_(model, attacked, pixels, labels, step_size, epsilon, self.norm, climb.loss)
+            ball = step_size, epsilon, self.norm
+            climb_(model, attacked, pixels, labels, *ball, climb.loss, watch)
 
         for _ in range(climb.steps):
             self.replays(("attack", climb.loss, attacked.shape), iterate)
@@ -126,6 +153,12 @@ class Climber:
         filled = values.new_empty(size, *values.shape[1:])
         filled[: len(values)] = values
         return fill_(filled, len(values))
+
+    def _watch(self, num_images: int) -> Watch:
+        """The one of parts of this size: recordings write to it."""
+        if num_images not in self._watches:
+            self._watches[num_images] = Watch(num_images, self.model.mean.device)
+        return self._watches[num_images]
 
     def _radius(self, name: str, value: float) -> Tensor:
         return self.buffers.hold(name, torch.full((), value, device=self.model.mean.device))
@@ -183,6 +216,27 @@ class LibraryAttacks:
         ):
             self.micro_batch.run(len(images), attack_in_parts)
         return attacked
+
+    def blind(self, name: str, images: Tensor, labels: Tensor) -> Tensor:
+        """Images that give apgd no gradient that is of use where they are, bool [B]; else none.
+
+        The gradient of apgd-dlr's loss is that of the margin, on another scale.
+        """
+        watch = Watch(len(images), images.device)
+        loss = {"apgd-ce": cross_entropy, "apgd-dlr": margin}.get(name)
+
+        def look_in_parts(size: int) -> None:
+            assert loss is not None
+            for first in range(0, len(images), size):
+                part = slice(first, first + size)
+                own = Watch(len(labels[part]), images.device)
+                own.note(pixel_gradient(self.model, images[part], labels[part], own.seeing(loss)))
+                watch.put(part, own)
+
+        if loss is not None:
+            with frozen(self.model):
+                self.micro_batch.run(len(images), look_in_parts)
+        return watch.blind
 
     def _attack(
         self,

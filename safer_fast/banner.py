@@ -112,6 +112,8 @@ def _trouble(
     found = ""
     if accuracies["num_not_finite"]:
         found += f"  LOGITS NOT FINITE on {accuracies['num_not_finite']} validation images"
+    if accuracies["gradient_masking"]:
+        found += f"  GRADIENT MASKING suspected ({'; '.join(accuracies['gradient_masking'])})"
     if gap is not None and gap.is_catastrophic:
         found += (
             f"  CATASTROPHIC OVERFITTING (training images: {gap.training_attack_accuracy:.3f} "

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from safer_fast import ranges
 from safer_fast.command_configs import EvaluateConfig
-from safer_fast.command_line import new_parser, parse, printable, run, with_underscores
+from safer_fast.command_line import new_parser, parse, run, with_underscores
 from safer_fast.conversion import converted
-from safer_fast.intervals import interval
+from safer_fast.masking import has_gradients, starts_at_random, suspicions
 from safer_fast.validation import LIBRARY_ATTACKS, check_attack_name, check_ranges
 
 if TYPE_CHECKING:  # torch is imported when there is something to compute: --help does not wait
@@ -20,11 +20,9 @@ if TYPE_CHECKING:  # torch is imported when there is something to compute: --hel
 
     from safer_fast.data import Batch
     from safer_fast.distributed import Ranks
+    from safer_fast.gradient_watch import Watch
     from safer_fast.micro_batch import MicroBatch
     from safer_fast.network import RobustModel
-
-MOST_CLASSES = 20
-"""Classes that a table names, the ones on which the last attack leaves least."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,10 @@ class Accuracy:
     """Share of `num_images` images that are classified rightly under an attack.
 
     loss: mean cross-entropy of the attacked images, None where it is not finite. num_not_finite:
-    images whose logits are not finite then; they are not right.
+    images whose logits are not finite then; they are not right. num_zero_gradients: images whose
+    gradient was zero or not finite at an iteration, None without gradients. start_accuracy: what
+    its random start alone leaves, None without. gradient_masking: signs that the attack failed for
+    want of gradients (masking.py); with any the accuracy is an `upper_bound` of the robust one.
     """
 
     attack: str
@@ -49,6 +50,10 @@ class Accuracy:
     num_images: int
     loss: float | None = None
     num_not_finite: int = 0
+    num_zero_gradients: int | None = None
+    start_accuracy: float | None = None
+    gradient_masking: Sequence[str] = ()
+    upper_bound: bool = False
 
 
 def evaluate(
@@ -77,39 +82,59 @@ def evaluate(
     from safer_fast.data import as_pixels
     from safer_fast.data.seeds import derive_seed
     from safer_fast.distributed import Ranks
+    from safer_fast.gradient_watch import Watch
     from safer_fast.micro_batch import MicroBatch
 
     micro_batch, ranks = micro_batch or MicroBatch("--batch-size"), ranks or Ranks()
     device = model.mean.device
-    # of each attack: images that are right, losses, logits that are not finite; float64 is exact
-    sums = torch.zeros(3, len(attacks) + 1, dtype=torch.float64, device=device)
+    # of each attack: images that are right, losses, images with logits that are not finite, without
+    # a gradient, right at the start; float64 counts exactly
+    sums = torch.zeros(5, len(attacks) + 1, dtype=torch.float64, device=device)
     for batch in batches:
         batch = batch.to(device, non_blocking=True)
         # padding goes along, so that all batches have one shape
         images, labels, counted = as_pixels(batch.images), batch.labels, slice(batch.num_images)
         for index, name in enumerate(attacks):
             place = partial(derive_seed, seed, f"evaluation {name}"), batch.position
-            attacked = attack_by_name(name, model, images, labels, threat, place, micro_batch)
+            watch = Watch(len(images), device)
+            attacked = attack_by_name(
+                name, model, images, labels, threat, place, micro_batch, watch
+            )
             with torch.no_grad():
                 logits = model(attacked)
                 losses = cross_entropy(logits, labels, reduction="none")
                 sums[0, index] += is_right(logits, labels)[counted].sum()
                 sums[1, index] += losses[counted].double().sum()
-                sums[2, index] += (~has_finite(logits))[counted].sum()
+                flags = ~has_finite(logits), watch.blind, watch.starts_right
+                sums[2:, index] += torch.stack(flags)[:, counted].sum(1)
         sums[:, -1] += batch.num_images
-    (*num_right, num_images), (*losses_of, _), (*broken, _) = ranks.sum_(sums).tolist()
+    *columns, (num_images, *_) = ranks.sum_(sums).T.tolist()
     if not num_images:
         raise ValueError("data.path: expected an image that can be read to evaluate on, got none")
+    figures = zip(attacks, columns, strict=True)
+    return _judged([_accuracy(name, threat, found, num_images) for name, found in figures])
+
+
+def _accuracy(name: str, threat: ThreatModel, sums: Sequence[float], num_images: float) -> Accuracy:
+    num_right, loss, num_broken, num_blind, num_starts = sums
+    return Accuracy(
+        name,
+        0.0 if name == "clean" else threat.epsilon,
+        num_right / num_images,
+        int(num_images),
+        loss / num_images if math.isfinite(loss) else None,
+        int(num_broken),
+        int(num_blind) if has_gradients(name) else None,
+        num_starts / num_images if starts_at_random(name) else None,
+    )
+
+
+def _judged(accuracies: Sequence[Accuracy]) -> list[Accuracy]:
+    """With the signs of gradient masking in them."""
+    found = suspicions([vars(accuracy) for accuracy in accuracies])
     return [
-        Accuracy(
-            name,
-            0.0 if name == "clean" else threat.epsilon,
-            count / num_images,
-            int(num_images),
-            loss / num_images if math.isfinite(loss) else None,
-            int(num_broken),
-        )
-        for name, count, loss, num_broken in zip(attacks, num_right, losses_of, broken, strict=True)
+        replace(accuracy, gradient_masking=tuple(reasons), upper_bound=bool(reasons))
+        for accuracy, reasons in zip(accuracies, found, strict=True)
     ]
 
 
@@ -121,15 +146,18 @@ def attack_by_name(
     threat: ThreatModel,
     place: tuple[Callable[[int], int], int],
     micro_batch: MicroBatch,
+    watch: Watch | None = None,
 ) -> torch.Tensor:
     """Images [B, C, H, W] after the attack `name`: clean, or one that `climb_of` knows.
 
-    place: seeds and position of the images, see `placed_start`.
+    place: seeds and position of the images, see `placed_start`. watch: has what was noticed of the
+    images afterwards.
     """
     import torch
 
     from safer_fast.attack import finite_pixels, pgd, placed_start
     from safer_fast.attack_suite import climb_of
+    from safer_fast.gradient_watch import Watch
 
     if name == "clean":
         return images
@@ -144,6 +172,7 @@ def attack_by_name(
     def attack_in_parts(size: int) -> None:
         for first in range(0, len(images), size):
             part = slice(first, first + size)
+            own = Watch(len(images[part]), images.device)
             attacked[part] = pgd(
                 model,
                 images[part],
@@ -155,7 +184,10 @@ def attack_by_name(
                 start=start[part],
                 objective=climb.loss,
                 check_tensors=False,
+                watch=own,
             )
+            if watch is not None:
+                watch.put(part, own)
 
     micro_batch.run(len(images), attack_in_parts)
     return finite_pixels(attacked, images)
@@ -200,78 +232,6 @@ def _check(config: EvaluateConfig) -> None:
     for name in ("image_column", "label_column"):
         if (column := getattr(config, name)) is not None and config.path is None:
             raise ValueError(f"--data.{name}: expected --data.path beside it, got only {column}")
-
-
-def accuracy_table(accuracies: Sequence[Mapping[str, Any]]) -> str:
-    """Lines of text, one for each weights, split and attack, with 95 % intervals (Wilson, 1927)."""
-    titles = ["weights", "split", "attack", "norm", "epsilon", "accuracy", "95 %", "images", "s"]
-    cells = [_cells(row) for row in accuracies]
-    used = [index for index in range(len(titles)) if any(row[index] for row in cells)]
-    widths = [max(len(row[index]) for row in [titles, *cells]) for index in used]
-    return "\n".join(
-        "  ".join(
-            row[index].ljust(width) if index < 4 else row[index].rjust(width)
-            for index, width in zip(used, widths, strict=True)
-        ).rstrip()
-        for row in [titles, *cells]
-    )
-
-
-def notes(accuracies: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines that say what makes the figures of a table less than they seem."""
-    lines = []
-    for row in accuracies:
-        if count := row.get("num_not_finite"):
-            place = f"{row['weights']}, {printable(row['split'])}, {row['attack']}"
-            lines.append(
-                f"WARNING: {place}: the logits of {count} of {row['num_images']} images are not "
-                "finite; they count as wrong"
-            )
-    return lines
-
-
-def class_table(accuracies: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> str:
-    """Lines of text, one for each class that has images, under each attack.
-
-    Of many classes those are named on which the last attack leaves least.
-    """
-    columns = [row["per_class_accuracy"] for row in accuracies]
-    present = [index for index, value in enumerate(columns[-1]) if value is not None]
-    shown = sorted(sorted(present, key=lambda index: columns[-1][index])[:MOST_CLASSES])
-    names = {index: printable(str(class_names[index]))[:24] for index in shown}
-    width = max(5, *map(len, names.values()))
-    title = "class" if len(shown) == len(present) else "worst"
-    titles = [row["attack"] for row in accuracies]
-    lines = ["  ".join([title.ljust(width), *(f"{name:>8}" for name in titles)])]
-    for index in shown:
-        figures = (
-            f"{column[index]:.4f}".rjust(max(8, len(name)))
-            for column, name in zip(columns, titles, strict=True)
-        )
-        lines.append("  ".join([names[index].ljust(width), *figures]))
-    return "\n".join(lines)
-
-
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    low, high = interval(row["accuracy"], row["num_images"])
-    seconds = row.get("seconds")
-    return [
-        row["weights"],
-        printable(row["split"]),
-        row["attack"],
-        row.get("norm") or "",
-        f"{row['epsilon']:.4f}",
-        f"{row['accuracy']:.4f}",
-        f"{low:.4f}-{high:.4f}",
-        _images(row),
-        "" if seconds is None else f"{seconds:.1f}",
-    ]
-
-
-def _images(row: Mapping[str, Any]) -> str:
-    """The number of images of a figure, and of how many they are a subset."""
-    num_images, of_images = row["num_images"], row.get("of_images") or 0
-    return f"{num_images} of {of_images}" if num_images < of_images else str(num_images)
 
 
 if __name__ == "__main__":

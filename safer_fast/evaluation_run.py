@@ -21,11 +21,13 @@ from safer_fast.command_configs import EvaluateConfig
 from safer_fast.data import Batch, as_pixels, describe_subset
 from safer_fast.data.seeds import derive_seed
 from safer_fast.distributed import Ranks, connected
-from safer_fast.evaluate import accuracy_table, class_table, notes
 from safer_fast.evaluation_progress import Progress
 from safer_fast.evaluation_setup import EvaluationSetup, num_restarts, set_up_evaluation
 from safer_fast.evaluation_store import SCALE, Outcome, names_of, to_millionths
+from safer_fast.evaluation_table import accuracy_table, class_table, notes
 from safer_fast.flops import costs
+from safer_fast.gradient_watch import Watch
+from safer_fast.masking import has_gradients, starts_at_random, with_verdicts
 from safer_fast.metrics import FILE_NAME, read_metrics
 from safer_fast.micro_batch import MicroBatch
 from safer_fast.run_folder import LoadedRun
@@ -62,6 +64,7 @@ def measure_run(config: EvaluateConfig) -> list[dict[str, Any]]:
                 raise
         rows = examination.rows(ranks)
         rows = [row for row in rows if row["attack"] in config.attacks]
+        rows = with_verdicts(rows)
         epoch = setup.judge.config.epochs
         _log(rows, logged, epoch, log)
         log.say("\n".join([accuracy_table(rows), *notes(rows)]))
@@ -108,7 +111,7 @@ class Examination:
         self.classes = {
             name: torch.zeros(2, num_classes, dtype=torch.float64) for name in setup.stores
         }
-        self.totals = {name: torch.zeros(3, dtype=torch.float64) for name in setup.stores}
+        self.totals = {name: torch.zeros(5, dtype=torch.float64) for name in setup.stores}
         for model in {self.judge, self.attacked}:
             model.register_forward_pre_hook(lambda *_: self._move_on())
 
@@ -147,42 +150,55 @@ class Examination:
         started = time.perf_counter()
         images = as_pixels(batch.images.to(self.device))
         labels = batch.labels.to(self.device)
+        watch = Watch(len(labels), self.device)
         if name == "clean":
-            is_right, losses, is_finite = self._judged(images, labels)
+            right, losses, finite = self._judged(images, labels)
         else:
             known = zip(*((o.is_right, _loss(o), o.is_finite) for o in clean), strict=True)
-            is_right, losses, is_finite = (torch.tensor(v, device=self.device) for v in known)
+            right, losses, finite = (torch.tensor(v, device=self.device) for v in known)
+            watch.starts_right.copy_(right)
             for restart in range(num_restarts(name, self.config)):
-                rows = is_right.nonzero().squeeze(1)
+                rows = right.nonzero().squeeze(1)
                 if len(rows):
-                    attacked = self._attack(name, images, labels, rows, batch.position, restart)
-                    attacked = finite_pixels(attacked, images[rows])
+                    chosen = (name, images, labels, rows, batch.position, restart)
+                    attacked = finite_pixels(self._attack(*chosen, watch), images[rows])
                     judged = self._judged(attacked, labels[rows])
-                    for values, found in zip((is_right, losses, is_finite), judged, strict=True):
+                    for values, found in zip((right, losses, finite), judged, strict=True):
                         values[rows] = found
-        columns = is_right.tolist(), to_millionths(losses), is_finite.tolist()
+        flags = (finite, ~watch.blind, watch.starts_right)
+        columns = right.tolist(), to_millionths(losses), *(values.tolist() for values in flags)
         seconds = (time.perf_counter() - started) / len(labels)
-        return [Outcome(r, loss, seconds, f) for r, loss, f in zip(*columns, strict=True)]
+        return [Outcome(r, loss, seconds, *own) for r, loss, *own in zip(*columns, strict=True)]
 
     def _attack(
-        self, name: str, images: Tensor, labels: Tensor, rows: Tensor, position: int, restart: int
+        self,
+        name: str,
+        images: Tensor,
+        labels: Tensor,
+        rows: Tensor,
+        position: int,
+        restart: int,
+        watch: Watch,
     ) -> Tensor:
-        """What the attack makes of these rows of the images [B, C, H, W]."""
+        """What the attack makes of these rows of the images [B, C, H, W], which are watched."""
         purpose = f"evaluation {name}" + (f" restart {restart}" if restart else "")
         seed_of = partial(derive_seed, self.config.seed, purpose)
-        epsilon = self.threat.epsilon
+        epsilon, chosen = self.threat.epsilon, (images[rows], labels[rows])
         if name in LIBRARY_ATTACKS:
             with self._eagerly():
-                return self.library(
-                    name, images[rows], labels[rows], epsilon, seed_of(position), self.is_transfer
-                )
+                watch.blind[rows] |= self.library.blind(name, *chosen)
+                return self.library(name, *chosen, epsilon, seed_of(position), self.is_transfer)
         climb, start = climb_of(name, epsilon), images
         if climb.is_random:
             radius = torch.full((), epsilon, device=self.device)
             start = placed_start(
                 images, radius, self.threat.norm, position=position, seed_of=seed_of
             )
-        return self.climber(climb, start[rows], images[rows], labels[rows], epsilon)
+        own = Watch(len(rows), self.device)
+        attacked = self.climber(climb, start[rows], *chosen, epsilon, own)
+        watch.blind[rows] |= own.blind
+        watch.starts_right[rows] &= own.starts_right
+        return attacked
 
     def _judged(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Which images are right, bool [B], their losses [B], and whose logits are finite."""
@@ -220,7 +236,7 @@ class Examination:
         self.progress.add(name, len(outcomes), int(right.sum()), measured)
 
     def _row(self, name: str, counts: Tensor, totals: Tensor, ranks: Ranks) -> dict[str, Any]:
-        loss, seconds, num_not_finite = totals.tolist()
+        loss, seconds, num_not_finite, num_blind, num_starts = totals.tolist()
         (num_images, num_right), is_clean = counts.sum(1).int().tolist(), name == "clean"
         if not num_images:
             raise ValueError(
@@ -238,20 +254,33 @@ class Examination:
             "of_images": self.of_images,
             "loss": round(loss / num_images) / SCALE if loss == loss else None,
             "num_not_finite": int(num_not_finite),
+            "num_zero_gradients": int(num_blind) if has_gradients(name) else None,
+            "start_accuracy": (
+                num_starts / num_images if starts_at_random(name) and not self.is_transfer else None
+            ),
             "restarts": None if is_clean else num_restarts(name, self.config),
             "seed": None if is_clean else self.config.seed,
-            "source": None if is_clean else self.config.source,
+            "source": None if is_clean else _source_of(self.config),
             "per_class_accuracy": [right / count if count else None for count, right in pairs],
             "seconds": round(seconds / ranks.num_ranks, 3),
         }
 
 
+def _source_of(config: EvaluateConfig) -> str | None:
+    """The source of a transfer, and which of its weights are not the last."""
+    is_usual = config.source is None or config.source_weights == "last"
+    return config.source if is_usual else f"{config.source} ({config.source_weights})"
+
+
 def _totals(outcomes: Sequence[Outcome]) -> Tensor:
-    """Loss in millionths, seconds, images whose logits are not finite; float64 [3]."""
+    """Loss in millionths, seconds, images with logits that are not finite, with a gradient that is
+    of no use, right at all starts; float64 [5]."""
     losses = (torch.nan if outcome.loss is None else outcome.loss for outcome in outcomes)
     seconds = sum(outcome.seconds for outcome in outcomes)
     broken = sum(not outcome.is_finite for outcome in outcomes)
-    return torch.tensor([sum(losses), seconds, broken], dtype=torch.float64)
+    blind = sum(not outcome.has_gradient for outcome in outcomes)
+    starts = sum(outcome.starts_right for outcome in outcomes)
+    return torch.tensor([sum(losses), seconds, broken, blind, starts], dtype=torch.float64)
 
 
 def _loss(outcome: Outcome) -> float:

@@ -17,23 +17,34 @@ from torch import Tensor
 from safer_fast.whole_file import check_no_link, open_plain
 
 FOLDER = "evaluation"
-FORMAT = 2
+FORMAT = 3
 """To be raised where an attack computes something else under the same name."""
 NAME_BYTES = 8
-FLAGS = {"right": "is_right", "finite": "is_finite"}
+FLAGS = {
+    "right": "is_right",
+    "finite": "is_finite",
+    "gradient": "has_gradient",
+    "start": "starts_right",
+}
 """Keys of a line whose text has a 0 or a 1 for each image, and what they are of an outcome."""
 SCALE = 1_000_000
 """Losses are kept in millionths: sums of whole numbers are the same in any order."""
 
 
 class Outcome(NamedTuple):
-    """What came of one image: whether it is right, its loss in millionths (None: not finite), its
-    share of the seconds that its batch took, and whether its logits are finite."""
+    """What came of one image.
+
+    loss: in millionths, None where it is not finite. seconds: its share of those that its batch
+    took. is_finite: its logits. has_gradient: each that the attack asked for was of use,
+    neither zero nor infinite. starts_right: all random starts alone leave it right.
+    """
 
     is_right: bool
     loss: int | None
     seconds: float
     is_finite: bool = True
+    has_gradient: bool = True
+    starts_right: bool = True
 
 
 class Store:

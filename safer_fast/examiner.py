@@ -41,8 +41,9 @@ def validation_figures(
     of_images: all of the split.
     """
     if clean is None or robust is None:
-        accuracies = ("clean_accuracy", "robust_accuracy", "validation_loss", "num_not_finite")
-        return dict.fromkeys((*accuracies, "validation_images", "of_validation_images"))
+        names = ["clean_accuracy", "robust_accuracy", "validation_loss", "num_not_finite"]
+        names += ["gradient_masking", "validation_images", "of_validation_images"]
+        return dict.fromkeys(names)
     return {
         "validation_images": robust.num_images,
         "of_validation_images": of_images,
@@ -50,6 +51,7 @@ def validation_figures(
         "robust_accuracy": robust.accuracy,
         "validation_loss": robust.loss,
         "num_not_finite": max(clean.num_not_finite, robust.num_not_finite),
+        "gradient_masking": list(robust.gradient_masking),
     }
 
 

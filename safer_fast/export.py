@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from safer_fast.command_configs import ExportConfig
 from safer_fast.command_line import new_parser, parse, printable, run, with_underscores
 from safer_fast.conversion import converted
+from safer_fast.masking import with_verdicts
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 ONNX = "model.onnx"
 _NUM_COMPARED = 8
+_FIGURES = ("split", "attack", "epsilon", "accuracy", "num_images")
+_PLACE = ("split", "attack", "norm", "epsilon", "restarts", "num_images")  # what a figure hangs on
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -133,7 +136,7 @@ def _timm_config(config: ExportConfig, loaded: LoadedRun) -> dict[str, Any]:
         "version": __version__,
         "threat_model": _threat_model(loaded),
         "weights": config.weights,
-        "accuracies": _accuracies(config),
+        "accuracies": _accuracies(config, loaded.config.attack.norm),
     }
     return content
 
@@ -158,7 +161,7 @@ def _card(config: ExportConfig, loaded: LoadedRun) -> Any:
         short_side=loaded.short_side,
         mean=model.mean.flatten().tolist(),
         std=model.std.flatten().tolist(),
-        accuracies=_accuracies(config),
+        accuracies=_accuracies(config, loaded.config.attack.norm),
         recipe="\n".join(_without_folders(line) for line in lines if not line.startswith("#")),
     )
 
@@ -175,20 +178,30 @@ def _threat_model(loaded: LoadedRun) -> dict[str, Any]:
     return {"norm": attack.norm, "epsilon": float(attack.epsilon)}
 
 
-def _accuracies(config: ExportConfig) -> list[dict[str, Any]]:
-    """What was measured of these weights, the newest of each split, attack and radius."""
+def _accuracies(config: ExportConfig, norm: str) -> list[dict[str, Any]]:
+    """What was measured of these weights, the newest of all that a figure depends on.
+
+    norm: that of the run, which events of its training do not name. Attacks on other models'
+    images say nothing of how robust this one is: transfers are left out.
+    """
     from safer_fast.metrics import read_metrics
 
     file = Path(config.run) / "metrics.jsonl"
-    names = ("split", "attack", "epsilon", "accuracy", "num_images")
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for event in read_metrics(file) if file.is_file() else []:
         is_ours = event.get("event") == "evaluation" and event.get("weights") == config.weights
-        if is_ours and all(name in event for name in names) and event["num_images"] > 0:
-            row = {name: event[name] for name in (*names, "of_images") if name in event}
-            row["num_not_finite"] = event.get("num_not_finite") or 0
-            rows[row["split"], row["attack"], row["epsilon"]] = row
-    return list(rows.values())
+        is_whole = all(name in event for name in _FIGURES)
+        if is_ours and is_whole and event["num_images"] > 0 and not event.get("source"):
+            row = {name: event[name] for name in _FIGURES} | {
+                "of_images": event.get("of_images"),
+                "norm": None if event["attack"] == "clean" else event.get("norm") or norm,
+                "restarts": event.get("restarts") or 1,
+                "num_not_finite": event.get("num_not_finite") or 0,
+                "num_zero_gradients": event.get("num_zero_gradients"),
+                "start_accuracy": event.get("start_accuracy"),
+            }
+            rows[tuple(row[name] for name in _PLACE)] = row
+    return with_verdicts(list(rows.values()))
 
 
 def _images(loaded: LoadedRun) -> torch.Tensor:

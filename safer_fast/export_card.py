@@ -13,6 +13,7 @@ from safer_fast.command_line import printable
 from safer_fast.intervals import interval
 
 UNKNOWN_LICENSE = "other"
+_NORMS = {"linf": "Linf", "l2": "L2"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def model_card(card: Card) -> str:
         f"# {_plain(card.name)}",
         _summary(card),
         "## Accuracy",
-        _accuracy_table(card.accuracies),
+        _accuracy_table(card.accuracies, card.norm),
         "## How to load it",
         _usage(card),
         "## How it was trained",
@@ -65,7 +66,7 @@ def model_card(card: Card) -> str:
 
 def _summary(card: Card) -> str:
     channels, size, _ = card.shape
-    norm = {"linf": "Linf", "l2": "L2"}.get(card.norm, _plain(card.norm))
+    norm = _NORMS.get(card.norm, _plain(card.norm))
     return (
         f"`{_plain(card.architecture)}`, trained to be robust against changes of its images within "
         f"a ball of {norm} radius {card.epsilon:.6g}, pixels in [0, 1]. {card.num_classes} classes "
@@ -74,31 +75,39 @@ def _summary(card: Card) -> str:
     )
 
 
-def _accuracy_table(accuracies: Sequence[Mapping[str, Any]]) -> str:
-    rows = [_accuracy_row(row) for row in accuracies]
+def _accuracy_table(accuracies: Sequence[Mapping[str, Any]], norm: str) -> str:
+    rows = [_accuracy_row(row, norm) for row in accuracies]
     if not rows:
         return "Not measured."
     head = ["| split | attack | epsilon | accuracy | 95 % interval | images |", "|" + "---|" * 6]
     notes = ["The interval is that of the number of images alone, not of seeds of the training."]
     notes += [note for row in accuracies for note in _notes(row)]
-    return "\n".join([*head, *rows, "", *notes])
+    return "\n".join([*head, *rows]) + "\n\n" + "\n\n".join(notes)
 
 
-def _accuracy_row(row: Mapping[str, Any]) -> str:
+def _accuracy_row(row: Mapping[str, Any], norm: str) -> str:
+    """A norm is named where it is another than that of the run, restarts where there are some."""
     accuracy, count = float(row["accuracy"]), int(row["num_images"])
     of_images = int(row.get("of_images") or 0)
     images = f"{count} of {of_images}" if count < of_images else str(count)
     low, high = interval(accuracy, count)
+    restarts = f", {row['restarts']} restarts" if (row.get("restarts") or 1) > 1 else ""
+    own = row.get("norm") or norm
+    ball = f"{float(row['epsilon']):.6g}" + ("" if own == norm else f" {_NORMS.get(own, own)}")
+    bound = "at most " if row.get("upper_bound") else ""
     return (
-        f"| {_plain(row['split'])} | {_plain(row['attack'])} | {float(row['epsilon']):.6g} | "
-        f"{accuracy:.4f} | {low:.4f} to {high:.4f} | {images} |"
+        f"| {_plain(row['split'])} | {_plain(row['attack'])}{restarts} | {_plain(ball)} | "
+        f"{bound}{accuracy:.4f} | {low:.4f} to {high:.4f} | {images} |"
     )
 
 
 def _notes(row: Mapping[str, Any]) -> Iterator[str]:
     """Sentences on what makes a figure less than it seems."""
+    place = f"{_plain(row['attack'])}, {_plain(row['split'])} split"
+    if reasons := row.get("gradient_masking"):
+        why = "; ".join(map(_plain, reasons))
+        yield f"{place}: an upper bound, as gradient masking is suspected: {why}."
     if count := row.get("num_not_finite"):
-        place = f"{_plain(row['attack'])}, {_plain(row['split'])} split"
         yield f"{place}: the logits of {int(count)} images are not finite; they count as wrong."
 
 

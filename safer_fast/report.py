@@ -40,7 +40,9 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("runs", nargs="+", type=str, metavar="RUN", help="a run folder")
     parser.add_argument(
-        "--output", type=str | None, help="the page to write; default: report.html in the first RUN"
+        "--output",
+        type=str | None,
+        help="the page to write; default: report.html in RUN, for several comparison.html here",
     )
     asked = command_line.parse(parser, command_line.with_underscores(arguments), _Arguments)
     check_file(asked.output, "--output")
@@ -51,8 +53,9 @@ def main(arguments: Sequence[str]) -> None:
 def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
     """The page about these run folders is written to `output`, which is returned.
 
-    Default: report.html in the first folder. A run that is not finished is reported as far as it
-    came. Raises ValueError naming a folder without metrics.jsonl or a damaged file.
+    Default: report.html in the folder of one run, which tells of it alone; comparison.html in the
+    current folder for several. A run that is not finished is reported as far as it came. Raises
+    ValueError naming a folder without metrics.jsonl or a damaged file.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -67,10 +70,11 @@ def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
     )
     page = templates.get_template("report.html.jinja").render(
         runs=read,
-        alarms=report_curves.alarms(read),
+        alarms=[*report_curves.alarms(read), *report_evaluations.alarms(read)],
         headline=report_evaluations.headline(read),
         evaluations=report_evaluations.all_evaluations(read),
         per_class=report_evaluations.per_class(read),
+        caution=report_tables.caution(read),
         overview=report_tables.overview(read),
         curves=report_curves.training_figures(read),
         health=report_health.health_figures(read),
@@ -85,7 +89,7 @@ def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
         drawing=Markup,
     )
     if output is None:
-        output = runs[0] / "report.html"
+        output = runs[0] / "report.html" if len(runs) == 1 else Path("comparison.html")
         # a link that came with the folder would lead elsewhere
         write_whole(output, page.lstrip().encode())
     else:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from safer_fast.intervals import interval
+from safer_fast.masking import suspicions
 from safer_fast.report_run import Run
 from safer_fast.report_tables import NOTHING, Cell, Table, percent, radius
 
@@ -38,7 +39,10 @@ class Evaluation:
     accuracy: float | None = field(compare=False)
     loss: float | None = field(compare=False)
     num_not_finite: int = field(compare=False)
+    num_zero_gradients: int = field(compare=False)
+    start_accuracy: float | None = field(compare=False)
     per_class: Sequence[float | None] = field(compare=False)
+    gradient_masking: Sequence[str] = field(compare=False, default=())
 
     @property
     def kind(self) -> str:
@@ -53,22 +57,27 @@ class Evaluation:
 
 
 def headline(runs: Sequence[Run]) -> Table:
-    """A row for each run, weights and split: clean, under the strongest PGD, and AutoAttack."""
+    """A row for each run, weights and split: clean, under the strongest PGD, and AutoAttack.
+
+    Rows of one split stand together, and name it in a column where there are several.
+    """
     found = [_evaluations(run) for run in runs]
     places = [
         (index, *place)
         for index, evaluations in enumerate(found)
         for place in sorted({(one.weights, one.split) for one in evaluations}, key=_place_order)
     ]
+    has_splits = len({split for _, _, split in places}) > 1
+    places.sort(key=lambda place: place[2] if has_splits else "")
     columns = [
         _column(title, [_strongest(runs[i], found[i], kind, *place) for i, *place in places])
         for kind, title in _HEADLINE.items()
     ]
-    names = ["run"] * (len(runs) > 1) + ["weights"]
+    names = ["split"] * has_splits + ["run"] * (len(runs) > 1) + ["weights"]
     rows = []
     for number, (index, weights, split) in enumerate(places):
         own = [Cell(runs[index].name)] * (len(runs) > 1) + [Cell(weights, f"{split} split")]
-        rows.append([*own, *(cells[number] for _, cells in columns)])
+        rows.append([*[Cell(split)] * has_splits, *own, *(cells[number] for _, cells in columns)])
     return Table([*names, *(heading for heading, _ in columns)], rows, len(names))
 
 
@@ -96,8 +105,24 @@ def per_class(runs: Sequence[Run]) -> list[tuple[str, Table]]:
     return tables
 
 
+def alarms(runs: Sequence[Run]) -> list[str]:
+    """A sentence for each run some of whose figures are suspected to be too high."""
+    sentences = []
+    for run in runs:
+        if found := sorted((one for one in _evaluations(run) if one.gradient_masking), key=_order):
+            name = f"{run.name}: " if len(runs) > 1 else ""
+            places = ", ".join(f"{one.weights} {one.split} {one.attack}" for one in found[:8])
+            more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+            sentences.append(
+                f"{name}gradient masking suspected under {places}{more}. These attacks found no "
+                "gradients to follow, or another one did far better: their figures are upper "
+                "bounds of the robust accuracy."
+            )
+    return sentences
+
+
 def _evaluations(run: Run) -> list[Evaluation]:
-    """The last figure for all that it depends on."""
+    """The last figure for all that it depends on, with its signs of gradient masking."""
     return list(_by_key(run).values())
 
 
@@ -106,7 +131,11 @@ def _by_key(run: Run) -> dict[Evaluation, Evaluation]:
     for event in run.evaluations:
         one = _evaluation(event, run)
         found[one] = one
-    return found
+    signs = suspicions([vars(one) for one in found.values()])
+    return {
+        one: replace(one, gradient_masking=reasons)
+        for one, reasons in zip(found.values(), signs, strict=True)
+    }
 
 
 def _columns_of_weights(run: Run) -> list[tuple[str, dict[Evaluation, Evaluation]]]:
@@ -136,6 +165,8 @@ def _evaluation(event: Mapping[str, Any], run: Run) -> Evaluation:
         accuracy=event.get("accuracy"),
         loss=event.get("loss"),
         num_not_finite=int(event.get("num_not_finite") or 0),
+        num_zero_gradients=int(event.get("num_zero_gradients") or 0),
+        start_accuracy=event.get("start_accuracy"),
         per_class=event.get("per_class_accuracy") or (),
     )
 
@@ -210,11 +241,15 @@ def _accuracy(one: Evaluation | None, facts: Sequence[str] = (), *, has_loss: bo
         low, high = interval(one.accuracy, one.num_images)
         notes.append(f"{100 * low:.1f}\N{EN DASH}{100 * high:.1f}")
     notes += facts
+    if one.gradient_masking:
+        reasons = "; ".join(one.gradient_masking)
+        notes.append(f"an upper bound, gradient masking suspected: {reasons}")
     if one.num_not_finite:
         notes.append(f"logits not finite on {one.num_not_finite:,} images, which count as wrong")
     if has_loss and one.loss is not None:
         notes.append(f"loss {one.loss:.3g}")
-    return Cell(percent(one.accuracy), ", ".join(notes))
+    bound = "\N{LESS-THAN OR EQUAL TO} " if one.gradient_masking else ""
+    return Cell(bound + percent(one.accuracy), ", ".join(notes))
 
 
 def _class_table(columns: Sequence[Evaluation], names: Sequence[str]) -> Table:

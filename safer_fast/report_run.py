@@ -38,6 +38,7 @@ _NUMBERS = (
     "seed",
     "loss",
     "num_not_finite",
+    "num_zero_gradients",
 )
 _TEXTS = ("split", "attack", "weights", "norm", "source")
 _LONGEST_LIST = 100_000  # values of an event: classes, steps of an attack
@@ -134,10 +135,10 @@ def _checked(event: dict[str, Any], path: Path) -> dict[str, Any]:
     if event["event"] == "run":
         return event
     scores, selected = event.get("scores") or {}, event.get("selected", [])
-    accuracy = event.get("accuracy", 0.0)
     is_usable = {key: _is_number(event.get(key)) for key in _NUMBERS} | {
         "epoch": type(event.get("epoch")) is int and abs(event["epoch"]) < 2**31,
-        "accuracy": accuracy is None or (_is_number(accuracy) and 0 <= accuracy <= 1),
+        "accuracy": _is_list_of_shares([event.get("accuracy")]),
+        "start_accuracy": _is_list_of_shares([event.get("start_accuracy")]),
         "scores": isinstance(scores, dict) and all(map(_is_number, scores.values())),
         "selected": isinstance(selected, list) and all(isinstance(name, str) for name in selected),
     }

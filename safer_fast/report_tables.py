@@ -146,9 +146,35 @@ def _best_and_last(run: Run) -> tuple[Cell, Cell]:
     lost = 100 * (robust[best] - robust[last])
     note = f"{lost:.1f} points below the best" if lost >= 0.05 else "as good as the best"
     return (
-        Cell(percent(robust[best]), f"validation, epoch {best}"),
-        Cell(percent(robust[last]), f"validation, epoch {last}, {note}"),
+        Cell(percent(robust[best]), f"{validation_attack(run)}, epoch {best}"),
+        Cell(percent(robust[last]), f"{validation_attack(run)}, epoch {last}, {note}"),
     )
+
+
+def validation_attack(run: Run) -> str:
+    """What accuracies on the validation split hang on, as far as it is known."""
+    facts = ["validation"]
+    steps, epsilon = run.number("evaluation.steps"), run.number("attack.epsilon")
+    if steps is not None:
+        facts.append(f"PGD-{steps:.0f}")
+    if epsilon is not None:
+        facts.append(f"{shown(run.setting('attack.norm'))} {radius(epsilon)}")
+    if (most := run.number("evaluation.max_images")) is not None:
+        facts.append(f"at most {most:,.0f} images")
+    return ", ".join(facts)
+
+
+def caution(runs: Sequence[Run]) -> str:
+    """A sentence where accuracies on the validation splits of runs do not compare; else none."""
+    ways = {run.name: validation_attack(run) for run in runs}
+    ways = {
+        name: f"{way}, {shown(run.setting('data.path'))}"
+        for run, (name, way) in zip(runs, ways.items(), strict=True)
+    }
+    if len(set(ways.values())) < 2:
+        return ""
+    told = "; ".join(f"{name}: {way}" for name, way in ways.items())
+    return f"Accuracies during training do not compare between these runs ({told})."
 
 
 def _speed(run: Run) -> Cell:

@@ -19,7 +19,7 @@ from safer_fast.config import Config
 from safer_fast.data import Batch, Mixing, ahead
 from safer_fast.data.seeds import derive_seed
 from safer_fast.distributed import Ranks
-from safer_fast.evaluate import accuracy_table, notes
+from safer_fast.evaluation_table import accuracy_table, notes
 from safer_fast.examiner import Examiner, validation_figures
 from safer_fast.metrics import Event
 from safer_fast.network import state_of

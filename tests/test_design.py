@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "safer_fast"
 ORDER = [
     {"kernels"},
-    {"help_text", "intervals", "whole_file", "answers", "ranges"},
+    {"help_text", "intervals", "whole_file", "answers", "ranges", "masking"},
     {"messages"},
     {"config", "command_configs", "validation", "command_line", "distributed", "stopping"},
     {"conversion"},
@@ -30,7 +30,7 @@ ORDER = [
     {"network", "checkpoint_folder", "run_log", "gallery"},
     {"model"},
     {"attack_arguments"},
-    {"attack", "sam", "runtime", "attention", "criteria"},
+    {"attack", "gradient_watch", "sam", "runtime", "attention", "criteria"},
     {
         "objective",
         "optim",
@@ -59,7 +59,7 @@ ORDER = [
     {"doctor_machine", "doctor_data"},
     {"report_run", "report_tables", "report_evaluations", "report_gallery"},
     {"report_figures", "report_curves", "report_health"},
-    {"evaluation_store", "evaluation_progress"},
+    {"evaluation_store", "evaluation_progress", "evaluation_table"},
     {
         "evaluate",
         "evaluation_setup",

@@ -32,6 +32,7 @@ from safer_fast.data.seeds import derive_seed
 from safer_fast.evaluate import Accuracy, ThreatModel, evaluate, evaluate_run
 from safer_fast.evaluation_progress import Progress
 from safer_fast.evaluation_store import Outcome, Store, names_of
+from safer_fast.evaluation_table import class_table
 from safer_fast.intervals import interval
 from safer_fast.metrics import read_metrics
 from safer_fast.micro_batch import MicroBatch
@@ -361,9 +362,9 @@ def test_only_images_that_are_still_right_are_attacked(
     original = Climber.__call__
 
     def recorded(
-        self: Climber, climb: Climb, start: Tensor, images: Tensor, labels: Tensor, radius: float
+        self: Climber, climb: Climb, start: Tensor, images: Tensor, *others: Any
     ) -> Tensor:
-        attacked = original(self, climb, start, images, labels, radius)
+        attacked = original(self, climb, start, images, *others)
         given.append((start, images, attacked))
         return attacked
 
@@ -422,7 +423,7 @@ def test_transfer_attacks_the_source_and_judges_by_the_run(folder: Path, other: 
     assert fgsm.accuracy == is_right.sum().item() / 60
     assert fgsm.accuracy > own.accuracy
     assert apgd.accuracy > own_apgd.accuracy
-    assert [row["source"] for row in rows_of(folder)] == [str(other)] * 2 + [None] * 2
+    assert [row["source"] for row in rows_of(folder)] == [f"{other} (best)"] * 2 + [None] * 2
 
 
 def no_attack(*_: Any) -> Any:
@@ -607,26 +608,36 @@ def test_outcomes_are_read_as_they_were_written(tmp_path: Path, stored: Path) ->
     assert load(tmp_path).get(["c" * 16, "b" * 16]) is not None
 
 
+def line_of(**changed: str) -> bytes:
+    """A line for one image in which these values, as JSON, stand in place of the right ones."""
+    values = {"names": f'"{"a" * 16}"', "right": '"1"', "finite": '"1"', "gradient": '"1"'}
+    values |= {"start": '"1"', "loss": "[1]", "seconds": "1.0"} | changed
+    return ("{" + ", ".join(f'"{key}": {value}' for key, value in values.items()) + "}\n").encode()
+
+
 DAMAGED = [
     b"\xff\n",
     b"[]\n",
     b"{}\n",
     b"[" * 100_000 + b"\n",
-    b'{"names": "' + b"a" * 16 + b'", "right": "2", "finite": "1", "loss": [1], "seconds": 1.0}\n',
-    b'{"names": "' + b"a" * 15 + b'", "right": "1", "finite": "1", "loss": [1], "seconds": 1.0}\n',
-    b'{"names": "'
-    + b"a" * 16
-    + b'", "right": "1", "finite": "1", "loss": [1e999], "seconds": 1.0}\n',
-    b'{"names": "'
-    + b"a" * 16
-    + b'", "right": "1", "finite": "1", "loss": ['
-    + b"9" * 5000
-    + b"]}\n",
-    b'{"names": "' + b"a" * 16 + b'", "right": "1", "finite": "1", "loss": [1], "seconds": NaN}\n',
-    b'{"names": "", "right": "", "finite": "", "loss": [], "seconds": 1.0}\n',
-    b'{"names": "' + b"a" * 16 + b'", "right": "1", "loss": [1], "seconds": 1.0}\n',
-    b'{"names": "' + b"a" * 16 + b'", "right": "1", "finite": 1, "loss": [1], "seconds": 1.0}\n',
+    line_of(right='"2"'),
+    line_of(right='"11"'),
+    line_of(finite="1"),
+    line_of(gradient="null"),
+    line_of(start='""'),
+    line_of(names=f'"{"a" * 15}"'),
+    line_of(loss="[1e999]"),
+    line_of(loss=f"[{'9' * 5000}]"),
+    line_of(loss="[]"),
+    line_of(seconds="NaN"),
+    line_of(names='""', right='""', finite='""', gradient='""', start='""', loss="[]"),
 ]
+
+
+def test_a_line_with_nothing_changed_is_read(tmp_path: Path, stored: Path) -> None:
+    with stored.open("ab") as file:
+        file.write(line_of())
+    assert load(tmp_path).get(["a" * 16]) == [Outcome(True, 1, 1.0)]
 
 
 @pytest.mark.parametrize("line", DAMAGED)
@@ -797,9 +808,9 @@ def test_of_many_classes_the_worst_are_named_and_nothing_steers_the_terminal() -
     names = [f"class {number}" for number in range(30)] + ["\x1b[31m"]
     shares: list[float | None] = [number / 30 for number in range(30)]
     rows = [{"attack": "fgsm", "per_class_accuracy": [*shares, 0.0]}]
-    table = command.class_table(rows, names)
+    table = class_table(rows, names)
     assert "\x1b" not in table
     assert [line.split("  ")[0] for line in table.splitlines()[1:-1]] == names[:19]
     assert table.splitlines()[-1].startswith("?[31m")
     rows[0]["per_class_accuracy"] = [None] * 30 + [1.0]
-    assert len(command.class_table(rows, names).splitlines()) == 2
+    assert len(class_table(rows, names).splitlines()) == 2

@@ -290,7 +290,7 @@ def test_each_of_several_runs_has_its_gallery(tmp_path: Path) -> None:
         report_of(folder, new_gallery(1))
     folders[2].mkdir()
     (folders[2] / "metrics.jsonl").touch()
-    source = write_report(folders).read_text(encoding="utf-8")
+    source = write_report(folders, tmp_path / "page.html").read_text(encoding="utf-8")
     assert "Attacked images of a" in source
     assert "Attacked images of b" in source
     assert "Attacked images of c" not in source

@@ -50,6 +50,12 @@ CURVES = (
 )
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages that compare runs are written to the current folder."""
+    monkeypatch.chdir(tmp_path)
+
+
 def make_run(
     folder: Path,
     *,
@@ -480,8 +486,53 @@ def test_several_runs_share_the_curves_and_stand_in_columns(tmp_path: Path) -> N
     assert "safer last test split 79.1 %" in headline
     assert "pgd-at last test split 81.1 %" in headline
     assert 'class="different"' in page.source
-    assert (first / "report.html").exists()
+    assert not (first / "report.html").exists()
     assert not (second / "report.html").exists()
+
+
+def test_a_comparison_leaves_the_reports_of_its_runs_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [make_run(tmp_path / name, epochs=3) for name in ("a", "b")]
+    alone = [write_report([run]).read_bytes() for run in runs]
+    main([str(run) for run in runs])
+    assert capsys.readouterr().out == "wrote comparison.html\n"
+    assert "2 runs compared" in (tmp_path / "comparison.html").read_text()
+    assert [(run / "report.html").read_bytes() for run in runs] == alone
+    main([*(str(run) for run in runs), "--output", str(tmp_path / "mine.html")])
+    assert (tmp_path / "mine.html").read_text() == (tmp_path / "comparison.html").read_text()
+
+
+def test_figures_of_other_splits_stand_apart_and_say_so(tmp_path: Path) -> None:
+    first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b")
+    events = (second / "metrics.jsonl").read_text().replace('"test"', '"validation"')
+    (second / "metrics.jsonl").write_text(events)
+    page = Page(write_report([first, second])).text()
+    headline = page.partition("All evaluations")[0]
+    assert "split run weights clean" in headline
+    splits = re.findall(r"(test|validation) [ab] (?:start|best|last) ", headline)
+    assert splits == ["test"] * 3 + ["validation"] * 3
+    assert "during training do not compare" not in page
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("epsilon: 0.03137254901960784", "epsilon: 0.1"),
+        ("norm: linf", "norm: l2"),
+        ("sam:", "evaluation: {steps: 20}\nsam:"),
+        ("sam:", "evaluation: {max_images: 10}\nsam:"),
+        ("sam:", "data: {path: other}\nsam:"),
+    ],
+)
+def test_accuracies_under_other_attacks_in_training_are_not_shown_as_comparable(
+    tmp_path: Path, old: str, new: str
+) -> None:
+    runs = [make_run(tmp_path / name, epochs=3) for name in ("a", "b", "c")]
+    assert "during training do not compare" not in Page(write_report(runs)).text()
+    recipe = (runs[1] / "run.yaml").read_text()
+    (runs[1] / "run.yaml").write_text(recipe.replace(old, new))
+    assert "Accuracies during training do not compare" in Page(write_report(runs)).text()
 
 
 def test_names_are_escaped(tmp_path: Path) -> None:

@@ -1034,7 +1034,8 @@ class Page(HTMLParser):
 def plain_elements(tmp_path_factory: pytest.TempPathFactory) -> set[tuple[str, str]]:
     """The elements of the page about two runs without such texts."""
     folders = [write_run_of("plain", tmp_path_factory.mktemp(name) / "plain") for name in "ab"]
-    return Page(write_report(folders).read_text()).elements
+    page = write_report(folders, folders[0] / "page.html")
+    return Page(page.read_text()).elements
 
 
 MARKUP = " ".join(text for text in TEXTS.values() if SCRIPT in text)
