@@ -20,13 +20,12 @@ BEST_WEIGHTS = "best.safetensors"
 MODEL_CONFIG = "config.json"
 
 
-def load_weights(network: nn.Module, path: str) -> list[str]:
-    """The network has the weights of a run folder or of a .safetensors file with timm's names.
+def load_weights(network: nn.Module, file: Path) -> list[str]:
+    """The network has the weights of a .safetensors file with its own names and shapes, no others.
 
     Gives a line on tensors that were passed by. Raises ValueError, naming the file, where there is
     none, or it is damaged or of another model.
     """
-    file = weights_file(path)
     weights = load_tensors(file)
     passed = _computed(network, weights, file)
     weights = {name: tensor for name, tensor in weights.items() if name not in passed}
@@ -50,34 +49,6 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"model.checkpoint: expected safetensors, got {file}, which does not load ({error})"
         ) from None
-
-
-def weights_file(path: str) -> Path:
-    """The file of weights that a run folder or a path to a file stands for."""
-    file = Path(path) / WEIGHTS if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise ValueError(
-            f"model.checkpoint: expected a run folder with {WEIGHTS} or a .safetensors file, "
-            f"got {path}"
-        )
-    return file
-
-
-def read_normalisation(path: str) -> tuple[list[float], list[float]] | None:
-    """Mean and standard deviation that a run folder was trained with; None for a lone file."""
-    if not (Path(path) / MODEL_CONFIG).is_file():
-        return None
-    content = read_json(file := Path(path) / MODEL_CONFIG)
-    try:
-        settings = content["pretrained_cfg"]
-        mean, std = ([float(value) for value in settings[name]] for name in ("mean", "std"))
-    except (KeyError, TypeError, ValueError):
-        mean = std = []
-    if not (len(mean) == len(std) > 0 and min(std) > 0):
-        raise ValueError(
-            f"model.checkpoint: expected mean and std of the pixels in {file}, got none"
-        )
-    return mean, std
 
 
 def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from itertools import pairwise
@@ -88,12 +89,14 @@ def _scalars(text: str) -> Iterator[str]:
             raise ValueError(f"anchors are not allowed, such as &{event.anchor}")
 
 
-def parse_config(arguments: Sequence[str]) -> Config:
+def parse_config(arguments: Sequence[str], described: Mapping[str, Any] | None = None) -> Config:
     """The configuration that `python -m safer_fast.train` was asked for.
 
     `--config` takes a YAML file or the name of a recipe; flags override it. With neither `--config`
     nor `--data.path` the recipe `digits` is the base. See also `find_open_flags`.
-    Raises ValueError naming the flag.
+    described: settings of `model` that the checkpoint was trained with; they count where
+    `model.checkpoint` is written, so that flags override them, and they override the recipe if the
+    checkpoint is a flag itself. Raises ValueError naming the flag.
     """
     parser = new_parser("train", "Train a robust vision transformer.")
     parser.add_argument("--config", action="config", help=f"a YAML file or {_recipe_names()}")
@@ -101,7 +104,7 @@ def parse_config(arguments: Sequence[str]) -> Config:
     words = with_underscores(arguments)
     for switch in _switches():
         words = _with_value(switch, words)
-    config = parse(parser, _config_first(words), Config)
+    config = parse(parser, _config_first(words, described or {}), Config)
     check_config(config)
     return config
 
@@ -215,27 +218,41 @@ def _with_value(flag: str, words: Sequence[str]) -> list[str]:
     ]
 
 
-def _config_first(words: Sequence[str]) -> list[str]:
+def _config_first(words: Sequence[str], described: Mapping[str, Any]) -> list[str]:
     """The words with `--config FILE` in front, so that flags override it wherever they stand."""
     words, name = _without(words, "--config")
     given = {word.partition("=")[0] for word in words}
+    network = _without(words, "--model.name")[1]
     if name is None and "--data.path" not in given:
         name = DEFAULT_RECIPE
     if name is None:
-        return words
+        return _as_words(described, network) + words
     if len(name.rpartition("/")[2]) > LONGEST_WORD - len(".yaml"):  # no file has such a name
         raise ValueError(f"--config: expected a YAML file or {_recipe_names()}, got {cut(name)}")
     recipe = RECIPES / f"{name}.yaml"
     file = recipe if recipe.is_file() else Path(name)
-    _check_mapping(file)
+    model = _check_mapping(file).get("model", {})
     first = ["--config", str(file)]
     if "--model.name" in given:  # arguments of the recipe's model mean nothing to another one
         first += ["--model.arguments", "{}"]
-    return first + words
+    if "--model.checkpoint" in given:
+        return first + _as_words(described, network) + words
+    return _as_words(described, network or model.get("name")) + first + words
 
 
-def _check_mapping(file: Path) -> None:
-    """Raises ValueError unless the file holds settings; their names and types are checked later."""
+def _as_words(described: Mapping[str, Any], network: Any) -> list[str]:
+    """The flags for what a checkpoint is described by, unless another network is asked for."""
+    if network is not None and str(network).partition(".")[0] != described.get("name"):
+        return []  # arguments of a network mean nothing to another one
+    texts = {key: v if isinstance(v, str) else json.dumps(v) for key, v in described.items()}
+    return [f"--model.{key}={text}" for key, text in texts.items()]
+
+
+def _check_mapping(file: Path) -> dict[str, Any]:
+    """The settings in a file; their names and types are checked later.
+
+    Raises ValueError for a file that holds none.
+    """
     if not file.is_file():
         raise ValueError(f"--config: expected a YAML file or {_recipe_names()}, got {str(file)!r}")
     try:
@@ -254,6 +271,7 @@ def _check_mapping(file: Path) -> None:
             raise ValueError(
                 f"--config: expected names with values for {name} in {file}, got {cut(repr(group))}"
             )
+    return content
 
 
 def _without(words: Sequence[str], flag: str) -> tuple[list[str], str | None]:

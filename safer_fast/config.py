@@ -31,7 +31,9 @@ class ModelConfig:
     pretrained: bool = False
     """Start from timm's pretrained weights, fetched from its hub."""
     checkpoint: str | None = None
-    """Start from these weights: a run folder or a .safetensors file with timm's names."""
+    """Start from these weights, in the network that they were trained in: a run folder, a folder of
+    the Hugging Face hub or hf-hub:NAME, or a file with timm's names (.safetensors, .pth, .bin).
+    What does not fit the data is made to fit: docs/fine-tuning.md."""
     patch_size: int | None = None
     """Edge of a patch in pixels; default: the model's own."""
     drop_path_rate: float = 0.0

@@ -15,7 +15,7 @@ from safer_fast.adapters import Adapters, check_called
 from safer_fast.attack_audit import Audit
 from safer_fast.attacker import Attacker
 from safer_fast.attention import Pinned, pin_for
-from safer_fast.config import Config, Names
+from safer_fast.config import Config, ModelConfig, Names
 from safer_fast.data import Data
 from safer_fast.distributed import Ranks
 from safer_fast.float8 import PAYS_FROM, LowPrecision, check_float8, fitting
@@ -49,12 +49,13 @@ class Engine:
         self.config, self.ranks, self._known = config, ranks or Ranks(), known or {}
         torch.manual_seed(config.seed)
         self.model = build_model(
-            config.model,
+            self._model_to_build(),
             num_classes=data.num_classes,
             image_size=data.image_size,
             num_channels=data.num_channels,
             compute_dtype=runtime.compute_dtype,
             norms=config.selection.norms,
+            normalisation=self._known.get("normalisation"),
         )
         savings = config.runtime.exact_savings
         notes = list(self.model.notes)
@@ -154,6 +155,12 @@ class Engine:
         finally:
             self.arenas.master.copy_(before)
             self.arenas.load_compute()
+
+    def _model_to_build(self) -> ModelConfig:
+        """A run that goes on has weights of its own, wherever those are that it began with."""
+        if "normalisation" in self._known:
+            return replace(self.config.model, pretrained=False, checkpoint=None)
+        return self.config.model
 
     def _fold(self) -> None:
         """Factors have become part of the masters, and are gone."""

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
+import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import timm
 import torch
-from timm.layers.patch_embed import PatchEmbed
+from timm.layers.patch_embed import PatchEmbed, resample_patch_embed
+from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.models import adapt_input_conv
 from timm.models.convit import ConVit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import Block, VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
-from safer_fast.checkpoint import load_weights, read_normalisation
 from safer_fast.config import ModelConfig
 from safer_fast.cut import Column, ConvitColumn, RotaryColumn, SwinColumn, Whole
+from safer_fast.initial_weights import Weights, load_source
 from safer_fast.network import RobustModel, find_layers
+from safer_fast.same_function import compare_described
+from safer_fast.weights_source import Source, find_source, say_source
 
 # What timm would take for the name of a file to load, with its own rules for what is safe.
 NO_ARGUMENTS = {"pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+Normalisation = tuple[Sequence[float], Sequence[float]]
 
 
 def build_model(
@@ -34,11 +42,14 @@ def build_model(
     num_channels: int = 3,
     compute_dtype: torch.dtype = torch.float32,
     norms: bool = False,
+    normalisation: Normalisation | None = None,
 ) -> RobustModel:
     """The timm model that `config` names, in eval mode on the CPU, with normalisation inside.
 
-    Raises ValueError for a name timm does not know, a network that is no transformer, arguments or
-    sizes it does not take, weights that cannot be had, and weights of another model.
+    normalisation: mean and std of the pixels; default: those of the weights, or of timm. The
+    model's notes say how the weights of `config.checkpoint` were made to fit. Raises ValueError for
+    a name timm does not know, a network that is no transformer, arguments or sizes it does not
+    take, weights that cannot be had, and weights of another model.
     """
     _check_name(config.name)
     if others := NO_ARGUMENTS & config.arguments.keys():
@@ -52,15 +63,38 @@ def build_model(
     network: Any = _create(config, num_classes, num_channels, image_size, arguments)
     _check_transformer(config.name, network)
     check_patches(network, image_size, may_leave_rows=True)
-    normalisation = network.pretrained_cfg["mean"], network.pretrained_cfg["std"]
-    notes = []
+    own, notes = (network.pretrained_cfg["mean"], network.pretrained_cfg["std"]), []
     if config.checkpoint is not None:
-        notes = load_weights(network, config.checkpoint)
-        normalisation = read_normalisation(config.checkpoint) or normalisation
-    mean, std = (_for_channels(values, num_channels) for values in normalisation)
+        source = find_source(config.checkpoint)
+        notes = [say_source(source, own), *check_described(network, config, source)]
+        notes += load_source(network, source, partial(_resample, network), _adapt_channels)
+        own = source.normalisation or own
+    mean, std = (_for_channels(values, num_channels) for values in normalisation or own)
     model = RobustModel(cut(network), mean, std, compute_dtype, norms).eval()
     model.notes = notes
     return model
+
+
+def check_described(network: Any, config: ModelConfig, source: Source) -> list[str]:
+    """Lines on settings that differ from those of the weights, or are not known.
+
+    network: as built from `config`. Raises ValueError, one line, where it computes another function
+    than the one that the weights were trained in.
+    """
+
+    def build_described() -> nn.Module | None:
+        if not timm.is_model(source.name or "") or NO_ARGUMENTS & source.arguments.keys():
+            return None
+        sizes = ("num_classes", "in_chans", "img_size")
+        arguments = {key: network.model_args[key] for key in sizes if key in network.model_args}
+        if patch_size := config.patch_size or source.patch_size:
+            arguments["patch_size"] = patch_size
+        try:
+            return _outline(source.name or "", **arguments | source.arguments)
+        except (TypeError, AssertionError, ValueError, ArithmeticError, LookupError, RuntimeError):
+            return None
+
+    return compare_described(network, config, source, build_described, _classifiers(network))
 
 
 def timm_config(
@@ -160,9 +194,10 @@ def _create(
 
     def create(**sizes: Any) -> nn.Module:
         given = {"num_classes": num_classes, "in_chans": num_channels, **sizes}
+        is_pretrained = config.pretrained and config.checkpoint is None
         # apart, so that an argument that is given already is refused
         network: nn.Module = timm.create_model(
-            config.name, pretrained=config.pretrained, **given, **arguments
+            config.name, pretrained=is_pretrained, **given, **arguments
         )
         network.model_args = given | arguments  # type: ignore[assignment]
         return network
@@ -175,8 +210,7 @@ def _create(
                 raise
             return create()  # an architecture for images of any size
     except (TypeError, AssertionError, ValueError, ZeroDivisionError, LookupError) as error:
-        with torch.device("meta"):
-            _check_transformer(config.name, timm.create_model(config.name))
+        _check_transformer(config.name, _outline(config.name))
         raise ValueError(
             f"model: {config.name} takes no {num_channels}x{image_size}x{image_size} images with "
             f"patch_size {config.patch_size} and arguments {config.arguments}: {error}"
@@ -220,7 +254,54 @@ def _check_transformer(name: str, network: nn.Module) -> None:
         )
 
 
+def _resample(network: Any, weights: Weights) -> Weights:
+    """Weights by timm's names of today, patch and position embeddings in the network's sizes."""
+    own = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    if own is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch would tell users of timm's slower copies
+            filtered: Weights = own(weights, network)
+        return filtered
+    weights = dict(weights)
+    kernel, positions = weights["patch_embed.proj.weight"], weights.get("pos_embed")
+    size = list(network.patch_embed.proj.weight.shape[-2:])
+    if list(kernel.shape[-2:]) != size:
+        weights["patch_embed.proj.weight"] = resample_patch_embed(kernel, size)
+    if positions is not None and positions.shape != network.pos_embed.shape:
+        grid = list(network.patch_embed.grid_size)
+        weights["pos_embed"] = resample_abs_pos_embed(
+            positions, grid, num_prefix_tokens=network.pos_embed.shape[1] - grid[0] * grid[1]
+        )
+    return weights
+
+
+def _adapt_channels(kernel: Tensor, num_channels: int) -> Tensor:
+    """The kernel of a first convolution for images of so many channels, where that can be had."""
+    if kernel.shape[1] == 1:
+        return kernel.repeat(1, num_channels, 1, 1) / num_channels
+    try:
+        return adapt_input_conv(num_channels, kernel)
+    except NotImplementedError:
+        return kernel  # its shape is refused
+
+
+def _outline(name: str, **arguments: Any) -> nn.Module:
+    """A network whose weights take no room, where timm can build it so."""
+    try:
+        with torch.device("meta"):
+            network: nn.Module = timm.create_model(name, **arguments)
+    except RuntimeError:
+        # up to 1.0.20 timm reads numbers from tensors
+        with torch.random.fork_rng(devices=[]):
+            network = timm.create_model(name, **arguments)
+    return network
+
+
+def _classifiers(network: Any) -> set[str]:
+    names = network.pretrained_cfg.get("classifier", ())
+    return {names} if isinstance(names, str) else set(names)
+
+
 def _hidden_layers(network: Any) -> list[nn.Module]:
-    classifiers = network.pretrained_cfg.get("classifier", ())
-    heads = {classifiers} if isinstance(classifiers, str) else set(classifiers)
+    heads = _classifiers(network)
     return [network.get_submodule(name) for name in find_layers(network) if name not in heads]

@@ -162,9 +162,10 @@ def load_run(
 
     from safer_fast.attention import pin_for
     from safer_fast.checkpoint import BEST_WEIGHTS, MODEL_CONFIG, WEIGHTS, load_weights, read_json
-    from safer_fast.model import build_model
+    from safer_fast.model import build_model, check_described
     from safer_fast.parameters import ParameterArenas
     from safer_fast.runtime import prepare_runtime
+    from safer_fast.weights_source import find_source
 
     files = {"last": WEIGHTS, "best": BEST_WEIGHTS}
     if weights not in files:
@@ -179,15 +180,20 @@ def load_run(
         config.amp = amp
     runtime = prepare_runtime(config.runtime, config.amp, local_rank)
     facts = _checked(read_json(folder / MODEL_CONFIG).get(KEY), folder / MODEL_CONFIG)
-    settings = ModelConfig(**vars(config.model) | {"pretrained": False, "checkpoint": str(folder)})
+    source = find_source(str(folder / files[weights]))
+    if source.normalisation is None:
+        raise ValueError(f"{folder / MODEL_CONFIG}: expected mean and std of the pixels, got none")
+    settings = ModelConfig(**vars(config.model) | {"pretrained": False, "checkpoint": None})
     model = build_model(
         settings,
         num_classes=len(facts["class_names"]),
         image_size=facts["image_size"],
         num_channels=facts["num_channels"],
         compute_dtype=runtime.compute_dtype,
+        normalisation=source.normalisation,
     )
-    model.notes = load_weights(model.network, str(folder / files[weights]))
+    check_described(model.network, settings, source)
+    model.notes = load_weights(model.network, source.weights)
     for note in model.notes if local_rank == 0 else []:
         print(printable(note))
     savings = config.runtime.exact_savings if is_frozen else []

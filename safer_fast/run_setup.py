@@ -115,7 +115,7 @@ def check_fit(config: Config, engine: Engine, data: Data) -> None:
 
 def facts_of(engine: Engine, data: Data) -> dict[str, Any]:
     """What decides the bits that are computed, besides the settings, by name."""
-    device = engine.runtime.device
+    device, model = engine.runtime.device, engine.model
     return {
         "data": data.fingerprint,
         "backend": data.train.backend,
@@ -125,6 +125,7 @@ def facts_of(engine: Engine, data: Data) -> dict[str, Any]:
         "ranks": engine.ranks.num_ranks,
         "attention": engine.attention.backend if engine.attention is not None else None,
         "float8": list(engine.float8.names) if engine.float8 is not None else None,
+        "normalisation": [part.flatten().tolist() for part in (model.mean, model.std)],
     }
 
 

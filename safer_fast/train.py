@@ -18,7 +18,12 @@ def main(arguments: Sequence[str]) -> None:
     """`python -m safer_fast.train [--config RECIPE] [--dry-run] [flags]`; see `--help`."""
     from safer_fast.defaults import choose_defaults
 
-    config, notes = choose_defaults(parse_config(arguments), find_open_flags(arguments))
+    config = parse_config(arguments)
+    if config.model.checkpoint is not None:
+        from safer_fast.weights_source import settings_of_checkpoint
+
+        config = parse_config(arguments, settings_of_checkpoint(config))
+    config, notes = choose_defaults(config, find_open_flags(arguments))
     if config.dry_run:
         from safer_fast.dry_run import dry_run
 

@@ -159,7 +159,9 @@ def little(module: str, words: list[str]) -> list[str]:
     if "--config" in words:
         size = LARGE if "imagenet-vit-large" in words else LITTLE_VIT
     output = [] if "--output" in words else ["--output=new"]
-    words = ["BEGUN" if word == "RUN" else word for word in words]  # that one is finished
+    # RUN is finished: it cannot go on, but others start from its weights
+    if "--model.checkpoint" not in words:
+        words = ["BEGUN" if word == "RUN" else word for word in words]
     return [*words, *LITTLE, *size, *output]
 
 

@@ -161,8 +161,9 @@ def test_weights_of_another_model_are_refused(tmp_path) -> None:  # type: ignore
     deeper = ModelConfig(**vars(loaded) | {"arguments": {"depth": 2}})
     with pytest.raises(ValueError, match=r"those of another.*blocks\.1"):
         build_model(deeper, num_classes=10, image_size=32)
-    with pytest.raises(ValueError, match=r"head.weight of shape \[7, 192\], got \[10, 192\]"):
-        build_model(loaded, num_classes=7, image_size=32)
+    wider = ModelConfig(**vars(loaded) | {"arguments": {"depth": 1, "embed_dim": 96}})
+    with pytest.raises(ValueError, match=r"cls_token of shape \[1, 1, 192\], not \[1, 1, 96\]"):
+        build_model(wider, num_classes=10, image_size=32)
     file.write_bytes(b"no weights at all")
     with pytest.raises(ValueError, match="does not load"):
         build_model(loaded, num_classes=10, image_size=32)
