@@ -174,6 +174,17 @@ def naming(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: {reason(error)}") from None
 
 
+@contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """A checkpoint whose contents do not fit the run becomes a ValueError of one line."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
+            raise  # of the device
+        raise ValueError(f"{path}: it does not fit this run: {reason(error)}") from None
+
+
 def reason(error: Exception) -> str:
     """What went wrong, in one line."""
     if isinstance(error, OSError) and error.strerror:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent import futures
 from contextlib import suppress
 from functools import cache, partial
@@ -123,12 +124,17 @@ class CheckpointFolder:
             futures.wait([self._newest], timeout_s)
         return not self.is_busy
 
-    def latest(self, refuse: Callable[[Checkpoint], str | None] | None = None) -> Checkpoint | None:
+    def latest(
+        self,
+        refuse: Callable[[Checkpoint], str | None] | None = None,
+        spare: Collection[str] = (),
+    ) -> Checkpoint | None:
         """The newest checkpoint that is whole, has its companions, and is not refused for a reason.
 
         Each one passed over is reported, and is renamed to *.damaged once one is found that can be
         used. Where none can, all keep their names and a ValueError is raised: the next attempt must
-        not take the run for a new one. None where there are no checkpoints.
+        not take the run for a new one. None where there are no checkpoints. spare: the kinds of
+        companions that a checkpoint is used without, if they are damaged; its `needs` lack them.
         """
         self.wait()
         with naming(self._folder):
@@ -136,7 +142,7 @@ class CheckpointFolder:
         reasons: list[str] = []
         for path in paths:
             try:
-                checkpoint = self._read(path, refuse)
+                checkpoint = self._read(path, refuse, spare)
             except ValueError as error:
                 reasons.append(str(error))
                 end = "; the one before is used" if path != paths[-1] else ""
@@ -286,17 +292,28 @@ class CheckpointFolder:
             raise ValueError(f"expected a companion such as best-00000120, got {companion!r}")
         return self._folder / f"{companion}{_SUFFIX}"
 
-    def _read(self, path: Path, refuse: Callable[[Checkpoint], str | None] | None) -> Checkpoint:
-        checkpoint = read_checkpoint(path)
+    def _read(
+        self,
+        path: Path,
+        refuse: Callable[[Checkpoint], str | None] | None,
+        spare: Collection[str],
+    ) -> Checkpoint:
+        checkpoint, lost = read_checkpoint(path), []
         with naming(path):
             if path.name != _file_name(checkpoint.step):
                 raise ValueError(f"it is that of step {checkpoint.step}")
             for name, digest in checkpoint.needs.items():
-                verify(self._path(name), digest)
+                if _kind(name) not in spare:
+                    verify(self._path(name), digest)
+                elif not is_verified(self._path(name), digest):
+                    lost.append(name)
         why = refuse(checkpoint) if refuse is not None else None
         if why is not None:
             raise ValueError(f"{path}: {why}")
-        return checkpoint
+        if lost:
+            self._report(f"{path} is used without {', '.join(lost)}, which is damaged")
+        kept = {name: digest for name, digest in checkpoint.needs.items() if name not in lost}
+        return dataclasses.replace(checkpoint, needs=kept)
 
     def _set_aside(self, paths: Sequence[Path]) -> None:
         for path in paths if self._is_writer else ():

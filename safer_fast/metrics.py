@@ -266,17 +266,17 @@ def _events(path: Path, content: bytes) -> list[dict[str, Any]]:
     *lines, unfinished = content.split(b"\n")
     events = []
     for number, line in enumerate(lines, start=1):
-        event = _event(line)
+        event = parse_event(line)
         if event is None:
             raise ValueError(f"{path}, line {number}: expected a JSON object, got {_shown(line)}")
         events.append(event)
-    last = _event(unfinished)
+    last = parse_event(unfinished)
     return events if last is None else [*events, last]
 
 
 def _last_time_s(path: Path) -> float:
     """`time_s` of the last line; 0 where there is none."""
-    event = _event(path.read_bytes()[:-1].rpartition(b"\n")[2]) or {}
+    event = parse_event(path.read_bytes()[:-1].rpartition(b"\n")[2]) or {}
     time_s = event.get("time_s")
     return time_s if isinstance(time_s, int | float) else 0.0
 
@@ -288,7 +288,7 @@ def _mend_last_line(path: Path) -> None:
     if not unfinished:
         return
     with open_plain(path, os.O_RDWR) as file:
-        if _event(unfinished) is None:
+        if parse_event(unfinished) is None:
             file.truncate(len(complete) + len(newline))
         else:
             file.seek(0, 2)
@@ -300,7 +300,7 @@ def _truncate(path: Path, size: int) -> None:
         os.truncate(file.fileno(), size)
 
 
-def _event(line: bytes) -> dict[str, Any] | None:
+def parse_event(line: bytes) -> dict[str, Any] | None:
     """The JSON object in the line, or None where there is none."""
     try:
         event = _DECODER.decode(line.decode())

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,17 @@ from safer_fast.checkpoint_folder import CheckpointFolder
 from safer_fast.command_line import parse_config
 from safer_fast.config import Config
 from safer_fast.distributed import Ranks
-from safer_fast.metrics import FILE_NAME, read_metrics
-from safer_fast.run_folder import CHECKPOINTS, CONFIG, check_output, clear_run_folder
+from safer_fast.metrics import FILE_NAME
+from safer_fast.metrics_mending import has_ended, mend_metrics
+from safer_fast.run_folder import (
+    CHECKPOINTS,
+    CONFIG,
+    check_output,
+    clear_run_folder,
+    save_settings,
+)
 from safer_fast.run_lock import RunLock
+from safer_fast.run_state import Progress, check_state
 from safer_fast.whole_file import check_no_link
 
 # Settings that change nothing that is computed; data is compared by what it holds, not by where it
@@ -68,15 +77,19 @@ def find_run(
     if ranks.is_first:
         if lock is not None and config.resume != "never" and folder.is_dir():
             lock.take(folder)
+        if config.resume != "never" and (folder / CHECKPOINTS).is_dir():
+            _restore_config(folder, report)
         answer["is_finished"] = config.resume != "never" and _is_finished(folder)
         if answer["is_finished"]:
             check_settings(parse_config(["--config", str(folder / CONFIG)]).to_dict(), config)
-        else:
-            found = _newest(folder, config, report)
-            answer["file"] = None if found is None else found.path.name
+            mend_metrics(folder / FILE_NAME, (folder / FILE_NAME).stat().st_size, report)
+        elif found := _newest(folder, config, report):
+            size = mend_metrics(folder / FILE_NAME, _metrics_size(found), report)
+            answer |= {"file": found.path.name, "needs": found.needs, "size": size}
     answer = ranks.share(answer)
-    if answer["file"] and found is None:
-        found = read_checkpoint(folder / CHECKPOINTS / answer["file"])
+    if answer["file"]:
+        found = found or read_checkpoint(folder / CHECKPOINTS / answer["file"])
+        found = _as_found(found, answer["needs"], answer["size"])
     return Found(folder if answer["is_finished"] else None, found, lock)
 
 
@@ -133,14 +146,18 @@ def _newest(folder: Path, config: Config, report: Callable[[str], None]) -> Chec
     size = (folder / FILE_NAME).stat().st_size if (folder / FILE_NAME).is_file() else 0
 
     def refuse(checkpoint: Checkpoint) -> str | None:
-        needed = checkpoint.state["progress"]["metrics_size"]
-        if size < needed:
+        needed = None if (why := _fault_of(checkpoint)) else _metrics_size(checkpoint)
+        if needed is not None and size < needed:
             return f"it needs {needed} bytes of {FILE_NAME}, which has {size}"
-        return None
+        return why
 
     store = CheckpointFolder(folder / CHECKPOINTS, keep=config.checkpoint.keep, report=report)
-    found = store.latest(refuse)
-    store.close()
+    try:
+        found = store.latest(refuse)
+    except ValueError:  # without the best weights and the whole log the run can go on
+        found = store.latest(_fault_of, spare=("best",))
+    finally:
+        store.close()
     if found is None and config.resume == "must":
         raise ValueError(f"--resume must: expected a run with checkpoints, got {folder}")
     if found is None:
@@ -151,9 +168,44 @@ def _newest(folder: Path, config: Config, report: Callable[[str], None]) -> Chec
 
 def _is_finished(folder: Path) -> bool:
     """Whether the run has written its last line."""
-    if not (folder / FILE_NAME).is_file() or not (folder / CONFIG).is_file():
-        return False
-    return any(event["event"] == "end" for event in read_metrics(folder / FILE_NAME))
+    return (folder / CONFIG).is_file() and has_ended(folder / FILE_NAME)
+
+
+def _fault_of(checkpoint: Checkpoint) -> str | None:
+    """The reason why this version cannot read the checkpoint, None if it can."""
+    try:
+        check_state(checkpoint.state)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _metrics_size(checkpoint: Checkpoint) -> int:
+    return int(checkpoint.state["progress"]["metrics_size"])
+
+
+def _as_found(checkpoint: Checkpoint, needs: dict[str, str], metrics_size: int) -> Checkpoint:
+    """The checkpoint without the best weights if these are lost, and with the log as it is."""
+    progress = checkpoint.state["progress"] | {"metrics_size": metrics_size}
+    if progress["best_file"] not in (None, *needs):
+        progress |= {"best_file": None, "best": list(Progress().best)}
+    return replace(checkpoint, needs=needs, state=checkpoint.state | {"progress": progress})
+
+
+def _restore_config(folder: Path, report: Callable[[str], None]) -> None:
+    """run.yaml is whole if the newest checkpoint that can be read has the settings."""
+    try:
+        parse_config(["--config", str(folder / CONFIG)])
+        return
+    except ValueError as error:
+        why = error
+    for path in sorted((folder / CHECKPOINTS).glob("step-*.safetensors"), reverse=True):
+        with suppress(ValueError):
+            checkpoint = read_checkpoint(path)
+            check_state(checkpoint.state)
+            save_settings(checkpoint.state["config"], folder)
+            report(f"{CONFIG} was damaged ({why}): restored from {path}")
+            return
 
 
 def _is_checked(name: str) -> bool:

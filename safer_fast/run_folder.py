@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -108,7 +108,12 @@ def _names(folder: Path) -> set[str]:
 
 def save_config(config: Config, folder: Path) -> None:
     """`run.yaml` holds the resolved configuration; `--config` on it repeats the run."""
-    content = _plain(config.to_dict()) | {"output": None, "resume": "never"}
+    save_settings(config.to_dict(), folder)
+
+
+def save_settings(settings: Mapping[str, Any], folder: Path) -> None:
+    """`run.yaml` holds these settings, as `Config.to_dict` or the JSON of it has them."""
+    content = _plain(dict(settings)) | {"output": None, "resume": "never"}
     command = shlex.quote(printable(str(folder / CONFIG)))
     title = f"# safer_fast {__version__}: python -m safer_fast.train --config {command}\n"
     write_whole(folder / CONFIG, (title + yaml.safe_dump(content, sort_keys=False)).encode())
@@ -128,6 +133,8 @@ def export_model(
     from safer_fast.model import timm_config
 
     assert weights.keys() == model.network.state_dict().keys(), "names that do not load again"
+    if not (folder / CONFIG).is_file():  # somebody removed it while the run went on
+        save_config(config, folder)
     save_weights(weights, folder / WEIGHTS)
     content = timm_config(model, data.image_size, data.short_side, data.class_names)
     content[KEY] = {

@@ -88,6 +88,8 @@ def set_up(config: Config, ranks: Ranks, found: Found) -> Setup:
     else:
         folder, progress = checkpoint.path.parent.parent, Progress.read(stored["progress"])
         log = RunLog(folder, ranks, progress.metrics_size, shown)
+        if not progress.metrics_size:  # of a log that was lost
+            log.write("run", epoch=0, step=0, **described)
     log.say(banner(described))
     return Setup(data, engine, folder, log, progress, facts)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from safer_fast.distributed import Ranks
 from safer_fast.optim import AveragedWeights
 from safer_fast.parameters import ParameterArenas
 from safer_fast.step import Step
+
+FORMAT = 1
+"""Of checkpoints; to be raised where one holds something else under the same names."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,45 @@ class Progress:
     def read(cls, values: Mapping[str, Any]) -> Progress:
         """What `dataclasses.asdict` and JSON have made of it."""
         return cls(**{**values, "best": tuple(values["best"])})
+
+
+def check_state(state: Mapping[str, Any]) -> None:
+    """Raises ValueError for what no checkpoint of this format holds, naming the field.
+
+    A checkpoint without a format was written before formats were counted, in the first.
+    """
+    found = state.get("format", 1)
+    if found != FORMAT or type(found) is not int:
+        raise ValueError(f"expected format {FORMAT}, got {found!r:.40}: of another version")
+    for name in ("config", "facts", "progress"):
+        if not isinstance(state.get(name), dict):
+            raise ValueError(f"expected {name}, got {state.get(name)!r:.40}")
+    for name in ("data", "backend"):
+        if not isinstance(state["facts"].get(name), str):
+            raise ValueError(f"expected facts.{name}, got {state['facts'].get(name)!r:.40}")
+    known = {item.name for item in fields(Progress)}
+    if different := sorted(known ^ set(state["progress"])):
+        word = "lacks" if different[0] in known else "has an unknown"
+        raise ValueError(f"it {word} field progress.{different[0]}")
+    for name, value in state["progress"].items():
+        if not _is_valid(name, value):
+            raise ValueError(f"progress.{name}: expected another value, got {value!r:.40}")
+
+
+def _is_valid(name: str, value: Any) -> bool:
+    """Whether a field of `Progress`, as JSON has it, can be of a run."""
+    default = getattr(Progress(), name)
+    if name == "best":
+        return isinstance(value, list) and [type(item) for item in value] == [float, float]
+    if (name == "selected" and value is not None) or isinstance(default, list):
+        kind = dict if name == "accuracies" else str
+        return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+    if default is None:
+        return value is None or isinstance(value, str)
+    if isinstance(default, dict):
+        numbers = value.values() if isinstance(value, dict) else [None]
+        return all(isinstance(number, int | float) for number in numbers)
+    return type(value) is type(default) and value >= (name == "epoch")
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from safer_fast.config import Config
 from safer_fast.distributed import Ranks
 from safer_fast.run_folder import CHECKPOINTS
 from safer_fast.run_log import RunLog
-from safer_fast.run_state import Parts, Progress, put_tensors, take_tensors
+from safer_fast.run_state import FORMAT, Parts, Progress, put_tensors, take_tensors
 
 
 class Saver:
@@ -73,6 +73,7 @@ class Saver:
         if not self.ranks.is_first:
             return
         state = {
+            "format": FORMAT,
             "config": self.config.to_dict(),
             "facts": dict(self.facts),
             "progress": asdict(progress),
@@ -91,10 +92,20 @@ class Saver:
         if self.ranks.is_first:
             self.store.save_companion(name, weights, link=self.best)
 
-    def provide_best(self, progress: Progress) -> None:
-        """`best` holds the best weights so far, if any; raises ValueError where that cannot be."""
-        if progress.best_file is not None and self.ranks.is_first:
-            self.store.provide(progress.best_file, self.best)
+    def provide_best(
+        self, progress: Progress, last: Callable[[], Mapping[str, Tensor]] | None = None
+    ) -> None:
+        """`best` holds the best weights so far; raises ValueError where that cannot be.
+
+        last: gives the weights that stand in their place where none are known, None for nothing.
+        """
+        name = progress.best_file
+        if name is None and last is not None:
+            name = f"best-{progress.num_steps:08d}"
+            self.log.say("the best weights are not known any more: the last stand in their place")
+            self.keep_best(name, last())
+        if name is not None and self.ranks.is_first:
+            self.store.provide(name, self.best)
         self.ranks.share(None)
 
     def restore(self, checkpoint: Checkpoint, progress: Progress, parts: Parts) -> None:

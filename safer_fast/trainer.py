@@ -14,7 +14,7 @@ from torch import Tensor
 from safer_fast.attack import placed_start
 from safer_fast.banner import epoch_line, gap_figures
 from safer_fast.checkpoint import load_tensors
-from safer_fast.checkpoint_file import Checkpoint
+from safer_fast.checkpoint_file import Checkpoint, fitting
 from safer_fast.config import Config
 from safer_fast.data import Batch, Mixing, ahead
 from safer_fast.data.seeds import derive_seed
@@ -67,7 +67,8 @@ class Trainer:
         self.examiner = Examiner(config, self.engine, self.data, self.log, self.stops)
         self.progress = run.progress
         if found.checkpoint is not None:
-            self._resume(found.checkpoint)
+            with fitting(found.checkpoint.path):
+                self._resume(found.checkpoint)
 
     def __enter__(self) -> Trainer:
         self.stops.__enter__()
@@ -180,7 +181,7 @@ class Trainer:
         self.save()
         self.saver.wait()
         epoch = self.progress.epoch - 1
-        self.saver.provide_best(self.progress)
+        self.saver.provide_best(self.progress, self._weights)
         best = self.arenas.vector_of(load_tensors(self.saver.best))
         accuracies = list(self.progress.accuracies)
         for weights, source in (("best", best), ("last", self._source())):

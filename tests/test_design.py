@@ -27,7 +27,7 @@ ORDER = [
         "parameters",
         "measured",
     },
-    {"network", "checkpoint_folder", "run_log", "gallery", "weights_source"},
+    {"network", "checkpoint_folder", "run_log", "gallery", "metrics_mending", "weights_source"},
     {"initial_weights", "same_function"},
     {"model"},
     {"attack_arguments"},
