@@ -189,7 +189,8 @@ def test_a_checkpoint_is_where_the_next_run_starts(finished: Path, tmp_path: Pat
 
 
 def test_losses_that_are_not_finite_stop_the_run_with_a_reason(tmp_path: Path) -> None:
-    flags = ["--optim.learning_rate=1e9", "--optim.warmup_epochs=0", "--epochs=30"]
+    flags = ["--optim.learning_rate=1000", "--optim.weight_decay=1000", "--optim.warmup_epochs=0"]
+    flags += ["--epochs=30"]
     flags += ["--runtime.max_skipped_steps=3", "--attack.steps=0", "--optim.name=sgd"]
     with pytest.raises(FloatingPointError, match=r"max_skipped_steps: .* 3 steps in a row"):
         run(tmp_path / "run", *flags)
