@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -21,6 +21,7 @@ from safer_fast.command_configs import EvaluateConfig
 from safer_fast.data import Batch, as_pixels, describe_subset
 from safer_fast.data.seeds import derive_seed
 from safer_fast.distributed import Ranks, connected
+from safer_fast.evaluation_log import log_rows, open_log
 from safer_fast.evaluation_progress import Progress
 from safer_fast.evaluation_setup import EvaluationSetup, num_restarts, set_up_evaluation
 from safer_fast.evaluation_store import SCALE, Outcome, names_of, to_millionths
@@ -28,7 +29,6 @@ from safer_fast.evaluation_table import accuracy_table, class_table, notes
 from safer_fast.flops import costs
 from safer_fast.gradient_watch import Watch
 from safer_fast.masking import has_gradients, starts_at_random, with_verdicts
-from safer_fast.metrics import FILE_NAME, read_metrics
 from safer_fast.micro_batch import MicroBatch
 from safer_fast.run_folder import LoadedRun
 from safer_fast.run_log import RunLog
@@ -46,9 +46,7 @@ def measure_run(config: EvaluateConfig) -> list[dict[str, Any]]:
     folder = Path(config.run)
     with connected(config.device != "cpu") as ranks, Stops(Ranks(), GRACE_S) as stops:
         setup = set_up_evaluation(config, ranks)
-        file = folder / FILE_NAME
-        logged = read_metrics(file) if ranks.is_first and file.is_file() else []
-        log = RunLog(folder, ranks)
+        log = open_log(folder, ranks)
         num_images = setup.loader.num_images
         if config.num_images is not None and config.num_images < num_images:
             log.say(f"{setup.split}: {describe_subset(config.num_images, num_images)}")
@@ -66,7 +64,8 @@ def measure_run(config: EvaluateConfig) -> list[dict[str, Any]]:
         rows = [row for row in rows if row["attack"] in config.attacks]
         rows = with_verdicts(rows)
         epoch = setup.judge.config.epochs
-        _log(rows, logged, epoch, log)
+        if ranks.is_first:
+            log_rows(rows, folder, epoch, log)
         log.say("\n".join([accuracy_table(rows), *notes(rows)]))
         log.say(class_table(rows, setup.judge.class_names))
     return rows
@@ -135,7 +134,7 @@ class Examination:
             is_known = outcomes is not None
             if outcomes is None:
                 outcomes = self._measure(name, batch, clean)
-                store.add(own, outcomes)
+                outcomes = store.add(own, outcomes)
             clean = clean or outcomes
             self._count(name, batch.labels, outcomes, is_known)
 
@@ -285,21 +284,6 @@ def _totals(outcomes: Sequence[Outcome]) -> Tensor:
 
 def _loss(outcome: Outcome) -> float:
     return torch.nan if outcome.loss is None else outcome.loss / SCALE
-
-
-def _log(
-    rows: Sequence[dict[str, Any]], logged: Sequence[Mapping[str, Any]], epoch: int, log: RunLog
-) -> None:
-    """Rows are appended to metrics.jsonl where nothing there says the same.
-
-    Earlier versions did not say of how many images theirs were, nor how many were not finite.
-    """
-    known = [{"of_images": e.get("num_images"), "num_not_finite": 0, **e} for e in logged]
-    for row in rows:
-        facts = {key: value for key, value in row.items() if key != "seconds"}
-        if not any(event.items() >= facts.items() for event in known):
-            log.write("evaluation", epoch=epoch, step=0, **row)
-    log.close()
 
 
 def _num_operations(config: EvaluateConfig, attacked: LoadedRun, num_images: int) -> float:

@@ -14,11 +14,15 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 from torch import Tensor
 
+from safer_fast.turns import turn_at
 from safer_fast.whole_file import check_no_link, open_plain
 
 FOLDER = "evaluation"
-FORMAT = 3
-"""To be raised where an attack computes something else under the same name."""
+FORMAT = 4
+"""To be raised where an attack computes something else under the same name, or a line changes.
+
+What was stored in another format is measured again.
+"""
 NAME_BYTES = 8
 FLAGS = {
     "right": "is_right",
@@ -27,6 +31,7 @@ FLAGS = {
     "start": "starts_right",
 }
 """Keys of a line whose text has a 0 or a 1 for each image, and what they are of an outcome."""
+CHECK = "check"
 SCALE = 1_000_000
 """Losses are kept in millionths: sums of whole numbers are the same in any order."""
 
@@ -47,12 +52,22 @@ class Outcome(NamedTuple):
     starts_right: bool = True
 
 
+class _Place(NamedTuple):
+    """How far a file was read: bytes, lines, and the last line, by which it is known again."""
+
+    offset: int = 0
+    num_lines: int = 0
+    last: bytes = b""
+
+
 class Store:
     """What is known of images under one attack, by the names of `names_of`.
 
     `facts`, of what JSON knows, decide the outcomes together with the images; each rank appends to
-    a file of its own, and reads those of all. Raises ValueError, one line, for a damaged file; the
-    last line that a killed evaluation left half-written counts for nothing.
+    a file of its own, and reads those of all. Several evaluations may use one store at once: they
+    take turns, and see what the others added. Every line ends with a checksum of itself. Raises
+    ValueError, one line, for a damaged file; the last line that a killed evaluation left
+    half-written counts for nothing.
     """
 
     def __init__(self, run: Path, facts: Mapping[str, Any], rank: int = 0) -> None:
@@ -61,9 +76,10 @@ class Store:
         self._folder = run / FOLDER
         check_no_link(self._folder)
         self._own = self._folder / f"{key}-{rank}.jsonl"
+        self._first = self._folder / f"{key}-0.jsonl"  # all ranks take turns at this one
         self._pattern = f"{key}-*.jsonl"
         self._outcomes: dict[str, Outcome] = {}
-        self._is_mended = False
+        self._places: dict[Path, _Place] = {}
 
     @property
     def files(self) -> list[Path]:
@@ -71,52 +87,70 @@ class Store:
         return sorted(self._folder.glob(self._pattern))
 
     def load(self) -> None:
-        """Everything that is in the files is known."""
+        """Everything that is in the files is known; what was read before is not read again."""
+        places = self._places
+        self._places = {}
         for file in self.files:
-            for number, line in enumerate(_whole_lines(file), start=1):
-                self._take(line, f"{file}, line {number}")
+            self._places[file] = self._read(file, places.get(file, _Place()))
 
     def forget(self) -> None:
         """Nothing is known any more; the files are gone."""
-        for file in self.files:
-            file.unlink(missing_ok=True)
+        if not self.files:
+            return
+        with turn_at(self._first):
+            for file in self.files:
+                file.unlink(missing_ok=True)
 
-    def get(self, names: Iterable[str]) -> list[Outcome] | None:
-        """The outcomes of these images, None unless all of them are known."""
-        try:
-            return [self._outcomes[name] for name in names]
-        except KeyError:
-            return None
+    def get(self, names: Sequence[str]) -> list[Outcome] | None:
+        """The outcomes of these images, None unless all of them are known, to others by now too."""
+        if not self._knows(names):
+            self.load()
+        return [self._outcomes[name] for name in names] if self._knows(names) else None
 
-    def add(self, names: Sequence[str], outcomes: Sequence[Outcome]) -> None:
-        """The outcomes of a batch are known, and in the file before this returns."""
-        self._outcomes |= dict(zip(names, outcomes, strict=True))
-        line = {
-            "names": "".join(names),
-            **{
-                key: "".join("01"[getattr(outcome, name)] for outcome in outcomes)
-                for key, name in FLAGS.items()
-            },
-            "loss": [outcome.loss for outcome in outcomes],
-            "seconds": round(sum(outcome.seconds for outcome in outcomes), 6),
-        }
-        self._append(json.dumps(line))
+    def add(self, names: Sequence[str], outcomes: Sequence[Outcome]) -> list[Outcome]:
+        """The outcomes of a batch are known, and in the file before this returns; gives them.
 
-    def _append(self, line: str) -> None:
+        Those that another evaluation added meanwhile stay as they are.
+        """
         check_no_link(self._folder)
         self._folder.mkdir(exist_ok=True)
+        with turn_at(self._first):
+            self.load()
+            found = dict(zip(names, outcomes, strict=True))
+            new = {name: found[name] for name in found if name not in self._outcomes}
+            if new:
+                self._append(_line_of(new))
+            self._outcomes |= new
+        return [self._outcomes[name] for name in names]
+
+    def _knows(self, names: Iterable[str]) -> bool:
+        return all(name in self._outcomes for name in names)
+
+    def _append(self, line: bytes) -> None:
+        """The line is behind the last whole one of this rank's file."""
+        end = self._places.get(self._own, _Place()).offset
+        header = b"" if end else self._header.encode() + b"\n"
         with open_plain(self._own, os.O_RDWR | os.O_APPEND | os.O_CREAT) as file:
-            if not self._is_mended:
-                content = file.read()
-                file.truncate(content.rfind(b"\n") + 1)
-                line = line if b"\n" in content else f"{self._header}\n{line}"
-            file.write(f"{line}\n".encode())
-        self._is_mended = True
+            file.truncate(end)
+            file.write(header + line + b"\n")
+
+    def _read(self, file: Path, place: _Place) -> _Place:
+        """Takes the lines behind the place; gives the place behind them."""
+        content = _read_from(file, place.offset - len(place.last))
+        if not content.startswith(place.last):  # another file of that name
+            place, content = _Place(), _read_from(file, 0)
+        *lines, _ = content[len(place.last) :].split(b"\n")
+        for number, line in enumerate(lines, start=place.num_lines + 1):
+            self._take(line, f"{file}, line {number}")
+        if not lines:
+            return place
+        size = sum(len(line) + 1 for line in lines)
+        return _Place(place.offset + size, place.num_lines + len(lines), lines[-1] + b"\n")
 
     def _take(self, line: bytes, place: str) -> None:
         if line == self._header.encode():
             return
-        content = _decoded(line)
+        content = _content_of(line)
         names, losses, seconds = (content.get(name) for name in ("names", "loss", "seconds"))
         flags = [content.get(key) for key in FLAGS]
         num_images = len(losses) if isinstance(losses, list) else 0
@@ -130,8 +164,8 @@ class Store:
             and isinstance(seconds, float)
         ):
             raise ValueError(
-                f"{place}: expected what was measured on a batch, got {line[:40]!r}; --fresh "
-                "measures again"
+                f"{place}: expected what was measured on a batch, with its checksum, got "
+                f"{line[:40]!r}; without that line its images are measured again, with --fresh all"
             )
         size = 2 * NAME_BYTES
         columns = [[flag == "1" for flag in str(values)] for values in flags]
@@ -175,8 +209,8 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _whole_lines(file: Path) -> list[bytes]:
-    """The lines that are complete; raises ValueError for what is no plain file."""
+def _read_from(file: Path, offset: int) -> bytes:
+    """What is behind so many bytes; raises ValueError for what is no plain file."""
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
@@ -184,16 +218,39 @@ def _whole_lines(file: Path) -> list[bytes]:
     with os.fdopen(descriptor, "rb") as opened:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise ValueError(f"{file}: expected a plain file")
-        return opened.read().split(b"\n")[:-1]
+        opened.seek(offset)
+        return opened.read()
 
 
-def _decoded(line: bytes) -> dict[str, Any]:
-    """The JSON object in the line; empty where there is none."""
+def _line_of(outcomes: Mapping[str, Outcome]) -> bytes:
+    """The outcomes of images by their names."""
+    values = outcomes.values()
+    flags = {key: "".join("01"[getattr(o, name)] for o in values) for key, name in FLAGS.items()}
+    return sealed(
+        {
+            "names": "".join(outcomes),
+            **flags,
+            "loss": [outcome.loss for outcome in values],
+            "seconds": round(sum(outcome.seconds for outcome in values), 6),
+        }
+    )
+
+
+def sealed(content: Mapping[str, Any]) -> bytes:
+    """The JSON object on one line, behind its last value the checksum of its text."""
+    text = json.dumps(content)
+    check = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    return f'{text[:-1]}, "{CHECK}": "{check}"}}'.encode()
+
+
+def _content_of(line: bytes) -> dict[str, Any]:
+    """The JSON object in the line; empty where there is none, or a bit of the line has changed."""
     try:
         content = json.loads(line, parse_constant=_refuse)
-    except (ValueError, RecursionError):
+        content.pop(CHECK)
+        return content if sealed(content) == line else {}
+    except (ValueError, RecursionError, AttributeError, TypeError, KeyError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _is_flags(value: object, count: int) -> bool:

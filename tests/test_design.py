@@ -10,7 +10,7 @@ PACKAGE = ROOT / "safer_fast"
 ORDER = [
     {"kernels"},
     {"help_text", "intervals", "whole_file", "answers", "ranges", "masking"},
-    {"messages"},
+    {"messages", "turns"},
     {"config", "command_configs", "validation", "command_line", "distributed", "stopping"},
     {"conversion"},
     {"capture", "moments", "micro_batch", "savings", "cut", "sums", "batch_norms"},
@@ -60,7 +60,7 @@ ORDER = [
     {"doctor_machine", "doctor_data"},
     {"report_run", "report_tables", "report_evaluations", "report_gallery"},
     {"report_figures", "report_curves", "report_health"},
-    {"evaluation_store", "evaluation_progress", "evaluation_table"},
+    {"evaluation_store", "evaluation_progress", "evaluation_table", "evaluation_log"},
     {
         "evaluate",
         "evaluation_setup",
