@@ -21,6 +21,7 @@ from safer_fast.distributed import is_quiet
 from safer_fast.help_text import HelpFormatter, tidy
 from safer_fast.messages import LONGEST_WORD, as_line, cut, explained, typed
 from safer_fast.messages import printable as printable
+from safer_fast.streams import secure_streams
 from safer_fast.validation import check_config
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -39,10 +40,15 @@ ENDLESS_NUMBER = re.compile(r"\d{309}")
 T = TypeVar("T")
 
 
-def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Runs a command; a user's mistake (ValueError, OSError) ends it with one line, status 2."""
+def run(main: Callable[[Sequence[str]], None], *, goes_on: bool = False) -> None:
+    """Runs a command; a user's mistake (ValueError, OSError) ends it with one line, status 2.
+
+    goes_on: also when nobody reads what it prints any more.
+    """
+    secure_streams(goes_on)
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()
     except (ValueError, OSError, FloatingPointError) as error:
         fail(str(error))
     except KeyboardInterrupt:

@@ -235,4 +235,4 @@ def _check(config: EvaluateConfig) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, goes_on=True)

@@ -70,4 +70,4 @@ def train_model(config: Config, notes: Iterable[str] = ()) -> Path:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, goes_on=True)
