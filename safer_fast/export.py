@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from safer_fast.command_configs import ExportConfig
 from safer_fast.command_line import new_parser, parse, printable, run, with_underscores
 from safer_fast.conversion import converted
+from safer_fast.kept_folder import unfinished
 from safer_fast.masking import with_verdicts
 
 if TYPE_CHECKING:
@@ -56,13 +55,10 @@ def export(config: ExportConfig) -> Path:
         "onnx": _write_onnx,
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with unfinished(folder) as temporary:
         advice = writers[config.format](config, loaded, temporary)
         temporary.chmod(0o755)
         temporary.replace(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     files = ", ".join(sorted(path.name for path in folder.iterdir()))
     print(
         f"{config.weights} weights of {printable(config.run)} in {printable(str(folder))}: {files}"

@@ -15,6 +15,7 @@ from safer_fast.checkpoint_file import Checkpoint
 from safer_fast.checkpoint_folder import CheckpointFolder
 from safer_fast.config import Config
 from safer_fast.distributed import Ranks
+from safer_fast.kept_folder import KeptFolder
 from safer_fast.run_folder import CHECKPOINTS
 from safer_fast.run_log import RunLog
 from safer_fast.run_state import FORMAT, Parts, Progress, put_tensors, take_tensors
@@ -36,7 +37,8 @@ class Saver:
         log: RunLog,
     ) -> None:
         self.config, self.ranks, self.facts, self.log = config, ranks, facts, log
-        self.best = folder / BEST_WEIGHTS
+        self.folder, self.best = folder, folder / BEST_WEIGHTS
+        self._kept = KeptFolder(folder) if ranks.is_first else None
         self.store = CheckpointFolder(
             folder / CHECKPOINTS,
             keep=config.checkpoint.keep,
@@ -128,6 +130,17 @@ class Saver:
     def close(self) -> None:
         """Waits, and ends the writing."""
         self.store.close()
+        if self._kept is not None:
+            self._kept.close()
+            self._kept = None
+
+    def check_folder(self) -> None:
+        """Raises OSError, on all ranks, where somebody has deleted the run folder, or moved it."""
+        if not self.ranks.share(self._kept is None or self._kept.is_there()):
+            raise OSError(
+                f"{self.folder}: expected the run folder, which was deleted or moved meanwhile: "
+                "the run ends"
+            )
 
     def _has(self, name: str) -> bool:
         """Whether the first rank has the file, or is about to."""

@@ -165,6 +165,7 @@ class Trainer:
         every = self.config.evaluation.every_epochs
         changes: dict[str, Any] = {}
         gap, accuracies = None, validation_figures()
+        self.saver.check_folder()
         if epoch % every == 0 or epoch == self.config.epochs:
             gap = self.examiner.attack_gap(epoch)
             clean, robust = self.examiner.on_validation(self._source())
@@ -186,6 +187,7 @@ class Trainer:
         accuracies = list(self.progress.accuracies)
         for weights, source in (("best", best), ("last", self._source())):
             accuracies += self._finally(weights, epoch, source)
+        self.saver.check_folder()
         if self.ranks.is_first:
             facts: dict[str, Any] = {"config": self.config, "data": self.data}
             export_model(self.model, self._weights(), self.folder, accuracies=accuracies, **facts)

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "safer_fast"
 ORDER = [
     {"kernels"},
     {"help_text", "intervals", "whole_file", "answers", "ranges", "masking"},
-    {"messages", "turns", "streams"},
+    {"messages", "turns", "streams", "kept_folder"},
     {"config", "command_configs", "validation", "command_line", "distributed", "stopping"},
     {"conversion"},
     {"capture", "moments", "micro_batch", "savings", "cut", "sums", "batch_norms"},
