@@ -692,6 +692,23 @@ def flipped(content: bytes, bit: int) -> bytes:
     return bytes(damaged)
 
 
+def test_damaged_last_weights_do_not_bar_the_best(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(folder), "--attacks=clean", "--num-images=30", "--device=cpu"]
+    command.main([*words, "--weights=best"])
+    table = capsys.readouterr().out
+    for damaged in (flipped((folder / "model.safetensors").read_bytes(), 8 * 3000), b""):
+        (folder / "model.safetensors").write_bytes(damaged)
+        command.main([*words, "--weights=best", "--fresh"])
+        assert capsys.readouterr().out == table
+        with pytest.raises(ValueError, match=r"^[^\n]*model\.safetensors[^\n]*$"):
+            command.main(words)
+    (folder / "model.safetensors").unlink()
+    command.main([*words, "--weights=best", "--fresh"])
+    assert capsys.readouterr().out == table
+
+
 def test_no_bit_of_a_line_changes_an_outcome(tmp_path: Path, stored: Path) -> None:
     content = stored.read_bytes()
     for bit in range(8 * len(content) - 8):
