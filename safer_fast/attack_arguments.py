@@ -8,7 +8,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from safer_fast.validation import check_ball
+from safer_fast.validation import check_ball, check_number
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -28,8 +28,8 @@ def check_settings(
             raise ValueError(
                 f"{name}: expected a 0-d tensor on {images.device}, got {_described(value)}"
             )
-        if not isinstance(value, Tensor) and not value >= 0:
-            raise ValueError(f"{name}: expected at least 0, got {value}")
+        if not isinstance(value, Tensor):
+            check_number(name, value)
     if not isinstance(epsilon, Tensor):
         step = None if isinstance(step_size, Tensor) else float(step_size)
         shape = images.shape[1:]

@@ -12,6 +12,7 @@ from safer_fast import __version__
 from safer_fast.config import Config
 from safer_fast.data import Data, describe_subset
 from safer_fast.engine import Engine
+from safer_fast.schedule import weaknesses
 from safer_fast.sentinel import AttackGap
 
 MOST_WAIT = 0.1
@@ -27,7 +28,7 @@ def describe_run(config: Config, engine: Engine, data: Data) -> dict[str, Any]:
     num_weights = sum(parameter.numel() for parameter in model.parameters())
     num_test = 0 if data.test is None else data.test.num_images
     largest = -(-data.train.num_images // len(data.train))  # of all ranks together
-    notes = [*engine.notes, *data.notes]
+    notes = [*engine.notes, *data.notes, *weaknesses(config)]
     if data.bad.num_different:
         count = data.bad.num_different
         notes.append(f"data: unreadable images or shards left out at the start: {count}")

@@ -17,6 +17,8 @@ T = TypeVar("T")
 
 def checked(config: Config) -> Config:
     """A copy of a configuration made in Python, with the types and checks of the command line."""
+    if not isinstance(config, Config):
+        raise ValueError(f"config: expected Config, got {cut(repr(config))}")
     config = converted(config)
     check_config(config)
     return config

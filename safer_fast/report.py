@@ -89,7 +89,7 @@ def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
         drawing=Markup,
     )
     if output is None:
-        output = runs[0] / "report.html" if len(runs) == 1 else Path("comparison.html")
+        output = runs[0] / "report.html" if len(read) == 1 else Path("comparison.html")
         # a link that came with the folder would lead elsewhere
         write_whole(output, page.lstrip().encode())
     else:

@@ -83,9 +83,10 @@ class Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs in the order given; raises ValueError naming a folder that is none."""
+    """The runs in the order given, each once; raises ValueError naming a folder that is none."""
     if not folders:
         raise ValueError("expected at least one run folder, got none")
+    folders = list({folder.resolve(): folder for folder in folders}.values())
     names = [folder.resolve().name for folder in folders]
     is_unique = len(set(names)) == len(names)
     return [

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from safer_fast import kernels
 from safer_fast.config import SAMConfig
 from safer_fast.parameters import Range, Selection, module_selection
+from safer_fast.ranges import FACTOR
+from safer_fast.validation import check_number
 
 
 def ascend_(
@@ -112,8 +114,7 @@ class SharpnessAware:
         rho: float,
         adaptive: bool = False,
     ) -> None:
-        if not rho >= 0:
-            raise ValueError(f"rho: expected at least 0, got {rho}")
+        check_number("rho", rho, FACTOR)
         self.parameters = _parameters_of(model, names)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         missing = sum(id(parameter) not in held for parameter in self.parameters)

@@ -51,6 +51,28 @@ def radii_at(config: AttackConfig, epochs_done: float) -> tuple[float, float]:
     return share * config.epsilon, share * step_size_at_full
 
 
+def weaknesses(config: Config) -> list[str]:
+    """A line for each ramp that ends before its peak, and for an attack that does not move."""
+    attack, optim, lines = config.attack, config.optim, []
+    reached = radii_at(attack, config.epochs)[0]
+    if attack.steps and reached < attack.epsilon * (1 - 1e-6):
+        lines.append(
+            f"attack.epsilon: reaches {reached:.4g} of {attack.epsilon:.4g} by the end of "
+            f"--epochs {config.epochs}, for --attack.clean_epochs {attack.clean_epochs} and "
+            f"--attack.epsilon_warmup_epochs {attack.epsilon_warmup_epochs} come first"
+        )
+    if attack.steps and attack.epsilon and attack.step_size is not None and not attack.step_size:
+        lines.append("attack.step_size: 0 leaves every attack at its random start")
+    for stage in dict.fromkeys(stage_of(config, epoch) for epoch in (1, config.epochs)):
+        if stage.num_epochs < optim.warmup_epochs:
+            lines.append(
+                f"optim.warmup_epochs: {optim.warmup_epochs:g} are more than the "
+                f"{stage.num_epochs} of stage {stage.name}, whose learning rate reaches "
+                f"{stage.num_epochs / optim.warmup_epochs:.0%} of its peak"
+            )
+    return lines
+
+
 def learning_rate_at(
     config: OptimConfig, peak: float, step: int, num_steps: int, steps_per_epoch: int
 ) -> float:

@@ -21,7 +21,9 @@ from safer_fast.distributed import Ranks
 from safer_fast.layer_runs import cached_run
 from safer_fast.network import RobustModel, find_layers
 from safer_fast.parameters import ParameterArenas, Range, Selection, module_selection
+from safer_fast.ranges import FACTOR
 from safer_fast.sam import ascend_, gradient_squares, restore_, weight_norm
+from safer_fast.validation import check_number
 
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """(model, images, labels) -> adversarial images."""
@@ -77,7 +79,8 @@ def rank_layers(
         watch: what the layers go through, one after the other, where each takes its time.
 
     Raises:
-        ValueError: no batches, unknown names, an unknown criterion or one without scores (`all`).
+        ValueError: no batches, unknown names, an unknown criterion or one without scores (`all`),
+            a rho that is no number from 0 to 1,000.
     """
     measure = Measure(criterion, radius)
     return score_layers(
@@ -115,6 +118,7 @@ def score_layers(
     names = list(layers) if names is None else list(names)
     if unknown := [name for name in names if name not in layers]:
         raise ValueError(f"names: expected layers of the model, got {', '.join(unknown)}")
+    check_number("rho", rho, FACTOR)
     criteria = {measure.criterion for measure in measures}
     for name in sorted(criteria):
         check_criterion(name)

@@ -12,6 +12,7 @@ from safer_fast.conversion import checked
 from safer_fast.distributed import connected
 from safer_fast.run_lock import RunLock
 from safer_fast.stopping import Stopped
+from safer_fast.validation import check_lists
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -43,6 +44,7 @@ def train_model(config: Config, notes: Iterable[str] = ()) -> Path:
     before anything is written, and FloatingPointError when too many steps in a row are not finite.
     """
     config = checked(config)
+    check_lists(config)
     if config.dry_run:
         raise ValueError("--dry-run: expected false where a run is trained, got true")
     with connected(config.runtime.device != "cpu") as ranks, RunLock() as lock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,16 @@ def check_ranges(config: Any, known: Mapping[str, Range]) -> None:
             raise ValueError(f"{typed(flag)}: expected {expected}, got {got}")
 
 
+def check_number(name: str, value: Any, largest: float = math.inf) -> None:
+    """Raises ValueError for an argument of a function that is no number from 0 to `largest`."""
+    is_number = isinstance(value, Real)
+    if not is_number:
+        raise ValueError(f"{name}: expected a number, got {cut(repr(value))}")
+    if not 0 <= value <= largest:
+        expected = f"at most {largest:,.10g}" if value > largest else "at least 0"
+        raise ValueError(f"{name}: expected {expected}, got {value}")
+
+
 def check_ball(
     norm: str,
     epsilon: float,
@@ -69,6 +80,22 @@ def check_ball(
             f"{flags[1]}: expected at most {diameter:.4g}, the diameter of the ball, got "
             f"{step_size:g} ({HINT})"
         )
+
+
+def check_lists(config: Config) -> None:
+    """Raises ValueError for an empty list of names in a run that begins.
+
+    Runs of the past may have one: they are still read.
+    """
+    selection = config.selection
+    for flag, names in {
+        "--selection.layers": selection.layers,
+        "--selection.candidates": selection.candidates,
+    }.items():
+        if names is not None and not names:
+            raise ValueError(f"{flag}: expected at least one name or pattern, got none")
+    if not config.evaluation.attacks:
+        raise ValueError("--evaluation.attacks: expected at least one attack, got none")
 
 
 def check_file(path: str | None, flag: str) -> None:
@@ -127,10 +154,7 @@ def _check_together(config: Config) -> None:
                 )
     if not all(0 <= beta < 1 for beta in config.optim.betas):
         raise ValueError(f"--optim.betas: expected two shares in [0, 1), got {config.optim.betas}")
-    if not all(0 < milestone < 1 for milestone in config.optim.milestones):
-        raise ValueError(
-            f"--optim.milestones: expected shares in (0, 1), got {config.optim.milestones}"
-        )
+    _check_rates(config)
     if unknown := [name for name in config.runtime.exact_savings if name not in SAVINGS]:
         raise ValueError(
             f"--runtime.exact_savings: expected any of {', '.join(SAVINGS)}, got "
@@ -138,6 +162,22 @@ def _check_together(config: Config) -> None:
         )
     for name in config.evaluation.attacks:
         check_attack_name(name, "--evaluation.attacks")
+
+
+def _check_rates(config: Config) -> None:
+    optim = config.optim
+    milestones = list(optim.milestones)
+    if not all(0 < milestone < 1 for milestone in milestones) or milestones != sorted(milestones):
+        raise ValueError(
+            f"--optim.milestones: expected rising shares in (0, 1), got {optim.milestones}"
+        )
+    safer = optim.safer_learning_rate or optim.learning_rate
+    peak = min(safer, optim.learning_rate) if config.selection.warmup_epochs else safer
+    if optim.schedule == "cosine" and optim.min_learning_rate > peak:
+        raise ValueError(
+            f"--optim.min_learning_rate: expected at most {peak:g}, the peak that the rate falls "
+            f"from, got {optim.min_learning_rate:g}"
+        )
 
 
 def check_attack_name(name: str, flag: str, others: Sequence[str] = ()) -> None:

@@ -196,6 +196,7 @@ def test_memory_does_not_grow_over_two_hundred_attacks() -> None:
         ({"images": torch.zeros(3, 8, 8)}, r"images: expected float \[B, C, H, W\]"),
         ({"norm": "l1"}, "norm: expected linf or l2, got 'l1'"),
         ({"epsilon": -0.1}, r"epsilon: expected at least 0, got -0\.1"),
+        ({"epsilon": "8/255"}, "epsilon: expected a number, got '8/255'"),
         ({"steps": -1}, "steps: expected a whole number of at least 0, got -1"),
         ({"steps": 1.0}, "steps: expected a whole number of at least 0, got 1.0"),
         ({"epsilon": 8}, "epsilon: expected a radius in .*, got 8 .*write 8/255, not 8"),

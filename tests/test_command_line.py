@@ -128,6 +128,11 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["--selection.layers", "block.*"], "selection.layers: expected names or patterns"),
     (["--selection.from_block", "4"], "selection.from_block: expected less than the 4 blocks"),
     (["--selection.candidates", "block.*"], "selection.candidates: expected names or patterns"),
+    (["--selection.layers", ""], "--selection.layers: expected at least one name"),
+    (["--selection.candidates", ""], "--selection.candidates: expected at least one name"),
+    (["--evaluation.attacks", ""], "--evaluation.attacks: expected at least one attack"),
+    (["--optim.milestones", "[0.9,0.5]"], "--optim.milestones: expected rising shares in (0, 1)"),
+    (["--optim.min_learning_rate", "1"], "--optim.min_learning_rate: expected at most 0.002"),
     (["--runtime.device", "cuda"], "--runtime.device: expected cpu or auto"),
     (["--optim.name", "apex-adam"], "optim.name: apex-adam needs"),
 ]

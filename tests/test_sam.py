@@ -114,6 +114,7 @@ def test_ascending_twice_is_an_error() -> None:
         (["drop"], 0.1, "names: expected a module with parameters of its own, got 'drop'"),
         ([], 0.1, "names: expected at least one layer, got none"),
         (["head"], -1.0, r"rho: expected at least 0, got -1\.0"),
+        (["head"], "0.05", "rho: expected a number, got '0.05'"),
         (["stem"], 0.1, "optimizer: expected it to hold all 2 selected parameters, 2 are missing"),
     ],
 )

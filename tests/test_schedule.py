@@ -3,7 +3,7 @@
 import pytest
 
 from safer_fast.config import AttackConfig, Config, OptimConfig, Radius, SelectionConfig
-from safer_fast.schedule import learning_rate_at, radii_at, stage_of
+from safer_fast.schedule import learning_rate_at, radii_at, stage_of, weaknesses
 
 
 def test_warm_up_comes_first_and_each_stage_has_its_own_peak() -> None:
@@ -56,3 +56,21 @@ def test_the_learning_rate_warms_up_linearly() -> None:
     config = OptimConfig(schedule="constant", warmup_epochs=1.0)
     rates = [learning_rate_at(config, 1.0, step, 100, 9) for step in range(10)]
     assert rates == pytest.approx([step / 10 for step in range(1, 11)])
+
+
+def test_a_ramp_that_ends_before_its_peak_is_told() -> None:
+    attack = AttackConfig(epsilon=Radius(0.2), steps=4, clean_epochs=2, epsilon_warmup_epochs=4)
+    warmup = SelectionConfig(warmup_epochs=4)
+    optim = OptimConfig(warmup_epochs=3)
+    config = Config(epochs=7, attack=attack, selection=warmup, optim=optim)
+    assert weaknesses(config) == []
+    late = weaknesses(Config(epochs=4, attack=attack))
+    assert len(late) == 1
+    assert "attack.epsilon: reaches 0.1 of 0.2 by the end of --epochs 4" in late[0]
+    assert "reaches 0 of 0.2" in weaknesses(Config(epochs=2, attack=attack))[0]
+    slow = weaknesses(Config(epochs=6, selection=warmup, optim=optim))
+    assert len(slow) == 1
+    assert "the 2 of stage safer, whose learning rate reaches 67% of its peak" in slow[0]
+    still = weaknesses(Config(attack=AttackConfig(step_size=Radius(0))))
+    assert still == ["attack.step_size: 0 leaves every attack at its random start"]
+    assert weaknesses(Config(epochs=2, attack=AttackConfig(steps=0, clean_epochs=9))) == []

@@ -172,6 +172,9 @@ def test_scores_that_rank_nothing_are_refused(
 def test_wrong_arguments_of_the_ranking_are_refused() -> None:
     with pytest.raises(ValueError, match="names: expected layers of the model, got blocks"):
         rank_layers(build(), batches(), names=["blocks.9.mlp.fc1"])
+    for rho in (-1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=rf"rho: expected at .*, got {rho}"):
+            rank_layers(build(), batches(), rho=rho)
     with pytest.raises(ValueError, match="batches: expected at least one batch"):
         rank_layers(build(), [])
     with pytest.raises(ValueError, match="criterion: expected one that scores layers"):

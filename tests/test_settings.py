@@ -87,6 +87,11 @@ def test_a_wrong_setting_from_python_is_refused_before_anything_is_written(
     assert capsys.readouterr() == ("", "")
 
 
+def test_settings_that_are_no_configuration_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"config: expected Config, got \{'epochs': 1\}"):
+        train_model({"epochs": 1})  # type: ignore[arg-type]
+
+
 def test_an_attribute_that_is_no_setting_is_named() -> None:
     config = Config()
     config.attack.epsilonn = 1  # type: ignore[attr-defined]
