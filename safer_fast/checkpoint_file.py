@@ -111,9 +111,13 @@ def verify(path: Path, expected: str | None = None) -> dict[str, str]:
 
 
 def verify_if_signed(path: Path) -> None:
-    """Raises ValueError, naming the file, if it has a sha256 that is not that of its contents."""
-    with path.open("rb") as file:
-        is_signed = file.read(_DIGEST_AT)[8:] == _OPENING
+    """Raises ValueError, naming the file, if it has a sha256 that is not that of its contents.
+
+    A sha256 that stands elsewhere in the header was copied from another file, and is refused too.
+    Raises what `safe_open` does for a file that is none of safetensors.
+    """
+    with safe_open(path, framework="pt") as file:
+        is_signed = "sha256" in (file.metadata() or {})
     if is_signed:
         verify(path)
 

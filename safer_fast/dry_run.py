@@ -25,8 +25,7 @@ from safer_fast.resume import Found
 from safer_fast.schedule import Stage, radii_at, stage_of
 from safer_fast.sentinel import STRONG_STEPS
 from safer_fast.trainer import Trainer
-from safer_fast.validation import check_lists
-from safer_fast.validation import num_attack_steps
+from safer_fast.validation import check_lists, num_attack_steps
 
 NUM_STEPS = 20
 NUM_WARM_UP = 6

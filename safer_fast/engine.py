@@ -23,6 +23,7 @@ from safer_fast.float8_speed import Choice, choose_measured
 from safer_fast.flops import costs
 from safer_fast.micro_batch import MicroBatch
 from safer_fast.model import build_model
+from safer_fast.network import state_of
 from safer_fast.objective import Objective
 from safer_fast.optim import build_optimizer
 from safer_fast.parameters import ParameterArenas, Selection
@@ -58,7 +59,9 @@ class Engine:
             normalisation=self._known.get("normalisation"),
         )
         savings = config.runtime.exact_savings
-        notes = list(self.model.notes)
+        self.new_layers: list[str] = self._known.get("new_layers", self.model.new_layers)
+        """Layers that began as drawn; trained along with what is selected, see `with_new`."""
+        notes = [*self.model.notes, *self._note_new()]
         if config.selection.lora_rank:
             # both read weights past the modules that hold them, and would miss the factors
             savings = Names(name for name in savings if name not in ("patch-order", "class-token"))
@@ -130,6 +133,14 @@ class Engine:
         self.adapters.add_to(self.arenas, merged)
         return merged
 
+    def state_dict(self, source: Tensor) -> dict[str, Tensor]:
+        """The network's state dict with the weights of `source`, which is laid out as the masters.
+
+        Its names are those of the network alone, whatever is trained beside its layers.
+        """
+        with nullcontext() if self.adapters is None else self.adapters.away():
+            return state_of(self.model.network, self.arenas.state_dict(source))
+
     @contextmanager
     def reading(self, source: Tensor) -> Iterator[None]:
         """The network reads these weights, laid out as the masters, for a while; no others."""
@@ -155,6 +166,25 @@ class Engine:
         finally:
             self.arenas.master.copy_(before)
             self.arenas.load_compute()
+
+    def with_new(self, selected: list[str]) -> list[str]:
+        """The selected layers and the new ones, which nothing has trained and selection may miss.
+
+        Not where a warm-up has trained everything, nor where the user has named the layers.
+        """
+        selection = self.config.selection
+        if selection.warmup_epochs or selection.layers is not None:
+            return selected
+        return [*selected, *(name for name in self.new_layers if name not in selected)]
+
+    def _note_new(self) -> list[str]:
+        """A line on new layers in a run that does not train everything."""
+        selection, shown = self.config.selection, ", ".join(self.new_layers)
+        if not self.new_layers or selection.warmup_epochs or selection.takes_all:
+            return []
+        if self.with_new([]):
+            return [f"selection: {shown} is new and trained along with the selected layers"]
+        return [f"selection.layers: {shown} is new, and stays as drawn unless named"]
 
     def _model_to_build(self) -> ModelConfig:
         """A run that goes on has weights of its own, wherever those are that it began with."""

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,13 @@ _PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "backbone.")
 _ANCHOR = "patch_embed.proj.weight"
 # timm's functions expect weights of the very network.
 _NOT_TO_BE_RESAMPLED = (AttributeError, LookupError, RuntimeError, ValueError, AssertionError)
+
+
+class Fitted(NamedTuple):
+    """A line for each change to the weights, and the layers that they hold nothing for."""
+
+    notes: list[str]
+    new_layers: list[str]
 
 
 def read_weights(file: Path) -> tuple[Weights, list[str]]:
@@ -51,8 +58,8 @@ def load_source(
     source: Source,
     resample: Callable[[Weights], Weights],
     adapt_channels: Callable[[Tensor, int], Tensor],
-) -> list[str]:
-    """The network has the weights of a file, made to fit; gives a line for what was changed.
+) -> Fitted:
+    """Load the weights of a file into the network, made to fit.
 
     The two functions are those of `fit_weights`. Raises ValueError, one line, for a file that does
     not load and for weights of another network, with the flags that they ask for.
@@ -60,12 +67,13 @@ def load_source(
     weights, notes = read_weights(source.weights)
     hint = as_flags(source.settings) if source.settings else _shape_hint(weights)
     try:
-        return notes + fit_weights(network, weights, resample, adapt_channels)
+        fitted = fit_weights(network, weights, resample, adapt_channels)
     except ValueError as error:
         raise ValueError(
             "model.checkpoint: expected the weights of this network, got those of another: "
             f"{source.weights} {error}; give {hint}"
         ) from None
+    return fitted._replace(notes=notes + fitted.notes)
 
 
 def fit_weights(
@@ -73,8 +81,8 @@ def fit_weights(
     weights: Weights,
     resample: Callable[[Weights], Weights],
     adapt_channels: Callable[[Tensor, int], Tensor],
-) -> list[str]:
-    """The network has the weights, as far as they are its own; gives a line for what was changed.
+) -> Fitted:
+    """Load the weights into the network, as far as they are its own.
 
     resample: brings names and sizes to those of the network. adapt_channels: brings the weight of
     the first convolution to the channels of the network. A head for another number of classes is
@@ -94,10 +102,10 @@ def fit_weights(
         if kernel is not None and wanted is not None and kernel.shape[1:2] != wanted.shape[1:2]:
             weights[f"{name}.weight"] = adapt_channels(kernel, wanted.shape[1])
     notes = _changes(given, weights)
-    notes += _leave_out_head(network, expected, weights)
+    heads = _leave_out_heads(network, expected, weights)
     _check_same(expected, weights)
     network.load_state_dict(weights)
-    return notes
+    return Fitted([*notes, *heads.values()], list(heads))
 
 
 def _unpickle(file: Path) -> Any:
@@ -180,9 +188,9 @@ def _changes(given: Weights, weights: Weights) -> list[str]:
     return notes + ([f"model.checkpoint: left out: {_listed(left_out)}"] if left_out else [])
 
 
-def _leave_out_head(network: nn.Module, expected: Weights, weights: Weights) -> list[str]:
-    """Classifiers of another number of classes are the network's own, new ones."""
-    notes = []
+def _leave_out_heads(network: nn.Module, expected: Weights, weights: Weights) -> dict[str, str]:
+    """Keep the network's own classifiers where the weights have other classes: a line for each."""
+    notes = {}
     for name in _names(network, "classifier"):
         wanted, got = expected.get(f"{name}.weight"), weights.get(f"{name}.weight")
         if wanted is None or (got is not None and got.shape[0] == wanted.shape[0]):
@@ -193,7 +201,7 @@ def _leave_out_head(network: nn.Module, expected: Weights, weights: Weights) -> 
             del weights[key]
         weights |= {key: expected[key].clone() for key in own}
         what = f"{', '.join(given)} ({got.shape[0]} classes) left out, " if got is not None else ""
-        notes.append(f"model.checkpoint: {what}{name} is new, for {wanted.shape[0]} classes")
+        notes[name] = f"model.checkpoint: {what}{name} is new, for {wanted.shape[0]} classes"
     return notes
 
 

@@ -64,15 +64,26 @@ def build_model(
     _check_transformer(config.name, network)
     check_patches(network, image_size, may_leave_rows=True)
     own, notes = (network.pretrained_cfg["mean"], network.pretrained_cfg["std"]), []
+    new_layers = _new_heads(network) if config.pretrained else []
     if config.checkpoint is not None:
         source = find_source(config.checkpoint)
         notes = [say_source(source, own), *check_described(network, config, source)]
-        notes += load_source(network, source, partial(_resample, network), _adapt_channels)
+        fitted = load_source(network, source, partial(_resample, network), _adapt_channels)
+        notes += fitted.notes
+        new_layers = fitted.new_layers
         own = source.normalisation or own
     mean, std = (_for_channels(values, num_channels) for values in normalisation or own)
     model = RobustModel(cut(network), mean, std, compute_dtype, norms).eval()
-    model.notes = notes
+    model.notes, model.new_layers = notes, new_layers
     return model
+
+
+def _new_heads(network: Any) -> list[str]:
+    """Classifiers that timm's own weights hold nothing for, as they are for other classes."""
+    if network.num_classes == network.pretrained_cfg.get("num_classes"):
+        return []
+    names = network.pretrained_cfg.get("classifier") or ()
+    return [names] if isinstance(names, str) else list(names)
 
 
 def check_described(network: Any, config: ModelConfig, source: Source) -> list[str]:

@@ -47,6 +47,8 @@ class RobustModel(nn.Module):
         """Of features that enter the first block; None: as they leave what is below it."""
         self.notes: list[str] = []
         """Lines on what a user may not expect of the weights it was built with."""
+        self.new_layers: list[str] = []
+        """Layers that the weights it was built with hold nothing for, a head for other classes."""
         self.layers = find_layers(self.network, norms)
         """Each layer's name and the names of its parameters, in order of definition."""
 

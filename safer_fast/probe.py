@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -72,7 +73,7 @@ def choose_by_probe(
 ) -> Choice:
     """The layers that are selected before an epoch, by the images that its number draws."""
     probe = Probe(config, loader, config.selection.num_images, epoch, watch)
-    return choose_layers(
+    choice = choose_layers(
         engine.model,
         engine.arenas,
         probe.batches(engine.runtime.device),
@@ -83,3 +84,4 @@ def choose_by_probe(
         ranks=engine.ranks,
         watch=watch,
     )
+    return replace(choice, selected=engine.with_new(choice.selected))

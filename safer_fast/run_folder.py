@@ -132,7 +132,6 @@ def export_model(
     from safer_fast.checkpoint import MODEL_CONFIG, WEIGHTS, save_json, save_weights
     from safer_fast.model import timm_config
 
-    assert weights.keys() == model.network.state_dict().keys(), "names that do not load again"
     if not (folder / CONFIG).is_file():  # somebody removed it while the run went on
         save_config(config, folder)
     save_weights(weights, folder / WEIGHTS)

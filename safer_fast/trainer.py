@@ -22,7 +22,6 @@ from safer_fast.distributed import Ranks
 from safer_fast.evaluation_table import accuracy_table, notes
 from safer_fast.examiner import Examiner, validation_figures
 from safer_fast.metrics import Event
-from safer_fast.network import state_of
 from safer_fast.objective import Targets
 from safer_fast.optim import AveragedWeights, set_learning_rate
 from safer_fast.probe import choose_by_probe
@@ -347,4 +346,4 @@ class Trainer:
         return self.engine.weights() if self.average is None else self.average.average
 
     def _weights(self) -> dict[str, Tensor]:
-        return state_of(self.model.network, self.arenas.state_dict(self._source()))
+        return self.engine.state_dict(self._source())

@@ -262,6 +262,43 @@ def test_a_resumed_run_needs_its_first_weights_no_more(
     assert described["mean"] == pytest.approx(MEAN)
 
 
+def test_a_head_for_other_classes_is_trained_with_what_is_selected(
+    vit: Path, other_data: Path, tmp_path: Path
+) -> None:
+    flags = ["--model.checkpoint", str(vit), "--selection.warmup_epochs=0", "--sam.rho=0"]
+    named = train_on(other_data, tmp_path / "named", *flags, "--selection.layers=blocks.0.attn.qkv")
+    assert "head is new, and stays as drawn unless named" in notes_of(named)
+    assert not load_file(named / "model.safetensors")["head.bias"].any()
+
+    flags += ["--selection.candidates=blocks.*", "--epochs=2", "--selection.every_epochs=1"]
+    flags += ["--checkpoint.every_steps=1", "--checkpoint.keep=20"]
+    whole = train_on(other_data, tmp_path / "whole", *flags)
+    assert "head is new and trained along with the selected layers" in notes_of(whole)
+    assert [names[1:] for names in selected_in(whole)] == [["head"], ["head"]]
+    weights = load_file(whole / "model.safetensors")
+    assert weights["head.bias"].all()
+
+    # a run that goes on knows it too
+    cut = tmp_path / "cut"
+    shutil.copytree(whole, cut)
+    first, *later = sorted((cut / "checkpoints").glob("step-*"))
+    for file in later:
+        file.unlink()
+    events = (cut / "metrics.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in events if json.loads(line)["event"] != "end"]
+    (cut / "metrics.jsonl").write_text("".join(kept))
+    resumed = load_file(train_on(other_data, cut, *flags, "--resume=must") / "model.safetensors")
+    assert first.is_file()
+    assert selected_in(cut) == selected_in(whole)
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in weights.items())
+
+
+def selected_in(run: Path) -> list[list[str]]:
+    """The layers of each selection of a run."""
+    events = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [event["selected"] for event in events if event["event"] == "selection"]
+
+
 def wrapped(weights: dict[str, torch.Tensor], how: str) -> Any:
     """The weights as other trainers save them."""
     if how == "lightning":

@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_model_data_config
 
@@ -160,6 +161,30 @@ def test_a_flipped_bit_is_noticed_wherever_it_matters(weights: str, run: Path) -
             assert place < header
             assert all(torch.equal(state[name], tensors[name]) for name in tensors), place
     assert num_refused > 60
+
+
+def test_a_digest_copied_to_other_weights_is_refused(run: Path, tmp_path: Path) -> None:
+    tensors = load_file(run / "model.safetensors")
+    with safe_open(run / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    tensors["head.weight"] *= 2
+    for index, names in enumerate((sorted(metadata), sorted(metadata, reverse=True))):
+        # save_file writes metadata in an order of its own
+        header = {"__metadata__": {name: metadata[name] for name in names}}
+        offset = 0
+        for name, tensor in tensors.items():
+            size = tensor.numel() * tensor.element_size()
+            kind = {torch.float32: "F32", torch.int64: "I64"}[tensor.dtype]
+            place = {"shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
+            header[name] = {"dtype": kind, **place}
+            offset += size
+        opening = json.dumps(header, separators=(",", ":")).encode()
+        contents = b"".join(tensor.numpy().tobytes() for tensor in tensors.values())
+        copy = tmp_path / f"{index}.safetensors"
+        copy.write_bytes(len(opening).to_bytes(8, "little") + opening + contents)
+        assert load_file(copy).keys() == tensors.keys()
+        with pytest.raises(ValueError, match=copy.name):
+            load_tensors(copy)
 
 
 @pytest.mark.parametrize(
