@@ -21,6 +21,7 @@ from safer_fast.distributed import is_quiet
 from safer_fast.help_text import HelpFormatter, tidy
 from safer_fast.messages import LONGEST_WORD, as_line, cut, explained, typed
 from safer_fast.messages import printable as printable
+from safer_fast.recipe_scale import scaled
 from safer_fast.streams import secure_streams
 from safer_fast.validation import check_config
 
@@ -111,6 +112,10 @@ def parse_config(arguments: Sequence[str], described: Mapping[str, Any] | None =
     for switch in _switches():
         words = _with_value(switch, words)
     config = parse(parser, _config_first(words, described or {}), Config)
+    given = {word.partition("=")[0] for word in words}
+    is_typed = any(word.startswith("--model.arguments") for word in given)
+    if is_typed and "patch_size" in config.model.arguments and "--model.patch_size" not in given:
+        config.model.patch_size = None  # not that of a recipe
     check_config(config)
     return config
 
@@ -127,6 +132,16 @@ def find_open_flags(arguments: Sequence[str]) -> list[str]:
         given.add("--model.patch_size")
     groups = {flag: f"--{flag.partition('.')[0]}" for flag in OPEN_FLAGS}
     return [flag for flag in OPEN_FLAGS if not given & {f"--{flag}", groups[flag]}]
+
+
+def scaled_by_epochs(arguments: Sequence[str]) -> list[str]:
+    """A line for each setting of the default recipe that keeps its share of a typed `--epochs`."""
+    words = with_underscores(arguments)
+    if {"--config", "--data.path"} & {word.partition("=")[0] for word in words}:
+        return []
+    recipe = _check_mapping(RECIPES / f"{DEFAULT_RECIPE}.yaml")
+    why = f"as large a share of the epochs as in the recipe {DEFAULT_RECIPE}"
+    return [f"--{flag} {value:g}: {why}" for flag, value in scaled(recipe, words).items()]
 
 
 def new_parser(command: str, description: str) -> ArgumentParser:
@@ -229,7 +244,8 @@ def _config_first(words: Sequence[str], described: Mapping[str, Any]) -> list[st
     words, name = _without(words, "--config")
     given = {word.partition("=")[0] for word in words}
     network = _without(words, "--model.name")[1]
-    if name is None and "--data.path" not in given:
+    is_default = name is None and "--data.path" not in given
+    if is_default:
         name = DEFAULT_RECIPE
     if name is None:
         return _as_words(described, network) + words
@@ -239,6 +255,9 @@ def _config_first(words: Sequence[str], described: Mapping[str, Any]) -> list[st
     file = recipe if recipe.is_file() else Path(name)
     model = _check_mapping(file).get("model", {})
     first = ["--config", str(file)]
+    if is_default:
+        content = _check_mapping(file)
+        first += [f"--{flag}={value}" for flag, value in scaled(content, words).items()]
     if "--model.name" in given:  # arguments of the recipe's model mean nothing to another one
         first += ["--model.arguments", "{}"]
     if "--model.checkpoint" in given:
@@ -267,7 +286,8 @@ def _check_mapping(file: Path) -> dict[str, Any]:
         raise ValueError(f"--config: expected YAML in {file}: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(
-            f"--config: expected names with values in {file}, got {cut(repr(content))}"
+            f"--config: expected names with values in {file}, got "
+            + ("none" if content is None else cut(repr(content)))
         )
     # jsonargparse would read other files that these name
     if "config" in content:

@@ -25,7 +25,7 @@ from safer_fast.resume import Found
 from safer_fast.schedule import Stage, radii_at, stage_of
 from safer_fast.sentinel import STRONG_STEPS
 from safer_fast.trainer import Trainer
-from safer_fast.validation import check_lists, num_attack_steps
+from safer_fast.validation import check_new, num_attack_steps
 
 NUM_STEPS = 20
 NUM_WARM_UP = 6
@@ -101,7 +101,7 @@ def dry_run(config: Config, ranks: Ranks | None = None, notes: Iterable[str] = (
     What happens once in a while is left out: compiling, capturing, selecting layers. On a CPU
     layers are selected by fewer images than those of the run. notes: see `train_model`.
     """
-    check_lists(config)
+    check_new(config)
     ranks = ranks or Ranks()
     with (
         TemporaryDirectory() as folder,

@@ -13,6 +13,7 @@ from safer_fast.command_configs import EvaluateConfig
 from safer_fast.command_line import new_parser, parse, run, with_underscores
 from safer_fast.conversion import converted
 from safer_fast.masking import has_gradients, starts_at_random, suspicions
+from safer_fast.messages import cut
 from safer_fast.validation import LIBRARY_ATTACKS, check_attack_name, check_ranges
 
 if TYPE_CHECKING:  # torch is imported when there is something to compute: --help does not wait
@@ -229,6 +230,10 @@ def _check(config: EvaluateConfig) -> None:
     for name in config.attacks:
         check_attack_name(name, "--attacks", LIBRARY_ATTACKS)
     check_ranges(config, ranges.EVALUATE)
+    if config.source is None and config.source_weights != "last":
+        raise ValueError(
+            f"--source-weights: expected --source beside it, got only {cut(config.source_weights)}"
+        )
     for name in ("image_column", "label_column"):
         if (column := getattr(config, name)) is not None and config.path is None:
             raise ValueError(f"--data.{name}: expected --data.path beside it, got only {column}")

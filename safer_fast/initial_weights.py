@@ -114,12 +114,12 @@ def _unpickle(file: Path) -> Any:
         # checkpoints of timm's trainer hold the arguments of its command line
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
+    except Exception:
         # it raises whatever it stumbles over
         names = _globals_in(file)
-        why = f"asks for {', '.join(names[:3])}, which is not run" if names else "does not load"
+        why = f"asks for {', '.join(names[:3])}, which is not run"
         if not names:
-            why += f" ({type(error).__name__})"
+            why = "is damaged or no such file"
         raise ValueError(
             f"model.checkpoint: expected tensors alone, got {file}, which {why}"
         ) from None

@@ -102,6 +102,16 @@ def clear_run_folder(folder: Path) -> None:
             shutil.rmtree(path) if is_folder else path.unlink()
 
 
+def _config_of(folder: Path) -> Config:
+    """The settings of a run; raises ValueError naming the file, as no flag is at fault."""
+    file = folder / CONFIG
+    try:
+        return parse_config(["--config", str(file)])
+    except ValueError as error:
+        why = str(error).removeprefix("--config: ")
+        raise ValueError(f"{file}: expected the settings of a run: {why}") from None
+
+
 def _names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
@@ -179,7 +189,7 @@ def load_run(
     for name in (CONFIG, MODEL_CONFIG, files[weights]):
         if not (folder / name).is_file():
             raise ValueError(f"RUN: expected a run folder with {name}, got {folder}")
-    config = parse_config(["--config", str(folder / CONFIG)])
+    config = _config_of(folder)
     config.runtime.device = device  # type: ignore[assignment]
     config.data.backend = "auto"  # what this machine has
     if amp != "run":

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import cos, pi
 
 from safer_fast.attack import default_step_size
-from safer_fast.config import AttackConfig, Config, OptimConfig
+from safer_fast.config import AttackConfig, Config, OptimConfig, SelectionConfig
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def radii_at(config: AttackConfig, epochs_done: float) -> tuple[float, float]:
 
 
 def weaknesses(config: Config) -> list[str]:
-    """A line for each ramp that ends before its peak, and for an attack that does not move."""
+    """A line for each ramp that ends before its peak and each setting that does nothing."""
     attack, optim, lines = config.attack, config.optim, []
     reached = radii_at(attack, config.epochs)[0]
     if attack.steps and reached < attack.epsilon * (1 - 1e-6):
@@ -70,6 +70,11 @@ def weaknesses(config: Config) -> list[str]:
                 f"{stage.num_epochs} of stage {stage.name}, whose learning rate reaches "
                 f"{stage.num_epochs / optim.warmup_epochs:.0%} of its peak"
             )
+    selection, usual = config.selection, SelectionConfig()
+    if selection.layers is not None:
+        for name in ("criterion", "fraction", "from_block", "candidates"):
+            if (value := getattr(selection, name)) != getattr(usual, name):
+                lines.append(f"selection.{name}: {value} does nothing, selection.layers decide")
     return lines
 
 

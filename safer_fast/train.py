@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from safer_fast.command_line import find_open_flags, parse_config, run
+from safer_fast.command_line import find_open_flags, parse_config, run, scaled_by_epochs
 from safer_fast.config import Config
 from safer_fast.conversion import checked
 from safer_fast.distributed import connected
 from safer_fast.run_lock import RunLock
 from safer_fast.stopping import Stopped
-from safer_fast.validation import check_lists
+from safer_fast.validation import check_new
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -25,6 +25,7 @@ def main(arguments: Sequence[str]) -> None:
 
         config = parse_config(arguments, settings_of_checkpoint(config))
     config, notes = choose_defaults(config, find_open_flags(arguments))
+    notes = [*scaled_by_epochs(arguments), *notes]
     if config.dry_run:
         from safer_fast.dry_run import dry_run
 
@@ -44,7 +45,7 @@ def train_model(config: Config, notes: Iterable[str] = ()) -> Path:
     before anything is written, and FloatingPointError when too many steps in a row are not finite.
     """
     config = checked(config)
-    check_lists(config)
+    check_new(config)
     if config.dry_run:
         raise ValueError("--dry-run: expected false where a run is trained, got true")
     with connected(config.runtime.device != "cpu") as ranks, RunLock() as lock:

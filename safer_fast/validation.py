@@ -82,12 +82,29 @@ def check_ball(
         )
 
 
-def check_lists(config: Config) -> None:
-    """Raises ValueError for an empty list of names in a run that begins.
+def check_new(config: Config) -> None:
+    """Raises ValueError for settings that a run must not begin with.
 
-    Runs of the past may have one: they are still read.
+    Those are empty lists, and settings that contradict each other. Runs of the past may have them:
+    they are still read.
     """
-    selection = config.selection
+    selection, model = config.selection, config.model
+    if model.checkpoint is not None and model.pretrained:
+        raise ValueError(
+            "--model.pretrained: expected false with --model.checkpoint, which has weights, got "
+            "true"
+        )
+    if (size := model.arguments.get("img_size")) is not None:
+        raise ValueError(
+            "--model.arguments: expected no img_size, which is that of the images "
+            f"(--data.image_size), got {cut(str(size))}"
+        )
+    patch = model.arguments.get("patch_size", model.patch_size)
+    if model.patch_size not in (None, patch):
+        raise ValueError(
+            f"--model.arguments: expected patch_size {model.patch_size} as --model.patch_size, got "
+            f"{cut(str(patch))}"
+        )
     for flag, names in {
         "--selection.layers": selection.layers,
         "--selection.candidates": selection.candidates,

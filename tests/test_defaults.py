@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from safer_fast.command_line import find_open_flags, parse_config
+from safer_fast.command_line import find_open_flags, parse_config, scaled_by_epochs
 from safer_fast.defaults import choose_defaults, patch_size_for
 from safer_fast.train import main
 
@@ -89,6 +89,34 @@ def test_recipes_and_files_are_taken_as_they_are(data: Path, tmp_path: Path) -> 
     for words in ([], [f"--config={file}", f"--data.path={data}"], ["--config", "digits"]):
         config = parse_config(words)
         assert choose_defaults(config, find_open_flags(words)) == (config, [])
+
+
+def test_the_default_recipe_keeps_its_shares_of_other_epochs() -> None:
+    def ramps(*words: str) -> list[float]:
+        config = parse_config(words)
+        selection, attack = config.selection, config.attack
+        ramp = attack.clean_epochs, attack.epsilon_warmup_epochs
+        return [selection.warmup_epochs, *ramp, config.optim.warmup_epochs]
+
+    plain = [60, 10, 20, 5]
+    assert ramps() == ramps("--epochs=80") == ramps("--config=digits") == plain
+    assert ramps("--epochs", "8") == ramps("--epochs=8") == [6, 1, 2, 0.5]
+    assert ramps("--epochs=8", "--attack.clean-epochs=3") == [6, 3, 2, 0.5]
+    assert ramps("--epochs=90", "--selection.warmup_epochs=7") == [7, *plain[1:]]
+    assert [line.partition(":")[0] for line in scaled_by_epochs(["--epochs=8"])] == [
+        "--selection.warmup_epochs 6",
+        "--attack.clean_epochs 1",
+        "--attack.epsilon_warmup_epochs 2",
+        "--optim.warmup_epochs 0.5",
+    ]
+    for words in ([], ["--epochs=80"], ["--epochs=8", "--config=digits"]):
+        assert scaled_by_epochs(words) == []
+
+
+def test_a_patch_size_among_the_arguments_replaces_that_of_the_recipe() -> None:
+    config = parse_config(["--model.arguments={patch_size: 4}"])
+    assert (config.model.patch_size, config.model.arguments["patch_size"]) == (None, 4)
+    assert parse_config(["--model.arguments={depth: 2}"]).model.patch_size == 2
 
 
 def test_a_run_says_what_it_chose_writes_it_down_and_goes_on_with_it(

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "safer_fast"
 ORDER = [
     {"kernels"},
-    {"help_text", "intervals", "whole_file", "answers", "ranges", "masking"},
+    {"help_text", "intervals", "whole_file", "answers", "ranges", "masking", "recipe_scale"},
     {"messages", "turns", "streams", "kept_folder"},
     {"config", "command_configs", "validation", "command_line", "distributed", "stopping"},
     {"conversion"},

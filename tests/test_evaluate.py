@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -782,6 +783,10 @@ def test_files_that_are_none_are_neither_read_nor_written(tmp_path: Path, stored
         ),
         ({"attacks": Names(["cw-0"])}, r"--attacks: expected clean, fgsm.*, got 'cw-0'"),
         ({"attacks": Names(["pgd-²"])}, r"--attacks: expected clean, fgsm.*, got 'pgd-²'"),
+        (
+            {"source_weights": "best"},
+            r"--source-weights: expected --source beside it, got only best",
+        ),
         ({"attacks": Names()}, r"--attacks: expected at least one attack, got none"),
         ({"restarts": 0}, r"--restarts: expected at least 1, got 0"),
         ({"num_images": 0}, r"--num-images: expected at least 1, got 0"),
@@ -799,6 +804,14 @@ def test_a_mistake_is_one_line(trained: Path, changes: dict[str, Any], expected:
     with pytest.raises(ValueError, match=rf"^{expected}$") as caught:
         evaluate_run(config)
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_whose_settings_are_lost_is_named_by_its_file(folder: Path) -> None:
+    file = folder / "run.yaml"
+    file.write_text("")
+    expected = f"{file}: expected the settings of a run: expected names with values in {file}, got"
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)} none$"):
+        evaluate_run(settings(folder))
 
 
 def test_a_source_of_other_classes_is_refused(folder: Path, trained: Path) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from safer_fast.config import AttackConfig, Config, OptimConfig, Radius, SelectionConfig
+from safer_fast.config import AttackConfig, Config, Names, OptimConfig, Radius, SelectionConfig
 from safer_fast.schedule import learning_rate_at, radii_at, stage_of, weaknesses
 
 
@@ -73,4 +73,9 @@ def test_a_ramp_that_ends_before_its_peak_is_told() -> None:
     assert "the 2 of stage safer, whose learning rate reaches 67% of its peak" in slow[0]
     still = weaknesses(Config(attack=AttackConfig(step_size=Radius(0))))
     assert still == ["attack.step_size: 0 leaves every attack at its random start"]
+    named = SelectionConfig(layers=Names(["head"]), fraction=0.5, criterion="random")
+    assert weaknesses(Config(selection=named)) == [
+        "selection.criterion: random does nothing, selection.layers decide",
+        "selection.fraction: 0.5 does nothing, selection.layers decide",
+    ]
     assert weaknesses(Config(epochs=2, attack=AttackConfig(steps=0, clean_epochs=9))) == []

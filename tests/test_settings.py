@@ -72,6 +72,7 @@ WRONG: list[tuple[Config, str]] = [
         "--model.arguments: .*LayerN",
     ),
     (Config(model=ModelConfig(arguments={"depth:4": None})), "a space follows each colon"),
+    (Config(model=ModelConfig(checkpoint="x", pretrained=True)), "--model.pretrained: exp.* false"),
     (Config(evaluation=EvaluationConfig(attacks="pgd")), "--evaluation.attacks: expected clean"),  # type: ignore[arg-type]
 ]
 
@@ -115,6 +116,24 @@ def test_settings_from_python_may_be_written_as_they_are_typed(tmp_path: Path) -
 def test_checking_a_sound_configuration_changes_nothing() -> None:
     config = parse_config(["--attack.norm=l2", "--selection.layers=head,blocks.*"])
     assert checked(config) == config
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model.arguments", "{img_size: 64}"], "--model.arguments: expected no img_size"),
+        (
+            ["--model.arguments", "{patch_size: 4}", "--model.patch_size", "2"],
+            "--model.arguments: expected patch_size 2 as --model.patch_size, got 4",
+        ),
+    ],
+    ids=lambda value: str(value),
+)
+def test_sizes_that_contradict_each_other_are_refused(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refused(train.main, [*words, f"--output={tmp_path / 'run'}"], capsys)
+    assert list(tmp_path.iterdir()) == []
 
 
 RADII: list[tuple[list[str], str]] = [
