@@ -165,8 +165,13 @@ def test_weights_of_another_model_are_refused(tmp_path) -> None:  # type: ignore
     with pytest.raises(ValueError, match=r"cls_token of shape \[1, 1, 192\], not \[1, 1, 96\]"):
         build_model(wider, num_classes=10, image_size=32)
     file.write_bytes(b"no weights at all")
-    with pytest.raises(ValueError, match="which is damaged or no such file"):
+    with pytest.raises(ValueError, match="does not load"):
         build_model(loaded, num_classes=10, image_size=32)
+    pickled = file.with_suffix(".pth")
+    pickled.write_bytes(b"no weights at all")
+    damaged = ModelConfig(**vars(loaded) | {"checkpoint": str(pickled)})
+    with pytest.raises(ValueError, match=r"pth, which is damaged or no such file$"):
+        build_model(damaged, num_classes=10, image_size=32)
 
 
 def test_grey_images_are_normalised_with_the_mean_of_the_channels() -> None:
