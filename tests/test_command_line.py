@@ -214,7 +214,7 @@ def test_bad_data_gets_one_line_and_touches_nothing(
     path = folder / "data.npz" if kind == "labels" else folder
     flags = ["--data.path", str(path), "--batch-size", "1"]
     flags += ["--model.name", "vit_tiny_patch16_224", "--model.patch_size", "4"]
-    flags += ["--data.validation_fraction", "0.5", "--output", "run"]
+    flags += ["--data.validation_fraction", "0.25", "--output", "run"]
     assert message in refused(main, flags, capsys)
     assert sorted(folder.rglob("*")) == before
     assert not (tmp_path / "run").exists()

@@ -186,7 +186,7 @@ def test_the_command_prints_both_stages_and_writes_nothing(tmp_path: Path) -> No
 def test_a_mistake_is_one_line_all_the_same(tmp_path: Path) -> None:
     for flags, message in (
         (["--attack.epsilon=8"], "--attack.epsilon: expected"),
-        (["--data.max_images=0"], "data.max_images: expected at least 1, got 0"),
+        (["--data.max_images=0"], "--data.max_images: expected at least 1, got 0"),
     ):
         result = command(tmp_path, "--dry-run", *flags)
         assert result.returncode == 2

@@ -39,8 +39,9 @@ FLAGS = [
 def test_a_folder_whose_name_steers_a_terminal_is_refused_before_it_is_made(
     name: str, tmp_path: Path
 ) -> None:
+    refusal = r"^--output: .*without (line breaks and )?control characters"
     for resume in ("never", "auto"):
-        with pytest.raises(ValueError, match=r"^--output: expected a path without line breaks"):
+        with pytest.raises(ValueError, match=refusal):
             main([f"--output={tmp_path / name}", f"--resume={resume}"])
     assert list(tmp_path.iterdir()) == []
 

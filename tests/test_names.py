@@ -28,7 +28,7 @@ OF_OTHERS = {
     "tensorboard": "logdir",
     "examples": "flag group.its_name data help",
 }
-ENDINGS = {"py", "md", "json", "svg", "onnx", "pt", "safetensors"}
+ENDINGS = {"py", "md", "json", "svg", "onnx", "pt", "pth", "bin", "safetensors"}
 ATTRIBUTES = {"attack.audited", "model.arrange", "runtime.keep_memory"}
 """Of the code, not of the configuration."""
 

@@ -36,6 +36,8 @@ def machine_error(error: BaseException, flag: str, where: str) -> MachineError |
             return MachineError(str(cause))
         if isinstance(cause, MemoryError):
             return _line(flag, errno.ENOMEM, where)
+        if isinstance(cause, ConnectionError):  # a worker process that has ended
+            return None
         number = cause.errno if isinstance(cause, OSError) else None
         if number is not None and number not in ABOUT_ONE_FILE:
             return _line(flag, number, where)
