@@ -17,7 +17,11 @@ def scaled(recipe: Mapping[str, Any], words: Sequence[str]) -> dict[str, int | f
     """
     epochs = _epochs(words)
     typed = {word.partition("=")[0] for word in words}
-    if epochs is None or epochs == recipe["epochs"] or typed & {f"--{WARMUP}", "--selection"}:
+    if (
+        epochs is None
+        or epochs == recipe["epochs"]
+        or typed & {f"--{WARMUP}", f"--{WARMUP.partition('.')[0]}"}
+    ):
         return {}
     share = epochs / recipe["epochs"]
     values: dict[str, int | float] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
@@ -59,7 +60,8 @@ def create_run_folder(config: Config, data_name: str, lock: RunLock | None = Non
     if not is_begun:
         check_output(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        # a link to a folder that another run makes in the same moment is no file in its way
+        Path(os.path.realpath(folder)).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(
             f"--output: expected a folder that can be made, got {folder}: {error}"

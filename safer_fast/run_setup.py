@@ -107,11 +107,10 @@ def check_fit(config: Config, engine: Engine, data: Data) -> None:
             raise ValueError(
                 f"{flag}: expected at least one image for each of {num_ranks} ranks, got {size}"
             )
-    smallest = data.train.num_images // len(data.train)
-    if smallest < num_ranks:
+    if data.train.num_images < num_ranks:
         raise ValueError(
-            f"data.path: expected at least one training image for each of {num_ranks} ranks "
-            f"in every batch, got a batch of {smallest}"
+            f"data.path: expected at least one training image for each of {num_ranks} ranks, "
+            f"got {data.train.num_images}"
         )
 
 
