@@ -47,8 +47,8 @@ bench: install
 # runs that are killed and resumed, a few seconds each (FLAGS="--cycles 1000 --seed 7"), then every
 # flag of every command with every hostile value
 soak: install
-	$(BIN)/python -m tests.soak $(FLAGS)
-	$(BIN)/python -m tests.hostile
+	$(BIN)/python -m tests.system.soak $(FLAGS)
+	$(BIN)/python -m tests.system.hostile
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -101,7 +101,10 @@ setup(
         "safer_fast.kernels",
         *(f"safer_fast.kernels.{name}" for name in find_packages("kernels")),
     ],
-    package_data={"safer_fast": ["recipes/*.yaml", "templates/*"]},
+    package_data={
+        "safer_fast.config": ["recipes/*.yaml"],
+        "safer_fast.runs.report": ["report.html.jinja"],
+    },
     # Optional to setuptools: it copes with a library that was not built.
     ext_modules=[
         Extension("safer_fast.kernels.native", SOURCES, depends=DEPENDS, optional=True),

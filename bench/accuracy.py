@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from bench.measure import origin
-from safer_fast.command_line import load_yaml
-from safer_fast.metrics import FILE_NAME, read_metrics
+from safer_fast.config.untrusted import load_yaml
+from safer_fast.runs.loggers.metrics_file import FILE_NAME, read_metrics
 
 Row = dict[str, Any]
 WEIGHTS = ("start", "best", "last")

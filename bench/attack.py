@@ -34,13 +34,13 @@ from bench.measure import (
 )
 from bench.memory import peak_memory_mib
 from bench.ours import batch, build_robust_model, refuse
-from safer_fast.attack import climb_, cross_entropy, frozen, random_start
-from safer_fast.attention import pin_for
-from safer_fast.capture import CudaRecorder, Phase, Replays
-from safer_fast.config import SAVINGS, RuntimeConfig
-from safer_fast.flops import count, ideal_flops, matmul_rate
-from safer_fast.network import RobustModel
-from safer_fast.runtime import Runtime, compile_blocks, prepare_runtime
+from safer_fast.attacks.pgd import cross_entropy, frozen, pgd_step_, random_start
+from safer_fast.config.schema import SAVINGS, RuntimeConfig
+from safer_fast.models.attention import pin_for
+from safer_fast.models.flops import count, ideal_flops, matmul_rate
+from safer_fast.models.robust_model import RobustModel, compile_blocks
+from safer_fast.runtime.cuda_graphs import CudaRecorder, Phase, Replays
+from safer_fast.runtime.device import Runtime, prepare_runtime
 
 MODES = ("eager", "compiled", "captured")
 IN_A_ROW = {"cpu": 1, "cuda": 5}
@@ -107,7 +107,7 @@ def iteration(model: RobustModel, batch_size: int, image_size: int, runtime: Run
     pixels = model.arrange(images)
 
     def iterate() -> None:
-        climb_(model, adversarial, pixels, labels, step_size, epsilon, "linf", cross_entropy)
+        pgd_step_(model, adversarial, pixels, labels, step_size, epsilon, "linf", cross_entropy)
 
     return iterate
 

@@ -30,9 +30,9 @@ from bench.cpu_time import cpu_seconds
 from bench.data_peers import SMALL_SIZE, Pipeline, Setting, ours, timm, torchvision, with_rows
 from bench.data_training import print_training, training_row
 from bench.measure import append, origin, quantiles, repeats, some_of, wait
-from safer_fast.config import DataConfig
+from safer_fast.config.schema import DataConfig
 from safer_fast.data import load_data
-from safer_fast.data.dali_request import one_thread
+from safer_fast.data.dali.request import one_thread
 
 Row = dict[str, Any]
 PARTS = ("photos", "small", "training")

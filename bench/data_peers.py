@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from safer_fast.config import DataConfig
+from safer_fast.config.schema import DataConfig
 from safer_fast.data import ahead, load_data
 
 SIZE, SHORT_SIDE = 224, 256

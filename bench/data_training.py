@@ -10,7 +10,7 @@ import torch
 
 from bench.data_peers import SIZE, with_rows
 from bench.measure import origin
-from safer_fast.config import (
+from safer_fast.config.schema import (
     AttackConfig,
     Config,
     DataConfig,
@@ -19,7 +19,7 @@ from safer_fast.config import (
     Names,
     SelectionConfig,
 )
-from safer_fast.metrics import FILE_NAME, read_metrics
+from safer_fast.runs.loggers.metrics_file import FILE_NAME, read_metrics
 from safer_fast.train import train_model
 
 MOST_WAITED = 0.02

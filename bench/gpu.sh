@@ -60,7 +60,9 @@ install() {
 bench() { # bench MODULE NAME SECONDS FLAGS...: rows with CUDA graphs, or without if that fails
     local name=$1-$2 limit=$3 with=(--compile --cuda-graph) without=(--compile)
     [ "$1" != attack ] || with=(--modes eager,compiled,captured) without=(--modes eager,compiled)
-    local command=("$python" -m "bench.$1" --output "$rows" "${@:4}")
+    local module=$1
+    [ "$1" != float8 ] || module=studies.float8
+    local command=("$python" -m "bench.$module" --output "$rows" "${@:4}")
     if [ "$has_graphs" = 1 ]; then
         part "$name" "$limit" "${command[@]}" "${with[@]}" && return
         name=$name-again
@@ -132,12 +134,12 @@ bench float8 large 130 "${large[@]}" --batch-sizes "$large_sizes" --layers "$lar
 bench float8 base 85 "${base[@]}" --batch-sizes "$base_sizes" --layers blocks.9.mlp.fc1 --steps 3
 bench float8 small 75 "${small[@]}" --batch-sizes "$small_sizes" --layers blocks.9.mlp.fc1 --from 0
 part digits 90 "$python" -m safer_fast.train --amp bf16 --output "$logs/digits-run" "${digits[@]}" && {
-    part float8-digits 40 "$python" -m bench.float8_accuracy "$logs/digits-run" --output "$rows"
-    part bf16-digits 30 "$python" -m bench.float8_accuracy "$logs/digits-run" --output "$rows" \
+    part float8-digits 40 "$python" -m bench.studies.float8_accuracy "$logs/digits-run" --output "$rows"
+    part bf16-digits 30 "$python" -m bench.studies.float8_accuracy "$logs/digits-run" --output "$rows" \
         --precision bf16
 }
 part ops 50 "$python" -m bench.ops --output "$rows" --repeats "$op_repeats"
-part attention 60 "$python" -m bench.attention --output "$rows"
+part attention 60 "$python" -m bench.studies.attention --output "$rows"
 bench peers tiny 90 "${on_tiny[@]}" --leave-out ""
 bench_data photos photos-256.parquet 150
 bench_data training photos-256.parquet 150

@@ -10,8 +10,8 @@ import torch
 
 from bench.measure import Run, timed
 from bench.memory import peak_memory_mib
-from safer_fast.capture import WARM_UP as CALLS_BEFORE_RECORDING
-from safer_fast.flops import count
+from safer_fast.models.flops import count
+from safer_fast.runtime.cuda_graphs import WARM_UP as CALLS_BEFORE_RECORDING
 
 WARM_UP = 2
 

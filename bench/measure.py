@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from bench.ops import commit, device_name
-from safer_fast.config import SAVINGS
+from safer_fast.config.schema import SAVINGS
 from safer_fast.kernels import native_status
 
 Run = Callable[[], object]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from safer_fast.runtime import keep_memory
+from safer_fast.runtime.device import keep_memory
 
 PROCESS = Path("/proc/self")
 RESET_PEAK = "5"  # proc(5): of clear_refs, since Linux 4.0

@@ -30,7 +30,7 @@ from safer_fast.kernels import (
 )
 from safer_fast.kernels.attack import reference as attack_reference
 from safer_fast.kernels.sam import reference as sam_reference
-from tests.cases import ATTACK_BENCH, SAM_BENCH, Case, attack_inputs, sam_inputs
+from tests.support.cases import ATTACK_BENCH, SAM_BENCH, Case, attack_inputs, sam_inputs
 
 WARM_UP = 3
 

@@ -15,10 +15,10 @@ from torchattacks import PGD
 
 from bench.implementation import Implementation
 from bench.memory import memory_handed_back
-from safer_fast.attention import pin_for
-from safer_fast.reference import PlainModel
-from safer_fast.runtime import Runtime
-from safer_fast.step import Step
+from safer_fast.models.attention import pin_for
+from safer_fast.runtime.device import Runtime
+from safer_fast.training.reference import PlainModel
+from safer_fast.training.step import Step
 
 Attention = dict[str, bool]
 TORCHS_CHOICE: Attention = dict.fromkeys(("flash", "mem_efficient", "cudnn", "math"), True)

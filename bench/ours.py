@@ -10,18 +10,18 @@ from torch import Tensor
 
 from bench.implementation import Implementation
 from bench.measure import Run
-from safer_fast.attacker import Attacker
-from safer_fast.capture import Buffers, Phase, Recorder, Replays
-from safer_fast.config import ModelConfig, ObjectiveConfig, OptimConfig, SAMConfig
-from safer_fast.flops import ideal_flops
-from safer_fast.model import build_model
-from safer_fast.network import RobustModel
-from safer_fast.objective import Objective, Targets
-from safer_fast.optim import build_optimizer
-from safer_fast.parameters import ParameterArenas
-from safer_fast.runtime import Runtime, compile_blocks
-from safer_fast.selection import match_layers
-from safer_fast.step import Step
+from safer_fast.attacks.replayed import Attacker
+from safer_fast.config.schema import ModelConfig, ObjectiveConfig, OptimConfig, SAMConfig
+from safer_fast.models.arenas import ParameterArenas
+from safer_fast.models.build import build_model
+from safer_fast.models.flops import ideal_flops
+from safer_fast.models.robust_model import RobustModel, compile_blocks
+from safer_fast.runtime.cuda_graphs import Buffers, Phase, Recorder, Replays
+from safer_fast.runtime.device import Runtime
+from safer_fast.selection.candidates import match_layers
+from safer_fast.training.objectives import Objective, Targets
+from safer_fast.training.optimizers import build_optimizer
+from safer_fast.training.step import Step
 
 NUM_CLASSES = 10
 STAGES = ("attack", "prefix", "ascent", "perturb", "descent", "update")

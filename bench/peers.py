@@ -25,11 +25,11 @@ from bench.measure import append, check_gpu, medians, origin, quantiles, savings
 from bench.others import peers_as_shipped, peers_tuned
 from bench.ours import build, ideal, ours
 from bench.step import case_of, kind_of, parser_of_cases, prepare, recorder_of
-from safer_fast.attention import pin_for
-from safer_fast.config import SAVINGS
-from safer_fast.flops import matmul_rate
-from safer_fast.runtime import Runtime
-from safer_fast.step import Step
+from safer_fast.config.schema import SAVINGS
+from safer_fast.models.attention import pin_for
+from safer_fast.models.flops import matmul_rate
+from safer_fast.runtime.device import Runtime
+from safer_fast.training.step import Step
 
 
 def main() -> None:

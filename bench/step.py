@@ -6,8 +6,8 @@
         [--output FILE.jsonl] [--repeats 5]
 
 Random images, random weights. Stages are medians over the repeats; `counted / ideal` compares the
-operations that ran with those that the method needs (safer_fast/flops.py); memory is what a step
-holds at its peak above what was held before it.
+operations that ran with those that the method needs (safer_fast/models/flops.py); memory is what a
+step holds at its peak above what was held before it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 from bench.implementation import warm_up
 from bench.measure import append, check_gpu, medians, origin, quantiles, repeats, savings
 from bench.ours import STAGES, build, ideal, ours, phases
-from safer_fast.attention import pin_for
-from safer_fast.capture import CudaRecorder
-from safer_fast.config import SAVINGS, RuntimeConfig
-from safer_fast.runtime import Runtime, prepare_runtime
+from safer_fast.config.schema import SAVINGS, RuntimeConfig
+from safer_fast.models.attention import pin_for
+from safer_fast.runtime.cuda_graphs import CudaRecorder
+from safer_fast.runtime.device import Runtime, prepare_runtime
 
 
 def main() -> None:

@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from bench.accuracy import accuracy_tables
-from bench.experiment_table import (
+from bench.experiment.table import (
     earlier_tables,
     experiment_tables,
     selection_tables,
     sensitivity_tables,
 )
-from bench.experiment_tasks import IDENTITY
-from bench.float8_table import float8_tables, traffic_table
+from bench.experiment.tasks import IDENTITY
+from bench.studies.float8_table import float8_tables, traffic_table
 
 Row = dict[str, Any]
 ROOT = Path(__file__).parent.parent

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from safer_fast.kernels import l2_step_, linf_step_, perturb_, restore_, sum_squares
-from tests.cases import ATTACK_BENCH, SAM_BENCH, Case, attack_inputs, sam_inputs
+from tests.support.cases import ATTACK_BENCH, SAM_BENCH, Case, attack_inputs, sam_inputs
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
 

@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 
-from safer_fast.attack import random_start
-from safer_fast.capture import WARM_UP, CudaRecorder, Replays
-from safer_fast.objective import Targets
-from safer_fast.runtime import compile_blocks
-from tests.networks import build, images_and_labels
-from tests.test_step import EPSILON, STEP_SIZE, make_reference, make_step
+from safer_fast.attacks.pgd import random_start
+from safer_fast.models.robust_model import compile_blocks
+from safer_fast.runtime.cuda_graphs import WARM_UP, CudaRecorder, Replays
+from safer_fast.training.objectives import Targets
+from tests.support.networks import build, images_and_labels
+from tests.training.test_step import EPSILON, STEP_SIZE, make_reference, make_step
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
 

@@ -6,13 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from safer_fast.attack import pgd
-    from safer_fast.criteria import register_criterion
-    from safer_fast.model import build_model
-    from safer_fast.objective import Formula, register_objective
-    from safer_fast.sam import SharpnessAware
-    from safer_fast.selection import rank_layers, select_layers
+    from safer_fast.attacks.pgd import pgd
+    from safer_fast.models.build import build_model
+    from safer_fast.selection.criteria import register_criterion
+    from safer_fast.selection.scoring import rank_layers, select_layers
     from safer_fast.train import train_model
+    from safer_fast.training.objectives import Formula, register_objective
+    from safer_fast.training.sam import SharpnessAware
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,14 +28,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Formula": "objective",
-    "SharpnessAware": "sam",
-    "build_model": "model",
-    "pgd": "attack",
-    "rank_layers": "selection",
-    "register_criterion": "criteria",
-    "register_objective": "objective",
-    "select_layers": "selection",
+    "Formula": "training.objectives",
+    "SharpnessAware": "training.sam",
+    "build_model": "models.build",
+    "pgd": "attacks.pgd",
+    "rank_layers": "selection.scoring",
+    "register_criterion": "selection.criteria",
+    "register_objective": "training.objectives",
+    "select_layers": "selection.scoring",
     "train_model": "train",
 }
 

@@ -5,26 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from safer_fast import (
-    command_line,
-    report_curves,
-    report_evaluations,
-    report_health,
-    report_map,
-    report_tables,
-)
-from safer_fast.report_curves import Figure
-from safer_fast.report_drawing import RUN_COLOURS, as_svg
-from safer_fast.report_gallery import galleries
-from safer_fast.report_run import Run, read_runs
-from safer_fast.validation import check_file
-from safer_fast.whole_file import write_whole
-
-_TEMPLATES = Path(__file__).parent / "templates"
-_MOST_LAYERS = 40  # that one drawing of selections has rows for
-_MAX_MAPS = 12  # maps of one run; more selections are thinned out evenly
+from safer_fast.config.checks import check_file
+from safer_fast.config.command_line import new_parser, parse, with_underscores
+from safer_fast.runs.report.page import write_report
+from safer_fast.runtime.command import run
 
 
 @dataclass
@@ -35,122 +20,18 @@ class _Arguments:
 
 def main(arguments: Sequence[str]) -> None:
     """Writes the report that the words of the command line ask for and says where it is."""
-    parser = command_line.new_parser(
-        "report", "Write one HTML page about one run or comparing several."
-    )
+    parser = new_parser("report", "Write one HTML page about one run or comparing several.")
     parser.add_argument("runs", nargs="+", type=str, metavar="RUN", help="a run folder")
     parser.add_argument(
         "--output",
         type=str | None,
         help="the page to write; default: report.html in RUN, for several comparison.html here",
     )
-    asked = command_line.parse(parser, command_line.with_underscores(arguments), _Arguments)
+    asked = parse(parser, with_underscores(arguments), _Arguments)
     check_file(asked.output, "--output")
     output = None if asked.output is None else Path(asked.output)
     print(f"wrote {write_report([Path(folder) for folder in asked.runs], output)}")
 
 
-def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
-    """The page about these run folders is written to `output`, which is returned.
-
-    Default: report.html in the folder of one run, which tells of it alone; comparison.html in the
-    current folder for several. A run that is not finished is reported as far as it came. Raises
-    ValueError naming a folder without metrics.jsonl or a damaged file.
-    """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
-    read = read_runs(runs)
-    templates = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = templates.get_template("report.html.jinja").render(
-        runs=read,
-        alarms=[*report_curves.alarms(read), *report_evaluations.alarms(read)],
-        headline=report_evaluations.headline(read),
-        evaluations=report_evaluations.all_evaluations(read),
-        per_class=report_evaluations.per_class(read),
-        caution=report_tables.caution(read),
-        overview=report_tables.overview(read),
-        curves=report_curves.training_figures(read),
-        health=report_health.health_figures(read),
-        speed=report_health.speed_figures(read),
-        maps=_map_figures(read),
-        choices=_choice_figures(read),
-        galleries=galleries(read),
-        selections=report_tables.selections(read),
-        settings=report_tables.settings(read),
-        environment=report_tables.environment(read),
-        num_colours=len(RUN_COLOURS),
-        drawing=Markup,
-    )
-    if output is None:
-        output = runs[0] / "report.html" if len(read) == 1 else Path("comparison.html")
-        # a link that came with the folder would lead elsewhere
-        write_whole(output, page.lstrip().encode())
-    else:
-        output.write_text(page.lstrip(), encoding="utf-8")
-    return output
-
-
-def _map_figures(runs: Sequence[Run]) -> list[Figure]:
-    """A figure for each run whose selections have scores."""
-    drawn = [_map_figure(run, index, len(runs) > 1) for index, run in enumerate(runs)]
-    return [figure for figure in drawn if figure is not None]
-
-
-def _map_figure(run: Run, index: int, is_one_of_many: bool) -> Figure | None:
-    scored = [event for event in run.selections if event.get("scores")]
-    if not scored:
-        return None
-    shown = _thinned(scored)
-    limits = report_map.score_limits([event["scores"] for event in scored])
-    drawings = []
-    for number, event in enumerate(shown):
-        title = f"epoch {event['epoch']}: {event.get('criterion', 'score')}"
-        chosen = event.get("selected", [])
-        drawing = report_map.draw_layer_map(event["scores"], chosen, limits=limits, title=title)
-        drawings.append(as_svg(drawing, f"map-{index}-{number}", title))
-    caption = (
-        "Layers by depth (across) and kind (down), coloured by score, one map for each selection, "
-        "all on one scale. White dots are the layers chosen: see whether they wander or settle. "
-        "The deeper the first dot, the more of each step is skipped."
-    )
-    if len(shown) < len(scored):
-        caption += f" {len(shown)} of {len(scored)} selections are shown."
-    title = f"Layer map of {run.name}" if is_one_of_many else "Layer map"
-    return Figure(title, drawings, caption, is_wide=True, has_line_for_each_run=False)
-
-
-def _choice_figures(runs: Sequence[Run]) -> list[Figure]:
-    """A figure for all runs with at least two selections of not too many layers."""
-    drawings = []
-    for index, run in enumerate(runs):
-        chosen = {event["epoch"]: event.get("selected") or [] for event in run.selections}
-        if len(chosen) > 1 and 0 < len(set().union(*chosen.values())) <= _MOST_LAYERS:
-            title = run.name if len(runs) > 1 else ""
-            drawing = report_map.draw_choices(chosen, title=title)
-            drawings.append(as_svg(drawing, f"choices-{index}", title or "Selections over time"))
-    caption = (
-        "Layers that were ever selected, from the first of the network to the last, and when. Rows "
-        "that go through say that selection has settled; a scatter says that the scores of the "
-        "layers are too close, or too noisy, to tell them apart."
-    )
-    figure = Figure("", drawings, caption, is_wide=True, has_line_for_each_run=False)
-    return [figure] if drawings else []
-
-
-def _thinned(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """At most `_MAX_MAPS` of the events, evenly spaced, first and last among them."""
-    if len(events) <= _MAX_MAPS:
-        return events
-    step = (len(events) - 1) / (_MAX_MAPS - 1)
-    return [events[round(number * step)] for number in range(_MAX_MAPS)]
-
-
 if __name__ == "__main__":
-    command_line.run(main)
+    run(main)

@@ -6,28 +6,29 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from safer_fast.command_line import find_open_flags, parse_config, run, scaled_by_epochs
-from safer_fast.config import Config
-from safer_fast.conversion import checked
-from safer_fast.distributed import connected
-from safer_fast.run_lock import RunLock
-from safer_fast.stopping import Stopped
-from safer_fast.validation import check_new
+from safer_fast.config.checks import check_new
+from safer_fast.config.command_line import find_open_flags, parse_config, scaled_by_epochs
+from safer_fast.config.conversion import checked
+from safer_fast.config.schema import Config
+from safer_fast.runs.lock import RunLock
+from safer_fast.runtime.command import run
+from safer_fast.runtime.ranks import connected
+from safer_fast.runtime.signals import Stopped
 
 
 def main(arguments: Sequence[str]) -> None:
     """`python -m safer_fast.train [--config RECIPE] [--dry-run] [flags]`; see `--help`."""
-    from safer_fast.defaults import choose_defaults
+    from safer_fast.training.defaults import choose_defaults
 
     config = parse_config(arguments)
     if config.model.checkpoint is not None:
-        from safer_fast.weights_source import settings_of_checkpoint
+        from safer_fast.models.weights_source import settings_of_checkpoint
 
         config = parse_config(arguments, settings_of_checkpoint(config))
     config, notes = choose_defaults(config, find_open_flags(arguments))
     notes = [*scaled_by_epochs(arguments), *notes]
     if config.dry_run:
-        from safer_fast.dry_run import dry_run
+        from safer_fast.training.dry_run import dry_run
 
         with connected(config.runtime.device != "cpu") as ranks:
             dry_run(config, ranks, notes)
@@ -49,9 +50,9 @@ def train_model(config: Config, notes: Iterable[str] = ()) -> Path:
     if config.dry_run:
         raise ValueError("--dry-run: expected false where a run is trained, got true")
     with connected(config.runtime.device != "cpu") as ranks, RunLock() as lock:
-        from safer_fast.report import write_report
-        from safer_fast.resume import find_run
-        from safer_fast.trainer import Trainer
+        from safer_fast.runs.report.page import write_report
+        from safer_fast.runs.resume import find_run
+        from safer_fast.training.trainer import Trainer
 
         found = replace(find_run(config, ranks, lock), notes=tuple(notes))
         if found.finished is not None:

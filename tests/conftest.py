@@ -15,9 +15,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch
 
-from safer_fast.data import dali_pipeline
-
-from .pictures import NUM_IMAGES, SIZES, encode, num_alive, photo, write
+from safer_fast.data.dali import pipeline as dali_pipeline
+from tests.support.pictures import NUM_IMAGES, SIZES, encode, num_alive, photo, write
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

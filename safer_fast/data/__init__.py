@@ -1,9 +1,9 @@
 """Data: `load_data` opens, checks and decodes; loaders give batches of uint8 images."""
 
-from safer_fast.data.ahead import ahead
 from safer_fast.data.batch import Batch, Loader, as_pixels
 from safer_fast.data.load import Data, load_data, load_evaluation_data
 from safer_fast.data.mixing import Mixing
+from safer_fast.data.prefetch import ahead
 from safer_fast.data.subset import describe_subset
 
 __all__ = [

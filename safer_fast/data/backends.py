@@ -7,20 +7,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-from safer_fast.config import DataConfig
+from safer_fast.config.schema import DataConfig
 from safer_fast.data.bad_images import BadImages
 from safer_fast.data.batch import Loader
-from safer_fast.data.dali import DaliLoader
-from safer_fast.data.dali_pipeline import PipelineSlot, why_no_dali
+from safer_fast.data.dali.loader import DaliLoader
+from safer_fast.data.dali.pipeline import PipelineSlot, why_no_dali
 from safer_fast.data.formats import EncodedSource, Source
 from safer_fast.data.formats.synthetic import SyntheticSource
 from safer_fast.data.images import LARGEST_UNCROPPED_SIZE, ImageFormat, find_sizes
-from safer_fast.data.loaders import (
-    CpuSetLoader,
-    GpuSetLoader,
-    StreamLoader,
-    SyntheticLoader,
-)
+from safer_fast.data.loaders import CpuSetLoader, GpuSetLoader, StreamLoader, SyntheticLoader
 from safer_fast.data.order import Ordering
 from safer_fast.data.reading import decode_all
 from safer_fast.data.subset import Indices

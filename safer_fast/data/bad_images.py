@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from safer_fast.command_line import printable
+from safer_fast.config.messages import printable
 
 MOST_REPORTED = 10
 

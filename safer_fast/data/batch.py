@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from safer_fast.runtime.micro_batch import fill_
+
 
 @dataclass
 class Batch:
@@ -59,19 +61,6 @@ class Batch:
     def pinned(self) -> Batch:
         """The same batch in pinned memory, from which a GPU copies without waiting."""
         return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
-
-
-def fill_(values: Tensor, num_images: int) -> Tensor:
-    """Rows from `num_images` on become copies of those before, zeros where there are none.
-
-    Copies, because statistics of batches may be taken over all of them.
-    """
-    missing = len(values) - num_images
-    if missing and num_images:
-        values[num_images:] = values[torch.arange(missing, device=values.device) % num_images]
-    elif missing:
-        values.zero_()
-    return values
 
 
 def as_pixels(images: Tensor) -> Tensor:

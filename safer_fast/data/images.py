@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
-from safer_fast.data.crops import Crop
+from safer_fast.data.augmentation import Crop
 from safer_fast.data.formats import EncodedSource, Source
 from safer_fast.data.formats.source import IMAGE_FORMATS
-from safer_fast.data.machine import machine_error
+from safer_fast.runtime.machine_errors import machine_error
 
 GREY_MODES = {"1", "L", "LA"}
 EIGHT_BIT_MODES = GREY_MODES | {"P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
@@ -181,7 +181,7 @@ def centre(size: tuple[int, int], wanted: int) -> tuple[int, int, int, int]:
     return new_width, new_height, top, left
 
 
-def cut(image: ImageOrTensor, crop: Crop, size: int) -> ImageOrTensor:
+def crop_to(image: ImageOrTensor, crop: Crop, size: int) -> ImageOrTensor:
     """The crop of the image at size x size, mirrored if it says so."""
     place = (crop.top, crop.left, crop.height, crop.width)
     resized = functional.resized_crop(image, *place, [size, size], antialias=True)

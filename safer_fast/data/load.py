@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from safer_fast.config import DataConfig
+from safer_fast.config.schema import DataConfig
 from safer_fast.data.backends import Backends
 from safer_fast.data.bad_images import BadImages
 from safer_fast.data.batch import Loader
@@ -27,8 +27,8 @@ from safer_fast.data.formats.synthetic import SIZE as SYNTHETIC_SIZE
 from safer_fast.data.formats.synthetic import SyntheticSource
 from safer_fast.data.images import ImageFormat, find_num_channels, find_sizes, short_side
 from safer_fast.data.order import Ordering
-from safer_fast.data.seeds import derive_seed
 from safer_fast.data.subset import Indices, draw
+from safer_fast.runtime.seeds import derive_seed
 
 LARGEST_UNAUGMENTED_SIZE = 16
 LARGEST_CROP_SIZE = 64
@@ -100,7 +100,7 @@ def load_data(
     splits = _open(config, bad, beside)
     class_names = agree_on_classes(splits.train, splits.all()[1:])
     image_format = _agree_on_images(splits, config.image_size)
-    rows = _cut(splits, config, seed)
+    rows = _divide(splits, config, seed)
     cut_by = "validation_fraction" if config.max_images is None else "max_images"
     check_several(*rows["train"], class_names, f"data.{cut_by}")
     backends = Backends(config, image_format, len(class_names), device or torch.device("cpu"), bad)
@@ -289,7 +289,7 @@ def _check_channels(source: Source, num_channels: int) -> None:
         )
 
 
-def _cut(splits: _Splits, config: DataConfig, seed: int) -> dict[str, tuple[Source, Indices]]:
+def _divide(splits: _Splits, config: DataConfig, seed: int) -> dict[str, tuple[Source, Indices]]:
     """Source and sorted rows of each split; for training at most max_images."""
     generator = np.random.default_rng(derive_seed(seed, "split"))
     num_rows = len(splits.train)

@@ -13,10 +13,10 @@ from safer_fast.data.bad_images import BadImages
 from safer_fast.data.batch import Batch
 from safer_fast.data.formats import Source
 from safer_fast.data.images import ImageFormat
-from safer_fast.data.order import OrderedLoader, Ordering, Part
+from safer_fast.data.order import OrderedLoader, Ordering, RankShare
 from safer_fast.data.reading import Reader, read_batches
-from safer_fast.data.seeds import derive_seed, make_generator
 from safer_fast.data.subset import Indices
+from safer_fast.runtime.seeds import derive_seed, make_generator
 
 
 class SetLoader(OrderedLoader):
@@ -188,7 +188,7 @@ class SyntheticLoader(OrderedLoader):
         )
         self.batch = Batch(images, labels).to(device)
 
-    def _parts(self, batches: Sequence[Indices], limit: int | None = None) -> list[Part]:
+    def _parts(self, batches: Sequence[Indices], limit: int | None = None) -> list[RankShare]:
         """Rows of the noise in place of the images that they stand for."""
         return super()._parts([np.arange(len(batch)) for batch in batches], limit)
 

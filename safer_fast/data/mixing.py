@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from safer_fast.config import DataConfig
+from safer_fast.config.schema import DataConfig
 from safer_fast.data.batch import Batch, as_pixels
-from safer_fast.data.seeds import derive_seed, make_generator
+from safer_fast.runtime.seeds import derive_seed, make_generator
 
 ERASED_AREA = (0.02, 1 / 3)
 ERASED_RATIO = (0.3, 1 / 0.3)

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from safer_fast.data.batch import Batch
-from safer_fast.data.seeds import make_permutation
 from safer_fast.data.subset import Indices, Labels, draw, fixed_order
+from safer_fast.runtime.seeds import make_permutation
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Ordering:
     multiple: int = 1
 
 
-class Part(NamedTuple):
+class RankShare(NamedTuple):
     """What a rank reads of one batch.
 
     position: where the first of `indices` stands in the order of all ranks together.
@@ -106,13 +106,15 @@ class OrderedLoader(ABC):
         filled up to `size` already, where that saves a copy.
         """
 
-    def _read_parts(self, parts: Sequence[Part], epoch: int | None, size: int) -> Iterator[Batch]:
+    def _read_parts(
+        self, parts: Sequence[RankShare], epoch: int | None, size: int
+    ) -> Iterator[Batch]:
         """The images of each part, which know their position."""
         batches = self._read([part.indices for part in parts], epoch, size)
         for part, batch in zip(parts, batches, strict=True):
             yield replace(batch, position=part.position)
 
-    def _parts(self, batches: Sequence[Indices], limit: int | None = None) -> list[Part]:
+    def _parts(self, batches: Sequence[Indices], limit: int | None = None) -> list[RankShare]:
         """This rank's part of each batch that has some of the first `limit` images."""
         rank, num_ranks = self.ordering.rank, self.ordering.num_ranks
         parts, start = [], 0
@@ -124,7 +126,7 @@ class OrderedLoader(ABC):
             share, num_larger = divmod(len(counted), num_ranks)
             first = rank * share + min(rank, num_larger)
             last = first + share + (rank < num_larger)
-            parts.append(Part(start + first, counted[first:last]))
+            parts.append(RankShare(start + first, counted[first:last]))
             start += len(batch)
         return parts
 

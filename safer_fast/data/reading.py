@@ -13,16 +13,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from safer_fast.data.augmentation import Draws, augment, pad
+from safer_fast.data.augmentation import Draws, augment, draw_crop, pad
 from safer_fast.data.bad_images import BadImages
-from safer_fast.data.batch import Batch, fill_
-from safer_fast.data.crops import draw_crop
+from safer_fast.data.batch import Batch
 from safer_fast.data.formats import Source
-from safer_fast.data.images import BadImageError, ImageFormat, cut, decode, fit
-from safer_fast.data.machine import machine_error
-from safer_fast.data.seeds import derive_seed
+from safer_fast.data.images import BadImageError, ImageFormat, crop_to, decode, fit
 from safer_fast.data.subset import Indices
 from safer_fast.data.workers import start_loader
+from safer_fast.runtime.machine_errors import machine_error
+from safer_fast.runtime.micro_batch import fill_
+from safer_fast.runtime.seeds import derive_seed
 
 # Small, because what workers give back lies in shared memory, of which containers have little.
 BYTES_PER_TASK = 2**20
@@ -170,7 +170,7 @@ class Reader(Dataset[Any]):
         if self.crop_seed is None:
             image = fit(image, size)
         else:
-            image = cut(image, draw_crop(*image.size, self.crop_seed, index), size)
+            image = crop_to(image, draw_crop(*image.size, self.crop_seed, index), size)
         return image if self.randaugment is None else self._augmented(image, index)
 
     def _augmented(self, image: Image.Image, index: int) -> Image.Image:

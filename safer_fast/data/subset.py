@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from safer_fast.data.seeds import make_permutation
+from safer_fast.runtime.seeds import make_permutation
 
 Indices = NDArray[np.int64]
 Labels = NDArray[np.int64]

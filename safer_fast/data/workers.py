@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
-from safer_fast.data.machine import machine_error
+from safer_fast.runtime.machine_errors import machine_error
 
 # What a terminal or a scheduler sends to all processes of a run; the main one decides what follows.
 SIGNALS = {signal.SIGINT, signal.SIGTERM}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import stat
 from pathlib import Path
 
-from safer_fast.command_line import printable
+from safer_fast.config.messages import printable
 from safer_fast.data.bad_images import BadImages
 from safer_fast.data.formats.beside import CLASS_NAMES, Beside, visible_folders
 from safer_fast.data.formats.source import (
@@ -23,7 +23,7 @@ from safer_fast.data.formats.splits import (
     group_by_split,
     is_pattern,
 )
-from safer_fast.data.machine import machine_error
+from safer_fast.runtime.machine_errors import machine_error
 
 __all__ = [
     "Beside",

@@ -12,11 +12,11 @@ from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 from PIL import Image
 
-from safer_fast.command_line import printable
+from safer_fast.config.messages import printable
 from safer_fast.data.formats.beside import Beside
 from safer_fast.data.formats.source import Source
 from safer_fast.data.formats.splits import split_of, tells_split
-from safer_fast.data.machine import machine_error, physical_memory
+from safer_fast.runtime.machine_errors import machine_error, physical_memory
 
 NUM_TRAINING_DIGITS = 1000
 # What arrays are named, in whatever case, alone or with a word for a split: x_train, val_labels.

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from safer_fast.command_line import printable
+from safer_fast.config.messages import printable
 
 # Names of classes, one on a line, beside shards.
 CLASS_NAMES = "classnames.txt"

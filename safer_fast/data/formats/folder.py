@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from safer_fast.data.formats.beside import Beside, find_dead_links, is_hidden, visible_folders
 from safer_fast.data.formats.source import EncodedSource, Source, image_endings, is_image
-from safer_fast.data.machine import missing
+from safer_fast.runtime.machine_errors import missing
 
 # What notes on images end in. Such files are not opened: there may be one beside every image.
 TEXT_ENDINGS = {".csv", ".json", ".txt", ".xml", ".yaml"}

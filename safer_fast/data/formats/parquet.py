@@ -9,20 +9,11 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from safer_fast.data.formats.parquet_columns import (
-    Found,
-    find_columns,
-    read_labels,
-)
+from safer_fast.data.formats.parquet_columns import Found, find_columns, read_labels
 from safer_fast.data.formats.parquet_copies import copy_images
-from safer_fast.data.formats.parquet_images import (
-    HeldImages,
-    Images,
-    one_line_errors,
-    read_beside,
-)
+from safer_fast.data.formats.parquet_images import HeldImages, Images, one_line_errors, read_beside
 from safer_fast.data.formats.source import Columns, EncodedSource, Source, renumbered
-from safer_fast.data.machine import memory_limit
+from safer_fast.runtime.machine_errors import memory_limit
 
 # Encoded images of all splits together; more are copied to a file that is read as it is needed.
 LARGEST_IN_MEMORY = 4 * 2**30

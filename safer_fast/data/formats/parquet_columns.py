@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from safer_fast.command_line import printable
+from safer_fast.config.messages import printable
 from safer_fast.data.formats.source import Columns
 
 IMAGE_COLUMNS = ("image", "img")

@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from safer_fast.data.formats.parquet_images import one_line_errors, one_of, split_column
 from safer_fast.data.formats.parts import FileParts
-from safer_fast.data.machine import machine_error
-from safer_fast.distributed import is_quiet
-from safer_fast.measured import cache_file
+from safer_fast.runtime.machine_errors import machine_error
+from safer_fast.runtime.ranks import is_quiet
+from safer_fast.runtime.timing_cache import cache_file
 
 FOLDER = "parquet"
 VERSION = 1

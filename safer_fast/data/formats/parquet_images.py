@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from safer_fast.command_line import printable
-from safer_fast.data.machine import machine_error
+from safer_fast.config.messages import printable
+from safer_fast.runtime.machine_errors import machine_error
 
 Array: TypeAlias = "pa.Array[Any] | pa.ChunkedArray[Any]"
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from safer_fast.data.machine import MachineError, machine_error, missing
+from safer_fast.runtime.machine_errors import MachineError, machine_error, missing
 
 MOST_OPEN = 256
 # Of the files that this process may have open; three splits may be read in turns.

@@ -18,7 +18,7 @@ from safer_fast.data.formats.beside import CLASS_NAMES, Beside
 from safer_fast.data.formats.parts import FileParts
 from safer_fast.data.formats.source import EncodedSource, Source
 from safer_fast.data.formats.tar_index import ShardIndex, index_shard
-from safer_fast.data.machine import MachineError
+from safer_fast.runtime.machine_errors import MachineError
 
 # More is indexed by several processes.
 LARGEST_ALONE = 2**30

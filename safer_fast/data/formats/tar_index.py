@@ -14,10 +14,10 @@ from typing import BinaryIO, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from safer_fast.command_line import printable
+from safer_fast.config.messages import printable
 from safer_fast.data.formats.beside import Beside, is_hidden
 from safer_fast.data.formats.source import image_endings
-from safer_fast.data.machine import machine_error
+from safer_fast.runtime.machine_errors import machine_error
 
 LABEL_EXTENSIONS = {"cls", "json"}
 INTEGER = re.compile(r"-?[0-9]{1,18}")

@@ -1,0 +1,1 @@
+"""The CIFAR-10 experiment: SAFER beside its rivals, `python -m bench.experiment`."""

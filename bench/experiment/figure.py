@@ -1,0 +1,133 @@
+"""The picture of an experiment: `python -m bench.experiment.figure --scale reduced FILE.svg`.
+
+Left: robust accuracy on validation images, epoch by epoch, of the shared start and of the main
+arms that go on from it; thin lines are on training images. Right: every arm's clean and PGD-20
+accuracy on test images, of its best epoch, with standard deviations over seeds; names stand at the
+side in the order of PGD-20 accuracy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.experiment.arms import ARMS, MAIN, SCALES
+from bench.experiment.table import Group, groups_of
+from bench.experiment.tasks import read_rows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+RESULTS = Path(__file__).parent / "results" / "cifar10.jsonl"
+# Okabe and Ito's colours, told apart by colour-blind readers
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c8d")
+START_COLOUR = "#444444"
+WIDTH, HEIGHT = 11.0, 4.2  # inches of one row
+
+
+def main() -> None:
+    """The file holds the figure."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("file", type=Path, help="what is written: .svg or .png")
+    parser.add_argument("--scale", choices=list(SCALES), default="full")
+    parser.add_argument("--rows", type=Path, default=RESULTS, help="where the rows are")
+    arguments = parser.parse_args()
+    rows = [row for row in read_rows(arguments.rows) if row["case"] == arguments.scale]
+    if not rows:
+        parser.error(f"--scale: expected rows of {arguments.scale} in {arguments.rows}, got none")
+    draw(groups_of(rows), arguments.file)
+
+
+def draw(groups: Sequence[Group], file: Path) -> None:
+    """A row of two drawings for each model and start, as SVG or PNG by the file's ending."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, HEIGHT * len(groups)), layout="constrained", facecolor="white")
+    axes = figure.subplots(len(groups), 2, squeeze=False)
+    for group, (left, right) in zip(groups, axes, strict=True):
+        _curves(group, left)
+        _accuracies(group, right)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "experiment"}):
+        nothing: dict[str, Any] = {"Date": None} if file.suffix == ".svg" else {}
+        figure.savefig(file, metadata=nothing)
+
+
+def _curves(group: Group, axes: Axes) -> None:
+    offset = 0
+    for training in group.trainings("start").values():
+        curves = training["curves"]
+        offset = training["best_epoch"] if group.start == "peak" else training["num_epochs"]
+        for name, width in (("robust_accuracy", 1.6), ("train_robust_accuracy", 0.7)):
+            values = [100 * value for value in curves[name]]
+            label = "shared start" if name == "robust_accuracy" else None
+            epochs = range(1, len(values) + 1)
+            axes.plot(epochs, values, color=START_COLOUR, linewidth=width, label=label)
+    axes.axvline(offset, color="#bbbbbb", linewidth=0.8, linestyle=":")
+    for arm, colour in zip(MAIN, COLOURS, strict=False):
+        trainings = list(group.trainings(arm).values())
+        for name, width in (("robust_accuracy", 1.6), ("train_robust_accuracy", 0.7)):
+            columns = zip(*(each["curves"][name] for each in trainings), strict=True)
+            means = [100 * statistics.mean(column) for column in columns]
+            epochs = range(offset + 1, offset + 1 + len(means))
+            label = f"{arm} ({len(trainings)})" if name == "robust_accuracy" else None
+            if means:
+                axes.plot(epochs, means, color=colour, linewidth=width, label=label)
+    axes.set_title(f"{group.model}, from the {group.start} start: PGD accuracy, %", fontsize=10)
+    axes.set_xlabel("epoch (thick: validation images, thin: training images)", fontsize=9)
+    _plain(axes)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _accuracies(group: Group, axes: Axes) -> None:
+    names = [name for name in ("start", *ARMS) if name in group.arms()]
+    places: dict[str, tuple[float, float]] = {}
+    arms = [name for name in names if name != "start"]
+    colours = dict(zip(arms, itertools.cycle(COLOURS), strict=False)) | {"start": START_COLOUR}
+    for index, arm in enumerate(names):
+        clean, robust = (group.accuracies(arm, "best", attack) for attack in ("clean", "pgd-20"))
+        if not clean or not robust:
+            continue
+        place = 100 * statistics.mean(clean.values()), 100 * statistics.mean(robust.values())
+        across, along = (
+            100 * statistics.stdev(values.values()) if len(values) > 1 else 0.0
+            for values in (clean, robust)
+        )
+        marker = "*" if arm == "start" else "o" if index <= len(COLOURS) else "s"
+        style = {"color": colours[arm], "marker": marker, "linewidth": 0.8}
+        axes.errorbar(*place, xerr=across, yerr=along, **style)
+        places[arm] = place
+    for index, arm in enumerate(sorted(places, key=lambda arm: places[arm][1])):
+        axes.annotate(
+            arm,
+            places[arm],
+            xytext=(1.03, (index + 0.5) / len(places)),
+            textcoords="axes fraction",
+            verticalalignment="center",
+            fontsize=8,
+            color=colours[arm],
+            arrowprops={
+                "arrowstyle": "-",
+                "relpos": (0, 0.5),
+                "color": colours[arm],
+                "linewidth": 0.4,
+            },
+        )
+    axes.set_title("Test accuracy of the best epoch, %", fontsize=10)
+    axes.set_xlabel("clean", fontsize=9)
+    axes.set_ylabel("PGD-20", fontsize=9)
+    axes.margins(0.05)
+    _plain(axes)
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Arguments of an attack, checked before it starts: radii, pixels, labels, shapes, devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from safer_fast.config.checks import check_ball, check_number
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def check_settings(
+    images: Tensor, *, norm: str, epsilon: float | Tensor, step_size: float | Tensor, steps: int
+) -> None:
+    """Raises ValueError for what shows without a look at values of tensors."""
+    if images.ndim != 4 or not images.is_floating_point():
+        raise ValueError(f"images: expected float [B, C, H, W], got {_described(images)}")
+    if norm not in ("linf", "l2"):
+        raise ValueError(f"norm: expected linf or l2, got {norm!r}")
+    if not isinstance(steps, int) or steps < 0:
+        raise ValueError(f"steps: expected a whole number of at least 0, got {steps!r}")
+    for name, value in (("epsilon", epsilon), ("step_size", step_size)):
+        if isinstance(value, Tensor) and (value.ndim or value.device != images.device):
+            raise ValueError(
+                f"{name}: expected a 0-d tensor on {images.device}, got {_described(value)}"
+            )
+        if not isinstance(value, Tensor):
+            check_number(name, value)
+    if not isinstance(epsilon, Tensor):
+        step = None if isinstance(step_size, Tensor) else float(step_size)
+        shape = images.shape[1:]
+        check_ball(norm, float(epsilon), step, shape=shape, flags=("epsilon", "step_size"))
+
+
+def checked_loss(
+    model: nn.Module, images: Tensor, labels: Tensor, start: Tensor | None, loss: Loss
+) -> Loss:
+    """The loss, which also checks the logits' shape against the labels.
+
+    Raises ValueError unless the tensors, and the model's weights, fit together and hold what they
+    should. Waits for the device once, for all values together.
+    """
+    _check_devices(model, images, labels)
+    if start is not None and (start.shape, start.dtype) != (images.shape, images.dtype):
+        expected = _described(images)
+        raise ValueError(f"start: expected {expected} like images, got {_described(start)}")
+    last = _check_values(images, labels, start)
+
+    def checked(logits: Tensor, labels: Tensor) -> Tensor:
+        if logits.ndim != 2 or len(logits) != len(labels):
+            raise ValueError(f"model: expected logits [{len(labels)}, K], got {_described(logits)}")
+        num_classes = logits.shape[1]
+        if last >= num_classes or (labels.ndim == 2 and labels.shape[1] != num_classes):
+            got = last if labels.ndim == 1 else _described(labels)
+            raise ValueError(f"labels: expected {num_classes} classes as logits have, got {got}")
+        return loss(logits, labels)
+
+    return checked
+
+
+def _check_devices(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    is_classes = labels.ndim == 1 and labels.dtype == torch.int64
+    is_probabilities = labels.ndim == 2 and labels.is_floating_point()
+    if not (is_classes or is_probabilities) or len(labels) != len(images):
+        size = len(images)
+        raise ValueError(
+            f"labels: expected int64 [{size}] or probabilities [{size}, K], got "
+            f"{_described(labels)}"
+        )
+    if labels.device != images.device:
+        raise ValueError(f"labels: expected on {images.device} like images, got {labels.device}")
+    devices = {weight.device for weight in chain(model.parameters(), model.buffers())}
+    if devices and images.device not in devices:
+        found = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"model: expected on {images.device} like images, got {found}")
+
+
+def _check_values(images: Tensor, labels: Tensor, start: Tensor | None) -> int:
+    """The highest class number, -1 for probabilities; raises ValueError for values out of range."""
+    if not images.numel() or not labels.numel():
+        return -1
+    looked_at = [images, labels] if start is None else [images, labels, start]
+    ends = torch.stack([end.double() for values in looked_at for end in values.detach().aminmax()])
+    names = ("images", "labels", "start")
+    lows_and_highs = dict(zip(names, ends.view(-1, 2).tolist(), strict=False))
+    low, high = lows_and_highs.pop("labels")
+    for name, (smallest, largest) in lows_and_highs.items():
+        if not (smallest >= 0 and largest <= 1):
+            raise ValueError(
+                f"{name}: expected pixels in [0, 1], got values from {smallest:g} to {largest:g}"
+            )
+    if labels.ndim == 1 and low < 0:
+        raise ValueError(f"labels: expected class numbers from 0, got {int(low)}")
+    if labels.ndim == 2 and not (low >= 0 and high <= 1 + 1e-3):
+        raise ValueError(f"labels: expected probabilities, got values from {low:g} to {high:g}")
+    return int(high) if labels.ndim == 1 else -1
+
+
+def _described(values: Tensor) -> str:
+    return f"{str(values.dtype).removeprefix('torch.')} {list(values.shape)} on {values.device}"

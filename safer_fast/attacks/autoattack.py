@@ -1,0 +1,180 @@
+"""AutoAttack and its parts, by the library that the benchmark's authors maintain."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safer_fast.attacks.gradient_watch import Watch
+from safer_fast.attacks.named import margin
+from safer_fast.attacks.pgd import Norm, cross_entropy, frozen, pixel_gradient
+from safer_fast.config.attack_names import LIBRARY_ATTACKS
+from safer_fast.runtime.micro_batch import MicroBatch
+
+LEAST_CLASSES = {"apgd-dlr": 3, "autoattack": 4}
+"""Logits that the difference-of-logits-ratio losses compare."""
+LEAST_SIZE = 5
+"""Edge in pixels of the images that Square in L2 tiles."""
+MOST_TARGETS = 9
+
+
+class LibraryAttacks:
+    """apgd-ce, apgd-dlr, square and autoattack, computed by pyautoattack on one frozen model.
+
+    The first three are the parts of the standard ensemble with its parameters, one restart each,
+    apgd-dlr untargeted; autoattack is the ensemble itself (Croce & Hein, 2020). With fewer than ten
+    classes its targeted attacks take all of them in place of nine. report: is told once what the
+    library warns of. Raises ValueError naming `--attacks` for what an attack is not made for.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        norm: Norm,
+        num_classes: int,
+        micro_batch: MicroBatch,
+        report: Callable[[str], None] = print,
+    ) -> None:
+        self.model, self.norm, self.num_classes = model, norm, num_classes
+        self.micro_batch, self._report = micro_batch, report
+        self._told: set[str] = set()
+
+    def __call__(
+        self,
+        name: str,
+        images: Tensor,
+        labels: Tensor,
+        epsilon: float,
+        seed: int,
+        highest_loss: bool = False,
+    ) -> Tensor:
+        """What the attack makes of images [B, C, H, W]; those that resist stay as they are.
+
+        The draws depend on the seed and on all images that are given. highest_loss: images that
+        resist apgd come back where their loss was highest, for another model to be tried on them.
+        """
+        attacked = torch.empty_like(images)
+
+        def attack_in_parts(size: int) -> None:
+            for first in range(0, len(images), size):
+                part = slice(first, first + size)
+                attacked[part] = self._attack(
+                    name, images[part], labels[part], epsilon, seed, highest_loss
+                )
+
+        device = images.device
+        with (
+            frozen(self.model),
+            self._telling(),
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+        ):
+            self.micro_batch.run(len(images), attack_in_parts)
+        return attacked
+
+    def blind(self, name: str, images: Tensor, labels: Tensor) -> Tensor:
+        """Images that give apgd no gradient that is of use where they are, bool [B]; else none.
+
+        The gradient of apgd-dlr's loss is that of the margin, on another scale.
+        """
+        watch = Watch(len(images), images.device)
+        loss = {"apgd-ce": cross_entropy, "apgd-dlr": margin}.get(name)
+
+        def look_in_parts(size: int) -> None:
+            assert loss is not None
+            for first in range(0, len(images), size):
+                part = slice(first, first + size)
+                own = Watch(len(labels[part]), images.device)
+                own.note(pixel_gradient(self.model, images[part], labels[part], own.seeing(loss)))
+                watch.put(part, own)
+
+        if loss is not None:
+            with frozen(self.model):
+                self.micro_batch.run(len(images), look_in_parts)
+        return watch.blind
+
+    def _attack(
+        self,
+        name: str,
+        images: Tensor,
+        labels: Tensor,
+        epsilon: float,
+        seed: int,
+        highest_loss: bool,
+    ) -> Tensor:
+        suite = self._suite(images.device, epsilon, seed)
+        if name == "autoattack":
+            attacked = suite.run_standard_evaluation(images, labels, batch_size=len(images))[0]
+        elif name == "square":
+            attacked = suite.square.perturb(images, labels)
+        else:
+            torch.manual_seed(seed)  # the library itself does not where the loss is what counts
+            suite.apgd.loss = name.removeprefix("apgd-")
+            attacked = suite.apgd.perturb(images, labels, best_loss=highest_loss)
+        result: Tensor = attacked.detach()
+        return result
+
+    def _suite(self, device: torch.device, epsilon: float, seed: int) -> Any:
+        from pyautoattack import AutoAttack
+
+        norm = {"linf": "Linf", "l2": "L2"}[self.norm]
+        suite = AutoAttack(
+            self.model, norm=norm, eps=epsilon, version="standard", device=device, seed=seed
+        )
+        suite.verbose = False
+        targets = min(MOST_TARGETS, self.num_classes - 1)
+        suite.apgd_targeted.n_target_classes = suite.fab.n_target_classes = targets
+        return suite
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """What the library warns of is reported, each kind once; it ends the tracing it finds."""
+        logger, tracer = logging.getLogger("auto-attack"), sys.gettrace()
+        handler = _Handler(self._tell)
+        before = logger.propagate, logger.level
+        logger.addHandler(handler)
+        logger.propagate = False
+        logger.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.propagate, logger.level = before
+            sys.settrace(tracer)
+
+    def _tell(self, message: str) -> None:
+        kind = re.sub(r"\d+", "", message)
+        if kind not in self._told:
+            self._told.add(kind)
+            self._report(f"note: autoattack: {message}")
+
+
+class _Handler(logging.Handler):
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        super().__init__()
+        self._tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._tell(record.getMessage())
+
+
+def check_suits(name: str, norm: Norm, num_classes: int, image_size: int) -> None:
+    """Raises ValueError naming `--attacks` where the attack is not made for such a model."""
+    least = LEAST_CLASSES.get(name, 2)
+    if name in LIBRARY_ATTACKS and num_classes < least:
+        fits = [n for n in LIBRARY_ATTACKS if LEAST_CLASSES.get(n, 2) <= num_classes]
+        raise ValueError(
+            f"--attacks: expected at least {least} classes for {name}, got {num_classes}"
+            + (f"; in its place: --attacks {','.join(fits)}" if fits else "")
+        )
+    if name in ("square", "autoattack") and norm == "l2" and image_size < LEAST_SIZE:
+        raise ValueError(
+            f"--attacks: expected images of at least {LEAST_SIZE} pixels a side for {name} in l2, "
+            f"got {image_size}"
+        )

@@ -1,0 +1,1 @@
+"""Settings: their types, ranges and help, and what a user types turned into a Config."""

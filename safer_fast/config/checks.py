@@ -1,0 +1,202 @@
+"""Ranges that types cannot say, checked once before anything is loaded or written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from safer_fast.config import ranges
+from safer_fast.config.attack_names import check_attack_name
+from safer_fast.config.messages import shortened, typed
+from safer_fast.config.ranges import Range
+from safer_fast.config.schema import SAVINGS, Config
+
+HINT = "pixels are in [0, 1]; write 8/255, not 8"
+
+
+def check_config(config: Config) -> None:
+    """Every setting is within its range; raises ValueError with the first flag that is not."""
+    check_ranges(config, ranges.TRAIN)
+    _check_arguments(config.model.arguments)
+    _check_together(config)
+
+
+def check_ranges(config: Any, known: Mapping[str, Range]) -> None:
+    """Raises ValueError with the first flag of `known` whose number in `config` is out of range."""
+    for flag, limits in known.items():
+        value = _value(config, flag)
+        if value is None or value == "auto":
+            continue
+        if expected := limits.expected(value):
+            got = f"{value:.10g}" if isinstance(value, float) else shortened(str(value))
+            raise ValueError(f"{typed(flag)}: expected {expected}, got {got}")
+
+
+def check_number(name: str, value: Any, largest: float = math.inf) -> None:
+    """Raises ValueError for an argument of a function that is no number from 0 to `largest`."""
+    is_number = isinstance(value, Real)
+    if not is_number:
+        raise ValueError(f"{name}: expected a number, got {shortened(repr(value))}")
+    if not 0 <= value <= largest:
+        expected = f"at most {largest:,.10g}" if value > largest else "at least 0"
+        raise ValueError(f"{name}: expected {expected}, got {value}")
+
+
+def check_ball(
+    norm: str,
+    epsilon: float,
+    step_size: float | None = None,
+    *,
+    shape: Sequence[int] | None = None,
+    flags: tuple[str, str] = ("--attack.epsilon", "--attack.step_size"),
+) -> None:
+    """Raises ValueError for a radius that reaches every image there is, or a step across the ball.
+
+    shape: of an image [C, H, W]; None: not known yet, any image will do. flags: what the radius and
+    the step are called in messages.
+    """
+    if norm == "linf":
+        largest, words = 1.0, "a radius in [0, 1] for linf"
+    else:
+        channels, *edges = shape or (ranges.CHANNELS, ranges.EDGE, ranges.EDGE)
+        largest = math.sqrt(math.prod((channels, *edges)))
+        words = f"a radius for l2 of at most {largest:.4g}, the diagonal of all images"
+        if shape:
+            words += " of " + "x".join(map(str, shape))
+    if not 0 <= epsilon <= largest:
+        raise ValueError(f"{flags[0]}: expected {words}, got {epsilon:g} ({HINT})")
+    diameter = 2 * (epsilon or largest)
+    if step_size is not None and not 0 <= step_size <= diameter * (1 + 1e-6):
+        raise ValueError(
+            f"{flags[1]}: expected at most {diameter:.4g}, the diameter of the ball, got "
+            f"{step_size:g} ({HINT})"
+        )
+
+
+def check_new(config: Config) -> None:
+    """Raises ValueError for settings that a run must not begin with.
+
+    Those are empty lists, and settings that contradict each other. Runs of the past may have them:
+    they are still read.
+    """
+    selection, model = config.selection, config.model
+    if model.checkpoint is not None and model.pretrained:
+        raise ValueError(
+            "--model.pretrained: expected false with --model.checkpoint, which has weights, got "
+            "true"
+        )
+    if (size := model.arguments.get("img_size")) is not None:
+        raise ValueError(
+            "--model.arguments: expected no img_size, which is that of the images "
+            f"(--data.image_size), got {shortened(str(size))}"
+        )
+    patch = model.arguments.get("patch_size", model.patch_size)
+    if model.patch_size not in (None, patch):
+        raise ValueError(
+            f"--model.arguments: expected patch_size {model.patch_size} as --model.patch_size, got "
+            f"{shortened(str(patch))}"
+        )
+    for flag, names in {
+        "--selection.layers": selection.layers,
+        "--selection.candidates": selection.candidates,
+    }.items():
+        if names is not None and not names:
+            raise ValueError(f"{flag}: expected at least one name or pattern, got none")
+    if not config.evaluation.attacks:
+        raise ValueError("--evaluation.attacks: expected at least one attack, got none")
+
+
+def check_file(path: str | None, flag: str) -> None:
+    """Raises ValueError where no file can be written, before there is anything to lose."""
+    if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+        raise ValueError(
+            f"{flag}: expected a file in a folder that exists, got {shortened(repr(path))}"
+        )
+
+
+def _check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Raises ValueError for names that no function has, and values that run.yaml cannot hold."""
+    for name in arguments:
+        if not str(name).isidentifier():
+            hint = "; a space follows each colon" if ":" in str(name) else ""
+            raise ValueError(
+                "--model.arguments: expected names with values such as {depth: 4}, got "
+                f"{{{shortened(str(name))}}}{hint}"
+            )
+    try:
+        yaml.safe_dump(dict(arguments))
+    except yaml.representer.RepresenterError as error:
+        raise ValueError(
+            "--model.arguments: expected numbers, texts, lists and names with values, got "
+            f"{shortened(repr(error.args[-1]))}"
+        ) from None
+
+
+def _check_together(config: Config) -> None:
+    if config.resume != "never" and config.output is None:
+        raise ValueError(
+            f"--resume: expected --output with the folder of the run, got {config.resume} alone"
+        )
+    selection, attack = config.selection, config.attack
+    if selection.warmup_epochs >= config.epochs and selection.warmup_epochs > 0:
+        raise ValueError(
+            f"--selection.warmup_epochs: expected less than --epochs {config.epochs}, "
+            f"got {selection.warmup_epochs}; where a recipe sets it, give it too"
+        )
+    size = config.data.image_size
+    shape = None if size is None else (ranges.CHANNELS, size, size)
+    check_ball(attack.norm, attack.epsilon, attack.step_size, shape=shape)
+    if attack.precision != "amp" and config.amp == "off":
+        raise ValueError(f"--attack.precision: expected amp with --amp off, got {attack.precision}")
+    if config.objective.name == "mart":
+        for flag in ("objective.label_smoothing", "data.mixup", "data.cutmix"):
+            if value := _value(config, flag):
+                raise ValueError(
+                    f"--{flag}: expected 0 with --objective.name mart, whose labels are class "
+                    f"numbers, got {value}"
+                )
+    if selection.lora_rank:
+        for flag in ("optim.ema_decay", "selection.norms"):
+            if value := _value(config, flag):
+                raise ValueError(
+                    f"--{flag}: expected none with --selection.lora_rank, which trains factors "
+                    f"alone, got {value}"
+                )
+    if not all(0 <= beta < 1 for beta in config.optim.betas):
+        raise ValueError(f"--optim.betas: expected two shares in [0, 1), got {config.optim.betas}")
+    _check_rates(config)
+    if unknown := [name for name in config.runtime.exact_savings if name not in SAVINGS]:
+        raise ValueError(
+            f"--runtime.exact_savings: expected any of {', '.join(SAVINGS)}, got "
+            f"{shortened(repr(unknown[0]))}"
+        )
+    for name in config.evaluation.attacks:
+        check_attack_name(name, "--evaluation.attacks")
+
+
+def _check_rates(config: Config) -> None:
+    optim = config.optim
+    milestones = list(optim.milestones)
+    if not all(0 < milestone < 1 for milestone in milestones) or milestones != sorted(milestones):
+        raise ValueError(
+            f"--optim.milestones: expected rising shares in (0, 1), got {optim.milestones}"
+        )
+    safer = optim.safer_learning_rate or optim.learning_rate
+    peak = min(safer, optim.learning_rate) if config.selection.warmup_epochs else safer
+    if optim.schedule == "cosine" and optim.min_learning_rate > peak:
+        raise ValueError(
+            f"--optim.min_learning_rate: expected at most {peak:g}, the peak that the rate falls "
+            f"from, got {optim.min_learning_rate:g}"
+        )
+
+
+def _value(config: Any, flag: str) -> Any:
+    value = config
+    for name in flag.split("."):
+        value = getattr(value, name)
+    return value

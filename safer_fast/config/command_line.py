@@ -1,0 +1,289 @@
+"""From words typed to a valid configuration: recipes, YAML, flags, one clear line for a mistake."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse.typing import register_type
+
+from safer_fast.config.checks import check_config
+from safer_fast.config.help_text import HelpFormatter, tidy
+from safer_fast.config.messages import LONGEST_WORD, explained, shortened, typed
+from safer_fast.config.recipe_scale import scaled
+from safer_fast.config.schema import Config, Names, Radius
+from safer_fast.config.untrusted import ENDLESS_NUMBER, load_yaml
+
+RECIPES = Path(__file__).parent / "recipes"
+DEFAULT_RECIPE = "digits"
+OPEN_FLAGS = (
+    "model.patch_size",
+    "selection.warmup_epochs",
+    "attack.clean_epochs",
+    "attack.epsilon_warmup_epochs",
+)
+"""What training chooses by the data and the weights where nobody gives it."""
+CONTROL = re.compile("[\x00-\x1f\x7f]")
+T = TypeVar("T")
+
+
+def parse_config(arguments: Sequence[str], described: Mapping[str, Any] | None = None) -> Config:
+    """The configuration that `python -m safer_fast.train` was asked for.
+
+    `--config` takes a YAML file or the name of a recipe; flags override it. With neither `--config`
+    nor `--data.path` the recipe `digits` is the base. See also `find_open_flags`.
+    described: settings of `model` that the checkpoint was trained with; they count where
+    `model.checkpoint` is written, so that flags override them, and they override the recipe if the
+    checkpoint is a flag itself. Raises ValueError naming the flag.
+    """
+    parser = new_parser("train", "Train a robust vision transformer.")
+    parser.add_argument("--config", action="config", help=f"a YAML file or {_recipe_names()}")
+    parser.add_class_arguments(Config, None)
+    words = with_underscores(arguments)
+    for switch in _switches():
+        words = _with_value(switch, words)
+    config = parse(parser, _config_first(words, described or {}), Config)
+    given = {word.partition("=")[0] for word in words}
+    is_typed = any(word.startswith("--model.arguments") for word in given)
+    if is_typed and "patch_size" in config.model.arguments and "--model.patch_size" not in given:
+        config.model.patch_size = None  # not that of a recipe
+    check_config(config)
+    return config
+
+
+def find_open_flags(arguments: Sequence[str]) -> list[str]:
+    """Those of OPEN_FLAGS that training is to choose: without a recipe, and not typed.
+
+    The name of a model is one of its patch size too.
+    """
+    given = {word.partition("=")[0] for word in with_underscores(arguments)}
+    if "--config" in given or "--data.path" not in given:
+        return []
+    if "--model.name" in given:
+        given.add("--model.patch_size")
+    groups = {flag: f"--{flag.partition('.')[0]}" for flag in OPEN_FLAGS}
+    return [flag for flag in OPEN_FLAGS if not given & {f"--{flag}", groups[flag]}]
+
+
+def scaled_by_epochs(arguments: Sequence[str]) -> list[str]:
+    """A line for each setting of the default recipe that keeps its share of a typed `--epochs`."""
+    words = with_underscores(arguments)
+    if {"--config", "--data.path"} & {word.partition("=")[0] for word in words}:
+        return []
+    recipe = _check_mapping(RECIPES / f"{DEFAULT_RECIPE}.yaml")
+    why = f"as large a share of the epochs as in the recipe {DEFAULT_RECIPE}"
+    return [f"--{flag} {value:g}: {why}" for flag, value in scaled(recipe, words).items()]
+
+
+def new_parser(command: str, description: str) -> ArgumentParser:
+    """A parser whose types and help follow the conventions of all commands."""
+    register_type(
+        Radius, serializer=float, deserializer=_parse_radius, fail_already_registered=False
+    )
+    register_type(Names, serializer=list, deserializer=_parse_names, fail_already_registered=False)
+    set_parsing_settings(
+        docstring_parse_attribute_docstrings=True,
+        # nothing that a file names is imported, nor made
+        import_path_denylist=["*"],
+        instantiate_subclass_spec_in_any=False,
+    )
+    return _Parser(
+        prog=f"python -m safer_fast.{command}",
+        description=description,
+        exit_on_error=False,
+        formatter_class=HelpFormatter,
+    )
+
+
+class _Parser(ArgumentParser):
+    """Shows flags of the top level as they are typed: --batch-size, but --group.its_name."""
+
+    def format_help(self, *arguments: Any, **settings: Any) -> str:
+        return tidy(super().format_help(*arguments, **settings))
+
+
+def parse(parser: ArgumentParser, arguments: Sequence[str], kind: Callable[..., T]) -> T:
+    """The parsed arguments as `kind`, a dataclass; raises ValueError with one clear line."""
+    for before, word in pairwise(["", *arguments]):
+        if ENDLESS_NUMBER.search(word):
+            awaits_value = before.startswith("--") and "=" not in before
+            named = word if word.startswith("--") else before if awaits_value else ""
+            flag = typed(named.partition("=")[0][2:]) if named else "RUN"
+            raise ValueError(f"{flag}: expected numbers of fewer digits, got {shortened(word)}")
+    return parsed(parser, kind, lambda: parser.parse_args(list(arguments)))
+
+
+def parsed(parser: ArgumentParser, kind: Callable[..., T], read: Callable[[], Any]) -> T:
+    """The values that `read` gives, parsed as `kind`; raises ValueError with one line."""
+    try:
+        values = parser.instantiate(read())
+    except ArgumentError as error:
+        raise ValueError(explained(str(error), _settings_of(parser))) from None
+    except OverflowError:
+        raise ValueError("expected numbers below 1e308, got a larger one") from None
+    names = {item.name for item in fields(kind)} if is_dataclass(kind) else set()
+    parsed = kind(**{name: value for name, value in vars(values).items() if name in names})
+    _check_values(parsed)
+    return parsed
+
+
+def _check_values(config: Any, group: str = "") -> None:
+    """Raises ValueError for null where a setting does not take it, and for texts that name nothing.
+
+    jsonargparse lets them pass.
+    """
+    for name, kind in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        flag = "RUN" if name in ("run", "runs") else typed(group + name)
+        if is_dataclass(value):
+            _check_values(value, f"{name}.")
+        elif value is None and type(None) not in get_args(kind):
+            raise ValueError(f"{flag}: expected a value, got null")
+        for text in [value] if isinstance(value, str) else value if isinstance(value, list) else []:
+            if CONTROL.search(text) or any(len(part) > LONGEST_WORD for part in text.split("/")):
+                raise ValueError(
+                    f"{flag}: expected a name or path without control characters, at most "
+                    f"{LONGEST_WORD} letters between slashes, got {shortened(repr(text))}"
+                )
+
+
+def _settings_of(parser: ArgumentParser) -> list[str]:
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    return [flag[2:] for flag in flags if flag.startswith("--")]
+
+
+def with_underscores(arguments: Sequence[str]) -> list[str]:
+    """Flags with their dashes as underscores, `--batch-size=8` -> `--batch_size=8`; values stay."""
+    return [_flag_with_underscores(word) if word.startswith("--") else word for word in arguments]
+
+
+def _flag_with_underscores(word: str) -> str:
+    flag, equals, value = word.partition("=")
+    return "--" + flag[2:].replace("-", "_") + equals + value
+
+
+def _with_value(flag: str, words: Sequence[str]) -> list[str]:
+    """The words with `flag` alone as `flag=true`."""
+    return [
+        f"{word}=true" if word == flag and following.startswith("--") else word
+        for word, following in pairwise([*words, "--"])
+    ]
+
+
+def _config_first(words: Sequence[str], described: Mapping[str, Any]) -> list[str]:
+    """The words with `--config FILE` in front, so that flags override it wherever they stand."""
+    words, name = _without(words, "--config")
+    given = {word.partition("=")[0] for word in words}
+    network = _without(words, "--model.name")[1]
+    is_default = name is None and "--data.path" not in given
+    if is_default:
+        name = DEFAULT_RECIPE
+    if name is None:
+        return _as_words(described, network) + words
+    if len(name.rpartition("/")[2]) > LONGEST_WORD - len(".yaml"):  # no file has such a name
+        raise ValueError(
+            f"--config: expected a YAML file or {_recipe_names()}, got {shortened(name)}"
+        )
+    recipe = RECIPES / f"{name}.yaml"
+    file = recipe if recipe.is_file() else Path(name)
+    model = _check_mapping(file).get("model", {})
+    first = ["--config", str(file)]
+    if is_default:
+        content = _check_mapping(file)
+        first += [f"--{flag}={value}" for flag, value in scaled(content, words).items()]
+    if "--model.name" in given:  # arguments of the recipe's model mean nothing to another one
+        first += ["--model.arguments", "{}"]
+    if "--model.checkpoint" in given:
+        return first + _as_words(described, network) + words
+    return _as_words(described, network or model.get("name")) + first + words
+
+
+def _as_words(described: Mapping[str, Any], network: Any) -> list[str]:
+    """The flags for what a checkpoint is described by, unless another network is asked for."""
+    if network is not None and str(network).partition(".")[0] != described.get("name"):
+        return []  # arguments of a network mean nothing to another one
+    texts = {key: v if isinstance(v, str) else json.dumps(v) for key, v in described.items()}
+    return [f"--model.{key}={text}" for key, text in texts.items()]
+
+
+def _check_mapping(file: Path) -> dict[str, Any]:
+    """The settings in a file; their names and types are checked later.
+
+    Raises ValueError for a file that holds none.
+    """
+    if not file.is_file():
+        raise ValueError(f"--config: expected a YAML file or {_recipe_names()}, got {str(file)!r}")
+    try:
+        content = load_yaml(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--config: expected YAML in {file}: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"--config: expected names with values in {file}, got "
+            + ("none" if content is None else shortened(repr(content)))
+        )
+    # jsonargparse would read other files that these name
+    if "config" in content:
+        raise ValueError("--config: unknown setting 'config'")
+    for name in _group_names():
+        if not isinstance(group := content.get(name, {}), dict):
+            raise ValueError(
+                f"--config: expected names with values for {name} in {file}, "
+                f"got {shortened(repr(group))}"
+            )
+    return content
+
+
+def _without(words: Sequence[str], flag: str) -> tuple[list[str], str | None]:
+    """The words without `flag VALUE` or `flag=VALUE`, and that value."""
+    rest, value = [], None
+    remaining = iter(words)
+    for word in remaining:
+        if word == flag:
+            value = next(remaining, None)
+        elif word.startswith(flag + "="):
+            value = word.partition("=")[2]
+        else:
+            rest.append(word)
+    return rest, value
+
+
+def _recipe_names() -> str:
+    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    return f"one of the recipes {', '.join(names)}"
+
+
+def _switches() -> list[str]:
+    """Flags that are true where they stand alone."""
+    flags = []
+    for name, value in Config().to_dict().items():
+        values = value if name in _group_names() else {"": value}
+        inner = ((f"{name}.{key}" if key else name, item) for key, item in values.items())
+        flags += [f"--{flag}" for flag, item in inner if isinstance(item, bool)]
+    return flags
+
+
+def _group_names() -> list[str]:
+    config = Config()
+    return [item.name for item in fields(config) if is_dataclass(getattr(config, item.name))]
+
+
+def _parse_radius(value: Any) -> Radius:
+    try:
+        numerator, slash, denominator = str(value).partition("/")
+        return Radius(float(numerator) / float(denominator) if slash else float(numerator))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(
+            f"Expected a number or a fraction such as 8/255. Got value: {value}"
+        ) from None
+
+
+def _parse_names(value: Any) -> Names:
+    items = value.split(",") if isinstance(value, str) else value
+    return Names(str(item).strip() for item in items if str(item).strip())

@@ -1,0 +1,127 @@
+"""Settings of the commands that take a run: typed dataclasses like those of schema.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from safer_fast.config.schema import DataConfig, Names, Radius
+
+
+@dataclass
+class EvaluateConfig:
+    """What is evaluated."""
+
+    run: str
+    """Run folder."""
+    attacks: Names = field(default_factory=lambda: Names(["clean", "fgsm", "pgd-20"]))
+    """Attacks, comma-separated: clean, fgsm, pgd-K, cw, cw-K, apgd-ce, apgd-dlr, square,
+    autoattack; docs/evaluation.md."""
+    norm: Literal["linf", "l2"] | None = None
+    """Norm of the ball; default: the run's."""
+    epsilon: Radius | None = None
+    """Radius of the ball; default: the run's."""
+    restarts: int = 1
+    """Random starts of pgd and cw; an image that one of them fools is not right."""
+    weights: str = "last"
+    """last or best."""
+    source: str | None = None
+    """Transfer: a run folder whose model the attacks are made on; default: RUN's own."""
+    source_weights: str = "last"
+    """last or best, of --source."""
+    path: str | None = None
+    """Data to evaluate on, in any format of --data.path; default: the run's test split."""
+    image_column: str | None = None
+    """Column of images in parquet files, with --data.path; default: the run's."""
+    label_column: str | None = None
+    """Column of labels in parquet files, with --data.path; default: the run's."""
+    num_images: int | None = None
+    """Use only so many images, a fixed subset stratified by class; default: all."""
+    batch_size: int = 256
+    """Images per batch, at most; an evaluation that was stopped goes on at the next batch."""
+    seed: int = 0
+    """Seed of all that attacks draw."""
+    amp: Literal["run", "off", "bf16"] = "run"
+    """Precision; run: the one that RUN was trained in."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is a GPU."""
+    fresh: bool = False
+    """Measure again what was measured already."""
+
+
+@dataclass
+class SelectConfig:
+    """How layers are scored."""
+
+    run: str
+    """Run folder."""
+    criterion: str = "sharpness"
+    """Score that ranks the layers: sharpness, gradient-norm, criticality, random, least-sharp, or
+    one of your own (docs/extending.md)."""
+    criteria: Names = field(
+        default_factory=lambda: Names(
+            ["sharpness-absolute", "sharpness-relative", "gradient-norm", "criticality"]
+        )
+    )
+    """What it is compared with, comma-separated: sharpness-absolute, sharpness-relative,
+    gradient-norm, criticality, or those of your own; fewer take less time."""
+    fraction: float = 0.05
+    """Share of the layers that is selected, in (0, 1]; at least one layer."""
+    rho: float = 0.05
+    """Radius of the perturbation that measures sharpness."""
+    radius: Literal["absolute", "relative"] = "absolute"
+    """absolute: rho; relative: rho times the norm of the layer's weights."""
+    from_block: int = 0
+    """Only layers of this block and above (and the head) are candidates."""
+    candidates: Names | None = None
+    """Only layers of these names or patterns, such as `blocks.*`, are candidates; default: all."""
+    epsilon: Radius | None = None
+    """Radius of the attack; default: the run's."""
+    steps: int | None = None
+    """Steps of the attack, 0 for none; default: the run's."""
+    num_images: int = 512
+    """Training images that the scores are measured on."""
+    weights: str = "last"
+    """last or best."""
+    seed: int = 0
+    """Seed of the images, the attack and the random criterion."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is a GPU."""
+    amp: Literal["run", "off", "bf16"] = "run"
+    """Precision; run: the one that RUN was trained in."""
+    output: str | None = None
+    """File to write; default: selection.json in the run folder."""
+    plot: str | None = None
+    """Draw a map of the layers for each criterion: a .svg or .png file; --plot alone:
+    selection.svg in the run folder."""
+
+
+@dataclass
+class ExportConfig:
+    """What is exported, and as what."""
+
+    run: str
+    """Run folder."""
+    format: Literal["timm", "hub", "robustbench", "onnx"] = "timm"
+    """timm: a folder for timm's local-dir:. hub: the same with a model card, ready to upload.
+    robustbench: a module that takes pixels in [0, 1]. onnx: pixels in, logits out."""
+    weights: str = "last"
+    """last or best."""
+    output: str | None = None
+    """New or empty folder to write; default: export-FORMAT in the run folder."""
+    license: str = "other"
+    """License of the weights that the model card names; other: none is named."""
+    name: str | None = None
+    """Name in the model card; default: that of the run folder."""
+
+
+@dataclass
+class DoctorConfig:
+    """What is looked at beside the machine."""
+
+    output: str | None = None
+    """Folder that a run would write to, for its disk; default: the current folder."""
+    batch_size: int = 64
+    """Images per batch that the data, if there is any, is tried with."""
+    data: DataConfig = field(default_factory=DataConfig)
+    json: bool = False

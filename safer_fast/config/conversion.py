@@ -1,0 +1,66 @@
+"""Settings made in Python: their types and checks are those of the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safer_fast.config.checks import check_config
+from safer_fast.config.command_line import new_parser, parsed
+from safer_fast.config.messages import shortened
+from safer_fast.config.schema import Config
+
+T = TypeVar("T")
+
+
+def checked(config: Config) -> Config:
+    """A copy of a configuration made in Python, with the types and checks of the command line."""
+    if not isinstance(config, Config):
+        raise ValueError(f"config: expected Config, got {shortened(repr(config))}")
+    config = converted(config)
+    check_config(config)
+    return config
+
+
+def converted(config: T) -> T:
+    """A copy of the settings, a dataclass, with the types that the command line gives them.
+
+    Fractions and numbers may be texts, groups may be dictionaries. Raises ValueError with one clear
+    line for a value that the command line would refuse too.
+    """
+    kind = type(config)
+    parser = new_parser("train", "")
+    parser.add_class_arguments(kind, None)
+    return parsed(parser, kind, lambda: parser.parse_object(_as_given(config)))
+
+
+def _as_given(config: Any) -> dict[str, Any]:
+    """The settings as plain values, which is how a YAML file holds them."""
+    given = {}
+    known = [item.name for item in fields(config)]
+    if unknown := [name for name in vars(config) if name not in known]:
+        raise ValueError(f"{type(config).__name__}: unknown setting {shortened(unknown[0])!r}")
+    for item in fields(config):
+        value = getattr(config, item.name)
+        group: type = item.default_factory  # type: ignore[assignment]
+        if is_dataclass(group) and not isinstance(value, Mapping):
+            if type(value) is not group:
+                raise ValueError(
+                    f"{item.name}: expected {group.__name__}, got {shortened(repr(value))}"
+                )
+            value = _as_given(value)
+        given[item.name] = _plain(value)
+    return given
+
+
+def _plain(value: Any) -> Any:
+    """The value with texts for paths, and Python's own numbers for those of numpy and torch."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value.item() if getattr(value, "ndim", None) == 0 else value

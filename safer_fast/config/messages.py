@@ -1,0 +1,148 @@
+"""Clear lines for a user's mistakes: what was expected, what came, which flag was meant."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+from safer_fast.config.help_text import dashed
+
+MOST_SHOWN = 80
+"""Characters of a value that a message shows."""
+LONGEST_WORD = 255
+"""Characters of the longest word that a message shows whole: a file's name may have as many."""
+LONGEST_LINE = 1200
+# What steers a terminal, turns the order of letters round, or is no text at all.
+UNPRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+# Usual names of other projects: what they are called here, by preference.
+_USUAL: dict[str, tuple[str, ...]] = {
+    "alpha": ("attack.step_size",),
+    "arch": ("model.name",),
+    "augment": ("data.augmentation",),
+    "bf16": ("amp",),
+    "bs": ("batch_size",),
+    "checkpoint_path": ("model.checkpoint",),
+    "ckpt": ("model.checkpoint",),
+    "clip_grad": ("optim.clip_norm",),
+    "data": ("data.path", "path"),
+    "data_dir": ("data.path", "path"),
+    "dataset": ("data.path", "path"),
+    "drop_path": ("model.drop_path_rate",),
+    "ema": ("optim.ema_decay",),
+    "eps": ("attack.epsilon", "epsilon"),
+    "fp16": ("amp",),
+    "gpu": ("runtime.device", "device"),
+    "img_size": ("data.image_size",),
+    "initial_checkpoint": ("model.checkpoint",),
+    "input_size": ("data.image_size",),
+    "iterations": ("attack.steps", "steps"),
+    "iters": ("attack.steps", "steps"),
+    "learning_rate": ("optim.learning_rate",),
+    "lr": ("optim.learning_rate",),
+    "max_epochs": ("epochs",),
+    "min_lr": ("optim.min_learning_rate",),
+    "mixed_precision": ("amp",),
+    "model": ("model.name",),
+    "n_epochs": ("epochs",),
+    "num_epochs": ("epochs",),
+    "num_samples": ("num_images", "data.max_images"),
+    "opt": ("optim.name",),
+    "optimizer": ("optim.name",),
+    "out": ("output",),
+    "output_dir": ("output",),
+    "precision": ("amp",),
+    "save_dir": ("output",),
+    "smoothing": ("objective.label_smoothing",),
+    "warmup": ("optim.warmup_epochs",),
+    "wd": ("optim.weight_decay",),
+    "weight_decay": ("optim.weight_decay",),
+    "workers": ("data.num_workers",),
+}
+_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "dict": "names with values such as {depth: 4}",
+    "tuple": "numbers such as [0.9, 0.95]",
+}
+
+
+def printable(text: str) -> str:
+    """The text with ? in place of line breaks, escape sequences and marks that turn it round."""
+    return UNPRINTABLE.sub("?", text)
+
+
+def shortened(value: str, most: int = MOST_SHOWN) -> str:
+    """The value if it has at most `most` characters, else its beginning."""
+    return value if len(value) <= most else value[: most - 3] + "..."
+
+
+def as_line(message: str) -> str:
+    """The message on one line that a terminal shows as it stands, without endless words."""
+    words = (shortened(word) if len(word) > LONGEST_WORD else word for word in message.split())
+    return shortened(printable(" ".join(words)), LONGEST_LINE)
+
+
+def typed(flag: str) -> str:
+    """The flag as users type it: --batch-size, but --attack.step_size."""
+    return f"--{flag}" if "." in flag else dashed(f"--{flag}")
+
+
+def suggested(name: str, known: Sequence[str]) -> str | None:
+    """The setting among `known` that was meant by `name`, if one is like it.
+
+    Names that other projects use come first, then settings of the same name in another group.
+    """
+    own = name.rpartition(".")[2]
+    same = [other for other in known if other.rpartition(".")[2] == own]
+    usual = [other for other in _USUAL.get(own, ()) if other in known]
+    return next(iter([*usual, *same, *get_close_matches(name, known, n=1)]), None)
+
+
+def explained(message: str, known: Sequence[str]) -> str:
+    """Jsonargparse's message of several lines as `--flag: expected ..., got ...`.
+
+    known: the settings that there are.
+    """
+    message = " ".join(message.split())
+    if found := re.match(r"unrecognized arguments: (\S+)", message):
+        flag = found[1].partition("=")[0]
+        close = suggested(flag.lstrip("-"), known)
+        return f"unknown flag {shortened(flag)}" + (
+            f", did you mean {typed(close)}?" if close else ""
+        )
+    if found := re.match(r"(?:Group '(.+?)' does not accept option|Option) '(.+?)'", message):
+        name = f"{found[1]}.{found[2]}" if found[1] else found[2]
+        close = suggested(name, known)
+        hint = f", did you mean {close!r}?" if close else ""
+        return f"--config: unknown setting {shortened(name)!r}{hint}"
+    if found := re.match(r"argument (--\S+): (.*)", message):
+        return f"{found[1]}: {found[2]}"
+    if not (found := re.match(r'Parser key "(.+?)": *(.*)', message)):
+        return message
+    flag, text = typed(found[1]), found[2]
+    if text.startswith("Unable to load config"):
+        return f"{flag}: expected names with values such as {{name: value}}, got another value"
+    if value := re.search(r"(?:Got|Given) value: (?:type: .*?Given value: )?(.*)$", text):
+        expected, got = _expected(text), "null" if value[1] == "None" else value[1]
+        hint = "; a space follows each colon" if re.match(r"\{.*:[^ ]", got) else ""
+        return f"{flag}: expected {expected}, got {shortened(got)}{hint}"
+    return f"{flag}: {text}"
+
+
+def _expected(text: str) -> str:
+    if "fraction such as" in text:
+        return "a number or a fraction such as 8/255"
+    text = re.sub(r"Given value type: <class '[^']+'>", "", text)
+    kinds = [kind for kind in re.findall(r"<class '([^']+)'>", text) if kind != "NoneType"]
+    expected = list(dict.fromkeys(_WORDS.get(kind, kind) for kind in kinds))
+    if choices := re.search(r"Literal\[(.*?)\]", text):
+        names = choices[1].replace("'", "")
+        expected.insert(0, names if expected else f"one of {names}")
+    if expected:
+        return " or ".join(expected)
+    return re.sub(r"^Expected (.*?)\. Got value.*", r"\1", text)

@@ -1,0 +1,1 @@
+"""NVIDIA DALI: a loader that decodes and crops on the GPU."""

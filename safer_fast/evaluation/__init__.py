@@ -1,0 +1,1 @@
+"""Evaluation: accuracy under attack that can be resumed, and signs of catastrophic overfitting."""

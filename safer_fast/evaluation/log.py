@@ -1,0 +1,42 @@
+"""Figures of evaluations in a run's metrics.jsonl: each once, also where several run at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safer_fast.runs.loggers.metrics_file import FILE_NAME, read_metrics
+from safer_fast.runs.loggers.run_log import RunLog
+from safer_fast.runtime.ranks import Ranks
+from safer_fast.runtime.turns import turn_at
+
+
+def open_log(folder: Path, ranks: Ranks) -> RunLog:
+    """The log of the run; raises ValueError where its lines cannot be read."""
+    if not ranks.is_first:
+        return RunLog(folder, ranks)
+    with turn_at(folder / FILE_NAME):
+        read_metrics(folder / FILE_NAME)
+        return RunLog(folder, ranks)
+
+
+def log_rows(rows: Sequence[dict[str, Any]], folder: Path, epoch: int, log: RunLog) -> None:
+    """Rows are appended to metrics.jsonl where nothing there says the same by now.
+
+    Evaluations that run at once take turns. Earlier versions did not say of how many images theirs
+    were, nor how many were not finite.
+    """
+    with turn_at(folder / FILE_NAME):
+        _append(rows, read_metrics(folder / FILE_NAME), epoch, log)
+        log.close()
+
+
+def _append(
+    rows: Sequence[dict[str, Any]], logged: Sequence[Mapping[str, Any]], epoch: int, log: RunLog
+) -> None:
+    known = [{"of_images": e.get("num_images"), "num_not_finite": 0, **e} for e in logged]
+    for row in rows:
+        facts = {key: value for key, value in row.items() if key != "seconds"}
+        if not any(event.items() >= facts.items() for event in known):
+            log.write("evaluation", epoch=epoch, step=0, **row)

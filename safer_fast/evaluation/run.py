@@ -1,0 +1,303 @@
+"""One evaluation of a run folder, batch by batch, which goes on where an earlier one was ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from safer_fast.attacks.autoattack import LibraryAttacks
+from safer_fast.attacks.correctness import has_finite, is_right
+from safer_fast.attacks.gradient_watch import Watch
+from safer_fast.attacks.masking import has_gradients, starts_at_random, with_verdicts
+from safer_fast.attacks.named import attack_spec
+from safer_fast.attacks.pgd import finite_pixels, placed_start
+from safer_fast.attacks.replayed import Climber
+from safer_fast.config.attack_names import LIBRARY_ATTACKS, num_attack_steps
+from safer_fast.config.commands import EvaluateConfig
+from safer_fast.data import Batch, as_pixels, describe_subset
+from safer_fast.evaluation.log import log_rows, open_log
+from safer_fast.evaluation.progress import ProgressDisplay
+from safer_fast.evaluation.setup import EvaluationSetup, num_restarts, set_up_evaluation
+from safer_fast.evaluation.store import SCALE, Outcome, names_of, to_millionths
+from safer_fast.models.flops import costs
+from safer_fast.models.robust_model import compile_blocks
+from safer_fast.runs.accuracies import accuracy_table, class_table, notes
+from safer_fast.runs.folder import LoadedRun
+from safer_fast.runs.loggers.run_log import RunLog
+from safer_fast.runtime.device import decide_auto
+from safer_fast.runtime.micro_batch import MicroBatch
+from safer_fast.runtime.ranks import Ranks, connected
+from safer_fast.runtime.seeds import derive_seed
+from safer_fast.runtime.signals import Stopped, Stops
+
+GRACE_S = 25.0
+NUM_SHAPES = 8
+"""Sizes of batches that are compiled and recorded for."""
+
+
+def evaluate_folder(config: EvaluateConfig) -> list[dict[str, Any]]:
+    """A row for each attack, printed and appended to metrics.jsonl where it is not there yet."""
+    folder = Path(config.run)
+    with connected(config.device != "cpu") as ranks, Stops(Ranks(), GRACE_S) as stops:
+        setup = set_up_evaluation(config, ranks)
+        log = open_log(folder, ranks)
+        num_images = setup.loader.num_images
+        if config.num_images is not None and config.num_images < num_images:
+            log.say(f"{setup.split}: {describe_subset(config.num_images, num_images)}")
+        share = -(-min(config.num_images or num_images, num_images) // ranks.num_ranks)
+        with ProgressDisplay(list(setup.stores), share, log.say, ranks.is_first) as progress:
+            examination = Evaluator(config, setup, progress, stops, log, share)
+            try:
+                for batch in setup.loader.epoch(1, limit=config.num_images):
+                    examination.take(batch)
+            except Stopped as stop:
+                done = f"{stop.signal.name}: stopped at {progress.share_done:.0%}"
+                log.say(f"{done}; the same command goes on from there")
+                raise
+        rows = examination.rows(ranks)
+        rows = [row for row in rows if row["attack"] in config.attacks]
+        rows = with_verdicts(rows)
+        epoch = setup.judge.config.epochs
+        if ranks.is_first:
+            log_rows(rows, folder, epoch, log)
+        log.say("\n".join([accuracy_table(rows), *notes(rows)]))
+        log.say(class_table(rows, setup.judge.class_names))
+    return rows
+
+
+class Evaluator:
+    """Measures batch after batch what is not in the stores yet, and adds up what is in them.
+
+    share: about how many images will come. Only images that are right without an attack are
+    attacked, and by the next restart only those that are still right.
+    """
+
+    def __init__(
+        self,
+        config: EvaluateConfig,
+        setup: EvaluationSetup,
+        progress: ProgressDisplay,
+        stops: Stops,
+        log: RunLog,
+        share: int,
+    ) -> None:
+        judge, attacked, threat = setup.judge, setup.attacked, setup.threat
+        self.config, self.judge, self.attacked = config, judge.model, attacked.model
+        self.threat, self.stores, self.progress, self.stops = threat, setup.stores, progress, stops
+        self.split, self.of_images = setup.split, setup.loader.num_images
+        self.is_transfer = attacked is not judge
+        self.device = judge.model.mean.device
+        num_classes = len(judge.class_names)
+        runtime = decide_auto(
+            attacked.runtime, attacked.config.runtime, _num_operations(config, attacked, share)
+        )
+        self.is_compiled = runtime.is_compiled
+        if self.is_compiled:
+            compile_blocks(self.attacked)
+        is_shaped = runtime.is_compiled or runtime.is_captured
+        replays = runtime.replays(log.say)
+        parts = MicroBatch("--batch-size", "auto", replays.forget, log.say)
+        multiple = -(-min(config.batch_size, share) // NUM_SHAPES) if is_shaped else 1
+        self.climber = Climber(self.attacked, threat.norm, parts, replays, multiple)
+        self.library = LibraryAttacks(self.attacked, threat.norm, num_classes, parts, log.say)
+        # of each attack: images and right ones of each class; then what `_totals` gives
+        self.classes = {
+            name: torch.zeros(2, num_classes, dtype=torch.float64) for name in setup.stores
+        }
+        self.totals = {name: torch.zeros(5, dtype=torch.float64) for name in setup.stores}
+        for model in {self.judge, self.attacked}:
+            model.register_forward_pre_hook(lambda *_: self._move_on())
+
+    def take(self, batch: Batch) -> None:
+        """The batch is measured under every attack, and counted."""
+        self._move_on()
+        count = batch.num_images
+        batch = replace(
+            batch, images=batch.images[:count], labels=batch.labels[:count], num_padding=0
+        )
+        if not count:
+            return
+        names = {
+            is_joint: names_of(batch.images, batch.labels, batch.position, is_joint)
+            for is_joint in {name in LIBRARY_ATTACKS for name in self.stores}
+        }
+        clean: list[Outcome] = []
+        for name, store in self.stores.items():
+            own = names[name in LIBRARY_ATTACKS]
+            outcomes = store.get(own)
+            is_known = outcomes is not None
+            if outcomes is None:
+                outcomes = self._measure(name, batch, clean)
+                outcomes = store.add(own, outcomes)
+            clean = clean or outcomes
+            self._count(name, batch.labels, outcomes, is_known)
+
+    def rows(self, ranks: Ranks) -> list[dict[str, Any]]:
+        """A row for each attack over the batches of all ranks; raises ValueError for no image."""
+        return [
+            self._row(name, ranks.sum_(classes), ranks.sum_(self.totals[name]), ranks)
+            for name, classes in self.classes.items()
+        ]
+
+    def _measure(self, name: str, batch: Batch, clean: Sequence[Outcome]) -> list[Outcome]:
+        started = time.perf_counter()
+        images = as_pixels(batch.images.to(self.device))
+        labels = batch.labels.to(self.device)
+        watch = Watch(len(labels), self.device)
+        if name == "clean":
+            right, losses, finite = self._judged(images, labels)
+        else:
+            known = zip(*((o.is_right, _loss(o), o.is_finite) for o in clean), strict=True)
+            right, losses, finite = (torch.tensor(v, device=self.device) for v in known)
+            watch.starts_right.copy_(right)
+            for restart in range(num_restarts(name, self.config)):
+                rows = right.nonzero().squeeze(1)
+                if len(rows):
+                    chosen = (name, images, labels, rows, batch.position, restart)
+                    attacked = finite_pixels(self._attack(*chosen, watch), images[rows])
+                    judged = self._judged(attacked, labels[rows])
+                    for values, found in zip((right, losses, finite), judged, strict=True):
+                        values[rows] = found
+        flags = (finite, ~watch.blind, watch.starts_right)
+        columns = right.tolist(), to_millionths(losses), *(values.tolist() for values in flags)
+        seconds = (time.perf_counter() - started) / len(labels)
+        return [Outcome(r, loss, seconds, *own) for r, loss, *own in zip(*columns, strict=True)]
+
+    def _attack(
+        self,
+        name: str,
+        images: Tensor,
+        labels: Tensor,
+        rows: Tensor,
+        position: int,
+        restart: int,
+        watch: Watch,
+    ) -> Tensor:
+        """What the attack makes of these rows of the images [B, C, H, W], which are watched."""
+        purpose = f"evaluation {name}" + (f" restart {restart}" if restart else "")
+        seed_of = partial(derive_seed, self.config.seed, purpose)
+        epsilon, chosen = self.threat.epsilon, (images[rows], labels[rows])
+        if name in LIBRARY_ATTACKS:
+            with self._eagerly():
+                watch.blind[rows] |= self.library.blind(name, *chosen)
+                return self.library(name, *chosen, epsilon, seed_of(position), self.is_transfer)
+        climb, start = attack_spec(name, epsilon), images
+        if climb.is_random:
+            radius = torch.full((), epsilon, device=self.device)
+            start = placed_start(
+                images, radius, self.threat.norm, position=position, seed_of=seed_of
+            )
+        own = Watch(len(rows), self.device)
+        attacked = self.climber(climb, start[rows], *chosen, epsilon, own)
+        watch.blind[rows] |= own.blind
+        watch.starts_right[rows] &= own.starts_right
+        return attacked
+
+    def _judged(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Which images are right, bool [B], their losses [B], and whose logits are finite."""
+        right, finite = torch.empty(2, len(labels), dtype=torch.bool, device=self.device)
+        losses = torch.empty(len(labels), device=self.device)
+
+        def judge_in_parts(size: int) -> None:
+            for first in range(0, len(labels), size):
+                part = slice(first, first + size)
+                logits = self.judge(images[part])
+                right[part], finite[part] = is_right(logits, labels[part]), has_finite(logits)
+                losses[part] = cross_entropy(logits, labels[part], reduction="none")
+
+        with torch.no_grad(), self._eagerly():
+            self.climber.micro_batch.run(len(labels), judge_in_parts)
+        return right, losses, finite
+
+    def _eagerly(self) -> AbstractContextManager[object]:
+        """Batches of any size are nothing to compile for."""
+        return torch.compiler.set_stance("force_eager") if self.is_compiled else nullcontext()
+
+    def _move_on(self) -> None:
+        self.stops.check()
+        self.progress.tick()
+
+    def _count(
+        self, name: str, labels: Tensor, outcomes: Sequence[Outcome], is_known: bool
+    ) -> None:
+        right = torch.tensor([outcome.is_right for outcome in outcomes])
+        counts, classes = self.classes[name], labels.cpu()
+        for sums, values in zip(counts, (classes, classes[right]), strict=True):
+            sums += torch.bincount(values, minlength=len(sums))
+        self.totals[name] += _totals(outcomes)
+        measured = None if is_known else sum(outcome.seconds for outcome in outcomes)
+        self.progress.add(name, len(outcomes), int(right.sum()), measured)
+
+    def _row(self, name: str, counts: Tensor, totals: Tensor, ranks: Ranks) -> dict[str, Any]:
+        loss, seconds, num_not_finite, num_blind, num_starts = totals.tolist()
+        (num_images, num_right), is_clean = counts.sum(1).int().tolist(), name == "clean"
+        if not num_images:
+            raise ValueError(
+                "data.path: expected an image that can be read to evaluate on, got none"
+            )
+        pairs = zip(*counts.tolist(), strict=True)
+        return {
+            "split": self.split,
+            "weights": self.config.weights,
+            "attack": name,
+            "norm": None if is_clean else self.threat.norm,
+            "epsilon": 0.0 if is_clean else self.threat.epsilon,
+            "accuracy": num_right / num_images,
+            "num_images": num_images,
+            "of_images": self.of_images,
+            "loss": round(loss / num_images) / SCALE if loss == loss else None,
+            "num_not_finite": int(num_not_finite),
+            "num_zero_gradients": int(num_blind) if has_gradients(name) else None,
+            "start_accuracy": (
+                num_starts / num_images if starts_at_random(name) and not self.is_transfer else None
+            ),
+            "restarts": None if is_clean else num_restarts(name, self.config),
+            "seed": None if is_clean else self.config.seed,
+            "source": None if is_clean else _source_of(self.config),
+            "per_class_accuracy": [right / count if count else None for count, right in pairs],
+            "seconds": round(seconds / ranks.num_ranks, 3),
+        }
+
+
+def _source_of(config: EvaluateConfig) -> str | None:
+    """The source of a transfer, and which of its weights are not the last."""
+    is_usual = config.source is None or config.source_weights == "last"
+    return config.source if is_usual else f"{config.source} ({config.source_weights})"
+
+
+def _totals(outcomes: Sequence[Outcome]) -> Tensor:
+    """Loss in millionths, seconds, images with logits that are not finite, with a gradient that is
+    of no use, right at all starts; float64 [5]."""
+    losses = (torch.nan if outcome.loss is None else outcome.loss for outcome in outcomes)
+    seconds = sum(outcome.seconds for outcome in outcomes)
+    broken = sum(not outcome.is_finite for outcome in outcomes)
+    blind = sum(not outcome.has_gradient for outcome in outcomes)
+    starts = sum(outcome.starts_right for outcome in outcomes)
+    return torch.tensor([sum(losses), seconds, broken, blind, starts], dtype=torch.float64)
+
+
+def _loss(outcome: Outcome) -> float:
+    return torch.nan if outcome.loss is None else outcome.loss / SCALE
+
+
+def _num_operations(config: EvaluateConfig, attacked: LoadedRun, num_images: int) -> float:
+    """About how many operations our own attacks will take: backward as long as forward."""
+    model, size = attacked.model, attacked.image_size
+    image = torch.zeros(1, attacked.num_channels, size, size, device=model.mean.device)
+    with model.plainly():
+        forward = sum(cost.forward for cost in costs(model, image).values())
+    passes = sum(
+        2 * num_attack_steps(name) * num_restarts(name, config)
+        for name in config.attacks
+        if name not in LIBRARY_ATTACKS
+    )
+    return num_images * passes * forward

@@ -1,0 +1,169 @@
+"""What an evaluation is made of: models, ball, data and what is known already; all checked."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safer_fast.attacks.autoattack import check_suits
+from safer_fast.attacks.named import ThreatModel
+from safer_fast.config.checks import check_ball
+from safer_fast.config.commands import EvaluateConfig
+from safer_fast.data import Loader, load_data, load_evaluation_data
+from safer_fast.evaluation.store import Store, file_digest
+from safer_fast.models.weights_file import MODEL_CONFIG
+from safer_fast.runs.folder import LoadedRun, load_run
+from safer_fast.runtime.files import read_json
+from safer_fast.runtime.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class EvaluationSetup:
+    """What `set_up_evaluation` has made.
+
+    judge: whose predictions count. attacked: whose gradients and logits attacks see, the same run
+    but for a transfer. stores: what is known of each attack, of clean images first.
+    """
+
+    judge: LoadedRun
+    attacked: LoadedRun
+    threat: ThreatModel
+    split: str
+    loader: Loader
+    stores: dict[str, Store]
+
+
+def set_up_evaluation(config: EvaluateConfig, ranks: Ranks) -> EvaluationSetup:
+    """Everything is loaded; raises ValueError, one line, for what does not fit together."""
+    # the run that is loaded last decides on process-wide settings
+    source = None if config.source is None else _load_source(config, config.source, ranks)
+    judge = load_run(
+        Path(config.run),
+        config.weights,
+        config.device,
+        ranks.local_rank,
+        amp=config.amp,
+        is_frozen=True,
+    )
+    threat = _threat(config, judge)
+    for name in config.attacks:
+        check_suits(name, threat.norm, len(judge.class_names), judge.image_size)
+    if source is not None:
+        _check_source(source, judge)
+    split, loader = _evaluation_data(config, judge, ranks)
+    ranks.check_same(loader.digest, "--data.path", "images and labels")
+    stores = _stores(config, judge, source, threat, ranks)
+    return EvaluationSetup(judge, source or judge, threat, split, loader, stores)
+
+
+def _load_source(config: EvaluateConfig, folder: str, ranks: Ranks) -> LoadedRun:
+    try:
+        return load_run(
+            Path(folder),
+            config.source_weights,
+            config.device,
+            ranks.local_rank,
+            amp=config.amp,
+            is_frozen=True,
+        )
+    except ValueError as error:
+        raise ValueError(f"--source: {str(error).removeprefix('RUN: ')}") from None
+
+
+def _threat(config: EvaluateConfig, judge: LoadedRun) -> ThreatModel:
+    """The ball that is asked for, where nothing is asked for that of the run."""
+    own = judge.config.attack
+    norm = config.norm or own.norm
+    if config.epsilon is None and norm != own.norm:
+        raise ValueError(
+            f"--epsilon: expected a radius for {norm}, got none: the run's is one for {own.norm}"
+        )
+    epsilon = float(own.epsilon if config.epsilon is None else config.epsilon)
+    shape = judge.num_channels, judge.image_size, judge.image_size
+    check_ball(norm, epsilon, shape=shape, flags=("--epsilon", ""))
+    return ThreatModel(norm, epsilon)
+
+
+def _check_source(source: LoadedRun, judge: LoadedRun) -> None:
+    """Raises ValueError unless both models take the same images for the same classes."""
+    folder = source.weights.parent
+    if source.class_names != judge.class_names:
+        raise ValueError(f"--source: expected a model of the same classes as RUN, got {folder}")
+    mine, others = ((run.num_channels, run.image_size) for run in (judge, source))
+    if mine != others:
+        raise ValueError(
+            f"--source: expected a model for {mine[0]}x{mine[1]}x{mine[1]} images like RUN, got "
+            f"one for {others[0]}x{others[1]}x{others[1]}"
+        )
+
+
+def _evaluation_data(config: EvaluateConfig, loaded: LoadedRun, ranks: Ranks) -> tuple[str, Loader]:
+    """The name of the split and its loader: the data given, else the run's own."""
+    settings = loaded.config
+    parts: dict[str, Any] = {"rank": ranks.rank, "num_ranks": ranks.num_ranks}
+    parts["device"] = loaded.model.mean.device
+    if config.path is not None:
+        columns = {name: getattr(config, name) for name in ("image_column", "label_column")}
+        given = {name: column for name, column in columns.items() if column is not None}
+        data = load_evaluation_data(
+            config.path,
+            replace(settings.data, **given),
+            batch_size=config.batch_size,
+            num_classes=len(loaded.class_names),
+            num_channels=loaded.num_channels,
+            image_size=loaded.image_size,
+            class_names=loaded.class_names,
+            **parts,
+        )
+        return Path(config.path).stem, data
+    own = load_data(
+        settings.data,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        evaluation_batch_size=config.batch_size,
+        **parts,
+    )
+    return ("validation", own.validation) if own.test is None else ("test", own.test)
+
+
+def _stores(
+    config: EvaluateConfig,
+    judge: LoadedRun,
+    source: LoadedRun | None,
+    threat: ThreatModel,
+    ranks: Ranks,
+) -> dict[str, Store]:
+    """What is known of each attack, of clean images first; of all ranks when they are opened."""
+    model = {"judge": _facts_of(judge)}
+    attacked = {**model, **asdict(threat), "source": None if source is None else _facts_of(source)}
+    stores = {}
+    for name in dict.fromkeys(["clean", *config.attacks]):
+        facts: dict[str, Any] = {**(model if name == "clean" else attacked), "attack": name}
+        facts["restarts"] = num_restarts(name, config)
+        if name not in ("clean", "fgsm"):
+            facts["seed"] = config.seed
+        stores[name] = Store(Path(config.run), facts, ranks.rank)
+    for step in ("forget", "load") if config.fresh else ("load",):
+        if step == "load" or ranks.is_first:
+            for store in stores.values():
+                getattr(store, step)()
+        ranks.share(None)
+    return stores
+
+
+def _facts_of(loaded: LoadedRun) -> dict[str, Any]:
+    """All that decides the logits of an image."""
+    model_config = loaded.weights.parent / MODEL_CONFIG
+    return {
+        "weights": file_digest(loaded.weights),
+        "model": vars(loaded.config.model) | {"pretrained": None, "checkpoint": None},
+        "timm": read_json(model_config).get("pretrained_cfg"),
+        "amp": loaded.config.amp,
+        "image_size": loaded.image_size,
+    }
+
+
+def num_restarts(name: str, config: EvaluateConfig) -> int:
+    """Random starts of the attack: those of pgd and cw can be more than one."""
+    return config.restarts if name.startswith(("pgd", "cw")) else 1

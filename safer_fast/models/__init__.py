@@ -1,0 +1,1 @@
+"""timm networks as RobustModel: families, parts, weights in arenas, exact savings."""

@@ -1,0 +1,289 @@
+"""All parameters in two arenas: fp32 masters, and the compute copies that the network reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from safer_fast import kernels
+
+ALIGNMENT = 64
+"""Elements to which every parameter's place is rounded up: 16-byte accesses in every dtype."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """A stretch of selected weights: what the network reads, its master, its gradient; flat [n]."""
+
+    compute: Tensor
+    master: Tensor
+    gradient: Tensor
+    is_decayed: bool = True
+
+
+@dataclass(frozen=True)
+class ParameterSlot:
+    """Where a parameter lies: its compute arena, and its offsets there and in the master arena."""
+
+    dtype: torch.dtype
+    compute_offset: int
+    master_offset: int
+    shape: torch.Size
+    is_decayed: bool
+
+    @property
+    def num_elements(self) -> int:
+        return self.shape.numel()
+
+    @property
+    def end(self) -> int:
+        """First aligned master offset behind the parameter."""
+        return _aligned(self.master_offset + self.num_elements)
+
+
+@dataclass
+class TrainedWeights:
+    """Selected parameters, one gradient view for each, and the ranges that hold them.
+
+    `groups` has the ranges of each layer apart, one for each parameter; parameters of no layer are
+    groups of their own. `ranges` are the same weights with neighbours merged: the fewest launches.
+    `flat` [n] holds all gradients, and `extra` behind them: what ranks sum up in one go.
+    """
+
+    names: list[str]
+    parameters: list[nn.Parameter]
+    gradient_views: list[Tensor]
+    ranges: list[Range]
+    groups: dict[str, list[Range]]
+    flat: Tensor
+
+    @property
+    def extra(self) -> Tensor:
+        """Room for one number, 0-d, that is summed over ranks with the gradients."""
+        return self.flat[-1]
+
+    def store_gradients(self, gradients: Sequence[Tensor], adds: bool = False) -> None:
+        """The ranges hold these gradients, one for each of `parameters`, in their own dtype.
+
+        With `adds` they are added to what the ranges hold.
+        """
+        (torch._foreach_add_ if adds else torch._foreach_copy_)(
+            self.gradient_views, list(gradients)
+        )
+
+
+class ParameterArenas:
+    """Moves every parameter of a module into two arenas and keeps them there.
+
+    `master` is one flat float32 tensor; `compute[dtype]` are flat tensors whose slices are the
+    module's parameters. Parameters of `layers` (weights first, then biases) are stored in
+    `layer_dtype`, all others in float32. The arenas are on the device that the module is on, and no
+    storage ever moves afterwards. No parameter requires gradients any more; a step asks for those
+    of its selection. Raises ValueError for parameters that are not float32.
+    """
+
+    def __init__(
+        self, module: nn.Module, layers: Mapping[str, Sequence[str]], layer_dtype: torch.dtype
+    ) -> None:
+        self.parameters = dict(module.named_parameters())
+        self.layers = {name: tuple(names) for name, names in layers.items()}
+        device = next(iter(self.parameters.values())).device
+        for name, parameter in self.parameters.items():
+            if parameter.dtype != torch.float32:
+                raise ValueError(f"parameter {name}: expected float32, got {parameter.dtype}")
+        self.places = _places(self.parameters, self.layers, layer_dtype)
+        sizes = _sizes(self.places)
+        self.master = torch.zeros(sum(sizes.values()), device=device)
+        self.compute = {
+            dtype: torch.zeros(size, dtype=dtype, device=device) for dtype, size in sizes.items()
+        }
+        for name, parameter in self.parameters.items():
+            parameter.requires_grad_(False)
+            self.view(name, self.master).copy_(parameter)
+            parameter.data = self._compute_view(name)
+        self.load_compute()
+
+    def view(self, name: str, source: Tensor) -> Tensor:
+        """A parameter's values in its shape; `source` is a flat tensor laid out as `master`."""
+        place = self.places[name]
+        return source.narrow(0, place.master_offset, place.num_elements).view(place.shape)
+
+    def load_compute(self, source: Tensor | None = None) -> None:
+        """The network reads cast(source): the masters, or an average of them laid out alike."""
+        source = self.master if source is None else source
+        offset = 0
+        for arena in self.compute.values():
+            kernels.restore_(arena, source.narrow(0, offset, arena.numel()))
+            offset += arena.numel()
+
+    def state_dict(self, source: Tensor | None = None) -> dict[str, Tensor]:
+        """Float32 copies of all parameters by name, from the masters or from `source`."""
+        source = self.master if source is None else source
+        return {name: self.view(name, source).detach().clone() for name in self.places}
+
+    def vector_of(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """A flat tensor laid out as `master` that holds the weights of a state dict."""
+        vector = torch.zeros_like(self.master)
+        for name in self.places:
+            self.view(name, vector).copy_(weights[name])
+        return vector
+
+    def select(self, names: Iterable[str] | None = None) -> TrainedWeights:
+        """The parameters of these layers (None: every parameter there is), with zero gradients."""
+        owners = {parameter: layer for layer, own in self.layers.items() for parameter in own}
+        chosen = list(self.layers) if names is None else list(names)
+        wanted = set(self.places) if names is None else set()
+        for layer in chosen:
+            wanted.update(self.layers[layer])
+        ordered = [name for name in self.places if name in wanted]
+        num_elements = sum(_aligned(self.places[name].num_elements) for name in ordered)
+        gradient = torch.zeros(num_elements + 1, device=self.master.device)
+        groups: dict[str, list[Range]] = {}
+        views, merged, offset = [], _Merged(self, gradient), 0
+        for name in ordered:
+            place = self.places[name]
+            groups.setdefault(owners.get(name, name), []).append(
+                self._range(place, gradient, offset)
+            )
+            views.append(gradient.narrow(0, offset, place.num_elements).view(place.shape))
+            merged.add(place, offset)
+            offset += _aligned(place.num_elements)
+        return TrainedWeights(
+            names=chosen,
+            parameters=[self.parameters[name] for name in ordered],
+            gradient_views=views,
+            ranges=merged.ranges(),
+            groups=groups,
+            flat=gradient,
+        )
+
+    def _range(
+        self, place: ParameterSlot, gradient: Tensor, offset: int, size: int | None = None
+    ) -> Range:
+        size = _aligned(place.num_elements) if size is None else size
+        return Range(
+            compute=self.compute[place.dtype].narrow(0, place.compute_offset, size),
+            master=self.master.narrow(0, place.master_offset, size),
+            gradient=gradient.narrow(0, offset, size),
+            is_decayed=place.is_decayed,
+        )
+
+    def _compute_view(self, name: str) -> Tensor:
+        place = self.places[name]
+        arena = self.compute[place.dtype]
+        return arena.narrow(0, place.compute_offset, place.num_elements).view(place.shape)
+
+
+class _Merged:
+    """Collects places in order and joins those that follow one another in the arenas."""
+
+    def __init__(self, arenas: ParameterArenas, gradient: Tensor) -> None:
+        self.arenas, self.gradient = arenas, gradient
+        self.runs: list[tuple[ParameterSlot, int, int]] = []
+
+    def add(self, place: ParameterSlot, offset: int) -> None:
+        if self.runs:
+            first, start, end = self.runs[-1]
+            alike = (first.dtype, first.is_decayed) == (place.dtype, place.is_decayed)
+            if alike and end == place.master_offset:
+                self.runs[-1] = (first, start, place.end)
+                return
+        self.runs.append((place, offset, place.end))
+
+    def ranges(self) -> list[Range]:
+        return [
+            self.arenas._range(first, self.gradient, start, end - first.master_offset)
+            for first, start, end in self.runs
+        ]
+
+
+def module_selection(layers: Mapping[str, Sequence[nn.Parameter]]) -> TrainedWeights:
+    """A selection of parameters that lie in no arenas: masters are copies of them, as they are now.
+
+    The parameters keep their storage and dtype, and are what a perturbation is written to.
+    """
+    parameters = [parameter for own in layers.values() for parameter in own]
+    sizes = [parameter.numel() for parameter in parameters]
+    example = parameters[0]
+    flat = torch.zeros(sum(sizes) + 1, dtype=example.dtype, device=example.device)
+    gradients = iter(torch.split(flat[:-1], sizes))
+    groups = {
+        name: [
+            Range(
+                compute=parameter.data,
+                master=parameter.detach().clone(),
+                gradient=next(gradients).view(parameter.shape),
+            )
+            for parameter in own
+        ]
+        for name, own in layers.items()
+    }
+    ranges = [part for parts in groups.values() for part in parts]
+    return TrainedWeights(
+        names=list(groups),
+        parameters=parameters,
+        gradient_views=[part.gradient for part in ranges],
+        ranges=ranges,
+        groups=groups,
+        flat=flat,
+    )
+
+
+def _places(
+    parameters: Mapping[str, nn.Parameter],
+    layers: Mapping[str, Sequence[str]],
+    layer_dtype: torch.dtype,
+) -> dict[str, ParameterSlot]:
+    """Matrices of layers, then their biases, then everything else, each in order of definition."""
+    of_layers = {
+        name for names in layers.values() for name in names if _is_layers_own(name, layers)
+    }
+    matrices = [name for name in parameters if name in of_layers and parameters[name].ndim > 1]
+    biases = [name for name in parameters if name in of_layers and parameters[name].ndim <= 1]
+    others = [name for name in parameters if name not in of_layers]
+    places: dict[str, ParameterSlot] = {}
+    master_offset = 0
+    offsets = {layer_dtype: 0, torch.float32: 0}
+    for names, dtype, is_decayed in (
+        (matrices, layer_dtype, True),
+        (biases, layer_dtype, False),
+        (others, torch.float32, False),
+    ):
+        for name in names:
+            shape = parameters[name].shape
+            places[name] = ParameterSlot(dtype, offsets[dtype], master_offset, shape, is_decayed)
+            offsets[dtype] += _aligned(shape.numel())
+            master_offset += _aligned(shape.numel())
+    return places
+
+
+def _is_layers_own(name: str, layers: Mapping[str, Sequence[str]]) -> bool:
+    """Whether the parameter lies in the layer's module itself, not in a norm that goes with it."""
+    return name.rpartition(".")[0] in layers
+
+
+def _sizes(places: Mapping[str, ParameterSlot]) -> dict[torch.dtype, int]:
+    sizes: dict[torch.dtype, int] = {}
+    for place in places.values():
+        sizes[place.dtype] = sizes.get(place.dtype, 0) + _aligned(place.num_elements)
+    return sizes
+
+
+def _aligned(num_elements: int) -> int:
+    return -(-num_elements // ALIGNMENT) * ALIGNMENT
+
+
+@contextmanager
+def requiring_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """These parameters require gradients for a while."""
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)

@@ -1,0 +1,318 @@
+"""All that knows timm: which networks there are, how they are built, cut, and written down."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from timm.layers.patch_embed import PatchEmbed, resample_patch_embed
+from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.models import adapt_input_conv
+from timm.models.convit import ConVit
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from safer_fast.config.schema import ModelConfig
+from safer_fast.models.families import ConvitParts, EvaParts, SwinParts, Uncut, VitParts
+from safer_fast.models.initial_weights import Weights, load_source
+from safer_fast.models.robust_model import RobustModel, find_layers
+from safer_fast.models.same_function import compare_described
+from safer_fast.models.weights_source import Source, find_source, say_source
+
+# What timm would take for the name of a file to load, with its own rules for what is safe.
+NO_ARGUMENTS = {"pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+Normalisation = tuple[Sequence[float], Sequence[float]]
+
+
+def build_model(
+    config: ModelConfig,
+    *,
+    num_classes: int,
+    image_size: int,
+    num_channels: int = 3,
+    compute_dtype: torch.dtype = torch.float32,
+    norms: bool = False,
+    normalisation: Normalisation | None = None,
+) -> RobustModel:
+    """The timm model that `config` names, in eval mode on the CPU, with normalisation inside.
+
+    normalisation: mean and std of the pixels; default: those of the weights, or of timm. The
+    model's notes say how the weights of `config.checkpoint` were made to fit. Raises ValueError for
+    a name timm does not know, a network that is no transformer, arguments or sizes it does not
+    take, weights that cannot be had, and weights of another model.
+    """
+    _check_name(config.name)
+    if others := NO_ARGUMENTS & config.arguments.keys():
+        raise ValueError(
+            f"model.arguments: expected arguments of the network, got {min(others)}; weights are "
+            "named by --model.checkpoint"
+        )
+    arguments = {"drop_path_rate": config.drop_path_rate, **config.arguments}
+    if config.patch_size is not None:
+        arguments["patch_size"] = config.patch_size
+    network: Any = _create(config, num_classes, num_channels, image_size, arguments)
+    _check_transformer(config.name, network)
+    check_patches(network, image_size, may_leave_rows=True)
+    own, notes = (network.pretrained_cfg["mean"], network.pretrained_cfg["std"]), []
+    new_layers = _new_heads(network) if config.pretrained else []
+    if config.checkpoint is not None:
+        source = find_source(config.checkpoint)
+        notes = [say_source(source, own), *check_described(network, config, source)]
+        fitted = load_source(network, source, partial(_resample, network), _adapt_channels)
+        notes += fitted.notes
+        new_layers = fitted.new_layers
+        own = source.normalisation or own
+    mean, std = (_for_channels(values, num_channels) for values in normalisation or own)
+    model = RobustModel(split_into_blocks(network), mean, std, compute_dtype, norms).eval()
+    model.notes, model.new_layers = notes, new_layers
+    return model
+
+
+def _new_heads(network: Any) -> list[str]:
+    """Classifiers that timm's own weights hold nothing for, as they are for other classes."""
+    if network.num_classes == network.pretrained_cfg.get("num_classes"):
+        return []
+    names = network.pretrained_cfg.get("classifier") or ()
+    return [names] if isinstance(names, str) else list(names)
+
+
+def check_described(network: Any, config: ModelConfig, source: Source) -> list[str]:
+    """Lines on settings that differ from those of the weights, or are not known.
+
+    network: as built from `config`. Raises ValueError, one line, where it computes another function
+    than the one that the weights were trained in.
+    """
+
+    def build_described() -> nn.Module | None:
+        if not timm.is_model(source.name or "") or NO_ARGUMENTS & source.arguments.keys():
+            return None
+        sizes = ("num_classes", "in_chans", "img_size")
+        arguments = {key: network.model_args[key] for key in sizes if key in network.model_args}
+        if patch_size := config.patch_size or source.patch_size:
+            arguments["patch_size"] = patch_size
+        try:
+            return _outline(source.name or "", **arguments | source.arguments)
+        except (TypeError, AssertionError, ValueError, ArithmeticError, LookupError, RuntimeError):
+            return None
+
+    return compare_described(network, config, source, build_described, _classifiers(network))
+
+
+def timm_config(
+    model: RobustModel, image_size: int, short_side: int, class_names: list[str]
+) -> dict[str, Any]:
+    """The content of config.json in timm's Hub format, by which timm builds the model again.
+
+    short_side: what the short side of an image is resized to before the centre is kept. Nothing is
+    said of weights that timm has for the same architecture: neither their preprocessing nor their
+    origin, license, papers or tag.
+    """
+    network: Any = model.network
+    mean, std = model.mean.flatten().tolist(), model.std.flatten().tolist()
+    known = network.pretrained_cfg
+    pool = getattr(network, "global_pool", None)
+    return {
+        "architecture": known["architecture"],
+        "num_classes": network.num_classes,
+        "num_features": network.num_features,
+        **({"global_pool": pool} if isinstance(pool, str) and pool else {}),
+        "label_names": class_names,
+        "model_args": network.model_args,
+        "pretrained_cfg": {
+            "input_size": [len(mean), image_size, image_size],
+            "fixed_input_size": bool(known.get("fixed_input_size")),
+            "interpolation": "bilinear",
+            "crop_pct": _crop_share(image_size, short_side),
+            "crop_mode": "center",
+            "mean": mean,
+            "std": std,
+            "num_classes": network.num_classes,
+            # where timm finds what other channels and other classes change
+            "first_conv": known.get("first_conv"),
+            "classifier": known.get("classifier"),
+        },
+    }
+
+
+def split_into_blocks(network: Any) -> Uncut:
+    """The parts of the network; one part where timm's own forward pass is not the known one."""
+    families: list[tuple[Any, type[Uncut]]] = [
+        (VisionTransformer, VitParts),
+        (Eva, EvaParts),
+        (ConVit, ConvitParts),
+        (SwinTransformer, SwinParts),
+    ]
+    for family, parts in families:
+        if not isinstance(network, family):
+            continue
+        is_known = type(network).forward_features is family.forward_features
+        drops_rotary_tokens = family is Eva and network.patch_drop is not None
+        if is_known and not drops_rotary_tokens:
+            return parts(network, _num_tokens_read(network))
+    return Uncut(network)
+
+
+def _crop_share(image_size: int, short_side: int) -> float:
+    """The crop_pct from which timm, which divides and rounds down, gets the short side again."""
+    shares = (image_size / pixels for pixels in (short_side, short_side + 0.5))
+    return next(share for share in shares if math.floor(image_size / share) == short_side)
+
+
+def check_patches(network: Any, image_size: int, may_leave_rows: bool = False) -> None:
+    """Raises ValueError unless patches cover the images, or with `may_leave_rows` fit into them."""
+    embedding = getattr(network, "patch_embed", None)
+    if not isinstance(embedding, PatchEmbed) or embedding.dynamic_img_pad:
+        return
+    edge = max(embedding.patch_size)
+    left = [image_size % size for size in embedding.patch_size]
+    if edge > image_size or (any(left) and not may_leave_rows):
+        fitting = [size for size in range(1, image_size + 1) if image_size % size == 0]
+        sizes = {max(image_size // edge, 1) * edge, (image_size // edge + 1) * edge}
+        raise ValueError(
+            f"--model.patch_size: expected a divisor of {image_size}, the pixels of an edge, got "
+            f"{edge}, which leaves {max(left)} rows unread; give one of "
+            f"{', '.join(map(str, fitting))}, or "
+            f"--data.image_size {' or '.join(map(str, sorted(sizes)))}"
+        )
+
+
+def _check_name(name: str) -> None:
+    if not timm.is_model(name):
+        close = timm.list_models(f"*{name[:8]}*")[:3]
+        hint = f" (there are {', '.join(close)})" if close else ""
+        raise ValueError(f"model.name: expected a model of timm, got {name!r}{hint}")
+
+
+def _create(
+    config: ModelConfig,
+    num_classes: int,
+    num_channels: int,
+    image_size: int,
+    arguments: dict[str, Any],
+) -> nn.Module:
+    # offline, the hub's own retries would be all that a user sees
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+    def create(**sizes: Any) -> nn.Module:
+        given = {"num_classes": num_classes, "in_chans": num_channels, **sizes}
+        is_pretrained = config.pretrained and config.checkpoint is None
+        # apart, so that an argument that is given already is refused
+        network: nn.Module = timm.create_model(
+            config.name, pretrained=is_pretrained, **given, **arguments
+        )
+        network.model_args = given | arguments  # type: ignore[assignment]
+        return network
+
+    try:
+        try:
+            return create(img_size=image_size)
+        except TypeError as error:
+            if "'img_size'" not in str(error):
+                raise
+            return create()  # an architecture for images of any size
+    except (TypeError, AssertionError, ValueError, ZeroDivisionError, LookupError) as error:
+        _check_transformer(config.name, _outline(config.name))
+        raise ValueError(
+            f"model: {config.name} takes no {num_channels}x{image_size}x{image_size} images with "
+            f"patch_size {config.patch_size} and arguments {config.arguments}: {error}"
+        ) from error
+    except (OSError, RuntimeError) as error:
+        if not config.pretrained:
+            raise ValueError(
+                f"model: {config.name} cannot be built with arguments {config.arguments} for "
+                f"{image_size}x{image_size} images: {error}"
+            ) from error
+        raise ValueError(
+            f"model.pretrained: weights of {config.name} could not be fetched from timm's hub; go "
+            f"online once or give --model.checkpoint FILE ({type(error).__name__})"
+        ) from error
+
+
+def _num_tokens_read(network: Any) -> int:
+    """How many leading tokens the head reads of a plain ViT; 0 if it reads others, or is none."""
+    if type(network) not in (VisionTransformer, VisionTransformerDistilled):
+        return 0
+    block = network.blocks[-1]
+    is_plain = type(block) is Block and type(block.attn).__name__ == "Attention"
+    if not is_plain or getattr(block.attn, "gate", None) is not None:
+        return 0
+    if type(network) is VisionTransformerDistilled:
+        return 2
+    return int(network.global_pool == "token" and network.attn_pool is None)
+
+
+def _for_channels(values: Sequence[float], num_channels: int) -> list[float]:
+    if len(values) == num_channels:
+        return list(values)
+    return [sum(values) / len(values)] * num_channels
+
+
+def _check_transformer(name: str, network: nn.Module) -> None:
+    if not any(isinstance(layer, nn.Linear) for layer in _hidden_layers(network)):
+        raise ValueError(
+            f"model.name: expected a vision transformer with attention and MLP layers, "
+            f"got {name}, which has none"
+        )
+
+
+def _resample(network: Any, weights: Weights) -> Weights:
+    """Weights by timm's names of today, patch and position embeddings in the network's sizes."""
+    own = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    if own is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch would tell users of timm's slower copies
+            filtered: Weights = own(weights, network)
+        return filtered
+    weights = dict(weights)
+    kernel, positions = weights["patch_embed.proj.weight"], weights.get("pos_embed")
+    size = list(network.patch_embed.proj.weight.shape[-2:])
+    if list(kernel.shape[-2:]) != size:
+        weights["patch_embed.proj.weight"] = resample_patch_embed(kernel, size)
+    if positions is not None and positions.shape != network.pos_embed.shape:
+        grid = list(network.patch_embed.grid_size)
+        weights["pos_embed"] = resample_abs_pos_embed(
+            positions, grid, num_prefix_tokens=network.pos_embed.shape[1] - grid[0] * grid[1]
+        )
+    return weights
+
+
+def _adapt_channels(kernel: Tensor, num_channels: int) -> Tensor:
+    """The kernel of a first convolution for images of so many channels, where that can be had."""
+    if kernel.shape[1] == 1:
+        return kernel.repeat(1, num_channels, 1, 1) / num_channels
+    try:
+        return adapt_input_conv(num_channels, kernel)
+    except NotImplementedError:
+        return kernel  # its shape is refused
+
+
+def _outline(name: str, **arguments: Any) -> nn.Module:
+    """A network whose weights take no room, where timm can build it so."""
+    try:
+        with torch.device("meta"):
+            network: nn.Module = timm.create_model(name, **arguments)
+    except RuntimeError:
+        # up to 1.0.20 timm reads numbers from tensors
+        with torch.random.fork_rng(devices=[]):
+            network = timm.create_model(name, **arguments)
+    return network
+
+
+def _classifiers(network: Any) -> set[str]:
+    names = network.pretrained_cfg.get("classifier", ())
+    return {names} if isinstance(names, str) else set(names)
+
+
+def _hidden_layers(network: Any) -> list[nn.Module]:
+    heads = _classifiers(network)
+    return [network.get_submodule(name) for name in find_layers(network) if name not in heads]

@@ -1,0 +1,139 @@
+"""Floating-point operations of a step: what the method needs, and what the code really does.
+
+Ideal, per step of a batch: K attack iterations of the whole network, each forward and gradient of
+the images; the prefix once; and for each pass of SAM forward and backward of the suffix with the
+weight gradients of the selected layers. Multiplications of matrices count (2 m n k), all else is
+left out, on both sides.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from safer_fast.models.families import STEM
+from safer_fast.models.robust_model import RobustModel
+
+MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
+"""Edge of the matrices that `matmul_rate` multiplies."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Forward operations in layers (with weights) and in attention (activations alone)."""
+
+    layers: float
+    attention: float
+
+    @property
+    def forward(self) -> float:
+        return self.layers + self.attention
+
+    @property
+    def input_gradient(self) -> float:
+        """For a layer as much as forward; a product of activations has two gradients."""
+        return self.layers + 2 * self.attention
+
+
+def ideal_flops(
+    model: RobustModel, images: Tensor, cut: int, layers: list[str], steps: int, passes: int
+) -> dict[str, float]:
+    """What each phase needs: attack, prefix, and all passes of SAM together."""
+    parts = costs(model, images)
+    weights = layer_costs(model, images)
+    whole = Cost(sum(p.layers for p in parts.values()), sum(p.attention for p in parts.values()))
+    prefix = sum(cost.forward for block, cost in parts.items() if block < cut)
+    suffix = sum(c.forward + c.input_gradient for block, c in parts.items() if block >= cut)
+    selected = sum(weights[name] for name in layers)
+    return {
+        "attack": steps * (whole.forward + whole.input_gradient),
+        "prefix": prefix,
+        "sam": passes * (suffix + selected),
+    }
+
+
+def costs(model: RobustModel, images: Tensor) -> dict[int, Cost]:
+    """The cost of the stem, of every block, and of norm and head (`num_blocks`)."""
+    by_layer = layer_costs(model, images)
+    found = {}
+    with torch.no_grad():
+        features = model.prefix(images, STEM)
+        for block in range(STEM, model.num_blocks):
+            total, features = count(lambda x=features, b=block: model.block(x, b))  # type: ignore[misc]
+            found[block] = _split(model, block, total, by_layer)
+        total, _ = count(lambda: model.suffix(features, model.num_blocks))
+        found[model.num_blocks] = _split(model, model.num_blocks, total, by_layer)
+    return found
+
+
+def layer_costs(model: RobustModel, images: Tensor) -> dict[str, float]:
+    """Forward operations of each layer: 2 x weights x positions."""
+    found: dict[str, float] = {}
+
+    def record(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def hook(module: nn.Module, _: object, output: Tensor) -> None:
+            weight = module.get_parameter("weight")
+            found[name] = 2.0 * weight.numel() * output.numel() / weight.shape[0]
+
+        return hook
+
+    handles = [
+        model.network.get_submodule(name).register_forward_hook(record(name))
+        for name in model.layers
+    ]
+    with torch.no_grad():
+        model(images)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def count(run: Callable[[], Any]) -> tuple[float, Any]:
+    """Operations that really happen in `run`, attention as plain products so that all are seen."""
+    with sdpa_kernel(SDPBackend.MATH), _Counter() as counter:  # type: ignore[no-untyped-call]
+        result = run()
+    return counter.total, result
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a large matrix product on the device, now."""
+    size = MATMUL_SIZE[device.type]
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    times = []
+    for _ in range(3):
+        _wait(device)
+        started = time.perf_counter()
+        a @ b
+        _wait(device)
+        times.append(time.perf_counter() - started)
+    return 2 * size**3 / min(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up torch's own figures; its FlopCounterMode does not bear autograd.grad of a leaf."""
+
+    total = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if flops := flop_registry.get(func.overloadpacket):
+            self.total += flops(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def _split(model: RobustModel, block: int, total: float, by_layer: dict[str, float]) -> Cost:
+    layers = sum(cost for name, cost in by_layer.items() if model.block_of(name) == block)
+    return Cost(layers, total - layers)

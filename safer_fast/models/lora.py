@@ -1,0 +1,191 @@
+"""Low-rank factors trained in place of a layer's weights (LoRA, Hu et al., 2022), by PEFT."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from safer_fast.models.arenas import ParameterArenas, TrainedWeights
+from safer_fast.models.robust_model import RobustModel
+
+INSTALL = "pip install peft"
+_NAME = "default"  # of PEFT's adapter
+
+
+class Adapters:
+    """Factors A [rank, in] and B [out, rank] beside layers, which then compute (W + B A) x + b.
+
+    While they are there the network's modules of these names are PEFT's, around the layers, whose
+    parameters stay what and where they are. B begins with zeros, A with draws of the seed: the
+    network computes what it did before. The factors have two arenas of their own, in the dtypes
+    that layers have.
+
+    Args:
+        network: the module; its layers are linear or 2-d convolutions.
+        layers: names of the layers, each with its weight's name first.
+        rank: of the factors, at least 1; the scale of their product is 1.
+        dtype: in which the network reads the factors.
+        seed: of A.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        layers: Mapping[str, Sequence[str]],
+        rank: int,
+        dtype: torch.dtype,
+        seed: int,
+    ) -> None:
+        self._network = network
+        self._weights = {name: names[0] for name, names in layers.items()}
+        self._own = {name: network.get_submodule(name) for name in layers}
+        device = next(network.parameters()).device
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            self._around: dict[str, Any] = _inject(network, list(layers), rank)
+        holder = _Holder({name: self._factors(name) for name in layers})
+        self.arenas = ParameterArenas(holder, holder.layers(), dtype)
+
+    def selection(self) -> TrainedWeights:
+        """All factors; those of a layer are a group of its name."""
+        chosen = self.arenas.select(None)
+        names = dict(zip(self.arenas.layers, self._own, strict=True))
+        groups = {names[key]: ranges for key, ranges in chosen.groups.items()}
+        return replace(chosen, names=list(self._own), groups=groups)
+
+    def add_to(self, arenas: ParameterArenas, master: Tensor) -> None:
+        """Adds the products of the factors' masters to weights that lie as in `arenas.master`."""
+        for name, product in self._products().items():
+            arenas.view(self._weights[name], master).add_(product)
+
+    def detach(self) -> None:
+        """The network's modules are its own again; the factors are kept."""
+        for name, module in self._own.items():
+            _put(self._network, name, module)
+
+    def attach(self) -> None:
+        """The network reads the factors again."""
+        for name, module in self._around.items():
+            _put(self._network, name, module)
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """The network is without them for a while."""
+        self.detach()
+        try:
+            yield
+        finally:
+            self.attach()
+
+    def _factors(self, name: str) -> list[nn.Parameter]:
+        around = self._around[name]
+        return [around.lora_A[_NAME].weight, around.lora_B[_NAME].weight]
+
+    @torch.no_grad()
+    def _products(self) -> dict[str, Tensor]:
+        """What PEFT adds to each weight, from the masters: float32, in the weight's shape."""
+        products = {}
+        for key, name in zip(self.arenas.layers, self._own, strict=True):
+            factors, parts = self._factors(name), self.arenas.layers[key]
+            read = [factor.data for factor in factors]
+            try:
+                for factor, part in zip(factors, parts, strict=True):
+                    factor.data = self.arenas.view(part, self.arenas.master)
+                products[name] = self._around[name].get_delta_weight(_NAME)
+            finally:
+                for factor, data in zip(factors, read, strict=True):
+                    factor.data = data
+        return products
+
+
+def check_adapters() -> None:
+    """Raises ValueError where PEFT is not installed."""
+    if find_spec("peft") is None:
+        raise ValueError(
+            f"--selection.lora_rank: expected the package peft, got none: {INSTALL}, or leave it 0"
+        )
+
+
+@torch.no_grad()
+def check_called(model: RobustModel, layers: Sequence[str], image: Tensor) -> None:
+    """Raises ValueError for layers whose weights the network reads past their modules."""
+    called: set[str] = set()
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda *_: called.add(name)
+
+    handles = [
+        model.network.get_submodule(name).register_forward_hook(note(name)) for name in layers
+    ]
+    try:
+        model(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if missed := [name for name in layers if name not in called]:
+        raise ValueError(
+            f"--selection.lora_rank: expected layers that are called as modules, got {missed[0]}, "
+            "which this network reads another way"
+        )
+
+
+class _Holder(nn.Module):
+    """The factors, so that arenas find them: those of a layer are a module's own parameters."""
+
+    def __init__(self, factors: Mapping[str, Sequence[nn.Parameter]]) -> None:
+        super().__init__()
+        for index, (lower, upper) in enumerate(factors.values()):
+            module = nn.Module()
+            module.A, module.B = lower, upper
+            self.add_module(str(index), module)
+
+    def layers(self) -> dict[str, tuple[str, str]]:
+        return {name: (f"{name}.A", f"{name}.B") for name, _ in self.named_children()}
+
+
+def _inject(network: nn.Module, names: Sequence[str], rank: int) -> dict[str, Any]:
+    """PEFT's modules around the layers, with factors in float32."""
+    with _without_our_kernels():
+        from peft import LoraConfig, inject_adapter_in_model
+
+    pattern = "|".join(re.escape(name) for name in names)  # a list would match ends of names
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=pattern)
+    inject_adapter_in_model(config, network, adapter_name=_NAME)
+    del network.peft_config  # each time is the first one for PEFT
+    around: dict[str, Any] = {name: network.get_submodule(name) for name in names}
+    for module in around.values():
+        module.eval()
+        for factors in (module.lora_A, module.lora_B):
+            factors[_NAME].float()
+    return around
+
+
+@contextmanager
+def _without_our_kernels() -> Iterator[None]:
+    """In the root of this repository transformers would take our folder for a published package."""
+    found = None if "kernels" in sys.modules else find_spec("kernels")
+    origin = None if found is None else found.origin
+    is_ours = origin is not None and Path(origin).with_name("_library.py").is_file()
+    if not is_ours:
+        yield
+        return
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # there is none of that name
+    try:
+        yield
+    finally:
+        del sys.modules["kernels"]
+
+
+def _put(network: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(network.get_submodule(parent) if parent else network, child, module)

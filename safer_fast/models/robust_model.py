@@ -1,0 +1,260 @@
+"""The model that everything else works on: pixels in, logits out, in a prefix and a suffix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from safer_fast.models.exact_savings import (
+    TokenBlock,
+    normalisation_in_patches,
+    takes_patches,
+    to_patches,
+)
+from safer_fast.models.families import STEM, Uncut
+from safer_fast.runtime.device import allow_recompiling
+
+
+class RobustModel(nn.Module):
+    """A classifier of pixels in [0, 1] whose layers are known and whose blocks can be run apart.
+
+    `forward(images)` takes float images [B, C, H, W] in [0, 1], normalises them, and returns
+    float32 logits [B, K]. `prefix(images, cut)` followed by `suffix(features, cut)` is the same
+    function bit for bit; `cut` is the index of the first block of the suffix, STEM for a suffix
+    that is the whole network. Names of layers and parameters are timm's (relative to `network`).
+    """
+
+    mean: Tensor
+    std: Tensor
+    mean_in_patches: Tensor
+    std_in_patches: Tensor
+
+    def __init__(
+        self,
+        parts: Uncut,
+        mean: Sequence[float],
+        std: Sequence[float],
+        compute_dtype: torch.dtype = torch.float32,
+        norms: bool = False,
+    ) -> None:
+        super().__init__()
+        self.network = parts.network
+        self.compute_dtype = compute_dtype
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+        self._parts = parts
+        self.patch_size: int | None = None
+        """Edge of a patch where `arrange` puts pixels in patch order."""
+        self.feature_dtype: torch.dtype | None = None
+        """Of features that enter the first block; None: as they leave what is below it."""
+        self.notes: list[str] = []
+        """Lines on what a user may not expect of the weights it was built with."""
+        self.new_layers: list[str] = []
+        """Layers that the weights it was built with hold nothing for, a head for other classes."""
+        self.layers = find_layers(self.network, norms)
+        """Each layer's name and the names of its parameters, in order of definition."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.suffix(self.prefix(images, STEM), STEM)
+
+    def save(self, savings: Iterable[str], image_size: int) -> list[str]:
+        """Switches on `patch-order` and `class-token` (see exact_savings.py); before `.to(device)`.
+
+        Gives a line for each that this network has no use for.
+        """
+        notes = []
+        if "patch-order" in savings:
+            embedding = getattr(self.network, "patch_embed", None)
+            if self.num_blocks and takes_patches(embedding, image_size):
+                self._use_patch_order(embedding.proj.kernel_size[0])  # type: ignore[union-attr]
+            else:
+                notes.append("patch-order: off (the patch embedding is no plain matrix product)")
+        if "class-token" in savings:
+            num_tokens = self._parts.num_tokens_read
+            if self.num_blocks and num_tokens:
+                block = TokenBlock(self._parts.blocks[-1], num_tokens).eval()
+                self._parts.blocks = [*self._parts.blocks[:-1], block]
+            else:
+                notes.append("class-token last block: off (the head reads more than class tokens)")
+        return notes
+
+    def arrange(self, images: Tensor) -> Tensor:
+        """Pixels in the order in which a step keeps them: patches [B, N, C p p], or as they are."""
+        return images if self.patch_size is None else to_patches(images, self.patch_size)
+
+    def prefix(self, images: Tensor, cut: int) -> Tensor:
+        """Features [B, N, D] that enter block `cut`; for STEM the normalised images themselves.
+
+        Takes images [B, C, H, W], or what `arrange` makes of them.
+        """
+        with self._autocast():
+            if images.ndim == 3:
+                x = (images - self.mean_in_patches) / self.std_in_patches
+            else:
+                x = (images - self.mean) / self.std
+            if cut == STEM:
+                return x
+            x = self._stem(x)
+            for index in range(cut):
+                assert not self._parts.blocks[index].training, "the prefix must not be random"
+                x = self._parts.block(index, x)
+            return x
+
+    def suffix(self, features: Tensor, cut: int) -> Tensor:
+        """Logits [B, K] from the features that enter block `cut`."""
+        with self._autocast():
+            for index in range(cut, self.num_blocks):
+                features = self.block(features, index)
+            return self._parts.tail(features).float()
+
+    def block(self, features: Tensor, index: int) -> Tensor:
+        """Features that leave block `index`; STEM stands for everything below the first block."""
+        with self._autocast():
+            if index == STEM:
+                return self._stem(features)
+            return self._parts.block(index, features)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks at which the network can be cut; 0 where it cannot be."""
+        return len(self._parts.blocks)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks, from the image to the head; the whole network where it cannot be cut."""
+        return list(self._parts.blocks) or [self.network]
+
+    def block_of(self, name: str) -> int:
+        """Block of a layer or parameter: STEM below the blocks, `num_blocks` for norm and head."""
+        return self._parts.block_of(name)
+
+    def names_of(self, parameters: Iterable[nn.Parameter]) -> list[str]:
+        """The names of parameters of the network, in order of definition."""
+        chosen = {id(parameter) for parameter in parameters}
+        members = self.network.named_parameters()
+        return [name for name, parameter in members if id(parameter) in chosen]
+
+    def cut_of(self, names: Iterable[str]) -> int:
+        """The deepest cut below which none of the named layers or parameters lies."""
+        return min(self.block_of(name) for name in names)
+
+    def random_modules(self, names: Iterable[str]) -> list[nn.Module]:
+        """Modules to put into training mode while the named parameters are trained.
+
+        Everything from the cut upwards, if anything there behaves differently in training; batch
+        norms only if their own weights are among `names`: frozen ones keep their statistics.
+        """
+        names = set(names)
+        cut = self.cut_of(names)
+        above = [
+            (name, module)
+            for name, module in self.network.named_modules()
+            if self.block_of(name) >= cut and not _is_frozen_batch_norm(name, module, names)
+        ]
+        if not any(_is_random(module) for _, module in above):
+            return []
+        return [module for _, module in above]
+
+    @contextmanager
+    def plainly(self) -> Iterator[None]:
+        """Runs the network's own modules for a while, so that hooks on every layer are called."""
+        blocks = self._parts.blocks
+        self._parts.blocks = [b.inner if isinstance(b, TokenBlock) else b for b in blocks]
+        try:
+            yield
+        finally:
+            self._parts.blocks = blocks
+
+    def _stem(self, x: Tensor) -> Tensor:
+        features = self._parts.stem(x)
+        return features if self.feature_dtype is None else features.to(self.feature_dtype)
+
+    def _use_patch_order(self, patch_size: int) -> None:
+        self.patch_size = patch_size
+        for name in ("mean", "std"):
+            values = normalisation_in_patches(getattr(self, name), patch_size)
+            self.register_buffer(f"{name}_in_patches", values, persistent=False)
+
+    def _autocast(self) -> Any:
+        if self.compute_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.mean.device.type, self.compute_dtype, cache_enabled=False)
+
+
+def find_layers(network: nn.Module, norms: bool = False) -> dict[str, tuple[str, ...]]:
+    """Layers of a network by name, each with the names of its parameters, in order of definition.
+
+    A layer is a module that owns a weight matrix (linear or 2-d convolution). With `norms`, the
+    norms defined between a layer and the one before it belong to it.
+    """
+    layers: dict[str, tuple[str, ...]] = {}
+    waiting: list[str] = []
+    for name, module in network.named_modules():
+        own = [
+            f"{name}.{key}" if name else key for key, _ in module.named_parameters(recurse=False)
+        ]
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            layers[name] = (*own, *waiting)
+            waiting = []
+        elif norms and "Norm" in type(module).__name__:
+            waiting += own
+    return layers
+
+
+def state_of(network: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a network whose parameters have the values in `weights`, by their names.
+
+    These are the names that load again: buffers that are computed when a network is built, such
+    as masks and rotary frequencies, are no part of it.
+    """
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    return {
+        name: weights[names[id(value)]] if id(value) in names else value.detach().clone()
+        for name, value in network.state_dict(keep_vars=True).items()
+    }
+
+
+@contextmanager
+def training_mode(modules: Sequence[nn.Module], keeps_statistics: bool = False) -> Iterator[None]:
+    """Puts just these modules (not their children) into training mode for a while.
+
+    With `keeps_statistics` batch norms normalise by the batch but do not learn from it: the second
+    pass over a batch must not count it again.
+    """
+    norms = [m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = norms if keeps_statistics else []
+    momenta = [norm.momentum for norm in norms]
+    for module in modules:
+        module.training = True
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = False
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+def _is_random(module: nn.Module) -> bool:
+    """Whether the module computes something else in training mode than in eval mode."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return True
+    rate = getattr(module, "p", None) or getattr(module, "drop_prob", None) or 0.0
+    return isinstance(rate, float) and rate > 0
+
+
+def _is_frozen_batch_norm(name: str, module: nn.Module, trained: set[str]) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{name}.weight" not in trained
+
+
+def compile_blocks(model: RobustModel) -> None:
+    """Each block is compiled by itself on its first call; identical blocks share the code."""
+    allow_recompiling()
+    for block in model.blocks:
+        block.compile(dynamic=False)

@@ -1,0 +1,1 @@
+"""Run folders: all that a run leaves on disk, written and read."""

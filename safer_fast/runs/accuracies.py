@@ -1,0 +1,105 @@
+"""What an evaluation prints: a table of all attacks, what to mistrust in it, a table by class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import sqrt
+from typing import Any
+
+from safer_fast.config.messages import printable
+
+MOST_CLASSES = 20
+"""Classes that a table names, the ones on which the last attack leaves least."""
+
+
+def accuracy_table(accuracies: Sequence[Mapping[str, Any]]) -> str:
+    """Lines of text, one for each weights, split and attack, with 95 % intervals (Wilson, 1927).
+
+    <=: an upper bound, see `attacks/masking.py`. no gradient: how many images gave the attack none.
+    """
+    titles = ["weights", "split", "attack", "norm", "epsilon", "accuracy", "95 %", "images"]
+    titles += ["no gradient", "s"]
+    cells = [_cells(row) for row in accuracies]
+    used = [index for index in range(len(titles)) if any(row[index] for row in cells)]
+    widths = [max(len(row[index]) for row in [titles, *cells]) for index in used]
+    return "\n".join(
+        "  ".join(
+            row[index].ljust(width) if index < 4 else row[index].rjust(width)
+            for index, width in zip(used, widths, strict=True)
+        ).rstrip()
+        for row in [titles, *cells]
+    )
+
+
+def notes(accuracies: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines that say what makes the figures of a table less than they seem."""
+    lines = []
+    for row in accuracies:
+        place = f"{row['weights']}, {printable(row['split'])}, {row['attack']}"
+        if reasons := row.get("gradient_masking"):
+            lines.append(
+                f"WARNING: {place}: gradient masking suspected ({'; '.join(reasons)}): "
+                f"{row['accuracy']:.4f} is an upper bound of the robust accuracy"
+            )
+        if count := row.get("num_not_finite"):
+            lines.append(
+                f"WARNING: {place}: the logits of {count} of {row['num_images']} images are not "
+                "finite; they count as wrong"
+            )
+    return lines
+
+
+def class_table(accuracies: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> str:
+    """Lines of text, one for each class that has images, under each attack.
+
+    Of many classes those are named on which the last attack leaves least.
+    """
+    columns = [row["per_class_accuracy"] for row in accuracies]
+    present = [index for index, value in enumerate(columns[-1]) if value is not None]
+    shown = sorted(sorted(present, key=lambda index: columns[-1][index])[:MOST_CLASSES])
+    names = {index: printable(str(class_names[index]))[:24] for index in shown}
+    width = max(5, *map(len, names.values()))
+    title = "class" if len(shown) == len(present) else "worst"
+    titles = [row["attack"] for row in accuracies]
+    lines = ["  ".join([title.ljust(width), *(f"{name:>8}" for name in titles)])]
+    for index in shown:
+        figures = (
+            f"{column[index]:.4f}".rjust(max(8, len(name)))
+            for column, name in zip(columns, titles, strict=True)
+        )
+        lines.append("  ".join([names[index].ljust(width), *figures]))
+    return "\n".join(lines)
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    low, high = interval(row["accuracy"], row["num_images"])
+    seconds = row.get("seconds")
+    return [
+        row["weights"],
+        printable(row["split"]),
+        row["attack"],
+        row.get("norm") or "",
+        f"{row['epsilon']:.4f}",
+        f"{'<=' if row.get('upper_bound') else ''}{row['accuracy']:.4f}",
+        f"{low:.4f}-{high:.4f}",
+        _images(row),
+        str(row.get("num_zero_gradients") or ""),
+        "" if seconds is None else f"{seconds:.1f}",
+    ]
+
+
+def _images(row: Mapping[str, Any]) -> str:
+    """The number of images of a figure, and of how many they are a subset."""
+    num_images, of_images = row["num_images"], row.get("of_images") or 0
+    return f"{num_images} of {of_images}" if num_images < of_images else str(num_images)
+
+
+_Z = 1.959964  # of a normal distribution, 95 % lie within so many standard deviations
+
+
+def interval(share: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share seen in `count` trials, at least one (Wilson, 1927)."""
+    squares = _Z**2 / count
+    centre = (share + squares / 2) / (1 + squares)
+    half = _Z * sqrt(share * (1 - share) / count + squares / (4 * count)) / (1 + squares)
+    return max(0.0, centre - half), min(1.0, centre + half)

@@ -1,0 +1,65 @@
+"""Facts about a run that its exports state: accuracies, threat model, images to compare on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safer_fast.attacks.masking import with_verdicts
+from safer_fast.config.commands import ExportConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from safer_fast.runs.folder import LoadedRun
+
+_NUM_COMPARED = 8
+_FIGURES = ("split", "attack", "epsilon", "accuracy", "num_images")
+_PLACE = ("split", "attack", "norm", "epsilon", "restarts", "num_images")  # what a figure hangs on
+
+
+def threat_model(loaded: LoadedRun) -> dict[str, Any]:
+    attack = loaded.config.attack
+    return {"norm": attack.norm, "epsilon": float(attack.epsilon)}
+
+
+def measured_accuracies(config: ExportConfig, norm: str) -> list[dict[str, Any]]:
+    """What was measured of these weights, the newest of all that a figure depends on.
+
+    norm: that of the run, which events of its training do not name. Attacks on other models'
+    images say nothing of how robust this one is: transfers are left out.
+    """
+    from safer_fast.runs.loggers.metrics_file import read_metrics
+
+    file = Path(config.run) / "metrics.jsonl"
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for event in read_metrics(file) if file.is_file() else []:
+        is_ours = event.get("event") == "evaluation" and event.get("weights") == config.weights
+        is_whole = all(name in event for name in _FIGURES)
+        if is_ours and is_whole and event["num_images"] > 0 and not event.get("source"):
+            row = {name: event[name] for name in _FIGURES} | {
+                "of_images": event.get("of_images"),
+                "norm": None if event["attack"] == "clean" else event.get("norm") or norm,
+                "restarts": event.get("restarts") or 1,
+                "num_not_finite": event.get("num_not_finite") or 0,
+                "num_zero_gradients": event.get("num_zero_gradients"),
+                "start_accuracy": event.get("start_accuracy"),
+            }
+            rows[tuple(row[name] for name in _PLACE)] = row
+    return with_verdicts(list(rows.values()))
+
+
+def comparison_images(loaded: LoadedRun) -> torch.Tensor:
+    """Images of the run's data where it can be had, else noise: what ONNX is compared on."""
+    import torch
+
+    from safer_fast.data import as_pixels, load_data
+
+    shape = (_NUM_COMPARED, loaded.num_channels, loaded.image_size, loaded.image_size)
+    try:
+        data = load_data(
+            loaded.config.data, batch_size=loaded.config.batch_size, seed=loaded.config.seed
+        )
+        return as_pixels(next(iter(data.train.probe(_NUM_COMPARED, 0))).images)
+    except (ValueError, OSError):
+        return torch.rand(shape, generator=torch.Generator().manual_seed(0))

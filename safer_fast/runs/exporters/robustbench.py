@@ -1,0 +1,109 @@
+"""A model for RobustBench: plain weights, and a module of its own that builds timm around them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from pprint import pformat
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from safer_fast.config.commands import ExportConfig
+from safer_fast.models.robust_model import RobustModel
+from safer_fast.runs.exporters.timm import described_model
+
+if TYPE_CHECKING:
+    from safer_fast.runs.folder import LoadedRun
+
+WEIGHTS, CODE = "model.pt", "robust_model.py"
+
+
+def save_robustbench(
+    model: RobustModel,
+    architecture: str,
+    arguments: Mapping[str, Any],
+    folder: Path,
+    image_size: int,
+    short_side: int,
+) -> None:
+    """`folder` has the state dict with timm's names, and the code whose `load()` gives the model.
+
+    arguments: of timm.create_model; plain values, which the code holds as literals. image_size,
+    short_side: pixels that images were evaluated at, and were resized to before that.
+    """
+    weights = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
+    torch.save(weights, folder / WEIGHTS)
+    code = _MODULE.format(
+        architecture=architecture,
+        arguments=pformat(dict(arguments), width=90),
+        mean=model.mean.flatten().tolist(),
+        std=model.std.flatten().tolist(),
+        weights=WEIGHTS,
+        image_size=image_size,
+        short_side=short_side,
+    )
+    (folder / CODE).write_text(code, encoding="utf-8")
+
+
+_MODULE = '''"""A robust classifier of pixels in [0, 1], for RobustBench and AutoAttack.
+
+    from robustbench import benchmark
+    from robust_model import load
+
+    benchmark(load(), dataset="cifar10", threat_model="Linf", eps=8 / 255)
+
+Images of another size are resized (bilinear) until their short side has {short_side} pixels, and
+the centre of {image_size}x{image_size} is kept.
+
+The model zoo of RobustBench takes RobustModel as `model` of an entry and, as its file, {weights}.
+"""
+
+from pathlib import Path
+
+import timm
+import torch
+
+ARCHITECTURE = {architecture!r}
+ARGUMENTS = {arguments}
+MEAN = {mean}
+STD = {std}
+
+
+class RobustModel(torch.nn.Module):
+    """Images [B, C, H, W] in [0, 1] -> logits [B, K]; normalisation is part of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = timm.create_model(ARCHITECTURE, pretrained=False, **ARGUMENTS)
+        for name, values in (("mean", MEAN), ("std", STD)):
+            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images):
+        return self.model((images - self.mean) / self.std)
+
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        """Takes timm's names, with or without `model.` in front."""
+        weights = {{name.removeprefix("model."): value for name, value in state_dict.items()}}
+        return self.model.load_state_dict(weights, strict=strict, assign=assign)
+
+
+def load(file=Path(__file__).parent / {weights!r}):
+    """The model with its weights, in eval mode, on the CPU."""
+    model = RobustModel()
+    model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    return model.eval()
+'''
+
+
+def write_robustbench(config: ExportConfig, loaded: LoadedRun, folder: Path) -> str:
+
+    described = described_model(config, loaded)
+    sizes = loaded.image_size, loaded.short_side
+    save_robustbench(
+        loaded.model, described["architecture"], described["model_args"], folder, *sizes
+    )
+    return (
+        f"load it: from {Path(CODE).stem} import load, with FOLDER on Python's path; images in "
+        "[0, 1], see its docstring"
+    )

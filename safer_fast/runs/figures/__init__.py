@@ -1,0 +1,1 @@
+"""Figures: curves and maps of layers, drawn with matplotlib."""

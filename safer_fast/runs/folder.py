@@ -1,0 +1,268 @@
+"""The folder of a run: its configuration, and weights that timm loads as they stand."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+
+from safer_fast import __version__
+from safer_fast.config.command_line import parse_config
+from safer_fast.config.messages import printable
+from safer_fast.config.schema import Config, ModelConfig
+from safer_fast.runs.lock import RunLock
+from safer_fast.runs.lock_file import LOCK
+from safer_fast.runtime.files import write_whole
+
+if TYPE_CHECKING:
+    from safer_fast.data import Data
+    from safer_fast.models.robust_model import RobustModel
+    from safer_fast.runtime.device import Runtime
+
+CONFIG = "run.yaml"
+CHECKPOINTS = "checkpoints"
+KEY = "safer_fast"
+_MOST_PIXELS = 2**16  # along an edge, more than anybody trains on
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run read back: its configuration, its model on the device in eval mode, its classes.
+
+    short_side: what the short side of an image is resized to before the centre is kept. weights:
+    the file that the model's are from.
+    """
+
+    config: Config
+    model: RobustModel
+    class_names: list[str]
+    num_channels: int
+    image_size: int
+    short_side: int
+    runtime: Runtime
+    weights: Path
+
+
+def create_run_folder(config: Config, data_name: str, lock: RunLock | None = None) -> Path:
+    """A new or empty folder for the run; raises ValueError for one that is in use.
+
+    lock: keeps the folder to this process.
+    """
+    today = datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = Path(config.output or printable(f"runs/{today}-{config.model.name}-{data_name}"))
+    is_begun = lock is not None and (folder / LOCK).exists()  # its lock names the owner
+    if not is_begun:
+        check_output(folder)
+    try:
+        # a link to a folder that another run makes in the same moment is no file in its way
+        Path(os.path.realpath(folder)).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"--output: expected a folder that can be made, got {folder}: {error}"
+        ) from None
+    if lock is not None:
+        lock.take(folder)
+        check_output(folder)  # another run may have begun in it, and ended, since the first look
+    return folder
+
+
+def check_output(folder: Path) -> None:
+    """Raises ValueError unless `folder` does not exist, or holds nothing but a lock, and its name
+    can be shown."""
+    if printable(str(folder)) != str(folder):
+        raise ValueError(
+            "--output: expected a path without line breaks and control characters, got "
+            f"{str(folder)!r:.80}"
+        )
+    if folder.exists() and not (folder.is_dir() and _names(folder) <= {LOCK}):
+        raise ValueError(f"--output: expected a new or empty folder, got {folder}, which is in use")
+
+
+def clear_run_folder(folder: Path) -> None:
+    """What a run wrote before its first checkpoint is gone, so that it can begin again.
+
+    Only a folder that holds nothing but that is cleared; others are left as they are. The lock of
+    the folder must be held, and stays.
+    """
+    is_begun = folder.is_dir() and _names(folder) <= {LOCK, f"{CONFIG}.tmp"}
+    if not is_begun and not (folder / CONFIG).is_file():
+        return
+    own = {CONFIG, "metrics.jsonl", "best.safetensors", "best.safetensors.tmp", CHECKPOINTS}
+    own |= {"gallery.safetensors", "wandb", "wandb-id.txt", f"{CONFIG}.tmp"}
+    # by its configuration the folder is known as one of ours: that goes last
+    others = (path for path in folder.iterdir() if path.name != LOCK)
+    found = sorted(others, key=lambda path: path.name == CONFIG)
+    if all(path.name in own or path.name.startswith("events.out.tfevents.") for path in found):
+        for path in found:
+            is_folder = path.is_dir() and not path.is_symlink()
+            shutil.rmtree(path) if is_folder else path.unlink()
+
+
+def _config_of(folder: Path) -> Config:
+    """The settings of a run; raises ValueError naming the file, as no flag is at fault."""
+    file = folder / CONFIG
+    try:
+        return parse_config(["--config", str(file)])
+    except ValueError as error:
+        why = str(error).removeprefix("--config: ")
+        raise ValueError(f"{file}: expected the settings of a run: {why}") from None
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def save_config(config: Config, folder: Path) -> None:
+    """`run.yaml` holds the resolved configuration; `--config` on it repeats the run."""
+    save_settings(config.to_dict(), folder)
+
+
+def save_settings(settings: Mapping[str, Any], folder: Path) -> None:
+    """`run.yaml` holds these settings, as `Config.to_dict` or the JSON of it has them."""
+    content = _plain(dict(settings)) | {"output": None, "resume": "never"}
+    command = shlex.quote(printable(str(folder / CONFIG)))
+    title = f"# safer_fast {__version__}: python -m safer_fast.train --config {command}\n"
+    write_whole(folder / CONFIG, (title + yaml.safe_dump(content, sort_keys=False)).encode())
+
+
+def export_model(
+    model: RobustModel,
+    weights: dict[str, Any],
+    folder: Path,
+    *,
+    config: Config,
+    data: Data,
+    accuracies: Sequence[dict[str, Any]] = (),
+) -> None:
+    """The folder loads in timm: `timm.create_model("local-dir:FOLDER", pretrained=True)`."""
+    from safer_fast.models.build import timm_config
+    from safer_fast.models.weights_file import MODEL_CONFIG, WEIGHTS, save_weights
+    from safer_fast.runtime.files import save_json
+
+    if not (folder / CONFIG).is_file():  # somebody removed it while the run went on
+        save_config(config, folder)
+    save_weights(weights, folder / WEIGHTS)
+    content = timm_config(model, data.image_size, data.short_side, data.class_names)
+    content[KEY] = {
+        "version": __version__,
+        "threat_model": {"norm": config.attack.norm, "epsilon": float(config.attack.epsilon)},
+        "class_names": data.class_names,
+        "num_channels": data.num_channels,
+        "image_size": data.image_size,
+        "short_side": data.short_side,
+        "validation_rows": data.validation_rows,
+        "accuracies": list(accuracies),
+    }
+    save_json(content, folder / MODEL_CONFIG)
+
+
+def load_run(
+    folder: Path,
+    weights: str = "last",
+    device: str = "auto",
+    local_rank: int = 0,
+    *,
+    amp: Literal["run", "off", "bf16"] = "run",
+    is_frozen: bool = False,
+) -> LoadedRun:
+    """A finished or stopped run, with its last or best weights, on GPU `local_rank` if on a GPU.
+
+    amp: its precision; run: that of training. is_frozen: the weights will not change, so that the
+    run's exact savings are switched on, and no weight requires gradients. Raises ValueError, one
+    line, for a folder that is no run, damaged files and unknown weights.
+    """
+    import torch
+
+    from safer_fast.models.arenas import ParameterArenas
+    from safer_fast.models.attention import pin_for
+    from safer_fast.models.build import build_model, check_described
+    from safer_fast.models.weights_file import BEST_WEIGHTS, MODEL_CONFIG, WEIGHTS, load_weights
+    from safer_fast.models.weights_source import find_source
+    from safer_fast.runtime.device import prepare_runtime
+    from safer_fast.runtime.files import read_json
+
+    files = {"last": WEIGHTS, "best": BEST_WEIGHTS}
+    if weights not in files:
+        raise ValueError(f"--weights: expected last or best, got {weights!r}")
+    for name in (CONFIG, MODEL_CONFIG, files[weights]):
+        if not (folder / name).is_file():
+            raise ValueError(f"RUN: expected a run folder with {name}, got {folder}")
+    config = _config_of(folder)
+    config.runtime.device = device  # type: ignore[assignment]
+    config.data.backend = "auto"  # what this machine has
+    if amp != "run":
+        config.amp = amp
+    runtime = prepare_runtime(config.runtime, config.amp, local_rank)
+    facts = _checked(read_json(folder / MODEL_CONFIG).get(KEY), folder / MODEL_CONFIG)
+    source = find_source(str(folder / files[weights]))
+    if source.normalisation is None:
+        raise ValueError(f"{folder / MODEL_CONFIG}: expected mean and std of the pixels, got none")
+    settings = ModelConfig(**vars(config.model) | {"pretrained": False, "checkpoint": None})
+    model = build_model(
+        settings,
+        num_classes=len(facts["class_names"]),
+        image_size=facts["image_size"],
+        num_channels=facts["num_channels"],
+        compute_dtype=runtime.compute_dtype,
+        normalisation=source.normalisation,
+    )
+    check_described(model.network, settings, source)
+    model.notes = load_weights(model.network, source.weights)
+    for note in model.notes if local_rank == 0 else []:
+        print(printable(note))
+    savings = config.runtime.exact_savings if is_frozen else []
+    model.save(savings, facts["image_size"])
+    model.to(runtime.device)
+    if is_frozen:  # parameters become views of the arenas, which live on with them
+        is_stored = "stored-bf16" in savings
+        ParameterArenas(
+            model.network, model.layers, runtime.compute_dtype if is_stored else torch.float32
+        )
+    pin_for(model, facts["image_size"], config.batch_size, config.runtime.attention)
+    return LoadedRun(
+        config,
+        model,
+        facts["class_names"],
+        facts["num_channels"],
+        facts["image_size"],
+        facts["short_side"],
+        runtime,
+        folder / files[weights],
+    )
+
+
+def _checked(facts: Any, file: Path) -> dict[str, Any]:
+    """What `export_model` wrote of a run, or would have once; raises ValueError naming the file."""
+    from safer_fast.data.images import short_side
+
+    expected = {"class_names": list, "num_channels": int, "image_size": int}
+    for name, kind in expected.items():
+        value = facts.get(name) if isinstance(facts, dict) else None
+        is_sane = type(value) is kind and (bool(value) if kind is list else _is_size(value))
+        if not is_sane:
+            raise ValueError(f"{file}: expected {name} of a run under {KEY}, got {value!r:.40}")
+    # runs did not write it once
+    known = facts.get("short_side", short_side(facts["image_size"]))
+    if not _is_size(known) or known < facts["image_size"]:
+        raise ValueError(f"{file}: expected short_side of a run under {KEY}, got {known!r:.40}")
+    return {**facts, "short_side": known}
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 < value <= _MOST_PIXELS
+
+
+def _plain(value: Any) -> Any:
+    """The value as YAML knows it: numbers and lists in place of Radius, Names and tuples."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return float(value) if isinstance(value, float) else value

@@ -1,0 +1,1 @@
+"""Loggers: metrics.jsonl, TensorBoard and Weights & Biases behind one RunLog."""

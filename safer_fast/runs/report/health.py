@@ -1,0 +1,142 @@
+"""The drawings of the report that tell whether a run is in good health, and where its time goes."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from safer_fast.runs.figures.canvas import RUN_COLOURS
+from safer_fast.runs.figures.curves import Curve, draw_areas, draw_bars, draw_curves
+from safer_fast.runs.report.reading import ReportedRun
+from safer_fast.runs.report.training import Figure, LegendEntry, curve_figure
+
+_STAGES = ("data", "attack", "ascent", "descent", "update")
+_MOST_LINES = 5  # epochs of one run in the drawing of the attack
+
+
+def health_figures(runs: Sequence[ReportedRun]) -> list[Figure]:
+    """Whether the attack attacks and SAM looks where the loss is higher."""
+    drawn = [
+        _attack_figure(runs),
+        curve_figure(
+            [_only_with_sam(run) for run in runs],
+            "loss_rise",
+            "SAM: rise of the loss",
+            "Mean loss at w + e over that at w. It should be above 0: e leads uphill. Near 0, rho "
+            "is too small to matter; as large as the loss itself, rho is too large.",
+        ),
+        curve_figure(
+            runs,
+            "gradient_norm",
+            "Norm of the gradient",
+            "Over the layers that are trained. It should stay within an order of magnitude; a "
+            "jump is instability, a new selection or a rising epsilon.",
+        ),
+        curve_figure(
+            runs,
+            "gradient_cosine",
+            "SAM: cosine of both gradients",
+            "Between the gradients of the two passes. Healthy is below 1 and well above 0: at 1 "
+            "the second pass repeats the first, rho being too small to matter; near 0 the two "
+            "have little to do with each other, rho being too large.",
+        ),
+    ]
+    return [figure for figure in drawn if figure is not None]
+
+
+def speed_figures(runs: Sequence[ReportedRun]) -> list[Figure]:
+    """How fast the runs trained, and what took the time."""
+    speed = curve_figure(
+        runs,
+        "images_per_second",
+        "Speed",
+        "Training images per second. It steps up where fewer layers are trained, and should "
+        "be level between two selections.",
+    )
+    drawn = [speed, _stage_figure(runs)]
+    return [figure for figure in drawn if figure is not None]
+
+
+def _attack_figure(runs: Sequence[ReportedRun]) -> Figure | None:
+    """Success of the attack by its steps: of the last epoch of each run, or of some of one run."""
+    curves, legend = [], []
+    for index, run in enumerate(runs):
+        measured = [event for event in run.epochs if event.get("attack_success")]
+        shown = _thinned(run, measured) if len(runs) == 1 else measured[-1:]
+        for number, event in enumerate(shown, start=1):
+            success, opacity = event["attack_success"], round(number / len(shown), 2)
+            curves.append(Curve(range(len(success)), success, index, opacity=opacity))
+            legend.append(LegendEntry(f"epoch {event['epoch']}", index, opacity=opacity))
+    if not curves:
+        return None
+    title = "Attack, step by step"
+    caption = (
+        "Share of training images that are classified wrongly after each step of the attack; step "
+        "0 is the random start. It should rise and flatten: a line that still rises at its end "
+        "says that the attack has too few steps, a level one that the attack finds nothing."
+    )
+    if len(runs) > 1:
+        caption += " Shown is the last epoch of each run."
+    drawing = draw_curves(
+        curves, identity="attack", title=title, is_share=True, across="step of the attack"
+    )
+    return Figure(title, [drawing], caption, legend if len(runs) == 1 else [])
+
+
+def _thinned(run: ReportedRun, measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first and the last epoch, and between them those after a selection, not too many."""
+    selected_at = {event["epoch"] for event in run.selections}
+    ends = {event["epoch"] for event in (*measured[:1], *measured[-1:])}
+    shown = [event for event in measured if event["epoch"] in selected_at | ends]
+    if len(shown) <= _MOST_LINES:
+        return shown
+    step = (len(shown) - 1) / (_MOST_LINES - 1)
+    return [shown[round(number * step)] for number in range(_MOST_LINES)]
+
+
+def _only_with_sam(run: ReportedRun) -> ReportedRun:
+    """The run without the rises of its epochs without SAM, which are 0 and say nothing."""
+    epochs = [
+        event | {"loss_rise": None} if event.get("gradient_cosine") is None else event
+        for event in run.epochs
+    ]
+    return replace(run, epochs=epochs)
+
+
+def _stage_figure(runs: Sequence[ReportedRun]) -> Figure | None:
+    """Where the time of a step goes: over the epochs of one run, or in the end of each run."""
+    found = {name for run in runs for event in run.epochs for name in event.get("stage_ms") or {}}
+    known = [name for name in _STAGES if name in found]
+    names = [*known, *sorted(found - set(known))][: len(RUN_COLOURS)]
+    timed = [(run, [event for event in run.epochs if event.get("stage_ms")]) for run in runs]
+    timed = [(run, events) for run, events in timed if events]
+    if not timed or not names:
+        return None
+    title = "Time of a step by stage"
+    caption = (
+        "Mean milliseconds per step. The attack should take most of it and data next to nothing; "
+        "ascent and descent, the two passes of SAM, shrink where few and deep layers are selected."
+    )
+    if len(runs) == 1:
+        epochs = [event["epoch"] for event in timed[0][1]]
+        layers = {name: [_stage_ms(event, name) for event in timed[0][1]] for name in names}
+        drawing = draw_areas(epochs, layers, identity="stages", title=title)
+    else:
+        caption += " Shown is the median of the epochs since the last selection of each run."
+        layers = {name: [_recent_ms(*one, name) for one in timed] for name in names}
+        labels = [run.name for run, _ in timed]
+        drawing = draw_bars(labels, layers, identity="stages", title=title)
+    legend = [LegendEntry(name, index, is_area=True) for index, name in enumerate(names)]
+    return Figure(title, [drawing], caption, legend, has_line_for_each_run=False)
+
+
+def _recent_ms(run: ReportedRun, events: Sequence[dict[str, Any]], name: str) -> float:
+    since = run.selections[-1]["epoch"] if run.selections else 0
+    recent = [event for event in events if event["epoch"] >= since] or events
+    return statistics.median(_stage_ms(event, name) for event in recent)
+
+
+def _stage_ms(event: dict[str, Any], name: str) -> float:
+    return event["stage_ms"].get(name) or 0.0

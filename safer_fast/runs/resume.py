@@ -1,0 +1,228 @@
+"""What `--resume` finds in a run folder, and whether the run that is asked for is that run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safer_fast.config.command_line import parse_config
+from safer_fast.config.schema import Config
+from safer_fast.runs.checkpoints.file import Checkpoint, read_checkpoint
+from safer_fast.runs.checkpoints.folder import CheckpointFolder
+from safer_fast.runs.folder import (
+    CHECKPOINTS,
+    CONFIG,
+    check_output,
+    clear_run_folder,
+    save_settings,
+)
+from safer_fast.runs.lock import RunLock
+from safer_fast.runs.loggers.mending import has_ended, mend_metrics
+from safer_fast.runs.loggers.metrics_file import FILE_NAME
+from safer_fast.runs.progress import RunProgress, check_state
+from safer_fast.runtime.files import check_no_link
+from safer_fast.runtime.ranks import Ranks
+
+# Settings that change nothing that is computed; data is compared by what it holds, not by where it
+# lies, its backend by what `auto` has come to.
+_FREE = {
+    "output",
+    "resume",
+    "dry_run",
+    "data.path",
+    "data.validation_path",
+    "data.test_path",
+    "data.backend",
+    "data.num_workers",
+    "data.prefetch",
+    "runtime.max_skipped_steps",
+}
+_FREE_GROUPS, _ROUNDING_GROUP = ("checkpoint.", "log."), "runtime."
+
+
+@dataclass(frozen=True)
+class Found:
+    """The folder of a run that is over, or a checkpoint to go on from; neither: a run to begin.
+
+    lock: keeps the folder of the run to this process. notes: lines for the run's introduction.
+    """
+
+    finished: Path | None = None
+    checkpoint: Checkpoint | None = None
+    lock: RunLock | None = None
+    notes: Sequence[str] = ()
+
+
+def find_run(
+    config: Config,
+    ranks: Ranks,
+    lock: RunLock | None = None,
+    report: Callable[[str], None] = print,
+) -> Found:
+    """What `--output` holds; raises ValueError where it is not what `--resume` allows.
+
+    The first rank looks, once it has the lock: nothing of a run that another process writes is
+    touched. A run of ours that has no checkpoint yet is cleared away by `auto`. A run that is over
+    is one only of its own settings.
+    """
+    if config.output is None:
+        return Found(lock=lock)
+    folder, found = Path(config.output), None
+    answer: dict[str, Any] = {"is_finished": False, "file": None}
+    if ranks.is_first:
+        if lock is not None and config.resume != "never" and folder.is_dir():
+            lock.take(folder)
+        if config.resume != "never" and (folder / CHECKPOINTS).is_dir():
+            _restore_config(folder, report)
+        answer["is_finished"] = config.resume != "never" and _is_finished(folder)
+        if answer["is_finished"]:
+            check_settings(parse_config(["--config", str(folder / CONFIG)]).to_dict(), config)
+            mend_metrics(folder / FILE_NAME, (folder / FILE_NAME).stat().st_size, report)
+        elif found := _newest(folder, config, report):
+            size = mend_metrics(folder / FILE_NAME, _metrics_size(found), report)
+            answer |= {"file": found.path.name, "needs": found.needs, "size": size}
+    answer = ranks.share(answer)
+    if answer["file"]:
+        found = found or read_checkpoint(folder / CHECKPOINTS / answer["file"])
+        found = _as_found(found, answer["needs"], answer["size"])
+    return Found(folder if answer["is_finished"] else None, found, lock)
+
+
+def settings_digest(config: Config) -> str:
+    """Hexadecimal digits that tell apart the settings of different results."""
+    names = {name: value for name, value in _flat(config.to_dict()).items() if _is_checked(name)}
+    return hashlib.blake2b(json.dumps(names).encode(), digest_size=8).hexdigest()
+
+
+def check_settings(stored: Mapping[str, Any], config: Config) -> list[str]:
+    """Lines on settings that differ in rounding only; raises ValueError for any that change more.
+
+    stored: `Config.to_dict` of the run, as JSON has it.
+    """
+    before, now = _flat(stored), _flat(config.to_dict())
+    changes = {
+        name: f"{name} {_shown(before.get(name))}, not {_shown(now.get(name))}"
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+        and name not in _FREE
+        and not name.startswith(_FREE_GROUPS)
+    }
+    refused = [text for name, text in changes.items() if _is_checked(name)]
+    if refused:
+        raise ValueError(f"--resume: expected the settings of the run: {'; '.join(refused)}")
+    return [f"goes on with other rounding: {text}" for text in changes.values()]
+
+
+def check_facts(stored: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
+    """Lines on a machine that may round differently; raises ValueError for other data.
+
+    Both: by name; `data` and `backend` decide what is computed.
+    """
+    for name in ("data", "backend"):
+        if stored[name] != facts[name]:
+            flag = "--data.path" if name == "data" else "--data.backend"
+            raise ValueError(
+                f"{flag}: expected the data of the run that is resumed ({stored[name]}), "
+                f"got other data ({facts[name]})"
+            )
+    return [
+        f"goes on with other rounding: {name} {stored.get(name)}, now {facts[name]}"
+        for name in facts
+        if stored.get(name) != facts[name] and name not in ("normalisation", "new_layers")
+    ]
+
+
+def _newest(folder: Path, config: Config, report: Callable[[str], None]) -> Checkpoint | None:
+    """The newest usable checkpoint; None where there is none and that is allowed."""
+    if config.resume == "never":
+        check_output(folder)
+        return None
+    check_no_link(folder / CHECKPOINTS)
+    size = (folder / FILE_NAME).stat().st_size if (folder / FILE_NAME).is_file() else 0
+
+    def refuse(checkpoint: Checkpoint) -> str | None:
+        needed = None if (why := _fault_of(checkpoint)) else _metrics_size(checkpoint)
+        if needed is not None and size < needed:
+            return f"it needs {needed} bytes of {FILE_NAME}, which has {size}"
+        return why
+
+    store = CheckpointFolder(folder / CHECKPOINTS, keep=config.checkpoint.keep, report=report)
+    try:
+        found = store.latest(refuse)
+    except ValueError:  # without the best weights and the whole log the run can go on
+        found = store.latest(_fault_of, spare=("best",))
+    finally:
+        store.close()
+    if found is None and config.resume == "must":
+        raise ValueError(f"--resume must: expected a run with checkpoints, got {folder}")
+    if found is None:
+        clear_run_folder(folder)
+        check_output(folder)
+    return found
+
+
+def _is_finished(folder: Path) -> bool:
+    """Whether the run has written its last line."""
+    return (folder / CONFIG).is_file() and has_ended(folder / FILE_NAME)
+
+
+def _fault_of(checkpoint: Checkpoint) -> str | None:
+    """The reason why this version cannot read the checkpoint, None if it can."""
+    try:
+        check_state(checkpoint.state)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _metrics_size(checkpoint: Checkpoint) -> int:
+    return int(checkpoint.state["progress"]["metrics_size"])
+
+
+def _as_found(checkpoint: Checkpoint, needs: dict[str, str], metrics_size: int) -> Checkpoint:
+    """The checkpoint without the best weights if these are lost, and with the log as it is."""
+    progress = checkpoint.state["progress"] | {"metrics_size": metrics_size}
+    if progress["best_file"] not in (None, *needs):
+        progress |= {"best_file": None, "best": list(RunProgress().best)}
+    return replace(checkpoint, needs=needs, state=checkpoint.state | {"progress": progress})
+
+
+def _restore_config(folder: Path, report: Callable[[str], None]) -> None:
+    """run.yaml is whole if the newest checkpoint that can be read has the settings."""
+    try:
+        parse_config(["--config", str(folder / CONFIG)])
+        return
+    except ValueError as error:
+        why = error
+    for path in sorted((folder / CHECKPOINTS).glob("step-*.safetensors"), reverse=True):
+        with suppress(ValueError):
+            checkpoint = read_checkpoint(path)
+            check_state(checkpoint.state)
+            save_settings(checkpoint.state["config"], folder)
+            report(f"{CONFIG} was damaged ({why}): restored from {path}")
+            return
+
+
+def _is_checked(name: str) -> bool:
+    """Whether a setting decides what is computed, beyond rounding."""
+    return name not in _FREE and not name.startswith((*_FREE_GROUPS, _ROUNDING_GROUP))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by `group.name`, as JSON has them; a dictionary of free names is one setting."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and not prefix:
+            flat |= _flat(value, f"{name}.")
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, list | tuple) else value
+    return flat
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value)

@@ -1,0 +1,153 @@
+"""The machine: device, precision, determinism, compilation, graphs, and what of it is live."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import inf
+
+import torch
+
+from safer_fast import kernels
+from safer_fast.config.schema import RuntimeConfig
+from safer_fast.runtime.cuda_graphs import CudaRecorder, Replays
+
+# Runs of fewer operations would not win back the time of compiling, or of capturing. Measured on a
+# CPU, where compiled blocks gain a fifth in bf16 and nothing in fp32; estimated for a GPU
+# (docs/performance.md).
+COMPILING_PAYS_FROM = {
+    ("cpu", torch.float32): inf,
+    ("cpu", torch.bfloat16): 1.5e14,
+    ("cuda", torch.float32): 5e15,
+    ("cuda", torch.bfloat16): 2e16,
+}
+CAPTURING_PAYS_FROM = 1e14
+_MALLOC = {"M_TRIM_THRESHOLD": (-1, -1), "M_TOP_PAD": (-2, 64 * 2**20), "M_MMAP_MAX": (-4, 0)}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and in which precision a run computes; `notes` say what is not live, and why."""
+
+    device: torch.device
+    compute_dtype: torch.dtype
+    is_compiled: bool
+    is_captured: bool
+    notes: tuple[str, ...]
+
+    def generator(self, seed: int) -> torch.Generator:
+        """A generator on the device, seeded."""
+        return torch.Generator(self.device).manual_seed(seed)
+
+    def replays(self, report: Callable[[str], None] = print) -> Replays:
+        """What runs the phases of a step here: as CUDA graphs, or as they are written."""
+        return Replays(CudaRecorder(self.device) if self.is_captured else None, report)
+
+    def peak_memory_mib(self) -> float:
+        """The most memory the run has held so far: of the GPU, or resident on the CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def prepare_runtime(config: RuntimeConfig, amp: str = "off", local_rank: int = 0) -> Runtime:
+    """The process computes on the device that is asked for, each time with the same result.
+
+    local_rank: number of the GPU on this machine.
+    What is left to `auto` is off until `plan` decides. Raises ValueError for CUDA on a machine
+    without a GPU.
+    """
+    has_gpu = torch.cuda.is_available()
+    if config.device == "cuda" and not has_gpu:
+        raise ValueError(
+            "--runtime.device: expected cpu or auto on a machine without a GPU, got cuda"
+        )
+    device = torch.device("cpu")
+    if has_gpu and config.device != "cpu":
+        device = torch.device("cuda", local_rank)
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    if device.type == "cuda":
+        # the promise is: same seed, same machine, same bits
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(config.deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    else:
+        keep_memory()
+    return Runtime(
+        device=device,
+        compute_dtype=torch.bfloat16 if amp == "bf16" else torch.float32,
+        is_compiled=config.compile == "on",
+        is_captured=config.cuda_graph == "on" and device.type == "cuda",
+        notes=tuple(_kernel_notes(device)),
+    )
+
+
+def decide_auto(runtime: Runtime, config: RuntimeConfig, num_operations: float) -> Runtime:
+    """The runtime with `auto` decided for a run of so many floating-point operations.
+
+    The decision depends on nothing that is measured: the same run is the same run each time.
+    """
+    kind = runtime.device.type
+    notes = list(runtime.notes)
+    pays_from = COMPILING_PAYS_FROM[kind, runtime.compute_dtype]
+    is_compiled = _is_wanted(config.compile, num_operations >= pays_from)
+    if not is_compiled:
+        notes.append(f"torch.compile: off ({_reason('compile', config.compile, pays_from)})")
+    is_captured = _is_wanted(config.cuda_graph, num_operations >= CAPTURING_PAYS_FROM)
+    if kind != "cuda":
+        is_captured = False
+        notes.append("CUDA graphs: off (no GPU is used)")
+    elif not is_captured:
+        reason = _reason("cuda_graph", config.cuda_graph, CAPTURING_PAYS_FROM)
+        notes.append(f"CUDA graphs: off ({reason})")
+    return replace(runtime, is_compiled=is_compiled, is_captured=is_captured, notes=tuple(notes))
+
+
+def allow_recompiling() -> None:
+    """The same code is compiled for every shape and every choice of weights that want gradients.
+
+    Past its limit torch silently runs eagerly. torch 2.11 takes code whose weights wanted none
+    (https://github.com/pytorch/pytorch/pull/177158).
+    """
+    torch._dynamo.config.recompile_limit = 64
+    if torch.__version__ < "2.12":  # a TorchVersion, not compared as text
+        torch._dynamo.config.skip_tensor_guards_with_matching_dict_tags = False
+
+
+def keep_memory() -> bool:
+    """Memory that a step of the CPU frees stays with the process, ready for the next step.
+
+    glibc would give large blocks back to the system at once, which has to clear them again. Gives
+    whether it was told; other C libraries are left alone.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return sys.platform == "linux" and all(mallopt(*setting) for setting in _MALLOC.values())
+
+
+def _is_wanted(setting: str, pays: bool) -> bool:
+    return setting == "on" or (setting == "auto" and pays)
+
+
+def _reason(name: str, setting: str, pays_from: float) -> str:
+    if setting == "off":
+        return f"runtime.{name}=off"
+    reason = "the run is too short for it" if pays_from < inf else "no gain in fp32 on a CPU"
+    return f"{reason}; runtime.{name}=on forces it"
+
+
+def _kernel_notes(device: torch.device) -> list[str]:
+    """One line for kernels of ours that are not live."""
+    status = kernels.native_status()
+    if device.type == "cpu" and status.library is None:
+        return [f"native kernels: off, plain PyTorch runs instead ({status.library_reason})"]
+    if device.type == "cuda" and status.triton is None:
+        return [f"Triton kernels: off, plain PyTorch runs instead ({status.triton_reason})"]
+    return []

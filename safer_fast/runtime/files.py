@@ -1,0 +1,144 @@
+"""Files of a run folder: written whole or not at all, and never through a link."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+from safetensors import SafetensorError
+
+
+class NotPlainError(OSError):
+    """A name of a run folder is taken by something other than a plain file."""
+
+    def __init__(self, path: Path, kind: str) -> None:
+        super().__init__(errno.EINVAL, f"expected a plain file, got {kind}", str(path))
+
+    def __str__(self) -> str:
+        return f"{self.filename}: {self.strerror}"
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """`path` holds the content, on the disk; a reader never sees half of it.
+
+    A link of that name is replaced, and what it leads to stays as it is.
+    """
+    replace(path, partial(write_new, chunks=[content]))
+
+
+def replace(path: Path, write: Callable[[Path], object]) -> None:
+    """`path` is what `write` made of a temporary name beside it; a reader never sees half of it.
+
+    `write` must make a new file: see `write_new`.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        write(temporary)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def write_new(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    """A new file holds the chunks, on the disk; raises FileExistsError where the name is taken."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    with os.fdopen(os.open(path, flags, 0o666), "wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def open_plain(path: Path, flags: int) -> IO[bytes]:
+    """The file; raises NotPlainError for a link, a pipe and the like.
+
+    flags: such as os.O_RDWR | os.O_CREAT.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise NotPlainError(path, "a link") from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise NotPlainError(path, "another kind")
+    mode = {os.O_RDONLY: "rb", os.O_WRONLY: "wb", os.O_RDWR: "r+b"}[flags & os.O_ACCMODE]
+    return os.fdopen(descriptor, mode)
+
+
+def check_no_link(folder: Path) -> None:
+    """Raises ValueError where the folder is a link: what is written in it would lie elsewhere."""
+    if folder.is_symlink():
+        raise ValueError(f"{folder}: expected a folder of the run, got a link")
+
+
+def sync_folder(folder: Path) -> None:
+    """The names in the folder survive a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_json(content: Mapping[str, Any], path: Path) -> None:
+    """`path` holds this JSON object; a reader never sees half of it."""
+    write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; raises ValueError naming the file if it is none."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected a JSON object: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def link_or_copy(path: Path, other: Path) -> None:
+    """`other` is another name of the file or, where there are no hard links, a copy of it."""
+    try:
+        os.link(path, other)
+    except OSError:
+        with path.open("rb") as file:
+            write_new(other, iter(partial(file.read, 1 << 20), b""))
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Whatever goes wrong becomes a ValueError of one line that names the path."""
+    try:
+        yield
+    except Exception as error:  # what a planted file makes a reader raise is no closed list
+        raise ValueError(f"{path}: {reason(error)}") from None
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error)
+    if not isinstance(error, ValueError | SafetensorError):
+        text = f"{type(error).__name__}: {text}"
+    return " ".join(text.split())
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The JSON object in a text; raises ValueError if it is none."""
+    content = json.loads(text)
+    if not isinstance(content, dict):
+        raise ValueError(f"expected a JSON object, got {type(content).__name__}")
+    return content

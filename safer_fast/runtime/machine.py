@@ -1,0 +1,117 @@
+"""What a machine is: system, processor, memory, GPUs and their driver, versions of what runs."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from safer_fast import __version__
+
+_PACKAGES = ("torch", "torchvision", "timm", "triton", "numpy", "safetensors", "jsonargparse")
+Facts = dict[str, Any]
+
+
+def describe_machine() -> Facts:
+    """Facts for an issue, by name; no names of users, hosts or folders among them."""
+    return {
+        "safer_fast": __version__ + _commit(),
+        "system": _system(),
+        "cpu": _cpu(),
+        "memory": _memory(),
+        "python": f"{platform.python_version()} ({platform.python_implementation()})",
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "cuda": _cuda(),
+        "gpus": _gpus(),
+    }
+
+
+def _commit() -> str:
+    """The commit of the checkout that this is, and whether files in it have been changed."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return ""
+    commit = _output("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
+    changes = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
+    return f", commit {commit}{' with changes' if changes else ''}" if commit else ""
+
+
+def _system() -> str:
+    release = Path("/etc/os-release")
+    lines = release.read_text(errors="replace").splitlines() if release.is_file() else []
+    names = [line.partition("=")[2].strip('"') for line in lines if line.startswith("PRETTY_NAME=")]
+    kernel = f"{platform.system()} {platform.release()} {platform.machine()}"
+    libc = " ".join(platform.libc_ver())
+    return ", ".join(part for part in (*names, kernel, libc) if part)
+
+
+def _cpu() -> str:
+    from safer_fast.runtime.fast_paths import num_usable_cores
+
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    model = next(models, platform.processor() or "unknown")
+    return f"{model}, {num_usable_cores()} usable cores"
+
+
+def _memory() -> str:
+    """What Linux says of the memory; empty elsewhere."""
+    path = Path("/proc/meminfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    sizes = {line.partition(":")[0]: line.split()[1] for line in lines if len(line.split()) > 1}
+    if not {"MemTotal", "MemAvailable"} <= sizes.keys():
+        return "unknown"
+    total, free = (int(sizes[name]) / 2**20 for name in ("MemTotal", "MemAvailable"))
+    return f"{total:.1f} GiB, {free:.1f} GiB available"
+
+
+def _cuda() -> str:
+    import torch
+
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    built_for = torch.version.cuda or "none"
+    return f"torch built for {built_for}, driver {driver.splitlines()[0] if driver else 'none'}"
+
+
+def _gpus() -> list[str]:
+    """Each GPU that torch sees: name, memory, compute capability."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    return [_gpu(index) for index in range(torch.cuda.device_count())]
+
+
+def _gpu(index: int) -> str:
+    import torch
+
+    about = torch.cuda.get_device_properties(index)
+    memory = f"{about.total_memory / 2**30:.1f} GiB"
+    try:
+        free, _ = torch.cuda.mem_get_info(index)
+        memory += f", {free / 2**30:.1f} GiB free"
+    except RuntimeError as error:
+        memory += f", does not work: {str(error).splitlines()[0]}"
+    return f"{about.name}, {memory}, compute capability {about.major}.{about.minor}"
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _output(*words: str) -> str:
+    """What a program prints; nothing where there is no such program, or it fails."""
+    if shutil.which(words[0]) is None:
+        return ""
+    try:
+        result = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return result.stdout.strip() if result.returncode == 0 else ""

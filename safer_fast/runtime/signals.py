@@ -1,0 +1,91 @@
+"""How a run is asked to end: by signals, noticed between two steps, on all ranks at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+from safer_fast.runtime.ranks import Ranks, is_under_torchrun
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAME_S = 1.0
+"""A signal that torchrun passes on comes within so many seconds of the one sent to all."""
+T = TypeVar("T")
+
+
+class Stopped(SystemExit):
+    """The run was asked to end, and does where it is safe, with the status that a shell expects."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.signal = signal.Signals(number)
+
+
+class Stops:
+    """Notices SIGINT and SIGTERM while it is entered, and lets what is in progress come to its end.
+
+    The first signal is noticed by `check`. A second one ends the process at once, as does the first
+    when `grace_s` seconds have passed since and the process is still there. Where a scheduler or a
+    terminal sends one to all processes, torchrun passes on its own too: both are the first. Signals
+    are left alone outside the main thread. ranks: all stop at the same check when one is asked to.
+    """
+
+    def __init__(self, ranks: Ranks, grace_s: float) -> None:
+        self._ranks, self._grace_s = ranks, grace_s
+        self._received, self._received_at = 0, 0.0
+        self._handlers: dict[signal.Signals, Any] = {}
+        self._timer: threading.Timer | None = None
+
+    def __enter__(self) -> Stops:
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                self._handlers[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def check(self, wish: bool = False) -> bool:
+        """Whether any rank wishes for something; raises Stopped where a signal was received.
+
+        All ranks must call it equally often. With several, what it tells is what was so when it was
+        last called.
+        """
+        received, wished = self._ranks.agree([self._received, int(wish)])
+        if received:
+            raise Stopped(received)
+        return bool(wished)
+
+    def watch(self, values: Iterable[T]) -> Iterator[T]:
+        """The values, with a check before each is given."""
+        for value in values:
+            self.check()
+            yield value
+
+    def _receive(self, number: int, _: object) -> None:
+        if self._received:
+            is_same = is_under_torchrun() and time.monotonic() - self._received_at < SAME_S
+            if not is_same:
+                _end_now(number, "")
+            return
+        self._received, self._received_at = number, time.monotonic()
+        name = signal.Signals(number).name
+        reason = f"{name}: not at its next checkpoint within checkpoint.grace_s={self._grace_s:g}"
+        self._timer = threading.Timer(self._grace_s, _end_now, (number, reason))
+        self._timer.daemon = True
+        self._timer.start()
+
+
+def _end_now(number: int, reason: str) -> None:
+    """Ends the process without any clean-up: files are written whole or not at all anyway."""
+    if reason:
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+    os._exit(128 + number)

@@ -1,0 +1,1 @@
+"""Selection: scores of layers, criteria, and the choice of those to train."""

@@ -1,0 +1,179 @@
+"""All criteria measured on a run's model at once, and how much their rankings agree."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from safer_fast.config.checks import check_ball
+from safer_fast.config.commands import SelectConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from safer_fast.models.arenas import ParameterArenas
+    from safer_fast.runs.folder import LoadedRun
+    from safer_fast.selection.criteria import ScoredBy
+
+CRITERIA = ("sharpness-absolute", "sharpness-relative", "gradient-norm", "criticality")
+Scores = dict[str, float]
+
+
+@dataclass(frozen=True)
+class CriteriaScores:
+    """Scores of the layers by criterion, and the circumstances that they depend on."""
+
+    scores: dict[str, Scores]
+    facts: dict[str, Any]
+
+
+def compare_criteria(config: SelectConfig, chosen: str, criteria: Sequence[str]) -> CriteriaScores:
+    """The scores that the layers of a run's model have by `chosen` and by all other `criteria`.
+
+    The training images that the seed draws are attacked once for all criteria, in the model's own
+    precision. Raises ValueError for a folder that is no run, and for data that cannot be had.
+    """
+    import torch
+
+    from safer_fast.runs.folder import load_run
+    from safer_fast.selection.candidates import candidates
+    from safer_fast.selection.scoring import score_layers
+
+    started = time.monotonic()
+    loaded = load_run(Path(config.run), config.weights, config.device)
+    threat = loaded.config.attack
+    epsilon = float(threat.epsilon if config.epsilon is None else config.epsilon)
+    shape = loaded.num_channels, loaded.image_size, loaded.image_size
+    check_ball(threat.norm, epsilon, shape=shape, flags=("--epsilon", ""))
+    steps = threat.steps if config.steps is None else config.steps
+    names = _defined(dict.fromkeys([chosen, *criteria]), chosen, steps)
+    measures = {name: _measure(name, config) for name in names}
+    batches = _batches(config, loaded)
+    arenas = _prepare(config, loaded)
+    scores = score_layers(
+        loaded.model,
+        batches,
+        list(dict.fromkeys(measures.values())),
+        rho=config.rho,
+        attack=_attack(loaded, epsilon, steps, config.seed),
+        names=candidates(loaded.model, config.from_block, config.candidates),
+        arenas=arenas,
+        generator=torch.Generator().manual_seed(config.seed),
+    )
+    facts = {
+        "images": sum(len(labels) for _, labels in batches),
+        "attack": f"pgd-{steps}" if steps else "none",
+        "norm": threat.norm,
+        "epsilon": epsilon,
+        "steps": steps,
+        "weights": config.weights,
+        "amp": "off" if loaded.model.compute_dtype == torch.float32 else "bf16",
+        "seed": config.seed,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    return CriteriaScores(
+        {name: _signed(name, scores[measure]) for name, measure in measures.items()}, facts
+    )
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Spearman's: the correlation of the ranks, equal scores sharing theirs; None if undefined."""
+    ranks = np.stack([_average_ranks(first), _average_ranks(second)])
+    ranks -= ranks.mean(axis=1, keepdims=True)
+    lengths = np.linalg.norm(ranks, axis=1)
+    if not lengths.all():
+        return None
+    return float(ranks[0] @ ranks[1] / (lengths[0] * lengths[1]))
+
+
+def rank_correlations(scores: Mapping[str, Scores]) -> dict[str, dict[str, float | None]]:
+    """The rank correlation of every criterion with every other, and with itself."""
+    columns = {name: list(by_layer.values()) for name, by_layer in scores.items()}
+    return {
+        name: {other: rank_correlation(column, columns[other]) for other in columns}
+        for name, column in columns.items()
+    }
+
+
+def _batches(config: SelectConfig, loaded: LoadedRun) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    from safer_fast.data import as_pixels, load_data
+
+    device = loaded.model.mean.device
+    data = load_data(
+        loaded.config.data,
+        batch_size=loaded.config.batch_size,
+        seed=loaded.config.seed,
+        device=device,
+    )
+    drawn = (batch.to(device) for batch in data.train.probe(config.num_images, config.seed))
+    return [(as_pixels(batch.images), batch.labels) for batch in drawn]
+
+
+def _prepare(config: SelectConfig, loaded: LoadedRun) -> ParameterArenas:
+    """Weights in arenas and a last block for class tokens alone, as in training."""
+    import torch
+
+    from safer_fast.models.arenas import ParameterArenas
+
+    model = loaded.model
+    if config.amp != "run":
+        model.compute_dtype = torch.bfloat16 if config.amp == "bf16" else torch.float32
+    model.save(["class-token"], loaded.image_size)
+    return ParameterArenas(model.network, model.layers, model.compute_dtype)
+
+
+def _defined(names: Iterable[str], chosen: str, steps: int) -> list[str]:
+    """The criteria that mean something: without an attack no features change, none is critical."""
+    if chosen == "criticality" and not steps:
+        raise ValueError("--steps: expected at least 1 for criticality, got 0")
+    return [name for name in names if steps or name != "criticality"]
+
+
+def _measure(name: str, config: SelectConfig) -> ScoredBy:
+    from safer_fast.selection.criteria import ScoredBy
+
+    measures = {
+        "sharpness-absolute": ScoredBy("sharpness", "absolute"),
+        "sharpness-relative": ScoredBy("sharpness", "relative"),
+        "gradient-norm": ScoredBy("gradient-norm", config.radius),
+        "criticality": ScoredBy("criticality"),
+        "random": ScoredBy("random"),
+        "least-sharp": ScoredBy("sharpness", config.radius),
+    }
+    return measures.get(name) or ScoredBy(name)
+
+
+def _attack(loaded: LoadedRun, epsilon: float, steps: int, seed: int) -> Any:
+    import torch
+
+    from safer_fast.attacks.pgd import default_step_size, pgd
+
+    if not steps:
+        return None
+    return partial(
+        pgd,
+        epsilon=epsilon,
+        step_size=default_step_size(epsilon, steps),
+        steps=steps,
+        norm=loaded.config.attack.norm,
+        check_tensors=False,
+        generator=torch.Generator(loaded.model.mean.device).manual_seed(seed),
+    )
+
+
+def _signed(name: str, scores: Scores) -> Scores:
+    return {layer: -score for layer, score in scores.items()} if name == "least-sharp" else scores
+
+
+def _average_ranks(values: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Places from 1 in rising order; equal values have the mean of theirs."""
+    _, group, sizes = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+    last = np.cumsum(sizes)
+    ranks: np.ndarray[Any, np.dtype[np.float64]] = (last - (sizes - 1) / 2)[group]
+    return ranks

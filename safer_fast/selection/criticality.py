@@ -1,0 +1,122 @@
+"""Criticality of layers: how much more each changes under attack than the layer below it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from safer_fast.models.robust_model import RobustModel, find_layers
+from safer_fast.runtime.ranks import Ranks
+
+Keep = Callable[[str, Tensor], None]
+
+
+@torch.no_grad()
+def criticality(
+    model: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]], names: Sequence[str], ranks: Ranks
+) -> dict[str, float]:
+    """W(F_l) / W(F_l-1) of each layer, W(F) the mean over images of ||F(x + d) - F(x)|| / dim.
+
+    The measure of CLAT (Gopal et al., 2024). The layer below is the one that runs before; the first
+    layer is compared with the image. pairs: clean and attacked images [B, C, H, W]; B may be 0.
+    """
+    changes = _feature_changes(model, [_pair_of(*pair) for pair in pairs])
+    order = list(changes)
+    if unseen := [name for name in names if name not in changes]:
+        raise ValueError(
+            f"selection.criterion: expected layers whose output can be seen for criticality, got "
+            f"{unseen[0]}, which this network computes another way"
+        )
+    sums = ranks.sum_(torch.stack(list(changes.values())))
+    scores = dict(zip(order[1:], (sums[1:] / sums[:-1]).tolist(), strict=True))
+    return {name: scores[name] for name in names}
+
+
+def _pair_of(clean: Tensor, attacked: Tensor) -> tuple[Tensor, Tensor]:
+    """The pair of batches, or of one black image where they are empty: nothing in it changes."""
+    if len(clean):
+        return clean, attacked
+    black = clean.new_zeros(1, *clean.shape[1:])
+    return black, black
+
+
+def _feature_changes(model: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """||F(x + d) - F(x)|| / dim summed over images, of the image and of all layers as they run."""
+    changes: dict[str, Tensor] = {}
+    zero = torch.zeros((), dtype=torch.float64, device=pairs[0][0].device)
+    called: dict[str, Tensor] = {}
+    with _every_layer(model, called.__setitem__):
+        model(pairs[0][0][:1])
+    past = set(find_layers(_network_of(model))) - called.keys()
+    for clean, attacked in pairs:
+        before: dict[str, Tensor] = {"": clean}
+        with _every_layer(model, before.__setitem__, past):
+            model(clean)
+
+        def compare(name: str, output: Tensor, before: dict[str, Tensor] = before) -> None:
+            exact = torch.promote_types(output.dtype, torch.float32)
+            change = (output.to(exact) - before.pop(name).to(exact)).flatten(1)
+            norms = torch.linalg.vector_norm(change, dim=1, dtype=torch.float64)
+            changes[name] = changes.get(name, zero) + norms.sum() / change.shape[1]
+
+        compare("", attacked)
+        with _every_layer(model, compare, past):
+            model(attacked)
+    return changes
+
+
+@contextmanager
+def _every_layer(model: nn.Module, keep: Keep, past: Collection[str] = ()) -> Iterator[None]:
+    """`keep` is given every layer's name and output as the model runs.
+
+    past: linear layers that are not called: the network multiplies by their weights itself, as
+    EVA-02's attention does.
+    """
+    network = _network_of(model)
+    weights = {id(network.get_submodule(name).weight): name for name in past}
+    products = _Products(weights, keep) if past else nullcontext()
+
+    def hook(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        return lambda _module, _inputs, output: keep(name, output)
+
+    handles = [
+        network.get_submodule(name).register_forward_hook(hook(name))
+        for name in find_layers(network)
+    ]
+    try:
+        with model.plainly() if isinstance(model, RobustModel) else nullcontext(), products:
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Products(TorchFunctionMode):
+    """Tells `keep` of each linear map by one of these weights, known by their ids."""
+
+    def __init__(self, names: Mapping[int, str], keep: Keep) -> None:
+        super().__init__()
+        self.names, self.keep = names, keep
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is nn.functional.linear:
+            weight = args[1] if len(args) > 1 else (kwargs or {})["weight"]
+            if name := self.names.get(id(weight)):
+                self.keep(name, output)
+        return output
+
+
+def _network_of(model: nn.Module) -> nn.Module:
+    return model.network if isinstance(model, RobustModel) else model

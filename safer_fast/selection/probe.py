@@ -1,0 +1,65 @@
+"""Training images that the run looks at in between: to score layers, to notice overfitting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from safer_fast.attacks.pgd import pgd, placed_start
+from safer_fast.attacks.radii import radii_at
+from safer_fast.config.schema import Config
+from safer_fast.data import Loader, as_pixels
+from safer_fast.runtime.seeds import derive_seed
+
+Watched = Callable[[Iterable[Any]], Iterator[Any]]
+
+
+class Probe:
+    """At most `num_images` training images, unaugmented, and the training attack on them.
+
+    Which they are, and where the attack starts, depends on the seed, `number` and their places
+    alone. watch: what the batches go through.
+    """
+
+    def __init__(
+        self, config: Config, loader: Loader, num_images: int, number: int, watch: Watched = iter
+    ) -> None:
+        self.config, self.loader, self.number = config, loader, number
+        self.num_images, self.watch = num_images, watch
+        self._position = 0
+
+    def batches(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images float32 [B, C, H, W] in [0, 1] and labels on the device; B may be 0."""
+        for batch in self.watch(self.loader.probe(self.num_images, self.number)):
+            self._position = batch.position
+            batch = batch.to(device)
+            yield as_pixels(batch.images), batch.labels
+
+    def start(self, images: Tensor) -> Tensor:
+        """Where the attack on the images of the batch given last starts."""
+        epsilon = torch.full((), float(self.config.attack.epsilon), device=images.device)
+        seed_of = partial(derive_seed, self.config.seed, "probe attack", self.number)
+        norm = self.config.attack.norm
+        return placed_start(images, epsilon, norm, position=self._position, seed_of=seed_of)
+
+    def attack(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """The images of the batch given last after the training attack at its full strength."""
+        config = self.config.attack
+        if config.steps == 0:
+            return images
+        epsilon, step_size = radii_at(config, self.config.epochs)
+        return pgd(
+            model,
+            images,
+            labels,
+            epsilon=epsilon,
+            step_size=step_size,
+            steps=config.steps,
+            norm=config.norm,
+            start=self.start(images),
+            check_tensors=False,
+        )

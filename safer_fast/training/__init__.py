@@ -1,0 +1,1 @@
+"""Training: the SAFER step, its objective and optimizer, and the loop around them."""

@@ -1,0 +1,97 @@
+"""Settings that nobody gave, chosen by the data and by the weights that training starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from safer_fast.config.command_line import parse_config
+from safer_fast.config.schema import Config
+from safer_fast.runs.folder import CONFIG
+
+LARGEST_PATCH, LEAST_PATCHES = 16, 7
+"""Pixels of an edge; patches along an edge of the image."""
+WARMUP_SHARE = 0.75
+CLEAN_SHARE, RAMP_SHARE = 1 / 6, 1 / 3
+"""Of the epochs of warm-up, as in the recipe `digits`."""
+
+
+def choose_defaults(config: Config, open_flags: Collection[str]) -> tuple[Config, list[str]]:
+    """The configuration with its open settings chosen, and a line for each that this changed.
+
+    open_flags: see `command_line.find_open_flags`. A run that is resumed keeps what it began with.
+    Raises ValueError as `load_data` does.
+    """
+    if not open_flags:
+        return config, []
+    began = _began_with(config)
+    if began is not None:
+        values = {flag: _get(began, flag) for flag in open_flags}
+        reasons: Mapping[str, str] = dict.fromkeys(values, "as the run began")
+    else:
+        values, reasons = _choose(config, open_flags)
+    chosen = deepcopy(config)
+    changed = [flag for flag in open_flags if flag in values and values[flag] != _get(config, flag)]
+    for flag in changed:
+        group, name = flag.split(".")
+        setattr(getattr(chosen, group), name, values[flag])
+    return chosen, [f"--{flag} {values[flag]}: {reasons[flag]}" for flag in changed]
+
+
+def patch_size_for(image_size: int) -> int:
+    """The largest patch of 2 to 16 pixels that divides the image and leaves 7 along its edge.
+
+    Where none does, the largest that leaves 7, or 2.
+    """
+    most = max(2, min(LARGEST_PATCH, image_size // LEAST_PATCHES))
+    return next((size for size in range(most, 1, -1) if image_size % size == 0), most)
+
+
+def _began_with(config: Config) -> Config | None:
+    """The settings of the run that is resumed, None where there is none yet."""
+    if config.resume == "never" or config.output is None:
+        return None
+    file = Path(config.output) / CONFIG
+    return parse_config(["--config", str(file)]) if file.is_file() else None
+
+
+def _choose(
+    config: Config, open_flags: Collection[str]
+) -> tuple[dict[str, int], Mapping[str, str]]:
+    """What suits new weights and the data, by flag, and why."""
+    model = config.model
+    values: dict[str, int] = {}
+    reasons: dict[str, str] = {}
+    if model.checkpoint is not None or model.pretrained:
+        return values, reasons
+    if "model.patch_size" in open_flags and "patch_size" not in model.arguments:
+        from safer_fast.data.load import find_image_size
+
+        image_size = find_image_size(config.data)
+        # that of the default model is the largest
+        if (size := patch_size_for(image_size)) != LARGEST_PATCH:
+            values["model.patch_size"] = size
+            reasons["model.patch_size"] = f"images have {image_size} pixels an edge"
+    epochs = _warm_up(config, "selection.warmup_epochs" in open_flags)
+    reason = f"of {config.epochs} epochs; the weights are new, nothing is robust yet"
+    return values | epochs, reasons | dict.fromkeys(epochs, reason)
+
+
+def _warm_up(config: Config, is_open: bool) -> dict[str, int]:
+    """Epochs in which everything is trained, and within them those of the ramp of epsilon."""
+    values, num_epochs = {}, int(WARMUP_SHARE * config.epochs)
+    if is_open and not config.selection.takes_all:
+        values["selection.warmup_epochs"] = num_epochs
+    if not is_open:
+        num_epochs = config.selection.warmup_epochs or num_epochs
+    if config.attack.steps and config.attack.epsilon:
+        values["attack.clean_epochs"] = int(CLEAN_SHARE * num_epochs)
+        values["attack.epsilon_warmup_epochs"] = int(RAMP_SHARE * num_epochs)
+    return values
+
+
+def _get(config: Config, flag: str) -> Any:
+    group, name = flag.split(".")
+    return getattr(getattr(config, group), name)

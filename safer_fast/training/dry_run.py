@@ -1,0 +1,320 @@
+"""What a run would cost: up to 20 steps of each of its stages, timed, and the rest worked out."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from itertools import accumulate, count, islice, pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from safer_fast.attacks.named import ThreatModel
+from safer_fast.attacks.radii import radii_at
+from safer_fast.config.attack_names import num_attack_steps
+from safer_fast.config.checks import check_new
+from safer_fast.config.schema import Config
+from safer_fast.data import Batch, Data, Loader, ahead
+from safer_fast.evaluation.accuracy import evaluate
+from safer_fast.evaluation.overfitting import STRONG_STEPS
+from safer_fast.models.families import STEM
+from safer_fast.models.flops import costs, ideal_flops, matmul_rate
+from safer_fast.runs.resume import Found
+from safer_fast.runtime.ranks import Ranks
+from safer_fast.runtime.timing import DeviceTime
+from safer_fast.training.schedule import Stage, stage_of
+from safer_fast.training.trainer import Trainer
+from safer_fast.training.validation import NUM_IMAGES_SHOWN, attack_shown
+
+NUM_STEPS = 20
+NUM_WARM_UP = 6
+"""Steps that compile and capture; they are not timed where others are."""
+MOST_S = 60.0
+"""Of the steps of all stages; each stage takes at least one."""
+BETWEEN_LINES_S = 10.0
+"""Where no terminal shows a bar."""
+NUM_PROBED_ON_CPU = 8
+"""Images of each rank that layers are scored on, where scoring takes longer than the steps."""
+LONG_STEP_S = 10.0
+"""What an evaluation of a batch may take; it is one of fewer images where steps take longer."""
+NUM_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """One stage: its layers, the median step, operations per image of each phase, memory.
+
+    num_taken: steps that were taken to find that out.
+    """
+
+    name: str
+    layers: list[str]
+    cut: int
+    num_steps: int
+    step_s: float
+    num_taken: int
+    batch_size: int
+    operations: dict[str, float]
+    peak_memory_mib: float
+
+    @property
+    def duration_s(self) -> float:
+        return self.num_steps * self.step_s
+
+    @property
+    def images_per_second(self) -> float:
+        return self.batch_size / self.step_s
+
+    def mfu(self, rate: float) -> float:
+        """Share of `rate`, operations per second, that the method's operations are done at."""
+        return sum(self.operations.values()) * self.images_per_second / rate
+
+
+@dataclass(frozen=True)
+class RunCost:
+    """All stages, seconds of all evaluations, and operations per second of a matrix product."""
+
+    stages: list[StageCost]
+    evaluation_s: float
+    matmul_rate: float
+
+    @property
+    def num_steps(self) -> int:
+        return sum(stage.num_steps for stage in self.stages)
+
+    @property
+    def training_s(self) -> float:
+        return sum(stage.duration_s for stage in self.stages)
+
+    @property
+    def duration_s(self) -> float:
+        return self.training_s + self.evaluation_s
+
+
+def dry_run(config: Config, ranks: Ranks | None = None, notes: Iterable[str] = ()) -> RunCost:
+    """Prints what the run would cost, after 20 steps of each stage or a minute of them; leaves
+    nothing behind.
+
+    Steps run at full epsilon, so clean epochs will take less, and include the wait for data.
+    Selection is that of the weights the run starts with: layers may differ from those of the run.
+    What happens once in a while is left out: compiling, capturing, selecting layers. On a CPU
+    layers are selected by fewer images than those of the run. notes: see `train_model`.
+    """
+    check_new(config)
+    ranks = ranks or Ranks()
+    with (
+        TemporaryDirectory() as folder,
+        Trainer(
+            _as_tried(config, Path(folder) / "run", ranks), ranks, Found(notes=tuple(notes))
+        ) as trainer,
+    ):
+        planned = _stages(config)
+        stages = [_cost_of(trainer, stage, MOST_S / len(planned)) for stage in planned]
+        trainer.log.say("evaluation: of one batch")
+        rate = matmul_rate(trainer.runtime.device, trainer.runtime.compute_dtype)
+        rate *= trainer.ranks.num_ranks
+        cost = RunCost(stages, _evaluation_seconds(trainer, stages[-1]), rate)
+        trainer.log.say(table(cost))
+    return cost
+
+
+def table(cost: RunCost) -> str:
+    """The figures as lines of text."""
+    lines = [line for stage in cost.stages for line in _lines_of(stage, cost.matmul_rate)]
+    end = datetime.now() + timedelta(seconds=cost.duration_s)
+    return "\n".join(
+        [
+            *lines,
+            "the whole run",
+            f"  training    {cost.num_steps} steps, {_clock(cost.training_s)}",
+            f"  evaluation  {_clock(cost.evaluation_s)}",
+            f"  in all      {_clock(cost.duration_s)}; begun now, it ends {end:%Y-%m-%d %H:%M}",
+        ]
+    )
+
+
+def passes_of_evaluation(config: Config, data: Data) -> int:
+    """Forward passes of one image that all evaluations of the run amount to.
+
+    An iteration of an attack counts as two: gradients of pixels take about as long as the pass.
+    """
+    num_validation = _num_evaluated(data.validation, config.evaluation.max_images)
+    every, last = config.evaluation.every_epochs, config.epochs
+    epochs = [epoch for epoch in range(1, last + 1) if epoch % every == 0 or epoch == last]
+    num_watched = min(config.evaluation.sentinel_images, data.train.num_images)
+    watched = 2 * (config.attack.steps + STRONG_STEPS + 1) if config.attack.steps else 0
+    num_times = sum(radii_at(config.attack, epoch)[0] > 0 for epoch in epochs)
+    final = _num_evaluated(data.test or data.validation) * _passes(config.evaluation.attacks)
+    # final figures are those of the start of SAFER, of the best and of the last weights
+    during = len(epochs) * num_validation * _passes(_attacks_during(config))
+    shown = _num_galleries(config) * min(
+        NUM_IMAGES_SHOWN, (data.test or data.validation).num_images
+    )
+    gallery = shown * 2 * (num_attack_steps(attack_shown(config.evaluation)) + 1)
+    return during + num_times * num_watched * watched + 3 * final + gallery
+
+
+def _num_galleries(config: Config) -> int:
+    """One at each selection, and one at the end."""
+    stages = [(epoch, stage_of(config, epoch)) for epoch in range(1, config.epochs + 1)]
+    every = config.selection.every_epochs
+    return 1 + sum(s.name == "safer" and s.selects_at(epoch, every) for epoch, s in stages)
+
+
+def _num_evaluated(loader: Loader, max_images: int | None = None) -> int:
+    """Images that an evaluation computes, those that fill batches up included."""
+    limit = loader.num_images if max_images is None else max_images
+    smaller, num_larger = divmod(loader.num_images, len(loader))
+    starts = accumulate((smaller + (index < num_larger) for index in range(len(loader))), initial=0)
+    return loader.batch_size * sum(start < limit for start in islice(starts, len(loader)))
+
+
+def _stages(config: Config) -> list[Stage]:
+    first, last = stage_of(config, 1), stage_of(config, config.epochs)
+    return [last] if first == last else [first, last]
+
+
+def _as_tried(config: Config, output: Path, ranks: Ranks) -> Config:
+    """The configuration of a run that selects layers quickly."""
+    selection = config.selection
+    if config.runtime.device == "cpu" or not torch.cuda.is_available():
+        most = NUM_PROBED_ON_CPU * ranks.num_ranks
+        selection = replace(selection, num_images=min(selection.num_images, most))
+    return replace(config, output=str(output), resume="never", selection=selection)
+
+
+def _cost_of(trainer: Trainer, stage: Stage, most_s: float) -> StageCost:
+    device = trainer.runtime.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    trainer.log.say(f"{stage.name}: up to {NUM_STEPS} steps, {most_s:.0f} s of them at most")
+    trainer.choose(stage.first_epoch)
+    times = _step_times(trainer, stage, most_s)
+    return StageCost(
+        name=stage.name,
+        layers=trainer.step.selection.names,
+        cut=trainer.step.cut,
+        num_steps=stage.num_epochs * len(trainer.data.train),
+        step_s=statistics.median(times[min(NUM_WARM_UP, len(times) - 1) :]),
+        num_taken=len(times),
+        batch_size=-(-trainer.data.train.num_images // len(trainer.data.train)),
+        operations=_operations(trainer),
+        peak_memory_mib=trainer.runtime.peak_memory_mib(),
+    )
+
+
+def _step_times(trainer: Trainer, stage: Stage, most_s: float) -> list[float]:
+    """Seconds of each step at full epsilon, one right after the other as in a run.
+
+    As many steps as fit into `most_s`; those that compile and capture do not count.
+    """
+    num_batches, device = len(trainer.data.train), trainer.runtime.device
+    attack, runtime = trainer.config.attack, trainer.runtime
+    full_epoch = max(stage.last_epoch, attack.clean_epochs + attack.epsilon_warmup_epochs + 1)
+    batches = islice(_endless(trainer, stage.first_epoch), NUM_STEPS)
+    least = NUM_WARM_UP + 1 if runtime.is_compiled or runtime.is_captured else 1
+    moments, num_steps, shown_s = [DeviceTime(device)], NUM_STEPS, time.monotonic()
+    for index, batch in enumerate(trainer.log.bar(batches, NUM_STEPS, f"{stage.name} steps"), 1):
+        trainer.take_step(full_epoch, (index - 1) % num_batches, num_batches, batch)
+        moments.append(DeviceTime(device))
+        if index <= NUM_WARM_UP + 1:  # steps to come are not waited for: they overlap as in a run
+            fitting = _num_fitting(_seconds_between(moments)[least - 1 :], most_s)
+            num_steps = trainer.ranks.share(min(NUM_STEPS, max(index, least - 1 + fitting)))
+        if is_due := time.monotonic() - shown_s > BETWEEN_LINES_S:
+            shown_s = time.monotonic()
+        line = f"{stage.name}: step {index} of {num_steps}"
+        trainer.log.show(line, {}, only_on_terminals=not is_due)
+        if index >= num_steps:
+            break
+    return _seconds_between(moments)
+
+
+def _seconds_between(moments: Sequence[DeviceTime]) -> list[float]:
+    return [start.seconds_until(end) for start, end in pairwise(moments)]
+
+
+def _num_fitting(times: Sequence[float], most_s: float) -> int:
+    """How many steps fit into `most_s`, by the last of those that were taken."""
+    if not times:
+        return NUM_STEPS
+    return len(times) + int(max(most_s - sum(times), 0.0) / max(times[-1], 1e-9))
+
+
+def _endless(trainer: Trainer, first_epoch: int) -> Iterator[Batch]:
+    for epoch in count(first_epoch):
+        yield from ahead(trainer.data.train.epoch(epoch), trainer.runtime.device)
+
+
+def _operations(trainer: Trainer) -> dict[str, float]:
+    """What the method needs for one image; losses that read clean images too run on two."""
+    step, data, model = trainer.step, trainer.data, trainer.model
+    size = (1, data.num_channels, data.image_size, data.image_size)
+    image = torch.zeros(size, device=trainer.runtime.device)
+    num_steps, passes = step.attack.steps, 2 if step.sam.rho > 0 else 1
+    # compiled code may pass by the hooks that see every layer
+    with model.plainly(), torch.compiler.set_stance("force_eager"):
+        phases = ideal_flops(model, image, step.cut, step.selection.names, num_steps, passes)
+        forward = sum(cost.forward for cost in costs(model, image).values())
+    if step.objective.needs_clean:
+        phases |= {name: 2 * phases[name] for name in ("prefix", "sam")}
+    if step.objective.attack_needs_clean and num_steps > 0:
+        phases["attack"] += forward
+    return phases
+
+
+def _evaluation_seconds(trainer: Trainer, stage: StageCost) -> float:
+    """Seconds of all evaluations, by the second of two of a batch: the first may compile.
+
+    Where steps take long, by one of some of its images.
+    """
+    config, data = trainer.config, trainer.data
+    threat = ThreatModel(config.attack.norm, float(config.attack.epsilon))
+    attacks, parts = _attacks_during(config), trainer.engine.evaluation_batch
+    (batch,) = islice(data.validation.epoch(1), 1)
+    is_slow = stage.step_s > LONG_STEP_S
+    if is_slow:
+        most = max(1, int(batch.num_images * LONG_STEP_S / stage.step_s))
+        batch = Batch(batch.images[:most], batch.labels[:most])
+    for _ in range(1 if is_slow else 2):
+        started = time.perf_counter()
+        evaluate(trainer.model, iter([batch]), attacks, threat, micro_batch=parts)
+        elapsed = time.perf_counter() - started
+    num_passes = len(batch.labels) * _passes(attacks)
+    return elapsed * passes_of_evaluation(config, data) / num_passes
+
+
+def _attacks_during(config: Config) -> list[str]:
+    """What the validation split is evaluated under while training goes on."""
+    return ["clean", f"pgd-{config.evaluation.steps}"]
+
+
+def _passes(attacks: list[str]) -> int:
+    """Forward passes that each image takes under these attacks, see `passes_of_evaluation`."""
+    return sum(1 + 2 * num_attack_steps(name) for name in attacks)
+
+
+def _lines_of(stage: StageCost, rate: float) -> list[str]:
+    names = ", ".join(stage.layers[:NUM_SHOWN])
+    num_more = len(stage.layers) - NUM_SHOWN
+    phases = ", ".join(f"{name} {value / 1e9:.3g}" for name, value in stage.operations.items())
+    suffix = "everything" if stage.cut == STEM else f"from block {stage.cut}"
+    return [
+        stage.name,
+        f"  layers      {names}" + (f" and {num_more} more" if num_more > 0 else ""),
+        f"  suffix      {suffix}",
+        f"  step        {stage.step_s * 1e3:.1f} ms, {stage.images_per_second:.1f} images/s, "
+        f"after {stage.num_taken} steps",
+        f"  operations  {phases} GFLOP per image",
+        f"  MFU         {stage.mfu(rate):.1%} of the {rate / 1e12:.3g} TFLOP/s of a matrix product",
+        f"  memory      {stage.peak_memory_mib:.0f} MiB at its peak",
+        f"  training    {stage.num_steps} steps, {_clock(stage.duration_s)}",
+    ]
+
+
+def _clock(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    return str(timedelta(seconds=round(seconds)))

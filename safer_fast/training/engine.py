@@ -1,0 +1,271 @@
+"""A network made ready for its machine: weights in arenas, compiled, attacked, stepped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from safer_fast.attacks.audit import Audit
+from safer_fast.attacks.float8 import PAYS_FROM, LowPrecision, check_float8, fitting
+from safer_fast.attacks.float8_timing import Float8Layers, choose_measured
+from safer_fast.attacks.replayed import Attacker
+from safer_fast.config.schema import Config, ModelConfig, Names
+from safer_fast.data import Data
+from safer_fast.models.arenas import ParameterArenas, TrainedWeights
+from safer_fast.models.attention import pin_for
+from safer_fast.models.build import build_model
+from safer_fast.models.flops import costs
+from safer_fast.models.lora import Adapters, check_called
+from safer_fast.models.robust_model import compile_blocks, state_of
+from safer_fast.runtime.attention import Pinned
+from safer_fast.runtime.device import Runtime, decide_auto
+from safer_fast.runtime.micro_batch import MicroBatch
+from safer_fast.runtime.ranks import Ranks
+from safer_fast.training.objectives import Objective
+from safer_fast.training.optimizers import build_optimizer
+from safer_fast.training.step import Step
+
+
+class Engine:
+    """Runtime, model, arenas and attack of one configuration; makes a step for each selection.
+
+    `notes` are lines on fast paths that are not live. ranks: the processes that train together.
+    known: facts of the run that goes on (`facts_of`), whose choices come before what `auto` would
+    choose. Raises ValueError for settings that fit no model.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        runtime: Runtime,
+        data: Data,
+        ranks: Ranks | None = None,
+        known: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.config, self.ranks, self._known = config, ranks or Ranks(), known or {}
+        torch.manual_seed(config.seed)
+        self.model = build_model(
+            self._model_to_build(),
+            num_classes=data.num_classes,
+            image_size=data.image_size,
+            num_channels=data.num_channels,
+            compute_dtype=runtime.compute_dtype,
+            norms=config.selection.norms,
+            normalisation=self._known.get("normalisation"),
+        )
+        savings = config.runtime.exact_savings
+        self.new_layers: list[str] = self._known.get("new_layers", self.model.new_layers)
+        """Layers that began as drawn; trained along with what is selected, see `with_new`."""
+        notes = [*self.model.notes, *self._note_new()]
+        if config.selection.lora_rank:
+            # both read weights past the modules that hold them, and would miss the factors
+            savings = Names(name for name in savings if name not in ("patch-order", "class-token"))
+            notes.append("patch-order, class-token: off (selection.lora_rank)")
+        notes += self.model.save(savings, data.image_size)
+        self.model.to(runtime.device)
+        if config.selection.lora_rank:
+            image = torch.zeros(1, data.num_channels, data.image_size, data.image_size)
+            check_called(self.model, list(self.model.layers), image.to(runtime.device))
+        self.attention = self._pin_attention(data.image_size)
+        self.runtime = decide_auto(runtime, config.runtime, self._num_operations(data))
+        self.float8 = self._choose_float8(data.image_size, notes)
+        """The layers whose products the attack computes in FP8; None: it is as exact as amp."""
+        self.notes = [*self.runtime.notes, *notes]
+        if self.attention is not None and self.attention.note is not None:
+            self.notes.append(self.attention.note)
+        if self.runtime.is_compiled:
+            compile_blocks(self.model)
+        self.stored = runtime.compute_dtype if "stored-bf16" in savings else torch.float32
+        self.arenas = ParameterArenas(self.model.network, self.model.layers, self.stored)
+        self.adapters: Adapters | None = None
+        """What is trained beside the layers selected last, with `selection.lora_rank`."""
+        self.replays = self.runtime.replays(self._report)
+        limits = config.runtime
+        self.micro_batch = self._parts("runtime.train_micro_batch", limits.train_micro_batch)
+        self.evaluation_batch = self._parts("evaluation", "auto")
+        self.attack = Attacker(
+            self.model,
+            Objective(config.objective),
+            norm=config.attack.norm,
+            steps=config.attack.steps,
+            micro_batch=self._parts("runtime.attack_micro_batch", limits.attack_micro_batch),
+            replays=self.replays,
+            precision=LowPrecision(self.model, self.float8.names) if self.float8 else None,
+        )
+        self.audit = Audit(self.attack, config.attack, self.ranks, self._report)
+
+    def step_over(self, names: list[str] | None, rho: float, seed: int = 0) -> Step:
+        """The step that trains these layers (None: every parameter), with a new optimizer.
+
+        With `selection.lora_rank` it trains factors beside layers that are named, drawn with the
+        seed; those of before have become part of the weights.
+        """
+        config = self.config
+        self._fold()
+        if self.attack.precision is not None:
+            self.attack.precision.move(names)
+        selection = self.arenas.select(names) if names is None else self._select(names, seed)
+        return Step(
+            model=self.model,
+            selection=selection,
+            optimizer=build_optimizer(config.optim, selection),
+            objective=Objective(config.objective),
+            sam=replace(config.sam, rho=rho),
+            attack=self.attack,
+            relative_radius=config.selection.radius == "relative",
+            reuses_prefix="prefix" in config.runtime.exact_savings,
+            clip_norm=config.optim.clip_norm,
+            micro_batch=self.micro_batch,
+            replays=self.replays,
+            ranks=self.ranks,
+        )
+
+    def weights(self) -> Tensor:
+        """The weights that the network computes with, fp32, laid out as the masters; read only."""
+        if self.adapters is None:
+            return self.arenas.master
+        merged = self.arenas.master.clone()
+        self.adapters.add_to(self.arenas, merged)
+        return merged
+
+    def state_dict(self, source: Tensor) -> dict[str, Tensor]:
+        """The network's state dict with the weights of `source`, which is laid out as the masters.
+
+        Its names are those of the network alone, whatever is trained beside its layers.
+        """
+        with nullcontext() if self.adapters is None else self.adapters.away():
+            return state_of(self.model.network, self.arenas.state_dict(source))
+
+    @contextmanager
+    def reading(self, source: Tensor) -> Iterator[None]:
+        """The network reads these weights, laid out as the masters, for a while; no others."""
+        self.arenas.load_compute(source)
+        try:
+            with nullcontext() if self.adapters is None else self.adapters.away():
+                yield
+        finally:
+            self.arenas.load_compute()
+
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        """The masters are `weights()` for a while, and the network's layers its own."""
+        if self.adapters is None:
+            yield
+            return
+        before = self.arenas.master.clone()
+        self.adapters.add_to(self.arenas, self.arenas.master)
+        self.arenas.load_compute()
+        try:
+            with self.adapters.away():
+                yield
+        finally:
+            self.arenas.master.copy_(before)
+            self.arenas.load_compute()
+
+    def with_new(self, selected: list[str]) -> list[str]:
+        """The selected layers and the new ones, which nothing has trained and selection may miss.
+
+        Not where a warm-up has trained everything, nor where the user has named the layers.
+        """
+        selection = self.config.selection
+        if selection.warmup_epochs or selection.layers is not None:
+            return selected
+        return [*selected, *(name for name in self.new_layers if name not in selected)]
+
+    def _note_new(self) -> list[str]:
+        """A line on new layers in a run that does not train everything."""
+        selection, shown = self.config.selection, ", ".join(self.new_layers)
+        if not self.new_layers or selection.warmup_epochs or selection.takes_all:
+            return []
+        if self.with_new([]):
+            return [f"selection: {shown} is new and trained along with the selected layers"]
+        return [f"selection.layers: {shown} is new, and stays as drawn unless named"]
+
+    def _model_to_build(self) -> ModelConfig:
+        """A run that goes on has weights of its own, wherever those are that it began with."""
+        if "normalisation" in self._known:
+            return replace(self.config.model, pretrained=False, checkpoint=None)
+        return self.config.model
+
+    def _fold(self) -> None:
+        """Factors have become part of the masters, and are gone."""
+        if self.adapters is not None:
+            self.adapters.add_to(self.arenas, self.arenas.master)
+            self.adapters.detach()
+            self.adapters = None
+            self.arenas.load_compute()
+            self.replays.forget()
+
+    def _select(self, names: list[str], seed: int) -> TrainedWeights:
+        """What is trained of these layers: their parameters, or factors beside their weights."""
+        rank = self.config.selection.lora_rank
+        if not rank:
+            return self.arenas.select(names)
+        layers = {name: self.model.layers[name] for name in names}
+        self.adapters = Adapters(self.model.network, layers, rank, self.stored, seed)
+        self.replays.forget()  # they call other modules now
+        return self.adapters.selection()
+
+    def _choose_float8(self, image_size: int, notes: list[str]) -> Float8Layers | None:
+        """All ranks multiply in FP8 what the first one finds faster so."""
+        attack, device = self.config.attack, self.runtime.device
+        if attack.precision != "fp8":
+            return Float8Layers(()) if attack.precision == "bf16" else None
+        check_float8(device)
+        known = self._known.get("float8")
+        if attack.fp8_from != "auto":
+            choice = Float8Layers(fitting(self.model, attack.fp8_from))
+        elif known is not None:
+            choice = Float8Layers([name for name in fitting(self.model) if name in known])
+        elif device.type != "cuda":
+            choice = Float8Layers(fitting(self.model, PAYS_FROM))
+        elif self.ranks.is_first:
+            batch_size = -(-self.config.batch_size // self.ranks.num_ranks)
+            if self.config.runtime.attack_micro_batch != "auto":
+                batch_size = min(batch_size, self.config.runtime.attack_micro_batch)
+            choice = choose_measured(self.model, image_size, batch_size, self.runtime.is_compiled)
+            self.ranks.share(list(choice.names))
+        else:
+            choice = Float8Layers(self.ranks.share(None))
+        if not choice.names:
+            notes.append(f"attack in FP8: off, in bf16 (attack.fp8_from: {choice.why_none()})")
+        elif device.type != "cuda":
+            notes.append("attack in FP8: simulated, slower than bf16 (no GPU is used)")
+        return choice
+
+    def _pin_attention(self, image_size: int) -> Pinned | None:
+        """All ranks compute attention as the first one finds fastest."""
+        wanted, known = self.config.runtime.attention, self._known.get("attention")
+        if wanted == "auto" and known is not None:
+            wanted = known
+        if not self.ranks.is_first:
+            wanted = self.ranks.share(None)
+        pinned = pin_for(self.model, image_size, self.config.batch_size, wanted)
+        if self.ranks.is_first:
+            self.ranks.share(wanted if pinned is None else pinned.backend)
+        return pinned
+
+    def _parts(self, flag: str, size: int | Literal["auto"]) -> MicroBatch:
+        """So many images at a time; recordings give way when memory ends."""
+        return MicroBatch(flag, size, self.replays.forget, self._report)
+
+    def _num_operations(self, data: Data) -> float:
+        """About how many operations the run will take: forward and backward as long as each."""
+        config = self.config
+        size = (1, data.num_channels, data.image_size, data.image_size)
+        image = torch.zeros(size, device=self.model.mean.device)
+        with self.model.plainly():
+            forward = sum(cost.forward for cost in costs(self.model, image).values())
+        passes = config.attack.steps + (2 if config.sam.rho > 0 else 1)
+        return config.epochs * data.train.num_images * passes * 2 * forward
+
+    def _report(self, line: str) -> None:
+        """A line on what changed while the run went on, between progress bars, once for all."""
+        if self.ranks.is_first:
+            tqdm.write(f"note:       {line}")

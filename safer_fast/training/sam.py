@@ -1,0 +1,109 @@
+"""Sharpness-aware minimization: the ascent to w + e, and back to the very same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from safer_fast.config.checks import check_number
+from safer_fast.config.ranges import FACTOR
+from safer_fast.config.schema import SAMConfig
+from safer_fast.models.arenas import TrainedWeights, module_selection
+from safer_fast.models.perturbation import ascend_, restore_
+
+
+def ascend_as_set_(selection: TrainedWeights, config: SAMConfig, is_relative: bool) -> None:
+    """`ascend_` over a selection, as one group or layer by layer; relative radii are those of
+    layers."""
+    groups = selection.groups.values() if config.layerwise else [selection.ranges]
+    relative = config.layerwise and is_relative
+    ascend_(groups, config.rho, adaptive=config.adaptive, relative=relative)
+
+
+class SharpnessAware:
+    """SAM over some layers of any module, around any optimizer of its parameters.
+
+    One step is `ascend(loss)`, then `descend(loss)` of the same batch at the perturbed weights:
+
+        sam = SharpnessAware(model, ["blocks.10.mlp.fc1"], optimizer, rho=0.05)
+        sam.ascend(objective(model(images), labels))
+        sam.descend(objective(model(images), labels))
+
+    Args:
+        model: the module; its parameters keep their storage.
+        names: names of the modules (layers) whose own parameters are perturbed and updated.
+        optimizer: must hold every one of these parameters; parameters of other layers that it
+            holds have no gradient and are left alone.
+        rho: radius of the perturbation over all selected weights together, at least 0.
+        adaptive: ASAM in place of SAM.
+
+    Raises:
+        ValueError: unknown names, names without parameters, parameters that the optimizer lacks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Sequence[str],
+        optimizer: torch.optim.Optimizer,
+        *,
+        rho: float,
+        adaptive: bool = False,
+    ) -> None:
+        check_number("rho", rho, FACTOR)
+        self.parameters = _parameters_of(model, names)
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        missing = sum(id(parameter) not in held for parameter in self.parameters)
+        if missing:
+            total = len(self.parameters)
+            raise ValueError(
+                f"optimizer: expected it to hold all {total} selected parameters, "
+                f"{missing} are missing"
+            )
+        self.optimizer, self.rho, self.adaptive = optimizer, rho, adaptive
+        self._selection: TrainedWeights | None = None
+
+    def ascend(self, loss: Tensor) -> None:
+        """Differentiates `loss` and moves the selected weights to w + e.
+
+        Raises RuntimeError when called twice without `descend` or `restore` in between.
+        """
+        if self._selection is not None:
+            raise RuntimeError("ascend was called twice: descend, or restore, comes first")
+        gradients = torch.autograd.grad(loss, self.parameters)
+        self._selection = module_selection({"selected": self.parameters})
+        self._selection.store_gradients(gradients)
+        ascend_([self._selection.ranges], self.rho, adaptive=self.adaptive)
+
+    def descend(self, loss: Tensor) -> None:
+        """Differentiates `loss` at w + e, goes back to w exactly, and lets the optimizer step."""
+        gradients = torch.autograd.grad(loss, self.parameters)
+        self.restore()
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self.optimizer.step()
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def restore(self) -> None:
+        """The selected weights are w again, bit for bit; nothing happens if they already are."""
+        if self._selection is not None:
+            restore_(self._selection.ranges)
+        self._selection = None
+
+
+def _parameters_of(model: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:
+    parameters: list[nn.Parameter] = []
+    for name in names:
+        try:
+            own = list(model.get_submodule(name).parameters(recurse=False))
+        except AttributeError:
+            raise ValueError(f"names: expected a module of the model, got {name!r}") from None
+        if not own:
+            raise ValueError(f"names: expected a module with parameters of its own, got {name!r}")
+        parameters += own
+    if not parameters:
+        raise ValueError("names: expected at least one layer, got none")
+    return parameters

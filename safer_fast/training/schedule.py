@@ -1,0 +1,81 @@
+"""What holds when: the stage of an epoch, when layers are selected, epsilon, the learning rate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import cos, pi
+
+from safer_fast.attacks.radii import radii_at
+from safer_fast.config.schema import Config, OptimConfig, SelectionConfig
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of epochs with one schedule: `warm-up` trains everything, `safer` the selection."""
+
+    name: str
+    first_epoch: int
+    last_epoch: int
+    learning_rate: float
+
+    @property
+    def num_epochs(self) -> int:
+        return self.last_epoch - self.first_epoch + 1
+
+    def selects_at(self, epoch: int, every_epochs: int) -> bool:
+        """Whether layers are selected right before this epoch."""
+        past = epoch - self.first_epoch
+        return past == 0 or (self.name == "safer" and every_epochs > 0 and past % every_epochs == 0)
+
+
+def stage_of(config: Config, epoch: int) -> Stage:
+    """The stage that epoch `epoch` (from 1) belongs to."""
+    warmup = config.selection.warmup_epochs
+    if epoch <= warmup:
+        return Stage("warm-up", 1, warmup, config.optim.learning_rate)
+    peak = config.optim.safer_learning_rate or config.optim.learning_rate
+    return Stage("safer", warmup + 1, config.epochs, peak)
+
+
+def weaknesses(config: Config) -> list[str]:
+    """A line for each ramp that ends before its peak and each setting that does nothing."""
+    attack, optim, lines = config.attack, config.optim, []
+    reached = radii_at(attack, config.epochs)[0]
+    if attack.steps and reached < attack.epsilon * (1 - 1e-6):
+        lines.append(
+            f"attack.epsilon: reaches {reached:.4g} of {attack.epsilon:.4g} by the end of "
+            f"--epochs {config.epochs}, for --attack.clean_epochs {attack.clean_epochs} and "
+            f"--attack.epsilon_warmup_epochs {attack.epsilon_warmup_epochs} come first"
+        )
+    if attack.steps and attack.epsilon and attack.step_size is not None and not attack.step_size:
+        lines.append("attack.step_size: 0 leaves every attack at its random start")
+    for stage in dict.fromkeys(stage_of(config, epoch) for epoch in (1, config.epochs)):
+        if stage.num_epochs < optim.warmup_epochs:
+            lines.append(
+                f"optim.warmup_epochs: {optim.warmup_epochs:g} are more than the "
+                f"{stage.num_epochs} of stage {stage.name}, whose learning rate reaches "
+                f"{stage.num_epochs / optim.warmup_epochs:.0%} of its peak"
+            )
+    selection, usual = config.selection, SelectionConfig()
+    if selection.layers is not None:
+        for name in ("criterion", "fraction", "from_block", "candidates"):
+            if (value := getattr(selection, name)) != getattr(usual, name):
+                lines.append(f"selection.{name}: {value} does nothing, selection.layers decide")
+    return lines
+
+
+def learning_rate_at(
+    config: OptimConfig, peak: float, step: int, num_steps: int, steps_per_epoch: int
+) -> float:
+    """The learning rate of step `step` (from 0) in a stage of `num_steps` steps."""
+    warmup = config.warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    if config.schedule == "cosine":
+        progress = min((step - warmup) / max(num_steps - warmup, 1), 1.0)
+        low = min(config.min_learning_rate, peak)
+        return low + (peak - low) * (1 + cos(pi * progress)) / 2
+    if config.schedule == "step":
+        passed = sum(step >= milestone * num_steps for milestone in config.milestones)
+        return float(peak * config.decay**passed)
+    return peak

@@ -1,0 +1,145 @@
+"""Before the first step: everything a run is made of, checked, built, and put in its folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from safer_fast.config.checks import check_ball
+from safer_fast.config.schema import Config
+from safer_fast.data import Data, load_data
+from safer_fast.models.build import check_patches
+from safer_fast.models.lora import check_adapters
+from safer_fast.runs.folder import create_run_folder, save_config
+from safer_fast.runs.lock import RunLock
+from safer_fast.runs.loggers.run_log import RunLog
+from safer_fast.runs.loggers.wandb import check_wandb
+from safer_fast.runs.progress import RunProgress
+from safer_fast.runs.resume import Found, check_facts, check_settings, settings_digest
+from safer_fast.runtime.device import prepare_runtime
+from safer_fast.runtime.ranks import Ranks
+from safer_fast.selection.candidates import candidates, match_layers
+from safer_fast.selection.criteria import check_criterion
+from safer_fast.training.banner import banner, describe_run
+from safer_fast.training.engine import Engine
+from safer_fast.training.optimizers import build_optimizer
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """What `set_up` has made; `facts` decide the bits that are computed, besides the settings."""
+
+    data: Data
+    engine: Engine
+    folder: Path
+    log: RunLog
+    progress: RunProgress
+    facts: dict[str, Any]
+
+
+def set_up(config: Config, ranks: Ranks, found: Found) -> PreparedRun:
+    """The run is ready and has introduced itself; its weights are those that it once began with.
+
+    found: the checkpoint to go on from, if any, and the lock of the folder. Raises ValueError for
+    everything that a user can get wrong, before the run folder is made.
+    """
+    if config.log.wandb:
+        check_wandb()
+    if config.selection.lora_rank:
+        check_adapters()
+    check_criterion(config.selection.criterion)
+    ranks.check_same(settings_digest(config), "--config", "settings")
+    checkpoint = found.checkpoint
+    stored = {} if checkpoint is None else checkpoint.state
+    notes = [*found.notes, *(check_settings(stored["config"], config) if stored else [])]
+    runtime = prepare_runtime(config.runtime, config.amp, ranks.local_rank)
+    data = load_data(
+        config.data,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        device=runtime.device,
+        rank=ranks.rank,
+        num_ranks=ranks.num_ranks,
+        report=tqdm.write if ranks.is_first else _say_nothing,
+    )
+    ranks.check_same(data.fingerprint, "--data.path", "images, labels and classes")
+    shape = data.num_channels, data.image_size, data.image_size
+    check_ball(config.attack.norm, config.attack.epsilon, config.attack.step_size, shape=shape)
+    data.bad.report = tqdm.write  # up to here all ranks have looked at the same images
+    known = stored.get("facts")
+    engine = Engine(config, runtime, data, ranks, known)
+    check_fit(config, engine, data)
+    if checkpoint is None:
+        check_patches(engine.model.network, data.image_size)
+    facts = numerics_of(engine, data)
+    notes += check_facts(known, facts) if known else []
+    ranks.check_alike(engine.arenas.master, "at the start")
+    described = describe_run(config, engine, data)
+    described["notes"] += notes
+    shown = config.to_dict() | described if config.log.wandb else None
+    if checkpoint is None:
+        folder, progress = make_folder(config, data.name, ranks, found.lock), RunProgress()
+        log = RunLog(folder, ranks, wandb=shown)
+        log.write("run", epoch=0, step=0, **described)
+    else:
+        folder, progress = checkpoint.path.parent.parent, RunProgress.read(stored["progress"])
+        log = RunLog(folder, ranks, progress.metrics_size, shown)
+        if not progress.metrics_size:  # of a log that was lost
+            log.write("run", epoch=0, step=0, **described)
+    log.say(banner(described))
+    return PreparedRun(data, engine, folder, log, progress, facts)
+
+
+def check_fit(config: Config, engine: Engine, data: Data) -> None:
+    """Raises ValueError for settings that fit no model, or not this one, or not so many ranks."""
+    selection, num_ranks = config.selection, engine.ranks.num_ranks
+    candidates(engine.model, selection.from_block, selection.candidates)
+    if selection.layers is not None:
+        match_layers(selection.layers, engine.model.layers)
+    build_optimizer(config.optim, engine.arenas.select(list(engine.model.layers)[:1]))
+    sizes = {"--batch-size": config.batch_size, "--selection.num_images": selection.num_images}
+    for flag, size in sizes.items():
+        if size < num_ranks:
+            raise ValueError(
+                f"{flag}: expected at least one image for each of {num_ranks} ranks, got {size}"
+            )
+    if data.train.num_images < num_ranks:
+        raise ValueError(
+            f"data.path: expected at least one training image for each of {num_ranks} ranks, "
+            f"got {data.train.num_images}"
+        )
+
+
+def numerics_of(engine: Engine, data: Data) -> dict[str, Any]:
+    """What decides the bits that are computed, besides the settings, by name."""
+    device, model = engine.runtime.device, engine.model
+    return {
+        "data": data.fingerprint,
+        "backend": data.train.backend,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "ranks": engine.ranks.num_ranks,
+        "attention": engine.attention.backend if engine.attention is not None else None,
+        "float8": list(engine.float8.names) if engine.float8 is not None else None,
+        "new_layers": engine.new_layers,
+        "normalisation": [part.flatten().tolist() for part in (model.mean, model.std)],
+    }
+
+
+def make_folder(config: Config, data_name: str, ranks: Ranks, lock: RunLock | None = None) -> Path:
+    """The folder of a new run with its run.yaml, made by the first rank and known to all."""
+    made = None
+    if ranks.is_first:
+        folder = create_run_folder(config, data_name, lock)
+        save_config(config, folder)
+        made = str(folder)
+    return Path(ranks.share(made))
+
+
+def _say_nothing(_: str) -> None:
+    """The first rank says the same."""

@@ -1,0 +1,187 @@
+"""How good the weights of a run in progress are, on the splits that are not trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safer_fast.attacks.named import ThreatModel, attack_by_name
+from safer_fast.attacks.pgd import placed_start
+from safer_fast.attacks.radii import radii_at
+from safer_fast.config.schema import Config, EvaluationConfig
+from safer_fast.data import Batch, Data, Loader, as_pixels
+from safer_fast.evaluation.accuracy import Accuracy, evaluate
+from safer_fast.evaluation.overfitting import AttackGap, count_right
+from safer_fast.runs.gallery import gallery_strip, make_gallery, write_gallery
+from safer_fast.runs.loggers.run_log import RunLog
+from safer_fast.runs.report.reading import GALLERY
+from safer_fast.runtime.seeds import derive_seed
+from safer_fast.runtime.signals import Stops
+from safer_fast.training.engine import Engine
+
+SEED_OFFSET = 1_000_003
+NUM_IMAGES_SHOWN = 8  # images of the gallery
+
+
+def attack_shown(config: EvaluationConfig) -> str:
+    """The attack of the gallery: the last PGD of the final figures, else PGD-20."""
+    own = [name for name in config.attacks if name.startswith("pgd-")]
+    return (own or ["pgd-20"])[-1]
+
+
+def validation_figures(
+    clean: Accuracy | None = None, robust: Accuracy | None = None, of_images: int | None = None
+) -> dict[str, Any]:
+    """An epoch's event says this of the validation split, null where it was not looked at.
+
+    of_images: all of the split.
+    """
+    if clean is None or robust is None:
+        names = ["clean_accuracy", "robust_accuracy", "validation_loss", "num_not_finite"]
+        names += ["gradient_masking", "validation_images", "of_validation_images"]
+        return dict.fromkeys(names)
+    return {
+        "validation_images": robust.num_images,
+        "of_validation_images": of_images,
+        "clean_accuracy": clean.accuracy,
+        "robust_accuracy": robust.accuracy,
+        "validation_loss": robust.loss,
+        "num_not_finite": max(clean.num_not_finite, robust.num_not_finite),
+        "gradient_masking": list(robust.gradient_masking),
+    }
+
+
+class Validator:
+    """Evaluates weights that lie in a vector like the masters; ranks share the images."""
+
+    def __init__(
+        self, config: Config, engine: Engine, data: Data, log: RunLog, stops: Stops
+    ) -> None:
+        self.config, self.engine, self.data = config, engine, data
+        self.log, self.stops = log, stops
+        self._watched: list[Batch] | None = None
+
+    def on_validation(self, source: Tensor) -> tuple[Accuracy, Accuracy]:
+        """Clean and robust accuracy on as many validation images as are asked for."""
+        settings = self.config.evaluation
+        attacks = ["clean", f"pgd-{settings.steps}"]
+        clean, robust = self._accuracies(
+            self.data.validation, attacks, source, "validation", settings.max_images
+        )
+        return clean, robust
+
+    def finally_(self, weights: str, source: Tensor) -> list[dict[str, Any]]:
+        """The final figures of what is called `weights`, on the test split if there is one."""
+        loader = self.data.test or self.data.validation
+        split = "test" if self.data.test is not None else "validation"
+        attacks = self.config.evaluation.attacks
+        results = self._accuracies(loader, attacks, source, f"{split}, weights {weights}")
+        facts = {"split": split, "weights": weights, "of_images": loader.num_images}
+        return [facts | vars(result) for result in results]
+
+    def show_images(self, source: Tensor, folder: Path, step: int) -> None:
+        """A few images of the final split, attacked, are in the run's gallery, and in its log.
+
+        The first rank does that, with its own images; where it has none there is no gallery.
+        """
+        loader = self.data.test or self.data.validation
+        if not self.engine.ranks.is_first:
+            return
+        batch = next(iter(loader.epoch(1, limit=NUM_IMAGES_SHOWN)), None)
+        if batch is None or not batch.num_images:
+            return
+        batch, count = batch.to(self.engine.runtime.device), min(NUM_IMAGES_SHOWN, batch.num_images)
+        name, config = attack_shown(self.config.evaluation), self.config.attack
+        threat = ThreatModel(config.norm, float(config.epsilon))
+        images, labels = as_pixels(batch.images)[:count], batch.labels[:count]
+        place, micro_batch = (self._seed_of, batch.position), self.engine.evaluation_batch
+        model = self.engine.model
+        with self.engine.reading(source):
+            attacked = attack_by_name(name, model, images, labels, threat, place, micro_batch)
+            gallery = make_gallery(model, images, labels, attacked)
+        split = "test" if self.data.test is not None else "validation"
+        try:
+            write_gallery(
+                gallery,
+                folder / GALLERY,
+                class_names=self.data.class_names,
+                attack=name,
+                epsilon=threat.epsilon,
+                weights="last",
+                split=split,
+            )
+        except ValueError as error:  # pictures are no reason to end a run
+            self.log.say(f"the gallery is left as it is: {error}")
+        self.log.add_images("gallery", *gallery_strip(gallery), step=step)
+
+    def attack_gap(self, epoch: int) -> AttackGap | None:
+        """What the training attack of this epoch leaves right, and PGD-20, on training images.
+
+        They are the same each time. None where nothing attacks, or nothing is to be watched.
+        """
+        config, device = self.config.attack, self.engine.runtime.device
+        epsilon, step_size = radii_at(config, epoch)
+        num_images = self.config.evaluation.sentinel_images
+        if not (num_images and epsilon and config.steps):
+            return None
+        if self._watched is None:
+            batches = self.data.train.probe(num_images, 0)
+            self._watched = [batch.to(device) for batch in batches]
+        counts = torch.zeros(3, dtype=torch.int64, device=device)
+        attack: dict[str, Any] = {"epsilon": epsilon, "step_size": step_size, "norm": config.norm}
+        for batch in self.stops.watch(self._watched):
+            images, radius = as_pixels(batch.images), torch.full((), epsilon, device=device)
+            start = placed_start(
+                images, radius, config.norm, position=batch.position, seed_of=self._seed_of
+            )
+            count = partial(count_right, self.engine.model, steps=config.steps, **attack)
+            counts[:2] += self._in_parts(count, images, batch.labels, start)
+            counts[2] += batch.num_images
+        self.engine.ranks.sum_(counts)
+        return AttackGap.from_counts(counts[:2], int(counts[2]))
+
+    def _seed_of(self, number: int) -> int:
+        return derive_seed(self.config.seed, "sentinel", number)
+
+    def _in_parts(
+        self, count: Callable[..., Tensor], images: Tensor, labels: Tensor, start: Tensor
+    ) -> Tensor:
+        """The counts [2] over as many images at a time as memory holds."""
+        total = torch.zeros(2, dtype=torch.int64, device=images.device)
+
+        def count_all(size: int) -> None:
+            total.zero_()
+            parts = (torch.split(whole, size) for whole in (images, labels, start))
+            for some, classes, places in zip(*parts, strict=True):
+                total.add_(count(some, classes, start=places))
+
+        if len(images):
+            self.engine.evaluation_batch.run(len(images), count_all)
+        return total
+
+    def _accuracies(
+        self,
+        loader: Loader,
+        attacks: list[str],
+        source: Tensor,
+        label: str,
+        limit: int | None = None,
+    ) -> list[Accuracy]:
+        """The network reads the masters again afterwards, also where the run is stopped."""
+        threat = ThreatModel(self.config.attack.norm, float(self.config.attack.epsilon))
+        batches = self.stops.watch(loader.epoch(1, limit=limit))
+        with self.engine.reading(source):
+            return evaluate(
+                self.engine.model,
+                iter(self.log.bar(batches, len(loader) if limit is None else None, label)),
+                attacks,
+                threat,
+                seed=self.config.seed + SEED_OFFSET,
+                micro_batch=self.engine.evaluation_batch,
+                ranks=self.engine.ranks,
+            )

@@ -1,0 +1,263 @@
+"""Exports load where they are meant to, in processes that know nothing of this package."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+
+from safer_fast.config.command_line import parse_config
+from safer_fast.config.commands import ExportConfig
+from safer_fast.data import load_data
+from safer_fast.export import main
+from safer_fast.models.build import build_model
+from safer_fast.runs.accuracies import interval
+from safer_fast.runs.exporters import export, onnx
+from safer_fast.runs.folder import export_model, load_run, save_config
+
+VIT = "{depth: 2, embed_dim: 48, num_heads: 3}"
+SWIN = "{depths: [1, 1, 1, 1], embed_dim: 24, num_heads: [1, 2, 4, 8], window_size: 2}"
+COLOUR = ["--data.path=synthetic", "--data.image_size=32"]
+RUNS: dict[str, list[str]] = {
+    "digits": ["--amp=bf16"],
+    "vit": [
+        *COLOUR,
+        "--model.name=vit_tiny_patch16_224",
+        "--model.patch_size=8",
+        f"--model.arguments={VIT}",
+    ],
+    "swin": [
+        *COLOUR,
+        "--model.name=swin_tiny_patch4_window7_224",
+        "--model.patch_size=2",
+        f"--model.arguments={SWIN}",
+    ],
+}
+ALONE = "import sys; sys.modules['safer_fast'] = None\n"
+TIMM = """
+import json, timm, torch
+from pathlib import Path
+from safetensors.torch import load_file
+torch.set_num_threads(1)
+for run in sys.argv[1:]:
+    known = load_file(run + "/known.safetensors")
+    images, expected = known["images"], known["logits"]
+    for form in ("timm", "hub"):
+        folder = run + "/" + form
+        config = json.loads(Path(folder, "config.json").read_text())
+        alone = timm.create_model(
+            config["architecture"],
+            checkpoint_path=folder + "/model.safetensors",
+            **config["model_args"],
+        )
+        for model in (timm.create_model("local-dir:" + folder, pretrained=True), alone):
+            mean, std = (
+                torch.tensor(config["pretrained_cfg"][name]).view(1, -1, 1, 1)
+                for name in ("mean", "std")
+            )
+            logits = model.eval()((images - mean) / std)
+            assert torch.equal(logits, expected), (run, form, (logits - expected).abs().max())
+    sys.path.insert(0, run + "/robustbench")
+    import robust_model
+    del sys.path[0], sys.modules["robust_model"]
+    assert torch.equal(robust_model.load()(images), expected), run
+print("equal", "safer_fast" in [n for n, m in sys.modules.items() if m is not None])
+"""
+ONNX = """
+import numpy, onnxruntime
+from safetensors.numpy import load_file
+for run in sys.argv[1:]:
+    known = load_file(run + "/known.safetensors")
+    session = onnxruntime.InferenceSession(run + "/onnx/model.onnx")
+    for count in (1, 3, len(known["images"])):
+        [logits] = session.run(None, {"images": known["images"][:count]})
+        difference = numpy.abs(logits - known["logits"][:count]).max()
+        assert difference < 1e-4, (run, difference)
+        assert (logits.argmax(1) == known["logits"][:count].argmax(1)).all(), run
+print("equal", "torch" in sys.modules)
+"""
+
+
+def make_run(folder: Path, flags: list[str]) -> Path:
+    """A run folder with weights that were not trained, but that all matter."""
+    torch.manual_seed(0)
+    config = parse_config(flags)
+    data = load_data(config.data, batch_size=config.batch_size, seed=0)
+    model = build_model(
+        config.model,
+        num_classes=data.num_classes,
+        image_size=data.image_size,
+        num_channels=data.num_channels,
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    folder.mkdir()
+    save_config(config, folder)
+    export_model(model, model.network.state_dict(), folder, config=config, data=data)
+    best = {name: value + 0.01 for name, value in model.network.state_dict().items()}
+    save_file(best, folder / "best.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder for each run, with images and what the run's model makes of them in float32."""
+    folders = {}
+    for name, flags in RUNS.items():
+        folder = make_run(tmp_path_factory.mktemp("runs") / name, flags)
+        loaded = load_run(folder, "last", "cpu")
+        loaded.model.compute_dtype = torch.float32
+        images = torch.rand(7, loaded.num_channels, loaded.image_size, loaded.image_size)
+        if name == "digits":
+            data = load_data(loaded.config.data, batch_size=7, seed=0)
+            assert data.test is not None
+            images = next(iter(data.test.epoch(1))).images.float() / 255
+        # as a process begins: one thread, and attention by the kernel of torch's choice
+        torch.set_num_threads(1)
+        torch.backends.cuda.enable_flash_sdp(True)
+        with torch.no_grad():
+            known = {"images": images, "logits": loaded.model(images)}
+        save_file(known, folder / "known.safetensors")
+        folders[name] = folder
+    return folders
+
+
+def write(run: Path, form: Any, **settings: Any) -> Path:
+    output = str(run / form)
+    return export(ExportConfig(**{"run": str(run), "format": form, "output": output} | settings))
+
+
+def in_a_process_of_its_own(code: str, *words: object) -> str:
+    command = [sys.executable, "-I", "-c", "import sys\n" + ALONE + code, *map(str, words)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_timm_and_robustbench_load_the_very_same_model(runs: dict[str, Path]) -> None:
+    for run in runs.values():
+        for form in ("timm", "hub", "robustbench"):
+            write(run, form)
+    assert in_a_process_of_its_own(TIMM, *runs.values()) == "equal False"
+
+
+def test_onnx_gives_the_logits_of_the_run_for_any_number_of_images(runs: dict[str, Path]) -> None:
+    for run in runs.values():
+        write(run, "onnx")
+    assert in_a_process_of_its_own(ONNX, *runs.values()) == "equal False"
+
+
+def test_the_best_weights_are_others(runs: dict[str, Path], tmp_path: Path) -> None:
+    folder = write(runs["digits"], "timm", weights="best", output=str(tmp_path / "best"))
+    exported = load_file(folder / "model.safetensors")
+    best = load_file(runs["digits"] / "best.safetensors")
+    assert all(torch.equal(exported[name], best[name]) for name in best)
+    assert json.loads((folder / "config.json").read_text())["safer_fast"]["weights"] == "best"
+
+
+def test_a_card_says_what_was_measured_and_claims_no_license(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "run|x", RUNS["digits"])
+    recipe = (run / "run.yaml").read_text()
+    assert "checkpoint: null" in recipe
+    (run / "run.yaml").write_text(
+        recipe.replace("checkpoint: null", "checkpoint: /home/somebody/w")
+    )
+    about = {"epoch": 1, "step": 0, "time_s": 1.0, "split": "test", "num_images": 100}
+    rows = [
+        {"event": "evaluation", "attack": attack, "epsilon": 0.1, "accuracy": accuracy}
+        | about
+        | {"weights": weights}
+        for attack, accuracy, weights in (
+            ("pgd-20", 0.1, "last"),
+            ("pgd-20", 0.5, "last"),
+            ("evil | <b>", 0.2, "last"),
+            ("fgsm", 0.9, "best"),
+        )
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = write(run, "hub", output=str(tmp_path / "hub"))
+    card = ModelCard.load(folder / "README.md")
+    front = card.data.to_dict()
+    assert front["license"] == "other"
+    assert front["library_name"] == "timm"
+    assert front["datasets"] == ["digits"]
+    low, high = interval(0.5, 100)
+    assert f"| test | pgd-20 | 0.1 | 0.5000 | {low:.4f} to {high:.4f} | 100 |" in card.text
+    assert "0.9000" not in card.text
+    assert "0.1000 |" not in card.text
+    assert "| test | evil    b  | 0.1 |" in card.text
+    assert "/home/somebody" not in card.text
+    assert "checkpoint: w" in card.text
+    assert "Linf radius 0.1" in card.text
+    settings = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
+    assert settings["license"] == "other"
+    assert "tag" not in settings
+    named = write(run, "hub", output=str(tmp_path / "named"), license="mit")
+    assert ModelCard.load(named / "README.md").data.license == "mit"
+
+
+def test_the_interval_is_wilsons() -> None:
+    assert interval(0.5, 100) == pytest.approx((0.40383, 0.59617), abs=1e-5)
+    assert interval(0.0, 10) == pytest.approx((0.0, 0.27754), abs=1e-5)
+
+
+def test_a_folder_in_use_is_refused_and_left_alone(runs: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("x")
+    with pytest.raises(ValueError, match="--output: expected a new or empty folder"):
+        write(runs["digits"], "timm", output=str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_an_export_that_fails_leaves_nothing(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> float:
+        raise ValueError("--format: no")
+
+    monkeypatch.setattr(onnx, "save_onnx", fail)
+    with pytest.raises(ValueError, match="--format: no"):
+        write(runs["digits"], "onnx", output=str(tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_function_in_onnx_is_noticed(runs: dict[str, Path], tmp_path: Path) -> None:
+    model = load_run(runs["digits"], "last", "cpu").model
+    model.compute_dtype = torch.float32
+    images = torch.rand(3, 1, 8, 8)
+    file = tmp_path / "model.onnx"
+    assert onnx.save_onnx(model, images, file, {}) < 1e-4
+    with torch.no_grad():
+        model.network.get_parameter("head.bias").add_(torch.arange(10.0))
+    with pytest.raises(ValueError, match="--format: onnx gives logits that differ by"):
+        onnx._difference(model, images, file)
+
+
+def test_missing_packages_are_named_with_the_command(
+    runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(onnx, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="got onnx: pip install onnx onnxscript onnxruntime"):
+        write(runs["digits"], "onnx", output=str(tmp_path / "out"))
+
+
+def test_the_command_says_what_it_wrote_and_how_to_load_it(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([str(runs["digits"]), "--output", str(tmp_path / "out")])
+    lines = capsys.readouterr().out.strip().split("\n")
+    assert lines[0].endswith("config.json, model.safetensors")
+    assert f'timm.create_model("local-dir:{tmp_path / "out"}", pretrained=True)' in lines[1]
+    with pytest.raises(ValueError, match="RUN: expected a run folder"):
+        main([str(tmp_path)])
+    with pytest.raises(ValueError, match="--format: expected one of timm, hub"):
+        main([str(runs["digits"]), "--format=caffe"])

@@ -1,0 +1,75 @@
+"""Signals are noticed between two steps, and end a run in time."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from safer_fast.runtime.ranks import Ranks
+from safer_fast.runtime.signals import SIGNALS, Stopped, Stops
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_noticed_at_the_next_check(number: signal.Signals) -> None:
+    with Stops(Ranks(), grace_s=60) as stops:
+        assert stops.check() is False
+        assert stops.check(wish=True) is True
+        os.kill(os.getpid(), number)
+        with pytest.raises(Stopped) as stopped:
+            stops.check()
+    assert (stopped.value.signal, stopped.value.code) == (number, 128 + number)
+
+
+def test_what_is_watched_comes_until_a_signal_does() -> None:
+    with Stops(Ranks(), grace_s=60) as stops:
+        values = stops.watch(range(10))
+        assert [next(values), next(values)] == [0, 1]
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stopped):
+            next(values)
+
+
+def test_handlers_are_those_of_before_afterwards() -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with Stops(Ranks(), grace_s=60):
+        assert [signal.getsignal(number) for number in SIGNALS] != before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def ending(code: str) -> tuple[int, str]:
+    """Status and errors of a program that has Stops entered."""
+    program = "import os, signal, time\nfrom safer_fast.runtime.ranks import Ranks\n"
+    program += "from safer_fast.runtime.signals import Stops\n" + textwrap.dedent(code)
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    return result.returncode, result.stderr
+
+
+def test_a_second_signal_ends_the_process_at_once() -> None:
+    status, errors = ending(
+        """
+        with Stops(Ranks(), grace_s=60):
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+        """
+    )
+    assert (status, errors) == (130, "")
+
+
+def test_a_process_that_does_not_end_in_time_is_ended_with_a_line() -> None:
+    status, errors = ending(
+        """
+        with Stops(Ranks(), grace_s=0.2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        """
+    )
+    assert status == 143
+    assert errors.startswith("error: SIGTERM: ")
+    assert errors.count("\n") == 1
+    assert "checkpoint.grace_s=0.2" in errors

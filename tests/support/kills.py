@@ -1,0 +1,395 @@
+"""Runs that are stopped, killed and resumed, in processes that start in a fraction of a second."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import multiprocessing
+import os
+import pickle
+import select
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+
+from safer_fast.runs.checkpoints.file import Checkpoint, read_checkpoint
+from safer_fast.runs.loggers.metrics_file import read_metrics
+from safer_fast.runtime.command import run
+
+BACKENDS = ["device", "torch", "dali"]
+SIZE, NUM_CLASSES = 12, 4
+NUM_IMAGES = {"train": 8, "val": 4, "test": 4}  # of each class
+STEPS_PER_EPOCH, WARMUP_EPOCHS, EPOCHS = 4, 2, 5
+# All that draws or counts: warm-up, and SAFER with a selection before each epoch, ramps, averaged
+# weights, stochastic depth, augmentation, an image left out, an evaluation after each epoch.
+FLAGS = [
+    "--model.name=vit_tiny_patch16_224",
+    "--model.arguments={depth: 2, embed_dim: 16, num_heads: 2}",
+    "--model.patch_size=4",
+    "--model.drop_path_rate=0.2",
+    f"--epochs={EPOCHS}",
+    f"--selection.warmup_epochs={WARMUP_EPOCHS}",
+    "--batch-size=8",
+    f"--data.image_size={SIZE}",
+    "--data.bad_images=skip",
+    "--data.random_erasing=0.5",
+    "--data.mixup=0.2",
+    "--data.cutmix=0.2",
+    "--attack.epsilon=0.1",
+    "--attack.steps=2",
+    "--attack.clean_epochs=1",
+    "--attack.epsilon_warmup_epochs=1",
+    "--selection.every_epochs=1",
+    "--selection.num_images=16",
+    "--selection.fraction=0.2",
+    "--selection.radius=relative",
+    "--optim.learning_rate=0.01",
+    "--optim.warmup_epochs=1",
+    "--optim.clip_norm=1",
+    "--optim.ema_decay=0.8",
+    "--evaluation.steps=2",
+    "--evaluation.attacks=clean,pgd-2",
+    "--evaluation.sentinel_images=8",
+    "--runtime.device=cpu",
+    "--runtime.attention=math",
+    "--runtime.num_threads=1",
+    "--runtime.log_every_steps=3",
+    "--checkpoint.every_steps=1",
+]
+MEASURED = ("time_s", "images_per_second", "data_wait_fraction", "peak_memory_mib", "stage_ms")
+
+_ASKING = {signal.SIGINT, signal.SIGTERM}  # held back until there is a run that can be asked
+_IMPORTED = [
+    "safer_fast.training.trainer",
+    "sklearn.datasets",
+    "torch._dynamo",
+    "nvidia.dali.pipeline",
+]
+
+
+def write_photos(folder: Path, seed: int = 0) -> Path:
+    """Splits of noisy pictures whose colours tell their class, most of the time; one is broken."""
+    rng = np.random.default_rng(seed)
+    colours = rng.uniform(60, 195, (NUM_CLASSES, 1, 1, 3))
+    for split, count in NUM_IMAGES.items():
+        for number in range(NUM_CLASSES):
+            place = folder / split / "abcd"[number]
+            place.mkdir(parents=True)
+            for index in range(count):
+                pixels = colours[number] + rng.normal(0, 50, (SIZE, SIZE, 3))
+                image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+                image.save(place / f"{index}.png")
+    (folder / "train" / "a" / "0.png").write_bytes(b"broken")
+    return folder
+
+
+def flags_for(photos: Path, backend: str, *others: str) -> list[str]:
+    """A run on what `write_photos` made that goes on where it was stopped."""
+    own = {
+        "device": ["--data.augmentation=crop"],
+        "torch": ["--data.augmentation=random-resized-crop", "--data.randaugment=9"],
+        "dali": ["--data.augmentation=random-resized-crop"],
+    }
+    data = [f"--data.path={photos}", f"--data.backend={backend}", *own[backend]]
+    return [*FLAGS, *data, "--resume=auto", *others]
+
+
+def send(*numbers: int) -> None:
+    """This process gets these signals, one after the other."""
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+
+def kill() -> None:
+    """This process is killed."""
+    send(signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class Patch:
+    """`replace` gives what a function, called by its full name, is replaced with."""
+
+    function: str
+    replace: Callable[[Callable[..., Any]], Callable[..., Any]]
+
+    def arm(self) -> None:
+        """It is replaced in this process."""
+        owner, _, name = self.function.rpartition(".")
+        place = _resolve(owner)
+        setattr(place, name, self.replace(getattr(place, name)))
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When a function is called for the `call`-th time, and what happens right before or after."""
+
+    function: str
+    call: int = 1
+    is_after: bool = False
+    act: Callable[[], object] = kill
+
+    def arm(self) -> None:
+        """It happens in this process."""
+        Patch(self.function, self._wrapped).arm()
+
+    def _wrapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        count, lock = 0, threading.Lock()
+
+        def wrapped(*arguments: Any, **settings: Any) -> Any:
+            nonlocal count
+            with lock:
+                count += 1
+                is_now = count == self.call
+            if is_now and not self.is_after:
+                self.act()
+            result = function(*arguments, **settings)
+            if is_now and self.is_after:
+                self.act()
+            return result
+
+        return wrapped
+
+
+class Ending(NamedTuple):
+    """status: minus the number of the signal that ended it, if one did."""
+
+    status: int
+    output: str
+    errors: str
+
+
+class Server:
+    """A process that has imported everything and forks a process for each run; a context manager.
+
+    It does nothing itself, so that no run inherits more than imports.
+    """
+
+    def __enter__(self) -> Server:
+        command = [sys.executable, "-c", f"from {__name__} import serve; serve()"]
+        place = Path(__file__).parents[2]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, cwd=place)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+
+    def train(self, folder: Path, flags: Sequence[str], *changes: Moment | Patch) -> Ending:
+        """`python -m safer_fast.train FLAGS --output FOLDER`, started and ended."""
+        return self.start(folder, flags, *changes).ending()
+
+    def start(self, folder: Path, flags: Sequence[str], *changes: Moment | Patch) -> Training:
+        """The same, just started."""
+        texts = [Text(folder.with_name(f"{folder.name}.{name}")) for name in ("out", "err")]
+        paths = [text.path for text in texts]
+        pid = self._ask(([*flags, "--output", str(folder)], paths, changes))
+        return Training(self, pid, texts)
+
+    def status_of(self, pid: int, seconds: float) -> int | None:
+        """How a process ended, None if it has not within some seconds; then it is killed."""
+        assert self._process.stdout is not None
+        _put(pid, self._process.stdin)
+        in_time, _, _ = select.select([self._process.stdout], [], [], seconds)
+        if not in_time:
+            os.kill(pid, signal.SIGKILL)
+        status: int = _get(self._process.stdout)
+        return status if in_time else None
+
+    def _ask(self, request: object) -> int:
+        _put(request, self._process.stdin)
+        pid: int = _get(self._process.stdout)
+        return pid
+
+
+class Training:
+    """A run in a process of its own."""
+
+    def __init__(self, server: Server, pid: int, texts: Sequence[Text]) -> None:
+        self.pid = pid
+        self._server, self._texts = server, texts
+
+    def send(self, number: int) -> None:
+        """The process gets the signal; it does no harm where it has ended already."""
+        # its number is its own until it is asked how it ended, or another one starts
+        os.kill(self.pid, number)
+
+    def ending(self, seconds: float = 60) -> Ending:
+        """How it ended; fails if that takes longer."""
+        status = self._server.status_of(self.pid, seconds)
+        output, errors = (text.read() for text in self._texts)
+        assert status is not None, f"no end within {seconds} seconds: {output}{errors}"
+        return Ending(status, output, errors)
+
+
+class Text:
+    """What a process writes, up to 64 KiB: in a pipe, for which there is room on a full disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+        self._pipe = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+
+    def read(self) -> str:
+        """All of it; once."""
+        content = b""
+        with suppress(BlockingIOError):
+            while part := os.read(self._pipe, 2**16):
+                content += part
+        os.close(self._pipe)
+        self.path.unlink()
+        return content.decode()
+
+
+def serve() -> None:
+    """Forks a process for each request to run something, and tells how it ended when asked.
+
+    A request is what to run, or the number of a process to wait for. The process ends without
+    clearing up its memory, which would take longer than many a run.
+    """
+    for name in _IMPORTED:
+        with suppress(ImportError):
+            importlib.import_module(name)
+    gc.freeze()  # what is never collected stays shared
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ASKING)
+    fork, running = multiprocessing.get_context("fork"), dict[int | None, Any]()
+    while (request := _get(sys.stdin.buffer)) is not None:
+        if isinstance(request, int):
+            process = running.pop(request)
+            process.join()
+            _put(process.exitcode, sys.stdout.buffer)
+        else:
+            process = fork.Process(target=_train, args=request)
+            process.start()
+            running[process.pid] = process
+            _put(process.pid, sys.stdout.buffer)
+
+
+def _train(arguments: Sequence[str], texts: Sequence[Path], changes: Sequence[Any]) -> None:
+    for stream, path in zip((sys.stdout, sys.stderr), texts, strict=True):
+        with path.open("wb") as file:
+            os.dup2(file.fileno(), stream.fileno())
+    from safer_fast import train
+
+    for name in ("safer_fast.report.write_report", "safer_fast.training.trainer.write_report"):
+        Patch(name, _without_report).arm()
+    for change in changes:
+        change.arm()
+    sys.argv = ["train", *arguments]
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ASKING)
+    run(train.main)
+
+
+def _without_report(_: Callable[..., Any]) -> Callable[..., Any]:
+    """Drawing takes longer than the run."""
+    return lambda folders: folders[0] / "report.html"
+
+
+def _put(value: object, pipe: IO[bytes] | None) -> None:
+    assert pipe is not None
+    pickle.dump(value, pipe)
+    pipe.flush()
+
+
+def _get(pipe: IO[bytes] | None) -> Any:
+    """The next value, None at the end."""
+    assert pipe is not None
+    try:
+        return pickle.load(pipe)
+    except EOFError:
+        return None
+
+
+def _resolve(name: str) -> Any:
+    """The module, or class in a module, of this name."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        owner, _, rest = name.rpartition(".")
+        return getattr(_resolve(owner), rest)
+
+
+@dataclass(frozen=True)
+class State:
+    """All that is the same for a run that was never stopped and one that was, however often."""
+
+    weights: bytes
+    best: bytes
+    config: str
+    lines: list[dict[str, Any]]
+    scalars: list[tuple[int, dict[str, float]]]
+    checkpoint: dict[str, Any]
+    names: set[str]
+
+    @classmethod
+    def of(cls, folder: Path) -> State:
+        """That of a run which has ended."""
+        names = {path.name for path in folder.iterdir() if "tfevents" not in path.name}
+        return cls(
+            weights=(folder / "model.safetensors").read_bytes(),
+            best=(folder / "best.safetensors").read_bytes(),
+            config=(folder / "config.json").read_text(),
+            lines=lines_of(folder),
+            scalars=scalars_of(folder),
+            checkpoint=contents_of(read_checkpoint(checkpoints_of(folder)[-1])),
+            names=names | {path.name for path in folder.glob("checkpoints/*.tmp")},
+        )
+
+    def differences(self, other: State) -> list[str]:
+        """What is not the same, by name; of lists the first place."""
+        found = []
+        for name, mine in vars(self).items():
+            others = getattr(other, name)
+            if mine == others:
+                continue
+            if isinstance(mine, list):
+                pairs = enumerate(zip_longest(mine, others))
+                name += next(f"[{at}]: {a} and {b}" for at, (a, b) in pairs if a != b)
+            elif isinstance(mine, dict):
+                every = {**mine, **others}
+                name += f": {[key for key in every if mine.get(key) != others.get(key)]}"
+            elif isinstance(mine, set):
+                name += f": {mine ^ others}"
+            found.append(name)
+        return found
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted((folder / "checkpoints").glob("step-*.safetensors"))
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what is measured."""
+    events = read_metrics(folder / "metrics.jsonl")
+    return [{key: event[key] for key in event if key not in MEASURED} for event in events]
+
+
+def scalars_of(folder: Path) -> list[tuple[int, dict[str, float]]]:
+    """What TensorBoard reads, in order, without what is measured."""
+    records = []
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        for event in LegacyEventFileLoader(str(path)).Load():
+            found = [each for each in event.summary.value if each.HasField("simple_value")]
+            values = {each.tag: each.simple_value for each in found}
+            kept = {tag: values[tag] for tag in values if not set(tag.split("/")) & set(MEASURED)}
+            records.append((event.step, kept))
+    return [(step, values) for step, values in records if values]
+
+
+def contents_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Progress and tensors by name, bit for bit; the number of bytes of the log hangs on times."""
+    tensors = checkpoint.tensors.items()
+    contents = {name: tensor.contiguous().numpy().tobytes() for name, tensor in tensors}
+    return {**checkpoint.state["progress"], "metrics_size": None, **contents}

@@ -1,0 +1,259 @@
+"""A dry run says what the run would cost, and leaves nothing behind."""
+
+import os
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import safer_fast.evaluate
+from safer_fast import train_model
+from safer_fast.attacks.pgd import pgd
+from safer_fast.config.command_line import parse_config
+from safer_fast.models.flops import costs, ideal_flops
+from safer_fast.runs.gallery import make_gallery
+from safer_fast.training import dry_run as module
+from safer_fast.training.dry_run import (
+    NUM_PROBED_ON_CPU,
+    NUM_STEPS,
+    NUM_WARM_UP,
+    dry_run,
+    passes_of_evaluation,
+    table,
+)
+from safer_fast.training.selecting import choose_by_probe
+from safer_fast.training.trainer import Trainer
+
+FLAGS = ["--data.max_images=300", "--batch-size=16", "--evaluation.max_images=50"]
+FLAGS += ["--selection.num_images=64", "--runtime.num_threads=1"]
+STEPS_PER_EPOCH = -(-300 // 16)
+ONE_STAGE = [*FLAGS, "--epochs=2", "--selection.warmup_epochs=0"]
+TWO_STAGES = [*FLAGS, "--epochs=2", "--selection.warmup_epochs=1"]
+NO_CUT = ["--model.name=xcit_nano_12_p8_224", "--model.patch_size=8", "--data.image_size=16"]
+NO_CUT += ["--model.arguments={depth: 1, cls_attn_layers: 1}"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [*FLAGS, "--epochs=7", "--selection.warmup_epochs=4"],
+        [*ONE_STAGE, "--sam.rho=0", "--optim.ema_decay=0.9"],
+        [*TWO_STAGES, "--attack.steps=0"],
+        [*TWO_STAGES, "--attack.epsilon=0"],
+        [*ONE_STAGE, "--objective.name=trades", "--amp=bf16"],
+        [*ONE_STAGE, *NO_CUT],
+        [*ONE_STAGE, "--batch-size=150"],
+    ],
+    ids=lambda flags: " ".join(flags[len(FLAGS) :])[:60],
+)
+def test_figures_add_up(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = parse_config(flags)
+    cost = dry_run(config)
+    warmup = config.selection.warmup_epochs
+    names = ["warm-up", "safer"] if warmup else ["safer"]
+    assert [stage.name for stage in cost.stages] == names
+    assert cost.num_steps == config.epochs * -(-300 // config.batch_size)
+    training = sum(stage.num_steps * stage.step_s for stage in cost.stages)
+    assert cost.training_s == pytest.approx(training)
+    assert cost.duration_s == pytest.approx(training + cost.evaluation_s)
+    assert cost.evaluation_s > 0
+    for stage in cost.stages:
+        assert stage.images_per_second == pytest.approx(config.batch_size / stage.step_s)
+        in_a_second = sum(stage.operations.values()) * stage.images_per_second
+        assert 0 < stage.mfu(cost.matmul_rate) == pytest.approx(in_a_second / cost.matmul_rate)
+        assert stage.peak_memory_mib > 0
+    assert str(timedelta(seconds=round(cost.duration_s))) in table(cost)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_step_takes_the_median_of_those_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = [60.0] * NUM_WARM_UP + [1.0, 1.0, 2.0, 2.0, 9.0]
+    monkeypatch.setattr(module, "_step_times", lambda *_: times)
+    cost = dry_run(parse_config(TWO_STAGES))
+    assert [stage.step_s for stage in cost.stages] == [2.0, 2.0]
+    assert cost.training_s == 2 * STEPS_PER_EPOCH * 2.0
+
+
+def test_operations_are_those_that_the_method_needs_for_an_image(tmp_path: Path) -> None:
+    config = parse_config(TWO_STAGES)
+    stages = dry_run(config).stages
+    image = torch.zeros(1, 1, 8, 8)
+    config.output = str(tmp_path / "run")
+    with Trainer(config) as trainer, trainer.model.plainly():
+        for stage, passes in zip(stages, (1, 2), strict=True):
+            expected = ideal_flops(
+                trainer.model, image, stage.cut, stage.layers, config.attack.steps, passes
+            )
+            assert stage.operations == expected
+    assert stages[0].layers == list(trainer.model.layers)
+    assert len(stages[1].layers) == 1
+
+
+def test_a_loss_that_reads_clean_images_needs_them_in_every_phase(tmp_path: Path) -> None:
+    flags = [*ONE_STAGE, "--selection.layers=blocks.2.mlp.fc1"]
+    (plain,) = dry_run(parse_config(flags)).stages
+    (trades,) = dry_run(parse_config([*flags, "--objective.name=trades"])).stages
+    config = parse_config([*flags, "--output", str(tmp_path / "run")])
+    with Trainer(config) as trainer, trainer.model.plainly():
+        parts = costs(trainer.model, torch.zeros(1, 1, 8, 8)).values()
+    assert trades.operations["attack"] == plain.operations["attack"] + sum(p.forward for p in parts)
+    assert trades.operations["prefix"] == 2 * plain.operations["prefix"] > 0
+    assert trades.operations["sam"] == 2 * plain.operations["sam"]
+
+
+def test_compiled_code_needs_the_same_operations() -> None:
+    flags = [*TWO_STAGES, "--batch-size=1", "--data.max_images=40", "--model.arguments.depth=2"]
+    eager = dry_run(parse_config(flags)).stages
+    compiled = dry_run(parse_config([*flags, "--runtime.compile=on"])).stages
+    assert [stage.operations for stage in compiled] == [stage.operations for stage in eager]
+
+
+@pytest.mark.parametrize("epochs", [["--epochs=80"], ["--epochs=3", "--selection.warmup_epochs=1"]])
+def test_steps_run_under_the_full_attack(
+    epochs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[float, int]] = []
+    take_step = Trainer.take_step
+
+    def watched(trainer: Trainer, *arguments: Any) -> float:
+        rate = take_step(trainer, *arguments)
+        seen.append((float(trainer.epsilon), trainer.step.attack.steps))
+        return rate
+
+    monkeypatch.setattr(Trainer, "take_step", watched)
+    dry_run(parse_config([*FLAGS, *epochs]))
+    assert len(seen) == 2 * NUM_STEPS
+    assert all(epsilon == pytest.approx(0.1) and steps == 3 for epsilon, steps in seen)
+
+
+def test_evaluations_are_counted_as_a_run_makes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--epochs=5", "--selection.warmup_epochs=1", "--evaluation.every_epochs=2"]
+    flags += ["--evaluation.steps=2", "--evaluation.attacks=clean,fgsm,pgd-3"]
+    flags += ["--data.max_images=64", "--attack.steps=0", "--output", str(tmp_path / "run")]
+    config = parse_config([*FLAGS, *flags])
+    num_passes = 0
+
+    def watched(model: Any, images: torch.Tensor, *arguments: Any, **settings: Any) -> Any:
+        nonlocal num_passes
+        num_passes += len(images) * 2 * settings["steps"]
+        return pgd(model, images, *arguments, **settings)
+
+    def classified(name: str, model: Any, images: torch.Tensor, *arguments: Any) -> Any:
+        nonlocal num_passes
+        num_passes += len(images)
+        return attack_by_name(name, model, images, *arguments)
+
+    def shown(model: Any, images: torch.Tensor, *arguments: Any) -> Any:
+        nonlocal num_passes
+        num_passes += 2 * len(images)
+        return make_gallery(model, images, *arguments)
+
+    monkeypatch.setattr("safer_fast.training.validation.make_gallery", shown)
+    attack_by_name = safer_fast.evaluation.accuracy.attack_by_name
+    monkeypatch.setattr("safer_fast.attacks.pgd.pgd", watched)
+    monkeypatch.setattr(safer_fast.evaluate, "attack_by_name", classified)
+    train_model(config)
+    config.output = str(tmp_path / "other")
+    with Trainer(config) as trainer:
+        assert passes_of_evaluation(config, trainer.data) == num_passes
+
+
+@pytest.mark.parametrize("flag", [["--dry-run"], ["--dry-run=true"], ["--dry-run", "true"]])
+def test_the_flag_needs_no_value_and_takes_one(flag: list[str]) -> None:
+    assert parse_config([*flag, "--epochs=80"]).dry_run
+    assert parse_config(["--epochs=80", *flag]).dry_run
+    assert not parse_config(["--dry-run", "false", "--epochs=80"]).dry_run
+
+
+def test_the_command_prints_both_stages_and_writes_nothing(tmp_path: Path) -> None:
+    result = command(tmp_path, *FLAGS, "--epochs=80", "--dry-run")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines.index("warm-up") < lines.index("safer") < lines.index("the whole run")
+    for words in (" and 14 more", "images/s", "GFLOP per image", "TFLOP/s", "MiB", "it ends 2"):
+        assert words in result.stdout
+    assert f"  training    {80 * STEPS_PER_EPOCH} steps, 0:" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_is_one_line_all_the_same(tmp_path: Path) -> None:
+    for flags, message in (
+        (["--attack.epsilon=8"], "--attack.epsilon: expected"),
+        (["--data.max_images=0"], "--data.max_images: expected at least 1, got 0"),
+    ):
+        result = command(tmp_path, "--dry-run", *flags)
+        assert result.returncode == 2
+        assert result.stderr.startswith(f"error: {message}")
+        assert result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_training_itself_refuses_to_pass_for_a_dry_run(tmp_path: Path) -> None:
+    config = parse_config(["--dry-run", "--output", str(tmp_path / "run")])
+    with pytest.raises(ValueError, match="--dry-run: expected false"):
+        train_model(config)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_slow_steps_end_with_the_time_and_the_table_says_how_many_there_were(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock, taken = [0.0], 0
+    take_step = Trainer.take_step
+
+    def slow(trainer: Trainer, *arguments: Any) -> float:
+        nonlocal taken
+        taken += 1
+        clock[0] += seconds
+        return take_step(trainer, *arguments)
+
+    def now() -> float:
+        clock[0] += 1e-4
+        return clock[0]
+
+    monkeypatch.setattr(Trainer, "take_step", slow)
+    for name in ("perf_counter", "monotonic"):
+        monkeypatch.setattr(f"time.{name}", now)
+    for seconds, expected in ((7.0, 4), (100.0, 1), (0.4, NUM_STEPS)):
+        taken = 0
+        # kernels of attention would be timed by this clock
+        cost = dry_run(parse_config([*TWO_STAGES, "--runtime.attention=math"]))
+        # a minute for both stages
+        assert [stage.num_taken for stage in cost.stages] == [expected] * 2
+        assert taken == 2 * expected
+        assert [stage.step_s for stage in cost.stages] == [pytest.approx(seconds, abs=0.01)] * 2
+        said = capsys.readouterr().out
+        assert said.count(f"after {expected} steps") == 2
+        # no terminal: lines now and then
+        assert ("warm-up: step " in said) == (seconds * expected > 10)
+
+
+def test_on_a_cpu_few_images_choose_the_layers() -> None:
+    probed: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "safer_fast.training.trainer.choose_by_probe",
+            lambda config, *others: (
+                probed.append(config.selection.num_images) or choose_by_probe(config, *others)
+            ),
+        )
+        dry_run(parse_config([*TWO_STAGES, "--runtime.device=cpu"]))
+    assert probed == [NUM_PROBED_ON_CPU]
+
+
+def command(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "safer_fast.train", *flags],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
