@@ -37,7 +37,7 @@ lint: install
 types: install
 	rm -rf build/types && mkdir -p build/types
 	cp -rs "$(CURDIR)/safer_fast" build/types/ && cp -rs "$(CURDIR)/kernels" build/types/safer_fast/
-	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p safer_fast
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p safer_fast
 
 bench: install
 	$(BIN)/python -m bench.ops

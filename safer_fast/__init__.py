@@ -28,15 +28,15 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Formula": "training.objectives",
-    "SharpnessAware": "training.sam",
-    "build_model": "models.build",
-    "pgd": "attacks.pgd",
-    "rank_layers": "selection.scoring",
-    "register_criterion": "selection.criteria",
-    "register_objective": "training.objectives",
-    "select_layers": "selection.scoring",
-    "train_model": "train",
+    "Formula": "safer_fast.training.objectives",
+    "SharpnessAware": "safer_fast.training.sam",
+    "build_model": "safer_fast.models.build",
+    "pgd": "safer_fast.attacks.pgd",
+    "rank_layers": "safer_fast.selection.scoring",
+    "register_criterion": "safer_fast.selection.criteria",
+    "register_objective": "safer_fast.training.objectives",
+    "select_layers": "safer_fast.selection.scoring",
+    "train_model": "safer_fast.train",
 }
 
 
@@ -44,4 +44,4 @@ def __getattr__(name: str) -> Any:
     """Public names are imported when first used, so that `--help` does not wait for torch."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(_HOMES[name]), name)

@@ -26,7 +26,8 @@ class Accuracy:
     images whose logits are not finite then; they are not right. num_zero_gradients: images whose
     gradient was zero or not finite at an iteration, None without gradients. start_accuracy: what
     its random start alone leaves, None without. gradient_masking: signs that the attack failed for
-    want of gradients (attacks/masking.py); with any the accuracy is an `upper_bound` of the robust one.
+    want of gradients (attacks/masking.py); with any the accuracy is an `upper_bound` of the robust
+    one.
     """
 
     attack: str

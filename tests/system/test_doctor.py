@@ -131,9 +131,9 @@ def test_driver_and_memory_of_a_gpu_are_told(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: about)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (79 * 2**30, 80 * 2**30))
     monkeypatch.setattr(machine, "_output", lambda *words: "550.54.14")
-    machine = describe_machine()
-    assert machine["gpus"] == ["NVIDIA T, 80.0 GiB, 79.0 GiB free, compute capability 9.0"]
-    assert machine["cuda"].endswith("driver 550.54.14")
+    found = describe_machine()
+    assert found["gpus"] == ["NVIDIA T, 80.0 GiB, 79.0 GiB free, compute capability 9.0"]
+    assert found["cuda"].endswith("driver 550.54.14")
 
 
 def test_a_package_that_is_missing_says_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
