@@ -48,7 +48,7 @@ TINY = [
 ]
 LIMITED = """
 import resource, sys
-from safer_fast.command_line import run
+from safer_fast.runtime.command import run
 from safer_fast.train import main
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 run(main)

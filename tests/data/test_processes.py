@@ -282,7 +282,7 @@ print("in mid-epoch", flush=True)
 # Much to decode at the start, and not by this process alone.
 DECODING = """
 import sys
-from safer_fast.command_line import run
+from safer_fast.runtime.command import run
 from safer_fast.config import DataConfig
 from safer_fast.data import load_data, reading
 
@@ -379,7 +379,7 @@ KILLED = """
 import os, signal, sys, threading, time
 from pathlib import Path
 from random import Random
-from safer_fast.command_line import run
+from safer_fast.runtime.command import run
 from safer_fast.config import DataConfig
 from safer_fast.data import load_data
 

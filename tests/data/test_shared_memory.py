@@ -30,7 +30,7 @@ FLAGS = [
 ]
 LIMITED = """
 import resource, sys
-from safer_fast.command_line import run
+from safer_fast.runtime.command import run
 from safer_fast.train import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, resource.RLIM_INFINITY))  # of a batch, too
 run(main)

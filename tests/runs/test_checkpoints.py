@@ -856,7 +856,7 @@ FULL_DISK = """
 import json, os, resource, sys
 from pathlib import Path
 import torch
-from safer_fast.checkpoint_folder import CheckpointFolder
+from safer_fast.runs.checkpoints.folder import CheckpointFolder
 
 where, how = Path(sys.argv[1]), sys.argv[2]
 reports = []
@@ -929,7 +929,7 @@ KILLS = """
 import itertools, json, os, random, signal, sys, time
 from pathlib import Path
 import torch
-from safer_fast.checkpoint_folder import CheckpointFolder
+from safer_fast.runs.checkpoints.folder import CheckpointFolder
 
 torch.set_num_threads(1)
 where, reports = Path(sys.argv[1]), []

@@ -435,7 +435,7 @@ def test_time_goes_on_from_that_of_the_last_line(tmp_path: Path, is_resumed: boo
 FULL_DISK = """
     import json, resource, sys
     from pathlib import Path
-    from safer_fast.metrics import FILE_NAME, MetricsLog, read_metrics
+    from safer_fast.runs.loggers.metrics_file import FILE_NAME, MetricsLog, read_metrics
 
     def limit(num_bytes):
         resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
