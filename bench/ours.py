@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench.implementation import Implementation
 from bench.measure import Run
-from safer_fast.attacks.replayed import Attacker
+from safer_fast.attacks.replayed import ReplayedAttack
 from safer_fast.config.schema import ModelConfig, ObjectiveConfig, OptimConfig, SAMConfig
 from safer_fast.models.arenas import ParameterArenas
 from safer_fast.models.build import build_model
@@ -40,7 +40,7 @@ def build(arguments: argparse.Namespace, runtime: Runtime) -> tuple[Step, tuple[
         optimizer=build_optimizer(OptimConfig(), selection),
         objective=objective,
         sam=SAMConfig(rho=arguments.rho),
-        attack=Attacker(model, objective, steps=arguments.steps, generator=generator),
+        attack=ReplayedAttack(model, steps=arguments.steps, generator=generator),
         reuses_prefix="prefix" in arguments.savings.split(","),
     )
     return step, batch(arguments.batch_size, arguments.image_size, runtime.device)

@@ -31,13 +31,13 @@ from safer_fast.attacks.audit import AGREEMENT, RATIO, Audit
 from safer_fast.attacks.float8 import PAYS_FROM, LowPrecision, fitting
 from safer_fast.attacks.float8_timing import Product, product_run
 from safer_fast.attacks.pgd import frozen
-from safer_fast.attacks.replayed import Attacker
-from safer_fast.config.schema import SAVINGS, AttackConfig, ObjectiveConfig
+from safer_fast.attacks.replayed import ReplayedAttack
+from safer_fast.config.schema import SAVINGS, AttackConfig
 from safer_fast.models.attention import pin_for
 from safer_fast.models.robust_model import RobustModel, compile_blocks
 from safer_fast.runtime.cuda_graphs import Replays
 from safer_fast.runtime.device import Runtime
-from safer_fast.training.objectives import Objective, Targets
+from safer_fast.training.objectives import Targets
 
 Row = dict[str, Any]
 PRECISIONS = ("amp", "bf16", "fp8")
@@ -124,8 +124,7 @@ def _audited(
     runtime: Runtime,
 ) -> Row:
     """What an audit finds of an attack."""
-    objective = Objective(ObjectiveConfig())
-    attack = Attacker(model, objective, steps=arguments.steps, precision=low)
+    attack = ReplayedAttack(model, steps=arguments.steps, precision=low)
     images, labels, *radii = batch(arguments.batch_size, arguments.image_size, runtime.device)
     Audit(attack, AttackConfig(audit_ratio=0.0))(0, images, labels, *radii)
     return {f"{precision}_{name}": round(attack.audited[name], 5) for name in (AGREEMENT, RATIO)}

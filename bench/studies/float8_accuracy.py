@@ -29,12 +29,10 @@ from safer_fast.attacks.correctness import is_right
 from safer_fast.attacks.float8 import LowPrecision, fitting
 from safer_fast.attacks.named import attack_spec
 from safer_fast.attacks.pgd import frozen, pixel_gradient, placed_start
-from safer_fast.attacks.replayed import Attacker
-from safer_fast.config.schema import ObjectiveConfig
+from safer_fast.attacks.replayed import ReplayedAttack
 from safer_fast.data import as_pixels, load_data
 from safer_fast.runs.folder import LoadedRun, load_run
 from safer_fast.runtime.seeds import derive_seed
-from safer_fast.training.objectives import Objective
 
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
@@ -117,12 +115,9 @@ def accuracy_row(run: LoadedRun, arguments: argparse.Namespace) -> dict[str, Any
     }
 
 
-def attack_on(run: LoadedRun, steps: int, precision: LowPrecision | None) -> Attacker:
+def attack_on(run: LoadedRun, steps: int, precision: LowPrecision | None) -> ReplayedAttack:
     """PGD on the run's model."""
-    objective = Objective(ObjectiveConfig())
-    return Attacker(
-        run.model, objective, norm=run.config.attack.norm, steps=steps, precision=precision
-    )
+    return ReplayedAttack(run.model, norm=run.config.attack.norm, steps=steps, precision=precision)
 
 
 def _agreement(run: LoadedRun, low: LowPrecision, start: Tensor, labels: Tensor) -> Tensor:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-from safer_fast.attacks.pgd import frozen, pgd_step_, pixel_gradient, random_start
-from safer_fast.attacks.replayed import Attacker
+from safer_fast.attacks.pgd import frozen, pixel_gradient, random_start
+from safer_fast.attacks.replayed import CROSS_ENTROPY, PixelLoss, ReplayedAttack
 from safer_fast.config.schema import AttackConfig
+from safer_fast.runtime.micro_batch import MicroBatch
 from safer_fast.runtime.ranks import Ranks
 from safer_fast.runtime.seeds import derive_seed
 
@@ -30,7 +30,7 @@ class Audit:
 
     def __init__(
         self,
-        attack: Attacker,
+        attack: ReplayedAttack,
         config: AttackConfig,
         ranks: Ranks | None = None,
         report: Callable[[str], None] = print,
@@ -45,6 +45,7 @@ class Audit:
         labels: Tensor,
         epsilon: Tensor,
         step_size: Tensor,
+        loss: PixelLoss = CROSS_ENTROPY,
     ) -> None:
         """Audits the attack on images of a batch [B, C, H, W] if it is time to.
 
@@ -63,7 +64,7 @@ class Audit:
             first = parts[number % len(parts)]
             part = slice(first, first + size)
             start = self._start(images[part], epsilon, num_steps, number)
-            found = self._measure(start, images[part], labels[part], epsilon, step_size)
+            found = self._measure(start, images[part], labels[part], (epsilon, step_size), loss)
             sums += self.ranks.sum_(found)
             alike, count, own, in_amp = sums.tolist()
             ratio = own / in_amp if in_amp > 0 else 1.0
@@ -95,29 +96,33 @@ class Audit:
         start: Tensor,
         images: Tensor,
         labels: Tensor,
-        epsilon: Tensor,
-        step_size: Tensor,
+        radii: tuple[Tensor, Tensor],
+        loss: PixelLoss,
     ) -> Tensor:
         """Pixels of one sign, all pixels, losses after both attacks: float64 [4]."""
         attack, model = self.attack, self.attack.model
-        start, pixels = model.arrange(start), model.arrange(images)
         gradients, losses = [], []
         with frozen(model), torch.compiler.set_stance("force_eager"):
-            clean = None
-            if attack.objective.attack_needs_clean:
+            targets = labels
+            if loss.against_clean:
                 with torch.no_grad():
-                    clean = model(pixels)
-            loss = attack.objective.attack_loss(clean)
-            for precision in (attack.in_precision, nullcontext):
-                attacked = start.clone()
-                with precision():
-                    gradients.append(pixel_gradient(model, start, labels, loss))
-                    for _ in range(attack.steps):
-                        pgd_step_(
-                            model, attacked, pixels, labels, step_size, epsilon, attack.norm, loss
-                        )
+                    targets = model(model.arrange(images))
+            # both attacks are compared by the same targets, as the network computes them in amp
+            same = PixelLoss(lambda logits, _: loss.function(logits, targets))
+            for precision in (attack.precision, None):
+                one = ReplayedAttack(
+                    model,
+                    norm=attack.norm,
+                    steps=attack.steps,
+                    micro_batch=MicroBatch("attack.audit_images"),
+                    precision=precision,
+                )
+                with one.in_precision():
+                    places = model.arrange(start)
+                    gradients.append(pixel_gradient(model, places, targets, loss.function))
+                attacked = one(images, labels, *radii, loss=same, start=start)
                 with torch.no_grad():
-                    losses.append(loss(model(attacked), labels).double())
+                    losses.append(loss.function(model(attacked), targets).double())
         first, second = (gradient.sign() for gradient in gradients)
         alike = (first == second).sum()
         return torch.stack([alike.double(), alike.new_tensor(first.numel()).double(), *losses])

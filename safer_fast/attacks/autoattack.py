@@ -62,12 +62,8 @@ class LibraryAttacks:
         """
         attacked = torch.empty_like(images)
 
-        def attack_in_parts(size: int) -> None:
-            for first in range(0, len(images), size):
-                part = slice(first, first + size)
-                attacked[part] = self._attack(
-                    name, images[part], labels[part], epsilon, seed, highest_loss
-                )
+        def attack_part(part: slice, images: Tensor, labels: Tensor) -> None:
+            attacked[part] = self._attack(name, images, labels, epsilon, seed, highest_loss)
 
         device = images.device
         with (
@@ -75,7 +71,7 @@ class LibraryAttacks:
             self._telling(),
             torch.random.fork_rng([device] if device.type == "cuda" else []),
         ):
-            self.micro_batch.run(len(images), attack_in_parts)
+            self.micro_batch.in_parts(attack_part, images, labels)
         return attacked
 
     def blind(self, name: str, images: Tensor, labels: Tensor) -> Tensor:
@@ -86,17 +82,15 @@ class LibraryAttacks:
         watch = Watch(len(images), images.device)
         loss = {"apgd-ce": cross_entropy, "apgd-dlr": margin}.get(name)
 
-        def look_in_parts(size: int) -> None:
+        def look_at_part(part: slice, images: Tensor, labels: Tensor) -> None:
             assert loss is not None
-            for first in range(0, len(images), size):
-                part = slice(first, first + size)
-                own = Watch(len(labels[part]), images.device)
-                own.note(pixel_gradient(self.model, images[part], labels[part], own.seeing(loss)))
-                watch.put(part, own)
+            own = Watch(len(labels), images.device)
+            own.note(pixel_gradient(self.model, images, labels, own.seeing(loss)))
+            watch.put(part, own)
 
         if loss is not None:
             with frozen(self.model):
-                self.micro_batch.run(len(images), look_in_parts)
+                self.micro_batch.in_parts(look_at_part, images, labels)
         return watch.blind
 
     def _attack(

@@ -9,13 +9,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from safer_fast.attacks.pgd import AttackLoss, cross_entropy, default_step_size
+from safer_fast.attacks.pgd import (
+    AttackLoss,
+    cross_entropy,
+    default_step_size,
+    finite_pixels,
+    placed_start,
+)
 from safer_fast.config.attack_names import num_attack_steps
 
 if TYPE_CHECKING:
     from safer_fast.attacks.gradient_watch import Watch
-    from safer_fast.models.robust_model import RobustModel
-    from safer_fast.runtime.micro_batch import MicroBatch
+    from safer_fast.attacks.replayed import ReplayedAttack
 
 
 class AttackSpec(NamedTuple):
@@ -28,7 +33,7 @@ class AttackSpec(NamedTuple):
 
 
 def attack_spec(name: str, epsilon: float) -> AttackSpec:
-    """How fgsm, pgd-K, cw or cw-K climbs.
+    """Iterations, step size, start and loss of fgsm, pgd-K, cw or cw-K.
 
     fgsm: one step of epsilon from the image itself (Goodfellow et al., 2015). pgd-K: K steps of
     2.5 epsilon / K from a random start (Madry et al., 2018). cw-K: the same on the `margin` loss.
@@ -61,53 +66,26 @@ class ThreatModel:
 
 def attack_by_name(
     name: str,
-    model: RobustModel,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    threat: ThreatModel,
+    attack: ReplayedAttack,
+    images: Tensor,
+    labels: Tensor,
+    epsilon: float,
     place: tuple[Callable[[int], int], int],
-    micro_batch: MicroBatch,
     watch: Watch | None = None,
-) -> torch.Tensor:
-    """Images [B, C, H, W] after the attack `name`: clean, or one that `climb_of` knows.
+) -> Tensor:
+    """Images [B, C, H, W] after the attack `name`: clean, or one that `attack_spec` knows.
 
     place: seeds and position of the images, see `placed_start`. watch: has what was noticed of the
     images afterwards.
     """
-    import torch
-
-    from safer_fast.attacks.gradient_watch import Watch
-    from safer_fast.attacks.pgd import finite_pixels, pgd, placed_start
-
     if name == "clean":
         return images
-    radius, norm = threat.epsilon, threat.norm
-    climb, start = attack_spec(name, radius), images
-    if climb.is_random:
+    spec, start = attack_spec(name, epsilon), images
+    if spec.is_random:
         seed_of, position = place
-        largest = torch.full((), radius).to(images)
-        start = placed_start(images, largest, norm, position=position, seed_of=seed_of)
-    attacked = torch.empty_like(images)
-
-    def attack_in_parts(size: int) -> None:
-        for first in range(0, len(images), size):
-            part = slice(first, first + size)
-            own = Watch(len(images[part]), images.device)
-            attacked[part] = pgd(
-                model,
-                images[part],
-                labels[part],
-                epsilon=radius,
-                step_size=climb.step_size,
-                steps=climb.steps,
-                norm=norm,
-                start=start[part],
-                objective=climb.loss,
-                check_tensors=False,
-                watch=own,
-            )
-            if watch is not None:
-                watch.put(part, own)
-
-    micro_batch.run(len(images), attack_in_parts)
+        radius = torch.full((), epsilon, device=images.device)
+        start = placed_start(images, radius, attack.norm, position=position, seed_of=seed_of)
+    radii = epsilon, spec.step_size
+    settings: dict[str, Any] = {"steps": spec.steps, "start": start, "loss": spec.loss}
+    attacked = attack.attack_images(images, labels, *radii, **settings, watch=watch)
     return finite_pixels(attacked, images)

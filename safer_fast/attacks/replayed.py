@@ -1,11 +1,11 @@
-"""The attack of a training step, on buffers that stay where they are, ready to be replayed."""
+"""PGD on buffers that stay where they are, so that its iterations replay as CUDA graphs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,14 @@ from torch import Tensor
 from safer_fast.attacks.correctness import is_right
 from safer_fast.attacks.float8 import LowPrecision
 from safer_fast.attacks.gradient_watch import Watch
-from safer_fast.attacks.named import AttackSpec
-from safer_fast.attacks.pgd import AttackLoss, Norm, frozen, pgd_step_, random_start
+from safer_fast.attacks.pgd import (
+    AttackLoss,
+    Norm,
+    cross_entropy,
+    frozen,
+    pgd_step_,
+    random_start,
+)
 from safer_fast.models.exact_savings import from_patches
 from safer_fast.models.robust_model import RobustModel
 from safer_fast.runtime.cuda_graphs import Buffers, Replays
@@ -24,56 +30,62 @@ Draw = Callable[[Tensor, Tensor, Norm], Tensor]
 """(images, epsilon, norm) -> where the attack starts."""
 
 
-class AttackObjective(Protocol):
-    """The part of an objective that an attack reads: the loss it raises."""
+class PixelLoss(NamedTuple):
+    """The loss that an attack raises.
 
-    @property
-    def attack_needs_clean(self) -> bool:
-        """True where the loss reads clean logits."""
+    function: takes logits [B, K] and targets, returns a 0-d sum over images. Recordings are kept by
+    it: give the same function for each batch. against_clean: the targets are the logits of the
+    images themselves, as the attack computes them, in place of the labels (TRADES).
+    """
 
-    def attack_loss(self, clean_logits: Tensor | None) -> AttackLoss:
-        """The loss that the attack raises, given clean logits [B, K] where it needs them."""
+    function: AttackLoss = cross_entropy
+    against_clean: bool = False
 
 
-class Attacker:
-    """PGD against one model, batch after batch; its recordings outlive a selection of layers.
+CROSS_ENTROPY = PixelLoss()
+
+
+class ReplayedAttack:
+    """PGD against one model in eval mode, batch after batch: for training, audits and evaluations.
 
     Args:
-        model: is attacked in eval mode, pixels in the order of `model.arrange`.
-        objective: gives the loss that is raised.
+        model: takes pixels in the order of `model.arrange`.
         norm: linf or l2.
-        steps: iterations; 0 leaves images as they are. May be changed between batches.
-        generator: source of the random starts, on the model's device, unless `draw` is set anew.
+        steps: iterations of a training attack; 0 leaves images as they are. May be lowered between
+            batches.
+        generator: source of the random starts, on the model's device, unless `draw` is replaced.
         micro_batch: how many images are attacked at a time.
-        replays: what iterations are run by, one at a time.
-        precision: how the attack computes where it is less exact than amp; None: as amp.
+        replays: runs the iterations, one at a time.
+        precision: what the attack computes in where that is less exact than amp; None: amp.
+        multiple: `attack_images` fills batches up to a multiple of it, so that shapes are few.
     """
 
     def __init__(
         self,
         model: RobustModel,
-        objective: AttackObjective,
         *,
         norm: Norm = "linf",
-        steps: int,
+        steps: int = 0,
         generator: torch.Generator | None = None,
         micro_batch: MicroBatch | None = None,
         replays: Replays | None = None,
         precision: LowPrecision | None = None,
+        multiple: int = 1,
     ) -> None:
-        self.model, self.objective, self.norm, self.steps = model, objective, norm, steps
+        self.model, self.norm, self.steps, self.multiple = model, norm, steps, multiple
         self.draw: Draw = partial(random_start, generator=generator)
         self.micro_batch = micro_batch or MicroBatch()
         self.replays, self.precision = replays or Replays(), precision
         self.buffers = Buffers()
         device = next(model.parameters()).device
         self.hits = torch.zeros(steps + 1, device=device)
-        """Images of the last batch that were classified rightly after 0, 1, ... iterations, the
-        last iteration left out; and how many were attacked."""
+        """Number of images of the last training batch that were classified correctly after 0, 1,
+        ... iterations, the last iteration left out; then the number that was attacked."""
         self.audited: dict[str, float] = {}
-        """What the last audit of its precision found (audit.py)."""
+        """Figures of the last audit of the precision (audit.py)."""
         self._iteration = torch.zeros((), device=device)
         self._iterations = torch.arange(steps + 1, device=device)
+        self._watches: dict[int, Watch] = {}
 
     def __call__(
         self,
@@ -82,11 +94,15 @@ class Attacker:
         epsilon: Tensor,
         step_size: Tensor,
         counted: Tensor | None = None,
+        loss: PixelLoss = CROSS_ENTROPY,
+        *,
+        start: Tensor | None = None,
     ) -> Tensor:
         """Adversarial examples of images [B, C, H, W] in [0, 1], as `model.arrange` orders pixels.
 
         They lie in a buffer that the next call writes to. Radii are 0-d tensors on the device.
-        counted: which images `hits` counts, bool [B]; default: all.
+        counted: the images that `hits` counts, bool [B]; default: all. start: [B, C, H, W];
+        default: as `draw` gives it.
         """
         pixels = self.model.arrange(images)
         if counted is None:
@@ -94,25 +110,66 @@ class Attacker:
         self.hits.zero_()
         if self.steps == 0:
             return self.buffers.hold("adversarial", pixels)
-        start = self.model.arrange(self.draw(images, epsilon, self.norm))
+        if start is None:
+            start = self.draw(images, epsilon, self.norm)
+        start = self.model.arrange(start)
         adversarial = self.buffers.hold("adversarial", start)
-        epsilon = self.buffers.hold("epsilon", epsilon)
-        step_size = self.buffers.hold("step size", step_size)
+        radii = self._hold_radii(epsilon, step_size)
 
-        def attack_in_parts(size: int) -> None:
-            self.hits.zero_()
-            for first in range(0, len(pixels), size):
-                part = slice(first, first + size)
-                chosen = (start[part], pixels[part], labels[part], counted[part])
-                adversarial[part].copy_(self._attack(*chosen, step_size, epsilon))
-            self.hits[-1].copy_(counted.sum())
+        def attack_part(
+            part: slice, start: Tensor, pixels: Tensor, labels: Tensor, counted: Tensor
+        ) -> None:
+            if part.start == 0:
+                self.hits.zero_()
+            chosen = (start, pixels, labels, radii, loss, self.steps)
+            adversarial[part].copy_(self._attack(*chosen, counted=counted))
 
         with frozen(self.model), self.in_precision():
-            self.micro_batch.run(len(pixels), attack_in_parts)
+            self.micro_batch.in_parts(attack_part, start, pixels, labels, counted)
+        self.hits[-1].copy_(counted.sum())
         return adversarial
 
+    def attack_images(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        epsilon: float,
+        step_size: float,
+        *,
+        steps: int,
+        start: Tensor,
+        loss: AttackLoss = cross_entropy,
+        watch: Watch | None = None,
+    ) -> Tensor:
+        """Adversarial examples [B, C, H, W] of images in [0, 1], from `start` [B, C, H, W].
+
+        watch: holds what was noticed of the images afterwards.
+        """
+        model, num_images = self.model, len(images)
+        start, pixels, labels = (self._filled_up(values) for values in (start, images, labels))
+        start, pixels = model.arrange(start), model.arrange(pixels)
+        adversarial = torch.empty_like(pixels)
+        values = (torch.full((), value, device=model.mean.device) for value in (epsilon, step_size))
+        radii = self._hold_radii(*values)
+
+        def attack_part(part: slice, start: Tensor, pixels: Tensor, labels: Tensor) -> None:
+            own = self._watch(len(pixels))
+            chosen = (start, pixels, labels, radii, PixelLoss(loss), steps)
+            adversarial[part].copy_(self._attack(*chosen, watch=own))
+            if watch is not None:
+                watch.put(part, own)
+
+        with frozen(model), self.in_precision():
+            self.micro_batch.in_parts(attack_part, start, pixels, labels)
+        if not self.replays.can_record:  # or each number of images would keep buffers of its own
+            self.buffers = Buffers()
+        if model.patch_size is not None:
+            size = images.shape[1], images.shape[2]
+            adversarial = from_patches(adversarial, model.patch_size, *size)
+        return adversarial[:num_images]
+
     def in_precision(self) -> AbstractContextManager[None]:
-        """The model computes in the attack's own precision for a while."""
+        """Make the model compute in the attack's own precision within a `with` block."""
         return nullcontext() if self.precision is None else self.precision.used()
 
     def _attack(
@@ -120,124 +177,59 @@ class Attacker:
         start: Tensor,
         pixels: Tensor,
         labels: Tensor,
-        counted: Tensor,
-        step_size: Tensor,
-        epsilon: Tensor,
-    ) -> Tensor:
-        """All steps from `start`, in buffers for parts of this size."""
-        attacked = self.buffers.hold("attacked part", start)
-        pixels = self.buffers.hold("part", pixels)
-        labels = self.buffers.hold("labels of part", labels)
-        counted = self.buffers.hold("counted part", counted)
-        loss = self._counting(self._loss(pixels), counted)
-        self._iteration.zero_()
-
-        def iterate() -> None:
-            pgd_step_(self.model, attacked, pixels, labels, step_size, epsilon, self.norm, loss)
-            self._iteration.add_(1)
-
-        is_low = self.precision is not None
-        key = ("attack", self.norm, attacked.shape, labels.shape, labels.dtype, is_low)
-        for _ in range(self.steps):
-            self.replays(key, iterate)
-        return attacked
-
-    def _counting(self, loss: AttackLoss, counted: Tensor) -> AttackLoss:
-        """The loss, whose evaluation counts in `hits` what is classified rightly by then."""
-
-        def counting(logits: Tensor, labels: Tensor) -> Tensor:
-            num_right = (is_right(logits, labels) & counted).sum()
-            # a number of the device's, so that a recording counts each time in another place
-            self.hits.add_((self._iterations == self._iteration) * num_right)
-            return loss(logits, labels)
-
-        return counting
-
-    def _loss(self, pixels: Tensor) -> AttackLoss:
-        """The objective's loss; clean logits that it reads lie in a buffer."""
-        if not self.objective.attack_needs_clean:
-            return self.objective.attack_loss(None)
-        with torch.no_grad():
-            logits = self.model(pixels)
-        return self.objective.attack_loss(self.buffers.hold("clean logits", logits))
-
-
-class Climber:
-    """Gradient attacks on one frozen model, on buffers that stay where they are.
-
-    norm: linf or l2. micro_batch: how many images are attacked at a time. replays: what iterations
-    are run by. multiple: images are filled up to a multiple of it, so that shapes are few.
-    """
-
-    def __init__(
-        self,
-        model: RobustModel,
-        norm: Norm,
-        micro_batch: MicroBatch,
-        replays: Replays,
-        multiple: int = 1,
-    ) -> None:
-        self.model, self.norm, self.multiple = model, norm, multiple
-        self.micro_batch, self.replays = micro_batch, replays
-        self.buffers = Buffers()
-        self._watches: dict[int, Watch] = {}
-
-    def __call__(
-        self,
-        climb: AttackSpec,
-        start: Tensor,
-        images: Tensor,
-        labels: Tensor,
-        epsilon: float,
+        radii: tuple[Tensor, Tensor],
+        loss: PixelLoss,
+        steps: int,
+        *,
+        counted: Tensor | None = None,
         watch: Watch | None = None,
     ) -> Tensor:
-        """Where the climb from `start` [B, C, H, W] ends, within `epsilon` of the images.
-
-        watch: has what was noticed of the images afterwards.
-        """
-        num_images = len(images)
-        start, images, labels = (self._filled_up(values) for values in (start, images, labels))
-        attacked = torch.empty_like(images)
-
-        def climb_in_parts(size: int) -> None:
-            for first in range(0, len(images), size):
-                part = slice(first, first + size)
-                own = self._watch(len(images[part]))
-                chosen = (start[part], images[part], labels[part])
-                attacked[part] = self._climb(climb, *chosen, radii, own)
-                if watch is not None:
-                    watch.put(part, own)
-
-        radii = self._radius("epsilon", epsilon), self._radius("step size", climb.step_size)
-        with frozen(self.model):
-            self.micro_batch.run(len(images), climb_in_parts)
-        return attacked[:num_images]
-
-    def _climb(
-        self,
-        climb: AttackSpec,
-        start: Tensor,
-        images: Tensor,
-        labels: Tensor,
-        radii: tuple[Tensor, Tensor],
-        watch: Watch,
-    ) -> Tensor:
-        model, (epsilon, step_size) = self.model, radii
-        attacked = self.buffers.hold("attacked", model.arrange(start))
-        pixels = self.buffers.hold("pixels", model.arrange(images))
-        labels = self.buffers.hold("labels", labels)
-
-        watch.begin()
+        """All steps from `start`, in buffers for parts of this size; `hits` or `watch` see them."""
+        attacked = self.buffers.hold("attacked part", start)
+        pixels = self.buffers.hold("part", pixels)
+        targets = labels = self.buffers.hold("labels of part", labels)
+        if loss.against_clean:
+            with torch.no_grad():
+                targets = self.buffers.hold("clean logits", self.model(pixels))
+        function, (epsilon, step_size) = loss.function, radii
+        if counted is not None:
+            counted = self.buffers.hold("counted part", counted)
+            function = self._counting(function, labels, counted)
+            self._iteration.zero_()
+        if watch is not None:
+            watch.begin()
 
         def iterate() -> None:
             ball = step_size, epsilon, self.norm
-            pgd_step_(model, attacked, pixels, labels, *ball, climb.loss, watch)
+            pgd_step_(self.model, attacked, pixels, targets, *ball, function, watch)
+            if counted is not None:
+                self._iteration.add_(1)
 
-        for _ in range(climb.steps):
-            self.replays(("attack", climb.loss, attacked.shape), iterate)
-        if model.patch_size is None:
-            return attacked
-        return from_patches(attacked, model.patch_size, images.shape[1], images.shape[2])
+        how = (self.norm, loss, self.precision is not None, watch is None)
+        key = ("attack", *how, attacked.shape, labels.shape, labels.dtype)
+        for _ in range(steps):
+            self.replays(key, iterate)
+        return attacked
+
+    def _counting(self, loss: AttackLoss, labels: Tensor, counted: Tensor) -> AttackLoss:
+        """The loss, whose evaluation adds to `hits` the images classified correctly by then."""
+
+        def counting(logits: Tensor, targets: Tensor) -> Tensor:
+            num_right = (is_right(logits, labels) & counted).sum()
+            # a number on the device, so that a recording counts each time in another place
+            self.hits.add_((self._iterations == self._iteration) * num_right)
+            return loss(logits, targets)
+
+        return counting
+
+    def _hold_radii(self, epsilon: Tensor, step_size: Tensor) -> tuple[Tensor, Tensor]:
+        return self.buffers.hold("epsilon", epsilon), self.buffers.hold("step size", step_size)
+
+    def _watch(self, num_images: int) -> Watch:
+        """The flags of parts of this size, which stay where they are: recordings write to them."""
+        if num_images not in self._watches:
+            self._watches[num_images] = Watch(num_images, self.model.mean.device)
+        return self._watches[num_images]
 
     def _filled_up(self, values: Tensor) -> Tensor:
         size = -(-len(values) // self.multiple) * self.multiple
@@ -246,12 +238,3 @@ class Climber:
         filled = values.new_empty(size, *values.shape[1:])
         filled[: len(values)] = values
         return fill_(filled, len(values))
-
-    def _watch(self, num_images: int) -> Watch:
-        """The one of parts of this size: recordings write to it."""
-        if num_images not in self._watches:
-            self._watches[num_images] = Watch(num_images, self.model.mean.device)
-        return self._watches[num_images]
-
-    def _radius(self, name: str, value: float) -> Tensor:
-        return self.buffers.hold(name, torch.full((), value, device=self.model.mean.device))

@@ -56,8 +56,8 @@ def evaluate(
 
     What training looks at: an image is right if the prediction on the attacked image is. (The
     command counts it only if it is right without an attack too, as RobustBench does.) clean: no
-    attack; fgsm, pgd-K, cw, cw-K: see `climb_of`, one restart. Every attack runs in the model's own
-    precision on as many images at a time as `micro_batch` says; default: a batch, or less where
+    attack; fgsm, pgd-K, cw, cw-K: see `attack_spec`, one restart. Every attack runs in the model's
+    own precision on as many images at a time as `micro_batch` says; default: a batch, or less where
     memory ends. Random starts depend on the seed, the attack and an image's position, not on how
     images are divided.
     """
@@ -66,13 +66,17 @@ def evaluate(
 
     from safer_fast.attacks.correctness import has_finite, is_right
     from safer_fast.attacks.gradient_watch import Watch
+    from safer_fast.attacks.replayed import ReplayedAttack
     from safer_fast.data import as_pixels
     from safer_fast.runtime.micro_batch import MicroBatch
     from safer_fast.runtime.ranks import Ranks
     from safer_fast.runtime.seeds import derive_seed
 
     micro_batch, ranks = micro_batch or MicroBatch("--batch-size"), ranks or Ranks()
-    device = model.mean.device
+    attack, device = (
+        ReplayedAttack(model, norm=threat.norm, micro_batch=micro_batch),
+        model.mean.device,
+    )
     # of each attack: images that are right, losses, images with logits that are not finite, without
     # a gradient, right at the start; float64 counts exactly
     sums = torch.zeros(5, len(attacks) + 1, dtype=torch.float64, device=device)
@@ -83,9 +87,8 @@ def evaluate(
         for index, name in enumerate(attacks):
             place = partial(derive_seed, seed, f"evaluation {name}"), batch.position
             watch = Watch(len(images), device)
-            attacked = attack_by_name(
-                name, model, images, labels, threat, place, micro_batch, watch
-            )
+            chosen = images, labels, threat.epsilon, place
+            attacked = attack_by_name(name, attack, *chosen, watch)
             with torch.no_grad():
                 logits = model(attacked)
                 losses = cross_entropy(logits, labels, reduction="none")

@@ -20,7 +20,7 @@ from safer_fast.attacks.gradient_watch import Watch
 from safer_fast.attacks.masking import has_gradients, starts_at_random, with_verdicts
 from safer_fast.attacks.named import attack_spec
 from safer_fast.attacks.pgd import finite_pixels, placed_start
-from safer_fast.attacks.replayed import Climber
+from safer_fast.attacks.replayed import ReplayedAttack
 from safer_fast.config.attack_names import LIBRARY_ATTACKS, num_attack_steps
 from safer_fast.config.commands import EvaluateConfig
 from safer_fast.data import Batch, as_pixels, describe_subset
@@ -107,7 +107,9 @@ class Evaluator:
         replays = runtime.replays(log.say)
         parts = MicroBatch("--batch-size", "auto", replays.forget, log.say)
         multiple = -(-min(config.batch_size, share) // NUM_SHAPES) if is_shaped else 1
-        self.climber = Climber(self.attacked, threat.norm, parts, replays, multiple)
+        self.own = ReplayedAttack(
+            self.attacked, norm=threat.norm, micro_batch=parts, replays=replays, multiple=multiple
+        )
         self.library = LibraryAttacks(self.attacked, threat.norm, num_classes, parts, log.say)
         # of each attack: images and right ones of each class; then what `_totals` gives
         self.classes = {
@@ -190,14 +192,15 @@ class Evaluator:
             with self._eagerly():
                 watch.blind[rows] |= self.library.blind(name, *chosen)
                 return self.library(name, *chosen, epsilon, seed_of(position), self.is_transfer)
-        climb, start = attack_spec(name, epsilon), images
-        if climb.is_random:
+        spec, start = attack_spec(name, epsilon), images
+        if spec.is_random:
             radius = torch.full((), epsilon, device=self.device)
             start = placed_start(
                 images, radius, self.threat.norm, position=position, seed_of=seed_of
             )
         own = Watch(len(rows), self.device)
-        attacked = self.climber(climb, start[rows], *chosen, epsilon, own)
+        settings: dict[str, Any] = {"steps": spec.steps, "start": start[rows], "loss": spec.loss}
+        attacked = self.own.attack_images(*chosen, epsilon, spec.step_size, **settings, watch=own)
         watch.blind[rows] |= own.blind
         watch.starts_right[rows] &= own.starts_right
         return attacked
@@ -207,15 +210,13 @@ class Evaluator:
         right, finite = torch.empty(2, len(labels), dtype=torch.bool, device=self.device)
         losses = torch.empty(len(labels), device=self.device)
 
-        def judge_in_parts(size: int) -> None:
-            for first in range(0, len(labels), size):
-                part = slice(first, first + size)
-                logits = self.judge(images[part])
-                right[part], finite[part] = is_right(logits, labels[part]), has_finite(logits)
-                losses[part] = cross_entropy(logits, labels[part], reduction="none")
+        def classify_part(part: slice, images: Tensor, labels: Tensor) -> None:
+            logits = self.judge(images)
+            right[part], finite[part] = is_right(logits, labels), has_finite(logits)
+            losses[part] = cross_entropy(logits, labels, reduction="none")
 
         with torch.no_grad(), self._eagerly():
-            self.climber.micro_batch.run(len(labels), judge_in_parts)
+            self.own.micro_batch.in_parts(classify_part, images, labels)
         return right, losses, finite
 
     def _eagerly(self) -> AbstractContextManager[object]:

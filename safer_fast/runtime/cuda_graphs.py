@@ -60,6 +60,11 @@ class Replays:
             self._recordings.pop(key, None)
 
     @property
+    def can_record(self) -> bool:
+        """True with a recorder: then tensors of a phase must outlive its calls."""
+        return self._recorder is not None
+
+    @property
     def recorded(self) -> list[Key]:
         """The keys of the phases that are replayed by now."""
         return list(self._recordings)

@@ -47,6 +47,22 @@ class MicroBatch:
             # here, where no traceback keeps the tensors of the failed attempt alive
             self._shrink(size, reason)
 
+    def in_parts(self, work: Callable[..., None], *tensors: Tensor) -> None:
+        """Call `work(part, *rows)` on part after part of tensors [B, ...] of one length.
+
+        `part` is a slice, `rows` are the tensors' rows in it. After an out-of-memory the parts are
+        smaller and begin again at 0, so `work` overwrites what it left before.
+        """
+        num_images = len(tensors[0])
+
+        def work_through(size: int) -> None:
+            for first in range(0, num_images, size):
+                part = slice(first, first + size)
+                work(part, *(values[part] for values in tensors))
+
+        if num_images:
+            self.run(num_images, work_through)
+
     def _shrink(self, size: int, reason: str) -> None:
         if not self.is_auto or size == 1:
             advice = "a smaller model or image" if size == 1 else "auto or a smaller number"

@@ -261,7 +261,7 @@ def _operations(trainer: Trainer) -> dict[str, float]:
         forward = sum(cost.forward for cost in costs(model, image).values())
     if step.objective.needs_clean:
         phases |= {name: 2 * phases[name] for name in ("prefix", "sam")}
-    if step.objective.attack_needs_clean and num_steps > 0:
+    if step.objective.attack_loss.against_clean and num_steps > 0:
         phases["attack"] += forward
     return phases
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from safer_fast.attacks.audit import Audit
 from safer_fast.attacks.float8 import PAYS_FROM, LowPrecision, check_float8, fitting
 from safer_fast.attacks.float8_timing import Float8Layers, choose_measured
-from safer_fast.attacks.replayed import Attacker
+from safer_fast.attacks.replayed import ReplayedAttack
 from safer_fast.config.schema import Config, ModelConfig, Names
 from safer_fast.data import Data
 from safer_fast.models.arenas import ParameterArenas, TrainedWeights
@@ -89,9 +89,9 @@ class Engine:
         limits = config.runtime
         self.micro_batch = self._parts("runtime.train_micro_batch", limits.train_micro_batch)
         self.evaluation_batch = self._parts("evaluation", "auto")
-        self.attack = Attacker(
+        self.objective = Objective(config.objective)
+        self.attack = ReplayedAttack(
             self.model,
-            Objective(config.objective),
             norm=config.attack.norm,
             steps=config.attack.steps,
             micro_batch=self._parts("runtime.attack_micro_batch", limits.attack_micro_batch),
@@ -115,7 +115,7 @@ class Engine:
             model=self.model,
             selection=selection,
             optimizer=build_optimizer(config.optim, selection),
-            objective=Objective(config.objective),
+            objective=self.objective,
             sam=replace(config.sam, rho=rho),
             attack=self.attack,
             relative_radius=config.selection.radius == "relative",

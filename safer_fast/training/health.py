@@ -54,7 +54,7 @@ class Health:
     def record(self, targets: Targets, hits: Tensor, squares: Tensor, is_skipped: Tensor) -> None:
         """Adds up a step that is about to be applied, or is skipped where `is_skipped` [] is 1.
 
-        hits: what `Attacker.hits` says of its attack. squares: ||g||^2 of the last gradient, 0-d.
+        hits: `ReplayedAttack.hits` of its attack. squares: ||g||^2 of the last gradient, 0-d.
         """
         norm, cosine = self._compare(squares)
         counted = (1.0 - is_skipped) * self._counts_steps

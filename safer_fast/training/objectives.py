@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from safer_fast.attacks.correctness import is_right
-from safer_fast.attacks.pgd import AttackLoss, cross_entropy
+from safer_fast.attacks.replayed import CROSS_ENTROPY, PixelLoss
 from safer_fast.config.schema import ObjectiveConfig
 
 
@@ -37,9 +37,14 @@ class Targets:
         pairs = zip(torch.split(self.labels, size), torch.split(self.weights, size), strict=True)
         return [Targets(*pair) for pair in pairs]
 
+    @property
+    def counted(self) -> Tensor:
+        """The images that count, those that do more than fill the batch up; bool [B]."""
+        return self.weights > 0
+
     def num_images(self) -> Tensor:
-        """Images that count, 0-d."""
-        return (self.weights > 0).sum()
+        """Number of images that count, 0-d."""
+        return self.counted.sum()
 
     def total(self, mean: Tensor) -> Tensor:
         """The sum over images of what `mean`, 0-d, is the weighted sum of."""
@@ -49,7 +54,7 @@ class Targets:
     def num_right(self, logits: Tensor) -> Tensor:
         """Images that count and whose class the first logits [B or more, K] put first, 0-d."""
         first = logits[: len(self.labels)]
-        return (is_right(first, self.labels) & (self.weights > 0)).sum()
+        return (is_right(first, self.labels) & self.counted).sum()
 
 
 Losses = Callable[[Tensor, Tensor, Tensor, ObjectiveConfig], Tensor]
@@ -114,19 +119,11 @@ class Objective:
         losses = self._formula.losses(adversarial, clean, targets.labels, self.config)
         return (losses * targets.weights).sum()
 
-    def attack_loss(self, clean_logits: Tensor | None) -> AttackLoss:
-        """The loss that the attack raises; some need the logits [B, K] of the clean images."""
-        attacks = self._formula.attacks
-        if attacks is None:
-            return cross_entropy
-        assert clean_logits is not None
-        clean = clean_logits.detach()
-        return lambda logits, _: attacks(logits, clean)
-
     @property
-    def attack_needs_clean(self) -> bool:
-        """Whether `attack_loss` reads the clean logits."""
-        return self._formula.attacks is not None
+    def attack_loss(self) -> PixelLoss:
+        """The loss that the attack raises; some read the logits [B, K] of the clean images."""
+        attacks = self._formula.attacks
+        return CROSS_ENTROPY if attacks is None else PixelLoss(attacks, against_clean=True)
 
     @property
     def _formula(self) -> Formula:

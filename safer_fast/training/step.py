@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from safer_fast.attacks.replayed import Attacker
+from safer_fast.attacks.replayed import ReplayedAttack
 from safer_fast.config.schema import SAMConfig
 from safer_fast.models.arenas import TrainedWeights, requiring_gradients
 from safer_fast.models.batch_norm import BatchNormStatistics
@@ -41,7 +41,7 @@ class Step:
     optimizer: torch.optim.Optimizer
     objective: Objective
     sam: SAMConfig
-    attack: Attacker
+    attack: ReplayedAttack
     relative_radius: bool = False
     reuses_prefix: bool = True
     clip_norm: float | None = None
@@ -65,9 +65,9 @@ class Step:
     ) -> None:
         """Learns from float images [B, C, H, W] in [0, 1]; radii are 0-d device tensors."""
         self.stages.begin()
-        inputs = [self.attack(images, targets.labels, epsilon, step_size, targets.weights > 0)]
+        hold, loss = self.attack.buffers.hold, self.objective.attack_loss
+        inputs = [self.attack(images, targets.labels, epsilon, step_size, targets.counted, loss)]
         self.stages.end("attack")
-        hold = self.attack.buffers.hold
         if self.objective.needs_clean:
             inputs.append(hold("clean", self.model.arrange(images)))
         held = Targets(hold("labels", targets.labels), hold("weights", targets.weights))

@@ -153,7 +153,8 @@ class Trainer:
         batch = self.mixing(batch, epoch, index)
         targets = Targets(batch.labels, self.ranks.mean_weights(batch.weights()))
         radii = self.epsilon, self.step_size
-        self.engine.audit(self.progress.num_steps, batch.images, batch.labels, *radii)
+        loss = self.step.objective.attack_loss
+        self.engine.audit(self.progress.num_steps, batch.images, batch.labels, *radii, loss)
         self.step(batch.images, targets, *radii)
         if self.average is not None:
             self.average.update(self.arenas.master)

@@ -13,6 +13,7 @@ from torch import Tensor
 from safer_fast.attacks.named import ThreatModel, attack_by_name
 from safer_fast.attacks.pgd import placed_start
 from safer_fast.attacks.radii import radii_at
+from safer_fast.attacks.replayed import ReplayedAttack
 from safer_fast.config.schema import Config, EvaluationConfig
 from safer_fast.data import Batch, Data, Loader, as_pixels
 from safer_fast.evaluation.accuracy import Accuracy, evaluate
@@ -99,10 +100,14 @@ class Validator:
         name, config = attack_shown(self.config.evaluation), self.config.attack
         threat = ThreatModel(config.norm, float(config.epsilon))
         images, labels = as_pixels(batch.images)[:count], batch.labels[:count]
-        place, micro_batch = (self._seed_of, batch.position), self.engine.evaluation_batch
-        model = self.engine.model
+        place, model = (self._seed_of, batch.position), self.engine.model
+        settings: dict[str, Any] = {
+            "norm": threat.norm,
+            "micro_batch": self.engine.evaluation_batch,
+        }
         with self.engine.reading(source):
-            attacked = attack_by_name(name, model, images, labels, threat, place, micro_batch)
+            attack = ReplayedAttack(model, **settings)
+            attacked = attack_by_name(name, attack, images, labels, threat.epsilon, place)
             gallery = make_gallery(model, images, labels, attacked)
         split = "test" if self.data.test is not None else "validation"
         try:
@@ -154,14 +159,12 @@ class Validator:
         """The counts [2] over as many images at a time as memory holds."""
         total = torch.zeros(2, dtype=torch.int64, device=images.device)
 
-        def count_all(size: int) -> None:
-            total.zero_()
-            parts = (torch.split(whole, size) for whole in (images, labels, start))
-            for some, classes, places in zip(*parts, strict=True):
-                total.add_(count(some, classes, start=places))
+        def count_part(part: slice, images: Tensor, labels: Tensor, start: Tensor) -> None:
+            if part.start == 0:
+                total.zero_()
+            total.add_(count(images, labels, start=start))
 
-        if len(images):
-            self.engine.evaluation_batch.run(len(images), count_all)
+        self.engine.evaluation_batch.in_parts(count_part, images, labels, start)
         return total
 
     def _accuracies(

@@ -13,9 +13,8 @@ from torch import nan, nn
 
 from safer_fast.attacks.correctness import has_finite, is_right
 from safer_fast.attacks.pgd import pgd
-from safer_fast.attacks.replayed import Attacker
+from safer_fast.attacks.replayed import ReplayedAttack
 from safer_fast.config.command_line import parse_config
-from safer_fast.config.schema import ObjectiveConfig
 from safer_fast.evaluate import main
 from safer_fast.evaluation.overfitting import count_right
 from safer_fast.export import main as export
@@ -24,7 +23,7 @@ from safer_fast.runs.loggers.metrics_file import read_metrics
 from safer_fast.runs.report.page import write_report
 from safer_fast.runs.report.reading import GALLERY
 from safer_fast.train import train_model
-from safer_fast.training.objectives import Objective, Targets
+from safer_fast.training.objectives import Targets
 from tests.support.networks import build, images_and_labels
 
 FLAGS = [
@@ -124,8 +123,8 @@ def test_the_sentinel_and_the_attack_of_training_count_nothing_right() -> None:
     labels = torch.zeros(4, dtype=torch.int64)
     ball = {"epsilon": 0.03, "step_size": 0.03}
     assert count_right(model, images, labels, steps=1, start=images, **ball).tolist() == [0, 0]
-    attacker = Attacker(model, Objective(ObjectiveConfig()), steps=1)
-    attacker(images, labels, torch.tensor(0.03), torch.tensor(0.03))
-    assert attacker.hits.tolist() == [0, 4]
+    attack = ReplayedAttack(model, steps=1)
+    attack(images, labels, torch.tensor(0.03), torch.tensor(0.03))
+    assert attack.hits.tolist() == [0, 4]
     attacked = pgd(model, images, labels, steps=1, **ball)
     assert attacked.isnan().all()  # a training step shows it and is skipped

@@ -27,7 +27,7 @@ from safer_fast.attacks.float8 import (
 )
 from safer_fast.attacks.float8_timing import Product, choose_measured
 from safer_fast.attacks.pgd import frozen, pixel_gradient, random_start
-from safer_fast.attacks.replayed import Attacker
+from safer_fast.attacks.replayed import ReplayedAttack
 from safer_fast.config.command_line import parse_config
 from safer_fast.config.schema import AttackConfig, ObjectiveConfig
 from safer_fast.models.arenas import ParameterArenas
@@ -263,8 +263,8 @@ def test_large_matrices_of_blocks_are_chosen_and_checkpoints_know_nothing_of_the
 # -- the attack
 
 
-def attack_on(model: RobustModel, weights: LowPrecision | None, **settings: Any) -> Attacker:
-    attack = Attacker(model, Objective(ObjectiveConfig(**settings)), steps=4, precision=weights)
+def attack_on(model: RobustModel, weights: LowPrecision | None) -> ReplayedAttack:
+    attack = ReplayedAttack(model, steps=4, precision=weights)
     attack.draw = lambda images, epsilon, norm: random_start(
         images, epsilon, norm, torch.Generator().manual_seed(5)
     )
@@ -414,9 +414,9 @@ def test_a_weak_attack_ends_the_use_of_fp8_and_says_so_once(
 def test_an_audit_that_finds_enough_changes_nothing() -> None:
     model = bf16_model()
     images, labels = images_and_labels(32)
-    attack = attack_on(model, LowPrecision(model, fitting(model)), name="trades")
-    state = torch.get_rng_state()
-    Audit(attack, AttackConfig(audit_ratio=0.5))(0, images, labels, EPSILON, STEP_SIZE)
+    attack = attack_on(model, LowPrecision(model, fitting(model)))
+    state, trades = torch.get_rng_state(), Objective(ObjectiveConfig(name="trades")).attack_loss
+    Audit(attack, AttackConfig(audit_ratio=0.5))(0, images, labels, EPSILON, STEP_SIZE, trades)
     assert attack.precision is not None
     assert torch.equal(torch.get_rng_state(), state)
     attack.steps = 0

@@ -15,14 +15,13 @@ from safer_fast.attacks.gradient_watch import Watch, is_blind
 from safer_fast.attacks.masking import suspicions
 from safer_fast.attacks.named import attack_spec
 from safer_fast.attacks.pgd import pgd
-from safer_fast.attacks.replayed import Climber
+from safer_fast.attacks.replayed import ReplayedAttack
 from safer_fast.config.command_line import parse_config
 from safer_fast.evaluate import main
 from safer_fast.export import main as export
 from safer_fast.runs.loggers.metrics_file import read_metrics
 from safer_fast.runs.report.page import write_report
 from safer_fast.runtime.cuda_graphs import Phase, Replays
-from safer_fast.runtime.micro_batch import MicroBatch
 from safer_fast.train import train_model
 from tests.support.networks import build, images_and_labels
 
@@ -213,7 +212,7 @@ def test_gradients_that_are_of_no_use_are_told_from_tiny_ones(dtype: torch.dtype
 
 
 @pytest.mark.parametrize("is_replayed", [False, True])
-def test_flags_of_a_climb_are_those_of_its_images(is_replayed: bool) -> None:
+def test_flags_of_an_attack_are_those_of_its_images(is_replayed: bool) -> None:
     class Recorder:
         def warm_up(self, phase: Phase) -> None:
             phase()
@@ -228,14 +227,22 @@ def test_flags_of_a_climb_are_those_of_its_images(is_replayed: bool) -> None:
         model.network.head.weight.mul_(1e4)  # type: ignore[union-attr, operator]
         model.network.head.bias.mul_(1e4)  # type: ignore[union-attr, operator]
     right = model(images).argmax(1) == labels
-    climber = Climber(model, "linf", MicroBatch(), Replays(Recorder() if is_replayed else None), 4)
-    found, watch = attack_spec("pgd-6", 1e-6), Watch(6, images.device)
+    replays = Replays(Recorder() if is_replayed else None)
+    attack = ReplayedAttack(model, replays=replays, multiple=4)
+
+    def watched(name: str, chosen: slice, watch: Watch) -> None:
+        spec, start = attack_spec(name, 1e-6), images[chosen]
+        radii = 1e-6, spec.step_size
+        settings: dict[str, Any] = {"steps": spec.steps, "start": start, "loss": spec.loss}
+        attack.attack_images(start, labels[chosen], *radii, **settings, watch=watch)
+
+    watch = Watch(6, images.device)
     for _ in range(2):
-        climber(found, images, images, labels, 1e-6, watch)
+        watched("pgd-6", slice(6), watch)
         assert watch.blind.tolist() == right.tolist()
         assert watch.starts_right.tolist() == right.tolist()
     one = Watch(2, images.device)
-    climber(attack_spec("cw-6", 1e-6), images[1:3], images[1:3], labels[1:3], 1e-6, one)
+    watched("cw-6", slice(1, 3), one)
     assert one.blind.tolist() == [False, False]
 
 

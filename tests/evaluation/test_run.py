@@ -27,7 +27,7 @@ from safer_fast import evaluate as command
 from safer_fast.attacks.autoattack import LibraryAttacks, check_suits
 from safer_fast.attacks.named import AttackSpec, ThreatModel, attack_spec, margin
 from safer_fast.attacks.pgd import pgd
-from safer_fast.attacks.replayed import Climber
+from safer_fast.attacks.replayed import ReplayedAttack
 from safer_fast.config.command_line import parse_config
 from safer_fast.config.commands import EvaluateConfig
 from safer_fast.config.schema import Names, Radius
@@ -36,7 +36,6 @@ from safer_fast.evaluate import evaluate_run
 from safer_fast.evaluation.accuracy import Accuracy, evaluate
 from safer_fast.evaluation.progress import ProgressDisplay
 from safer_fast.evaluation.store import Outcome, Store, names_of
-from safer_fast.models.robust_model import RobustModel
 from safer_fast.runs.accuracies import class_table, interval
 from safer_fast.runs.folder import load_run
 from safer_fast.runs.loggers.metrics_file import read_metrics
@@ -131,8 +130,12 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [{key: row[key] for key in row if key not in ("seconds", "time_s")} for row in rows]
 
 
-def climber(model: RobustModel, norm: Any = "linf", multiple: int = 1) -> Climber:
-    return Climber(model, norm, MicroBatch(), Replays(), multiple)
+def attacked_by(
+    attack: ReplayedAttack, spec: AttackSpec, start: Tensor, images: Tensor, *others: Any
+) -> Tensor:
+    """The images after the attack; others: labels, epsilon."""
+    settings: dict[str, Any] = {"steps": spec.steps, "start": start, "loss": spec.loss}
+    return attack.attack_images(images, *others, spec.step_size, **settings)
 
 
 ONE_IN_200 = 1 / 200 + 1e-9
@@ -303,13 +306,15 @@ def test_fgsm_is_one_step_of_epsilon_along_the_gradient(norm: Any) -> None:
         direction = gradient.sign()
     else:
         direction = gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    found = climber(model, norm)(attack_spec("fgsm", 0.02), images, images, labels, 0.02)
+    found = attacked_by(
+        ReplayedAttack(model, norm=norm), attack_spec("fgsm", 0.02), images, images, labels, 0.02
+    )
     torch.testing.assert_close(found, images + 0.02 * direction)
 
 
 @pytest.mark.parametrize("savings", [[], ["patch-order", "class-token"]])
 @pytest.mark.parametrize("multiple", [1, 4])
-def test_climbers_do_what_pgd_does(savings: list[str], multiple: int) -> None:
+def test_a_replayed_attack_does_what_pgd_does(savings: list[str], multiple: int) -> None:
     images, labels = images_and_labels()
     start = (images + 0.01).clamp(0, 1)
     plain, saving = build(), build()
@@ -317,13 +322,13 @@ def test_climbers_do_what_pgd_does(savings: list[str], multiple: int) -> None:
     expected = pgd(
         plain, images, labels, epsilon=0.03, step_size=0.01, steps=5, start=start, objective=margin
     )
-    climb = AttackSpec(5, 0.01, True, margin)
-    found = climber(saving, multiple=multiple)(climb, start, images, labels, 0.03)
+    spec, attack = AttackSpec(5, 0.01, True, margin), ReplayedAttack(saving, multiple=multiple)
+    found = attacked_by(attack, spec, start, images, labels, 0.03)
     assert found.shape == images.shape
     assert ((found - expected).abs() > 1e-5).double().mean() < 0.01
 
 
-def test_climbs_are_replayed_by_loss_and_shape() -> None:
+def test_attacks_are_replayed_by_loss_and_shape() -> None:
     recorded: list[Any] = []
 
     class Recorder:
@@ -336,12 +341,14 @@ def test_climbs_are_replayed_by_loss_and_shape() -> None:
 
     images, labels = images_and_labels()
     model, lines = build(), list[str]()
-    replayed = Climber(model, "linf", MicroBatch(), Replays(Recorder(), lines.append), 4)
+    replays = Replays(Recorder(), lines.append)
+    replayed = ReplayedAttack(model, replays=replays, multiple=4)
     for name in ("pgd-5", "cw-5", "pgd-6"):
         for count in (6, 5, 3):
             chosen = images[:count]
             call = (attack_spec(name, 0.03), chosen, chosen, labels[:count], 0.03)
-            assert torch.equal(replayed(*call), climber(model, multiple=4)(*call))
+            plain = ReplayedAttack(model, multiple=4)
+            assert torch.equal(attacked_by(replayed, *call), attacked_by(plain, *call))
     assert len(recorded) == 4  # two losses, and batches of 8 and of 4
     assert not lines
 
@@ -364,16 +371,16 @@ def test_only_images_that_are_still_right_are_attacked(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[tuple[Tensor, Tensor, Tensor]] = []
-    original = Climber.__call__
+    original = ReplayedAttack.attack_images
 
     def recorded(
-        self: Climber, climb: AttackSpec, start: Tensor, images: Tensor, *others: Any
+        self: ReplayedAttack, images: Tensor, *others: Any, start: Tensor, **settings: Any
     ) -> Tensor:
-        attacked = original(self, climb, start, images, *others)
+        attacked = original(self, images, *others, start=start, **settings)
         given.append((start, images, attacked))
         return attacked
 
-    monkeypatch.setattr(Climber, "__call__", recorded)
+    monkeypatch.setattr(ReplayedAttack, "attack_images", recorded)
     (result,) = evaluate_run(settings(folder, "pgd-3", restarts=3, batch_size=797))
     model = load_run(folder, device="cpu", is_frozen=True).model
     images, labels = digits(60)
@@ -394,7 +401,8 @@ def test_figures_are_those_of_the_images_one_by_one(folder: Path) -> None:
     results = evaluate_run(settings(folder, "clean,fgsm"))
     model = load_run(folder, device="cpu").model
     images, labels = digits(60)
-    attacked = climber(model)(attack_spec("fgsm", 0.1), images, images, labels, 0.1)
+    fgsm = attack_spec("fgsm", 0.1)
+    attacked = attacked_by(ReplayedAttack(model), fgsm, images, images, labels, 0.1)
     is_clean = model(images).argmax(1) == labels
     is_robust = is_clean & (model(attacked).argmax(1) == labels)
     last = torch.where(is_clean[:, None, None, None], attacked, images)
@@ -411,7 +419,8 @@ def test_figures_are_those_of_the_images_one_by_one(folder: Path) -> None:
 def test_what_is_right_only_under_attack_is_not_right(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Climber, "__call__", lambda self, climb, start, images, *_: images)
+    still = lambda self, images, *_, **__: images  # noqa: E731
+    monkeypatch.setattr(ReplayedAttack, "attack_images", still)
     clean, fgsm = evaluate_run(settings(folder, "clean,fgsm", num_images=None, batch_size=800))
     assert fgsm.accuracy == clean.accuracy < 1
 
@@ -423,7 +432,8 @@ def test_transfer_attacks_the_source_and_judges_by_the_run(folder: Path, other: 
     model = load_run(folder, device="cpu", is_frozen=True).model
     source = load_run(other, "best", device="cpu", amp="run", is_frozen=True).model
     images, labels = digits(60)
-    attacked = climber(source)(attack_spec("fgsm", 0.1), images, images, labels, 0.1)
+    spec = attack_spec("fgsm", 0.1)
+    attacked = attacked_by(ReplayedAttack(source), spec, images, images, labels, 0.1)
     is_right = (model(images).argmax(1) == labels) & (model(attacked).argmax(1) == labels)
     assert fgsm.accuracy == is_right.sum().item() / 60
     assert fgsm.accuracy > own.accuracy

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-import safer_fast.evaluate
+import safer_fast.evaluation.accuracy
 from safer_fast import train_model
-from safer_fast.attacks.pgd import pgd
+from safer_fast.attacks.replayed import ReplayedAttack
 from safer_fast.config.command_line import parse_config
 from safer_fast.models.flops import costs, ideal_flops
 from safer_fast.runs.gallery import make_gallery
@@ -140,15 +140,15 @@ def test_evaluations_are_counted_as_a_run_makes_them(
     config = parse_config([*FLAGS, *flags])
     num_passes = 0
 
-    def watched(model: Any, images: torch.Tensor, *arguments: Any, **settings: Any) -> Any:
+    def attacked(own: Any, images: torch.Tensor, *arguments: Any, **settings: Any) -> Any:
         nonlocal num_passes
         num_passes += len(images) * 2 * settings["steps"]
-        return pgd(model, images, *arguments, **settings)
+        return attack_images(own, images, *arguments, **settings)
 
-    def classified(name: str, model: Any, images: torch.Tensor, *arguments: Any) -> Any:
+    def classified(name: str, attack: Any, images: torch.Tensor, *arguments: Any) -> Any:
         nonlocal num_passes
         num_passes += len(images)
-        return attack_by_name(name, model, images, *arguments)
+        return attack_by_name(name, attack, images, *arguments)
 
     def shown(model: Any, images: torch.Tensor, *arguments: Any) -> Any:
         nonlocal num_passes
@@ -157,8 +157,9 @@ def test_evaluations_are_counted_as_a_run_makes_them(
 
     monkeypatch.setattr("safer_fast.training.validation.make_gallery", shown)
     attack_by_name = safer_fast.evaluation.accuracy.attack_by_name
-    monkeypatch.setattr("safer_fast.attacks.pgd.pgd", watched)
-    monkeypatch.setattr(safer_fast.evaluate, "attack_by_name", classified)
+    attack_images = ReplayedAttack.attack_images
+    monkeypatch.setattr(ReplayedAttack, "attack_images", attacked)
+    monkeypatch.setattr("safer_fast.evaluation.accuracy.attack_by_name", classified)
     train_model(config)
     config.output = str(tmp_path / "other")
     with Trainer(config) as trainer:

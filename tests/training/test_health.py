@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from safer_fast.attacks.pgd import cross_entropy, pgd
-from safer_fast.attacks.replayed import Attacker
-from safer_fast.config.schema import ObjectiveConfig
+from safer_fast.attacks.replayed import ReplayedAttack
 from safer_fast.models.robust_model import RobustModel
 from safer_fast.runtime.micro_batch import MicroBatch
 from safer_fast.runtime.timing import StepTimer
 from safer_fast.training.health import Health, health_figures
-from safer_fast.training.objectives import Objective, Targets
+from safer_fast.training.objectives import Targets
 from tests.support.networks import build, images_and_labels
 from tests.training.test_step import EPSILON, STEP_SIZE, STEPS, make_step, run_step
 
@@ -113,9 +112,8 @@ def test_hits_are_counted_after_every_step_of_the_attack(size: int | str) -> Non
     images, _ = images_and_labels(24)
     labels = model(images).argmax(1)  # so that all are right before the attack
     start = (images + EPSILON * 0.3).clamp(0, 1)
-    attack = Attacker(
+    attack = ReplayedAttack(
         model,
-        Objective(ObjectiveConfig()),
         steps=STEPS,
         micro_batch=MicroBatch(size=size),  # type: ignore[arg-type]
     )

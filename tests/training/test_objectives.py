@@ -38,10 +38,12 @@ def test_trades_adds_the_divergence_from_the_clean_prediction() -> None:
 
 
 def test_the_attack_of_trades_raises_that_divergence() -> None:
-    adversarial, clean, labels = logits_and_labels()
-    loss = Objective(ObjectiveConfig(name="trades")).attack_loss(clean)
-    torch.testing.assert_close(loss(adversarial, labels), divergences(adversarial, clean).sum())
-    assert float(loss(clean, labels)) == pytest.approx(0, abs=1e-12)
+    adversarial, clean, _ = logits_and_labels()
+    loss = Objective(ObjectiveConfig(name="trades")).attack_loss
+    assert loss.against_clean
+    raised = loss.function(adversarial, clean)
+    torch.testing.assert_close(raised, divergences(adversarial, clean).sum())
+    assert float(loss.function(clean, clean)) == pytest.approx(0, abs=1e-12)
 
 
 def test_mart_boosts_the_margin_and_weighs_by_doubt() -> None:

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from safer_fast.attacks.pgd import random_start
-from safer_fast.attacks.replayed import Attacker
+from safer_fast.attacks.replayed import ReplayedAttack
 from safer_fast.config.schema import ObjectiveConfig, OptimConfig, SAMConfig
 from safer_fast.models.arenas import ParameterArenas
 from safer_fast.models.families import STEM
@@ -48,9 +48,8 @@ def make_step(
     """The fast step over these layers (None: everything) of a model that moves into arenas."""
     arenas = ParameterArenas(model.network, model.layers, model.compute_dtype)
     selection = arenas.select(layers)
-    attack = Attacker(
+    attack = ReplayedAttack(
         model,
-        Objective(ObjectiveConfig(name=objective)),  # type: ignore[arg-type]
         norm=norm,
         steps=STEPS,
         generator=generator or torch.Generator().manual_seed(5),
@@ -61,7 +60,7 @@ def make_step(
         model=model,
         selection=selection,
         optimizer=build_optimizer(optim or _sgd(), selection),
-        objective=attack.objective,
+        objective=Objective(ObjectiveConfig(name=objective)),  # type: ignore[arg-type]
         sam=SAMConfig(rho=rho, adaptive=adaptive),
         attack=attack,
         clip_norm=clip_norm,
