@@ -41,7 +41,7 @@ from safer_fast.training.objectives import Objective
 from safer_fast.training.trainer import Trainer
 from tests.support.networks import build, images_and_labels
 from tests.support.ranks import FLAGS, together, write_digits
-from tests.training.test_trainer import SMALL, run
+from tests.support.small_runs import SMALL, run
 
 EPSILON, STEP_SIZE = torch.tensor(0.1), torch.tensor(0.04)
 LARGEST = torch.finfo(FORWARD).max

@@ -9,7 +9,7 @@ import torch
 
 from bench.studies import float8, float8_accuracy
 from bench.studies.float8_table import float8_tables
-from tests.training.test_trainer import run
+from tests.support.small_runs import run
 
 
 def test_every_part_has_rows_with_all_precisions(

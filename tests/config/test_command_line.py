@@ -4,7 +4,6 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import yaml
 from safer_fast.config.command_line import RECIPES, parse_config
 from safer_fast.config.schema import Config
 from safer_fast.runs.folder import save_config
-from safer_fast.runtime import command as runtime_command
+from tests.support.commands import refused
 
 
 def command(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -25,20 +24,6 @@ def command(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         timeout=250,
         env=environment,
     )
-
-
-def refused(function: object, arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that a command ends with."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["command", *arguments])
-        with pytest.raises(SystemExit) as exit_:
-            runtime_command.run(function)  # type: ignore[arg-type]
-    assert exit_.value.code == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.count("\n") == 1
-    assert "Traceback" not in err
-    return err
 
 
 def test_without_flags_the_built_in_digits_are_the_job() -> None:

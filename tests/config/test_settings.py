@@ -27,7 +27,7 @@ from safer_fast.config.schema import (
     Radius,
 )
 from safer_fast.selection import criteria
-from tests.config.test_command_line import refused
+from tests.support.commands import refused
 
 TINY = [
     "--epochs=1",

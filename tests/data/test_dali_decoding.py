@@ -19,7 +19,7 @@ from safer_fast.data.augmentation import Crop
 from safer_fast.data.dali import pipeline, request
 from safer_fast.data.dali.pipeline import why_no_dali
 from safer_fast.data.images import fit
-from tests.data.test_dali_errors import BAD, REFUSED_BY_DALI, write_around
+from tests.support.bad_images import BAD, REFUSED_BY_DALI, write_around
 from tests.support.pictures import (
     ONE_LINE,
     SIZES,

@@ -2,60 +2,33 @@
 
 from __future__ import annotations
 
-import io
-import json
 import os
 import pickle
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from safer_fast.config.schema import DataConfig
-from safer_fast.data import load_data, load_evaluation_data
+from safer_fast.data import load_evaluation_data
 from safer_fast.data.bad_images import MOST_REPORTED, BadImages
+from tests.support.plain_sets import (
+    COLOUR,
+    GREY,
+    LABELS,
+    RNG,
+    fail,
+    png,
+    write_npz,
+    write_parquet,
+    write_tar,
+)
 
-RNG = np.random.default_rng(0)
-COLOUR = RNG.integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
-GREY = RNG.integers(0, 256, (20, 8, 8), dtype=np.uint8)
 SMALLER = COLOUR[:, :6, :6]
-LABELS = np.arange(20) % 4
 ONE_SIZE = "data.image_size: expected one size for all images or --data.image_size, got 8x8 ("
 UNREADABLE = "data.path: expected an image, got an unreadable one: "
-
-
-def fail(path: Path | None, batch_size: int = 2, **settings: Any) -> str:
-    """The error that loading and reading the data ends with."""
-    config = DataConfig(path=None if path is None else str(path), **settings)
-    with pytest.raises(ValueError, match=r"^[a-z_.]+: expected [^\n]+, got [^\n]+$") as caught:
-        list(load_data(config, batch_size=batch_size, seed=0).train.epoch(1))
-    return str(caught.value)
-
-
-def png(image: Any) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "png")
-    return buffer.getvalue()
-
-
-def write_parquet(file: Path, images: Any, labels: Any, names: Any = None) -> Path:
-    table = pa.table({"image": pa.array(images, pa.binary()), "label": pa.array(labels)})
-    if names is not None:
-        info = {"info": {"features": {"label": {"names": names}}}}
-        table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
-    pq.write_table(table, file)
-    return file
-
-
-def write_npz(file: Path, images: Any = COLOUR, labels: Any = LABELS) -> Path:
-    np.savez(file, images=images, labels=labels)
-    return file
 
 
 def write_folder(path: Path, *names: str, image: bytes = png(COLOUR[0])) -> Path:
@@ -63,17 +36,6 @@ def write_folder(path: Path, *names: str, image: bytes = png(COLOUR[0])) -> Path
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(image)
     return path
-
-
-def write_tar(file: Path, images: Any, label: bytes | None = None) -> Path:
-    with tarfile.open(file, "w") as archive:
-        for number, image in enumerate(images):
-            own_label = label or b"%d" % (number % 2)
-            for extension, content in (("png", image), ("cls", own_label)):
-                info = tarfile.TarInfo(f"{number:03}.{extension}")
-                info.size = len(content)
-                archive.addfile(info, io.BytesIO(content))
-    return file
 
 
 def write_text(file: Path) -> Path:

@@ -16,10 +16,10 @@ from safer_fast.config.schema import DataConfig
 from safer_fast.data import Data, load_data, load_evaluation_data
 from safer_fast.data.formats.splits import split_of
 from safer_fast.runtime.command import run
-from tests.data.test_errors import fail
-from tests.data.test_small_sets import TINY
-from tests.data.test_tar import write_tar
 from tests.support.pictures import encode, photo
+from tests.support.plain_sets import fail
+from tests.support.sets import write_tar
+from tests.support.small_runs import TINY
 
 CLASSES = ("cat", "dog")
 

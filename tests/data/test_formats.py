@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import pickle
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -22,7 +19,7 @@ from safer_fast.config.schema import DataConfig
 from safer_fast.data import Data, load_data, load_evaluation_data
 from safer_fast.data.formats import check_labels, empty_classes, open_splits
 from safer_fast.data.formats.synthetic import SIZE, SyntheticSource
-from tests.data.test_tar import write_tar
+from tests.support.sets import encode, write_parquet, write_tar
 
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
@@ -33,33 +30,6 @@ LABELS = np.arange(20) % 4
 def load(path: Path | None, batch_size: int = 2, **settings: Any) -> Data:
     config = DataConfig(path=None if path is None else str(path), **settings)
     return load_data(config, batch_size=batch_size, seed=0)
-
-
-def encode(image: NDArray[Any]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "png")
-    return buffer.getvalue()
-
-
-def write_parquet(
-    file: Path,
-    images: Sequence[NDArray[Any] | bytes],
-    labels: Any,
-    names: list[str] | None = None,
-    column: str = "image",
-    plain: bool = False,
-) -> Path:
-    encoded = [image if isinstance(image, bytes) else encode(image) for image in images]
-    values: pa.Array[Any] = pa.array(encoded, pa.binary())
-    if not plain:
-        paths = pa.nulls(len(encoded), pa.string())
-        values = pa.StructArray.from_arrays([values, paths], ["bytes", "path"])
-    table = pa.table({column: values, "label": pa.array(labels)})
-    if names is not None:
-        info = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
-        table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
-    pq.write_table(table, file, row_group_size=7)
-    return file
 
 
 def write_folder(path: Path, images: Iterable[NDArray[Any]], names: Sequence[str]) -> Path:

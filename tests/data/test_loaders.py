@@ -443,7 +443,7 @@ def test_a_set_on_a_gpu_gives_the_same_batches_as_one_on_a_cpu(
 def test_a_set_on_a_gpu_never_waits_for_it_within_an_epoch(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tests.training.test_step import forbidding_host_syncs
+    from tests.support.steps import forbidding_host_syncs
 
     on_gpu_code(monkeypatch)
     batches = load(file, augmentation="crop").train.epoch(1)

@@ -25,8 +25,8 @@ from safer_fast.data.formats import EncodedSource, open_splits
 from safer_fast.data.formats.parts import FileParts
 from safer_fast.runs.loggers.metrics_file import read_metrics
 from safer_fast.training.trainer import Trainer
-from tests.data.test_errors import write_npz, write_parquet, write_tar
 from tests.support.pictures import encode, photo
+from tests.support.plain_sets import write_npz, write_parquet, write_tar
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 

@@ -20,7 +20,7 @@ from safer_fast.data import Batch, Data, Mixing, as_pixels, load_data
 from safer_fast.data.mixing import erase
 from safer_fast.runs.loggers.metrics_file import read_metrics
 from safer_fast.runtime.seeds import make_generator
-from tests.training.test_step import forbidding_host_syncs
+from tests.support.steps import forbidding_host_syncs
 
 NUM_CLASSES = 5
 MIXINGS: dict[str, dict[str, float]] = {

@@ -15,9 +15,8 @@ from torch import Tensor
 from torchvision.datasets import ImageFolder
 
 from safer_fast.data.images import fit
-from tests.data.test_formats import write_parquet
-from tests.data.test_tar import write_tar
 from tests.support.pictures import SMALL, encode, images_by_label, load, photo, whole, write
+from tests.support.sets import write_parquet, write_tar
 
 SIDEWAYS = Image.Exif()
 SIDEWAYS[0x0112] = 6

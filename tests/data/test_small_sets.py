@@ -11,20 +11,7 @@ import pytest
 from safer_fast.runs.loggers.metrics_file import read_metrics
 from safer_fast.runtime.command import run
 from safer_fast.train import main
-
-TINY = [
-    "--model.name=vit_tiny_patch16_224",
-    "--model.patch_size=4",
-    "--model.arguments={depth: 1, embed_dim: 16, num_heads: 2}",
-    "--epochs=1",
-    "--selection.warmup_epochs=0",
-    "--selection.num_images=8",
-    "--attack.steps=1",
-    "--evaluation.steps=1",
-    "--evaluation.attacks=clean,pgd-1",
-    "--runtime.device=cpu",
-    "--runtime.num_threads=1",
-]
+from tests.support.small_runs import TINY
 
 
 def write_npz(file: Path, num_images: int, num_classes: int = 2) -> Path:

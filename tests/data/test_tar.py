@@ -19,6 +19,7 @@ from safer_fast.data import load_data
 from safer_fast.data.bad_images import BadImages
 from safer_fast.data.formats import Source, open_splits, tar
 from safer_fast.data.formats.tar import TarSource
+from tests.support.sets import Member, write_tar
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
@@ -26,7 +27,6 @@ HINT = "; --data.bad_images skip leaves such images out"
 NO_IMAGE = "data.path: expected one image in each sample, got none: sample "
 NO_LABEL = "data.path: expected an integer as label (cls, or label in json), got "
 NOT_WHOLE = "data.path: expected a whole .tar file, got "
-Member = tuple[str, bytes]
 
 
 def encode(number: int, extension: str = "png") -> bytes:
@@ -41,16 +41,6 @@ def sample(number: int) -> list[Member]:
 
 def samples(*numbers: int) -> list[Member]:
     return [member for number in numbers for member in sample(number)]
-
-
-def write_tar(file: Path, members: Sequence[Member]) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(file, "w") as archive:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return file
 
 
 def write_special(file: Path, *infos: tarfile.TarInfo, members: Sequence[Member] = ()) -> Path:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from safer_fast.attacks.pgd import Norm, default_step_size, pgd, random_start
 from safer_fast.evaluation.overfitting import AttackGap, count_right
 from tests.support.networks import PlainNetwork, build, images_and_labels
-from tests.training.test_step import forbidding_host_syncs
+from tests.support.steps import forbidding_host_syncs
 
 EPSILON, NUM_IMAGES = 0.2, 128
 

@@ -11,7 +11,7 @@ from safer_fast.models.exact_savings import from_patches, to_patches
 from safer_fast.models.robust_model import RobustModel
 from safer_fast.training.reference import PlainModel
 from tests.support.networks import FAMILIES, UNCUTTABLE, build, images_and_labels
-from tests.training.test_step import assert_near_fp64, error, make_step, run_step
+from tests.support.steps import assert_near_fp64, error, make_step, run_step
 
 HEAD_READS_CLASS_TOKENS = {
     "vit_tiny_patch16_224",

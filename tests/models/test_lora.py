@@ -28,8 +28,8 @@ from safer_fast.runs.loggers.metrics_file import read_metrics
 from safer_fast.training.trainer import Trainer
 from tests.support.kills import State
 from tests.support.networks import build, images_and_labels
-from tests.training.test_step import make_step, run_step
-from tests.training.test_trainer import SMALL
+from tests.support.small_runs import SMALL
+from tests.support.steps import make_step, run_step
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="no peft here")
 

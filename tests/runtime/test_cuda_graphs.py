@@ -17,8 +17,8 @@ from safer_fast.training.objectives import Targets
 from safer_fast.training.optimizers import build_optimizer, set_learning_rate
 from safer_fast.training.step import RECORDED
 from tests.support.networks import build, images_and_labels
+from tests.support.steps import make_step
 from tests.support.tape import TapeRecorder
-from tests.training.test_step import make_step
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "sgd": {},

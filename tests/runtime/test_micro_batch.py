@@ -14,7 +14,7 @@ from safer_fast.evaluation.accuracy import evaluate
 from safer_fast.models.robust_model import RobustModel
 from safer_fast.runtime.micro_batch import MicroBatch
 from tests.support.networks import build, images_and_labels
-from tests.training.test_step import assert_near_fp64, make_step, run_step
+from tests.support.steps import assert_near_fp64, make_step, run_step
 
 
 @pytest.mark.parametrize("objective", ["pgd-at", "trades", "mart"])

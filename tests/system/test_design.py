@@ -125,3 +125,10 @@ def test_files_stay_short_and_the_method_on_one_page() -> None:
     assert len((PACKAGE / "training" / "step.py").read_text().splitlines()) <= 150
     for name in COMMANDS:
         assert len((PACKAGE / f"{name}.py").read_text().splitlines()) <= 80, name
+
+
+def test_no_test_file_imports_another() -> None:
+    """Helpers that two of them share lie in tests/support, tools beside the tests that use them."""
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        wrong = {name for name in imports(path) if name.split(".")[-1].startswith("test_")}
+        assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"

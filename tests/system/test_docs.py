@@ -24,7 +24,7 @@ from torch.distributed.run import config_from_args, parse_args
 from safer_fast import train_model
 from safer_fast.config.command_line import parse_config
 from tests.support.pictures import encode, photo
-from tests.training.test_trainer import SMALL
+from tests.support.small_runs import SMALL
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]

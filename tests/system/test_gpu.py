@@ -26,8 +26,8 @@ from safer_fast.training.optimizers import build_optimizer, set_learning_rate
 from safer_fast.training.reference import PlainModel
 from safer_fast.training.step import RECORDED, Step
 from tests.support.networks import build, images_and_labels
-from tests.training.test_step import EPSILON, STEP_SIZE, error, make_reference, make_step
-from tests.training.test_trainer import SMALL
+from tests.support.small_runs import SMALL
+from tests.support.steps import EPSILON, STEP_SIZE, error, make_reference, make_step
 
 pytestmark = [
     pytest.mark.gpu,

@@ -16,7 +16,7 @@ from safer_fast.runtime.timing import StepTimer
 from safer_fast.training.health import Health, health_figures
 from safer_fast.training.objectives import Targets
 from tests.support.networks import build, images_and_labels
-from tests.training.test_step import EPSILON, STEP_SIZE, STEPS, make_step, run_step
+from tests.support.steps import EPSILON, STEP_SIZE, STEPS, make_step, run_step
 
 LAYER = "blocks.2.mlp.fc1"
 

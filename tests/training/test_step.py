@@ -3,8 +3,6 @@
 import gc
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,118 +10,26 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from safer_fast.attacks.pgd import random_start
-from safer_fast.attacks.replayed import ReplayedAttack
-from safer_fast.config.schema import ObjectiveConfig, OptimConfig, SAMConfig
-from safer_fast.models.arenas import ParameterArenas
+from safer_fast.config.schema import OptimConfig, SAMConfig
 from safer_fast.models.families import STEM
-from safer_fast.models.robust_model import RobustModel, compile_blocks
+from safer_fast.models.robust_model import compile_blocks
 from safer_fast.runtime.micro_batch import MicroBatch
-from safer_fast.training.objectives import Objective, Targets
+from safer_fast.training.objectives import Targets
 from safer_fast.training.optimizers import build_optimizer
-from safer_fast.training.reference import PlainModel, ReferenceStep
-from safer_fast.training.step import Step
 from tests.support.networks import UNCUTTABLE, build, images_and_labels
-
-EPSILON, STEP_SIZE, STEPS = 0.03, 0.01, 2
-RATE = 1e-2
-
-
-def make_step(
-    model: RobustModel,
-    layers: list[str] | None,
-    *,
-    rho: float = 0.05,
-    objective: str = "pgd-at",
-    optim: OptimConfig | None = None,
-    adaptive: bool = False,
-    norm: Any = "linf",
-    clip_norm: float | None = None,
-    generator: torch.Generator | None = None,
-    attack_micro_batch: Any = "auto",
-    **settings: Any,
-) -> tuple[Step, ParameterArenas]:
-    """The fast step over these layers (None: everything) of a model that moves into arenas."""
-    arenas = ParameterArenas(model.network, model.layers, model.compute_dtype)
-    selection = arenas.select(layers)
-    attack = ReplayedAttack(
-        model,
-        norm=norm,
-        steps=STEPS,
-        generator=generator or torch.Generator().manual_seed(5),
-        micro_batch=MicroBatch(size=attack_micro_batch),
-        replays=settings.get("replays"),
-    )
-    step = Step(
-        model=model,
-        selection=selection,
-        optimizer=build_optimizer(optim or _sgd(), selection),
-        objective=Objective(ObjectiveConfig(name=objective)),  # type: ignore[arg-type]
-        sam=SAMConfig(rho=rho, adaptive=adaptive),
-        attack=attack,
-        clip_norm=clip_norm,
-        **settings,
-    )
-    return step, arenas
-
-
-def run_step(step: Step, images: Tensor, labels: Tensor) -> None:
-    step(images, Targets.alike(labels), torch.tensor(EPSILON), torch.tensor(STEP_SIZE))
-
-
-def make_reference(
-    model: RobustModel,
-    layers: list[str] | None,
-    dtype: torch.dtype,
-    autocast: torch.dtype | None = None,
-    optim: OptimConfig | None = None,
-    **settings: Any,
-) -> ReferenceStep:
-    """The textbook step from the same weights."""
-    plain = PlainModel(model, dtype, autocast)
-    names = [name for name, _ in plain.network.named_parameters()]
-    if layers is not None:
-        names = [name for layer in layers for name in model.layers[layer]]
-    optim = optim or _sgd()
-    matrices = {n for own in model.layers.values() for n in own if n.endswith("weight")}
-    groups = [
-        {
-            "params": [plain.network.get_parameter(n) for n in names if (n in matrices) == decayed],
-            "weight_decay": optim.weight_decay if decayed else 0.0,
-        }
-        for decayed in (True, False)
-    ]
-    groups = [group for group in groups if group["params"]]
-    optimizer: torch.optim.Optimizer
-    if optim.name == "sgd":
-        optimizer = torch.optim.SGD(groups, lr=optim.learning_rate, momentum=optim.momentum)
-    else:
-        optimizer = torch.optim.AdamW(groups, lr=optim.learning_rate, betas=optim.betas)
-    return ReferenceStep(
-        plain,
-        names,
-        optimizer,
-        epsilon=EPSILON,
-        step_size=STEP_SIZE,
-        steps=STEPS,
-        **{"rho": 0.05} | settings,
-    )
-
-
-def starts(images: Tensor, norm: Any, count: int) -> list[Tensor]:
-    """The random starts that the fast step draws, one for each step."""
-    generator = torch.Generator().manual_seed(5)
-    return [random_start(images, torch.tensor(EPSILON), norm, generator) for _ in range(count)]
-
-
-def error(actual: dict[str, Tensor], truth: dict[str, Tensor], start: dict[str, Tensor]) -> float:
-    """Distance of two updates of all weights, relative to the length of the true one."""
-    difference = sum(float((actual[n].double() - truth[n]).square().sum()) for n in truth)
-    length = sum(float((truth[n] - start[n].double()).square().sum()) for n in truth)
-    return float((difference / length) ** 0.5)
-
+from tests.support.steps import (
+    EPSILON,
+    STEP_SIZE,
+    assert_near_fp64,
+    error,
+    forbidding_host_syncs,
+    make_reference,
+    make_step,
+    run_step,
+    sgd,
+    starts,
+)
 
 CASES: list[tuple[str, str, list[str] | None, dict[str, Any]]] = [
     ("one middle layer", "vit_tiny_patch16_224", ["blocks.2.mlp.fc1"], {}),
@@ -163,44 +69,6 @@ def test_compiled_steps_are_as_near_to_fp64_as_textbook_pytorch(
     name: str, family: str, layers: list[str] | None, settings: dict[str, Any]
 ) -> None:
     assert_near_fp64(family, layers, 3, is_compiled=True, **settings)
-
-
-def assert_near_fp64(
-    family: str,
-    layers: list[str] | None,
-    num_steps: int,
-    is_compiled: bool = False,
-    savings: Sequence[str] = ("prefix",),
-    fast: Mapping[str, Any] | None = None,
-    **settings: Any,
-) -> None:
-    """After some steps our fp32 weights are at most 3x as far from fp64 as textbook fp32 ones.
-
-    Both are off by more than rounding where a pixel's gradient is so small that its sign differs.
-    `fast` are settings of our step alone.
-    """
-    model = build(family)
-    begin = {n: p.detach().clone() for n, p in model.network.named_parameters()}
-    images, labels = images_and_labels()
-    first_starts = starts(images, settings.get("norm", "linf"), num_steps)
-    updates = {}
-    for dtype in (torch.float64, torch.float32):
-        reference = make_reference(model, layers, dtype, **settings)
-        for start in first_starts:
-            reference(images.to(dtype), labels, start.to(dtype))
-        named = reference.model.network.named_parameters()
-        updates[dtype] = {name: parameter.detach() for name, parameter in named}
-    model.save(savings, 32)
-    step, arenas = make_step(
-        model, layers, reuses_prefix="prefix" in savings, **settings, **fast or {}
-    )
-    if is_compiled:
-        compile_blocks(model)
-    for _ in range(num_steps):
-        run_step(step, images, labels)
-    truth = updates[torch.float64]
-    allowed = max(3 * error(updates[torch.float32], truth, begin), 1e-4)
-    assert error(arenas.state_dict(), truth, begin) <= allowed
 
 
 @pytest.mark.parametrize("optim", [OptimConfig(learning_rate=1e-3), None], ids=["adamw", "sgd"])
@@ -297,7 +165,7 @@ def test_unselected_weights_stay_bit_identical_through_several_selections() -> N
     before = arenas.state_dict()
     for layers in chosen:
         step.selection = arenas.select(layers)
-        step.optimizer = build_optimizer(_sgd(), step.selection)
+        step.optimizer = build_optimizer(sgd(), step.selection)
         step.__post_init__()
         run_step(step, images, labels)
     after = arenas.state_dict()
@@ -318,7 +186,7 @@ def test_eager_and_compiled_agree_right_after_a_new_selection() -> None:
             compile_blocks(model)
         for layers in (["blocks.1.attn.proj"], ["blocks.3.mlp.fc1"], ["blocks.1.attn.qkv"]):
             step.selection = arenas.select(layers)
-            step.optimizer = build_optimizer(_sgd(), step.selection)
+            step.optimizer = build_optimizer(sgd(), step.selection)
             step.__post_init__()
             run_step(step, images, labels)
         results.append(arenas.state_dict())
@@ -337,7 +205,7 @@ def test_another_layer_of_the_same_kind_compiles_nothing_new() -> None:
     counts = []
     for layer in ("blocks.1.mlp.fc1", "blocks.2.mlp.fc1", "blocks.1.mlp.fc1", "blocks.2.attn.qkv"):
         step.selection = arenas.select([layer])
-        step.optimizer = build_optimizer(_sgd(), step.selection)
+        step.optimizer = build_optimizer(sgd(), step.selection)
         step.__post_init__()
         run_step(step, images, labels)
         counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
@@ -421,28 +289,9 @@ def test_layerwise_radii_perturb_every_layer_by_its_own_share() -> None:
         assert float(distance / length) == pytest.approx(0.1, rel=1e-3), layer
 
 
-@contextmanager
-def forbidding_host_syncs() -> Iterator[None]:
-    """Raises where a tensor's value travels to the host."""
-
-    class Forbid(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            assert func is not torch.ops.aten._local_scalar_dense.default, "a host sync"
-            return func(*args, **(kwargs or {}))
-
-    with Forbid():
-        yield
-
-
 def test_the_guard_against_host_syncs_notices_one() -> None:
     with forbidding_host_syncs(), pytest.raises(AssertionError, match="a host sync"):
         torch.ones(()).item()
-
-
-def _sgd() -> OptimConfig:
-    return OptimConfig(name="sgd", learning_rate=RATE, weight_decay=0.01)
 
 
 @pytest.mark.parametrize("objective", ["pgd-at", "trades", "mart"])

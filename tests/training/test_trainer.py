@@ -11,7 +11,6 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from safer_fast import train_model
 from safer_fast.config.command_line import parse_config
 from safer_fast.config.commands import EvaluateConfig
 from safer_fast.config.schema import Names
@@ -19,26 +18,7 @@ from safer_fast.evaluate import evaluate_run
 from safer_fast.runs.loggers.metrics_file import read_metrics
 from safer_fast.training.trainer import Trainer
 from tests.support.kills import lines_of
-
-SMALL = [
-    "--epochs=4",
-    "--selection.warmup_epochs=2",
-    "--selection.every_epochs=1",
-    "--selection.num_images=64",
-    "--attack.clean_epochs=1",
-    "--attack.epsilon_warmup_epochs=1",
-    "--attack.steps=2",
-    "--data.max_images=192",
-    "--evaluation.steps=2",
-    "--evaluation.max_images=64",
-    "--evaluation.attacks=clean,pgd-2",
-    "--runtime.log_every_steps=2",
-    "--runtime.num_threads=1",
-]
-
-
-def run(folder: Path, *flags: str) -> Path:
-    return train_model(parse_config([*SMALL, "--output", str(folder), *flags]))
+from tests.support.small_runs import SMALL, run
 
 
 @pytest.fixture(scope="module")
