@@ -3,8 +3,9 @@
 import fcntl
 import itertools
 import os
+import shutil
 import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from safer_fast.data.dali import pipeline as dali_pipeline
+from tests.support.kills import Server, flags_for, write_photos
 from tests.support.pictures import NUM_IMAGES, SIZES, encode, num_alive, photo, write
 
 
@@ -62,6 +64,60 @@ def one_thread_and_the_default_attention() -> Iterator[None]:
     torch.set_num_threads(threads)
     for enable, is_enabled in settings.items():
         enable(is_enabled)
+
+
+Once = Callable[[str, Callable[[Path], object]], Path]
+"""(name, fill) -> the folder of this name, filled by whichever process asks for it first."""
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Folders that are filled once for the tests of all processes, which only read them."""
+    base = tmp_path_factory.getbasetemp()
+    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "once"
+    place.mkdir(exist_ok=True)
+
+    def once(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, full = place / name, place / f"{name}.full"
+        with open(place / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not full.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                fill(folder)
+                full.touch()
+        return folder
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """The process that forks runs for the tests of this one."""
+    with Server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def photos(once: Once) -> Path:
+    """Splits of a few noisy pictures, one of them broken."""
+    return once("photos", write_photos)
+
+
+@pytest.fixture(scope="session")
+def flags(photos: Path) -> list[str]:
+    """Flags of a small run on these pictures that is resumed where it was stopped."""
+    return flags_for(photos, "device")
+
+
+@pytest.fixture(scope="session")
+def finished(once: Once, server: Server, flags: list[str]) -> Path:
+    """The folder of such a run that nobody stopped, which tests only read or copy."""
+
+    def train(folder: Path) -> None:
+        ending = server.train(folder, flags)
+        assert (ending.status, ending.errors) == (0, ""), ending.output
+
+    return once("finished", train)
 
 
 @pytest.fixture(scope="session")

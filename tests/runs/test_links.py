@@ -3,46 +3,28 @@
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from safer_fast import evaluate, report, select
 from safer_fast.runtime.files import NotPlainError, open_plain, write_new, write_whole
-from tests.support.kills import Moment, Server, flags_for, write_photos
+from tests.support.kills import Moment, Server
 
 Main = Callable[[Sequence[str]], None]
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with Server() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return flags_for(write_photos(tmp_path_factory.mktemp("data") / "photos"), "device")
-
-
-@pytest.fixture(scope="module")
-def killed(server: Server, flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def killed(once: Any, server: Server, flags: list[str]) -> Path:
     """A run that was killed when it was about to export its weights."""
-    folder = tmp_path_factory.mktemp("killed") / "run"
-    kill = Moment("safer_fast.training.trainer.export_model")
-    assert server.train(folder, flags, kill).status == -signal.SIGKILL
-    return folder
 
+    def train(folder: Path) -> None:
+        kill = Moment("safer_fast.training.trainer.export_model")
+        assert server.train(folder, flags, kill).status == -signal.SIGKILL
 
-@pytest.fixture(scope="module")
-def finished(
-    server: Server, flags: list[str], killed: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    shutil.copytree(killed, folder)
-    assert server.train(folder, flags).status == 0
-    return folder
+    return Path(once("killed-before-export", train))
 
 
 def plant(run: Path, names: Sequence[str], outside: Path) -> None:

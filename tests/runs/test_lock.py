@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from safer_fast.runs import lock as run_lock
 from safer_fast.runs import lock_file
 from safer_fast.runs.lock import RunLock
 from safer_fast.runs.lock_file import LOCK
-from tests.support.kills import Moment, Patch, Server, State, flags_for, send, write_photos
+from tests.support.kills import Moment, Patch, Server, State, send
 
 STEP = "safer_fast.training.step.Step.update"
 REFUSED = "error: --output: expected a folder that no other run writes, got "
@@ -41,22 +41,9 @@ QUICK = constant("WAIT_S", 0.3)
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with Server() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return flags_for(write_photos(tmp_path_factory.mktemp("data") / "photos"), "device")
-
-
-@pytest.fixture(scope="module")
-def twin(server: Server, flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> State:
+def twin(finished: Path) -> State:
     """A run that was alone."""
-    folder = tmp_path_factory.mktemp("twin") / "run"
-    assert server.train(folder, flags).status == 0
-    return State.of(folder)
+    return State.of(finished)
 
 
 def wait_for(is_so: Callable[[], object], seconds: float = 60) -> None:

@@ -3,7 +3,7 @@
 import json
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +12,18 @@ import pytest
 from safer_fast.runs.checkpoints.file import read_checkpoint
 from safer_fast.runs.loggers.metrics_file import read_metrics
 from safer_fast.runtime.tensor_files import write_tensors
-from tests.support.kills import Moment, Server, checkpoints_of, flags_for, write_photos
+from tests.support.kills import Moment, Server, checkpoints_of
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with Server() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return flags_for(write_photos(tmp_path_factory.mktemp("data") / "photos"), "device")
-
-
-@pytest.fixture(scope="module")
-def killed(server: Server, flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def killed(once: Any, server: Server, flags: list[str]) -> Path:
     """A run that was killed in its last epoch."""
-    folder = tmp_path_factory.mktemp("killed") / "run"
-    assert (
-        server.train(folder, flags, Moment("safer_fast.training.step.Step.update", 18)).status
-        == -signal.SIGKILL
-    )
-    return folder
+
+    def train(folder: Path) -> None:
+        kill = Moment("safer_fast.training.step.Step.update", 18)
+        assert server.train(folder, flags, kill).status == -signal.SIGKILL
+
+    return Path(once("killed-in-the-last-epoch", train))
 
 
 @pytest.fixture

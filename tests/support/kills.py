@@ -70,6 +70,7 @@ FLAGS = [
 MEASURED = ("time_s", "images_per_second", "data_wait_fraction", "peak_memory_mib", "stage_ms")
 
 _ASKING = {signal.SIGINT, signal.SIGTERM}  # held back until there is a run that can be asked
+_REPORTING = ["safer_fast.report.write_report", "safer_fast.training.trainer.write_report"]
 _IMPORTED = [
     "safer_fast.training.trainer",
     "sklearn.datasets",
@@ -176,10 +177,13 @@ class Server:
     """
 
     def __enter__(self) -> Server:
-        command = [sys.executable, "-c", f"from {__name__} import serve; serve()"]
-        place = Path(__file__).parents[2]
+        # not a child of this process: tests count theirs
+        program = f"import os; os.fork() and os._exit(0); from {__name__} import serve; serve()"
         pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, cwd=place)
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", program], stdin=pipe, stdout=pipe, cwd=Path(__file__).parents[2]
+        )
+        self._process.wait()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -191,9 +195,17 @@ class Server:
 
     def start(self, folder: Path, flags: Sequence[str], *changes: Moment | Patch) -> Training:
         """The same, just started."""
-        texts = [Text(folder.with_name(f"{folder.name}.{name}")) for name in ("out", "err")]
-        paths = [text.path for text in texts]
-        pid = self._ask(([*flags, "--output", str(folder)], paths, changes))
+        return self._start("train", [*flags, "--output", str(folder)], folder, changes)
+
+    def command(self, name: str, folder: Path, *words: str) -> Ending:
+        """`python -m safer_fast.NAME FOLDER WORDS`, started and ended."""
+        return self._start(name, [str(folder), *words], folder, ()).ending()
+
+    def _start(
+        self, name: str, words: Sequence[str], folder: Path, changes: Sequence[Moment | Patch]
+    ) -> Training:
+        texts = [Text(folder.with_name(f"{folder.name}.{stream}")) for stream in ("out", "err")]
+        pid = self._ask((name, words, [text.path for text in texts], changes))
         return Training(self, pid, texts)
 
     def status_of(self, pid: int, seconds: float) -> int | None:
@@ -270,25 +282,25 @@ def serve() -> None:
             process.join()
             _put(process.exitcode, sys.stdout.buffer)
         else:
-            process = fork.Process(target=_train, args=request)
+            process = fork.Process(target=_run, args=request)
             process.start()
             running[process.pid] = process
             _put(process.pid, sys.stdout.buffer)
 
 
-def _train(arguments: Sequence[str], texts: Sequence[Path], changes: Sequence[Any]) -> None:
+def _run(name: str, words: Sequence[str], texts: Sequence[Path], changes: Sequence[Any]) -> None:
     for stream, path in zip((sys.stdout, sys.stderr), texts, strict=True):
         with path.open("wb") as file:
             os.dup2(file.fileno(), stream.fileno())
-    from safer_fast import train
-
-    for name in ("safer_fast.report.write_report", "safer_fast.training.trainer.write_report"):
-        Patch(name, _without_report).arm()
+    command = importlib.import_module(f"safer_fast.{name}")
+    if name == "train":
+        for function in _REPORTING:
+            Patch(function, _without_report).arm()
     for change in changes:
         change.arm()
-    sys.argv = ["train", *arguments]
+    sys.argv = [name, *words]
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _ASKING)
-    run(train.main)
+    run(command.main)
 
 
 def _without_report(_: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,7 +4,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -12,26 +12,8 @@ import pytest
 
 from safer_fast import export
 from safer_fast.runtime.command import run as run_command
-from tests.support.kills import Moment, Server, flags_for, write_photos
+from tests.support.kills import Moment, Server
 from tests.support.ranks import Team, assert_status
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with Server() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return flags_for(write_photos(tmp_path_factory.mktemp("data") / "photos"), "device")
-
-
-@pytest.fixture(scope="module")
-def finished(server: Server, flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    assert server.train(folder, flags).status == 0
-    return folder
 
 
 def move(folder: Path) -> None:

@@ -10,7 +10,7 @@ import resource
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,6 @@ from tests.support.kills import (
     checkpoints_of,
     flags_for,
     send,
-    write_photos,
 )
 from tests.system.soak import WITH_BATCH_NORMS, cut_in_half, flip_a_bit, soak
 
@@ -51,41 +50,34 @@ Train = Callable[..., Ending]
 """(*changes, flags, backend) -> how it ended."""
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with Server() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_photos(tmp_path_factory.mktemp("data") / "photos")
-
-
 class Twins:
     """Runs that nobody stops, one for each way to run."""
 
-    def __init__(self, server: Server, photos: Path, place: Path) -> None:
-        self.server, self.photos, self.place = server, photos, place
+    def __init__(self, once: Any, server: Server, photos: Path, finished: Path) -> None:
+        self.once, self.server, self.photos = once, server, photos
+        self.folders = {("device",): finished}
         self.states: dict[tuple[str, ...], State] = {}
 
     def folder(self, *way: str) -> Path:
         """The folder of the run; way: the backend, and flags."""
-        folder = self.place / f"twin-{'-'.join(way)}".replace("/", "_")
-        if way not in self.states:
-            ending = self.server.train(folder, flags_for(self.photos, *way))
-            assert (ending.status, ending.errors) == (0, ""), ending.output
-            self.states[way] = State.of(folder)
-        return folder
+        if way not in self.folders:
+            name = f"twin-{'-'.join(way)}".replace("/", "_")
+            self.folders[way] = self.once(name, partial(self._train, way))
+        return self.folders[way]
 
     def state(self, *way: str) -> State:
-        self.folder(*way)
+        if way not in self.states:
+            self.states[way] = State.of(self.folder(*way))
         return self.states[way]
+
+    def _train(self, way: tuple[str, ...], folder: Path) -> None:
+        ending = self.server.train(folder, flags_for(self.photos, *way))
+        assert (ending.status, ending.errors) == (0, ""), ending.output
 
 
 @pytest.fixture(scope="module")
-def twins(server: Server, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Twins:
-    return Twins(server, photos, tmp_path_factory.mktemp("twins"))
+def twins(once: Any, server: Server, photos: Path, finished: Path) -> Twins:
+    return Twins(once, server, photos, finished)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -414,13 +406,16 @@ def test_a_run_that_cannot_stop_in_time_says_so_and_ends(train: Train, ends_alik
 
 
 @pytest.fixture(scope="module")
-def stopped(server: Server, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stopped(once: Any, server: Server, flags: list[str]) -> Path:
     """A run that was stopped at the end of its first epoch of SAFER, with two checkpoints."""
-    folder = tmp_path_factory.mktemp("stopped") / "run"
     at = WARMUP_EPOCHS + 1
-    moment = Moment(f"{TRAINER}._keep_best", call=at, act=TERM)
-    ending = server.train(folder, flags_for(photos, "device"), EACH_STEP, moment)
-    assert ending.status == 128 + signal.SIGTERM, ending
+
+    def train(folder: Path) -> None:
+        moment = Moment(f"{TRAINER}._keep_best", call=at, act=TERM)
+        ending = server.train(folder, flags, EACH_STEP, moment)
+        assert ending.status == 128 + signal.SIGTERM, ending
+
+    folder = Path(once("stopped-after-an-epoch-of-safer", train))
     steps = [read_checkpoint(path).step for path in checkpoints_of(folder)]
     assert steps == [at * STEPS_PER_EPOCH - 1, at * STEPS_PER_EPOCH]
     return folder
