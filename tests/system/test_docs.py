@@ -27,6 +27,7 @@ from tests.support.pictures import encode, photo
 from tests.support.small_runs import SMALL
 
 ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "safer_fast"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
 PAGES += [ROOT / "bench" / "README.md"]
 RECIPES = sorted((ROOT / "safer_fast" / "config" / "recipes").glob("*.yaml"))
@@ -297,3 +298,39 @@ def test_the_commands_of_the_docs_are_found() -> None:
     known = (OF_THE_PACKAGE, OF_BENCH, OF_SCRIPTS, OF_MAKE, OF_PIP)
     rest = [c for c in COMMANDS if not any(c in kind for kind in known)]
     assert [c for c in rest if not c.startswith(("hf ", "pip download "))] == []
+
+
+def test_every_name_on_the_page_on_architecture_is_in_the_code() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    files = {f.relative_to(PACKAGE).as_posix(): f for f in PACKAGE.rglob("*.*")}
+    defined = {
+        name
+        for path in files.values()
+        if path.suffix == ".py"
+        for name in names_defined_in(ast.parse(path.read_text()))
+    }
+    code = [text for text in re.findall(r"`([^`\n]+)`", BLOCK.sub("", page)) if text[0] != "-"]
+    drawn = [part for text in re.findall(r"\"([^\"]+)\"", page) for part in text.split("<br>")]
+    assert len(code) > 40
+    for name in code:
+        is_path = (PACKAGE / name).exists() or (ROOT / name).exists()
+        assert is_path or name in defined, name
+    for name in drawn:
+        for path in re.findall(r"[a-z_/0-9]+\.py|[a-z_]+/", name):
+            assert any(f"/{path}" in f"/{file}" for file in files), path
+        for word in re.findall(r"\b[A-Z]\w+\.[a-z_]+|\b[a-z]+_[a-z_]+\b(?!\.py)", name):
+            is_setting = word in {"log_every_steps"}
+            assert word in defined or is_setting or (PACKAGE / word).exists(), word
+
+
+def names_defined_in(tree: ast.Module) -> Iterator[str]:
+    """Functions, classes, and methods as Class.method."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            yield node.name
+        if isinstance(node, ast.ClassDef):
+            yield from (
+                f"{node.name}.{item.name}"
+                for item in node.body
+                if isinstance(item, ast.FunctionDef)
+            )
