@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -42,9 +43,7 @@ def parse_config(arguments: Sequence[str], described: Mapping[str, Any] | None =
     `model.checkpoint` is written, so that flags override them, and they override the recipe if the
     checkpoint is a flag itself. Raises ValueError naming the flag.
     """
-    parser = new_parser("train", "Train a robust vision transformer.")
-    parser.add_argument("--config", action="config", help=f"a YAML file or {_recipe_names()}")
-    parser.add_class_arguments(Config, None)
+    parser = _train_parser()
     words = with_underscores(arguments)
     for switch in _switches():
         words = _with_value(switch, words)
@@ -99,6 +98,15 @@ def new_parser(command: str, description: str) -> ArgumentParser:
         exit_on_error=False,
         formatter_class=HelpFormatter,
     )
+
+
+@cache
+def _train_parser() -> ArgumentParser:
+    """The parser of `train`, built once: that takes longer than to parse with it."""
+    parser = new_parser("train", "Train a robust vision transformer.")
+    parser.add_argument("--config", action="config", help=f"a YAML file or {_recipe_names()}")
+    parser.add_class_arguments(Config, None)
+    return parser
 
 
 class _Parser(ArgumentParser):
