@@ -44,7 +44,7 @@ from safer_fast.runtime.device import Runtime, prepare_runtime
 
 MODES = ("eager", "compiled", "captured")
 IN_A_ROW = {"cpu": 1, "cuda": 5}
-"""Iterations between two waits for the device: a GPU is told of the next while it runs one."""
+"""Iterations between two waits for the device: a GPU queues the next while it runs one."""
 
 
 def main() -> None:
@@ -101,7 +101,7 @@ def operations_of_one_image(
 
 
 def iteration(model: RobustModel, batch_size: int, image_size: int, runtime: Runtime) -> Phase:
-    """What moves a batch of random images by one step of the attack."""
+    """A call that moves a batch of random images by one step of the attack."""
     images, labels, epsilon, step_size = batch(batch_size, image_size, runtime.device)
     adversarial = model.arrange(random_start(images, epsilon)).contiguous()
     pixels = model.arrange(images)

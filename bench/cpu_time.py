@@ -32,7 +32,7 @@ def cpu_seconds() -> float | None:
 
 
 def _is_below(number: int, parents: dict[int, int]) -> bool:
-    """Whether the process is this one or descends from it."""
+    """True if the process is this one or descends from it."""
     while number in parents and number != os.getpid():
         number = parents[number]
     return number == os.getpid()

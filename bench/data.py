@@ -52,7 +52,7 @@ TARGETS = [
 
 @dataclass(frozen=True)
 class Epoch:
-    """What an epoch took. cpu_s: None where the system does not tell."""
+    """Images and seconds of an epoch. cpu_s: None where the system does not count them."""
 
     num_images: int
     elapsed_s: float
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """What to measure, as typed; ends with status 2 where a file that is needed is missing."""
+    """Parse the command line; end with status 2 where a file that is needed is missing."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     folder = Path(os.environ.get("SAFER_FAST_TEST_DATA", BESIDE))
     photos, small = folder / "photos-256.parquet", folder / "cifar10-train.parquet"
@@ -228,7 +228,7 @@ def figures(epochs: list[Epoch]) -> Row:
 
 
 def ratios(row: Row, rows: list[Row]) -> Row:
-    """How many times as fast as our torch backend and timm this is, in all and per core.
+    """Speed as a multiple of our torch backend's and of timm's, in all and per core.
 
     They are taken with the same number of workers, or as fast as they are where none has it.
     """

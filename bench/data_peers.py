@@ -1,4 +1,4 @@
-"""What gives batches: our backends, and the loaders of timm and torchvision over the same file."""
+"""The loaders that are compared: our backends, timm's and torchvision's, over one file."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all pipelines of a comparison have in common."""
+    """File, batch size and device, which all loaders of a comparison share."""
 
     file: Path
     batch_size: int

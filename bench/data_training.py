@@ -1,4 +1,4 @@
-"""Whether a real run waits for its data: a short training on photos with each backend."""
+"""The share of time that a run waits for data: a short training on photos with each backend."""
 
 from __future__ import annotations
 

@@ -61,5 +61,5 @@ class Implementation:
 
 
 def warm_up(is_captured: bool) -> int:
-    """How many calls come before those that are timed: every recording has been made by then."""
+    """Number of calls before the timed ones: every recording has been made by then."""
     return CALLS_BEFORE_RECORDING + 1 if is_captured else WARM_UP

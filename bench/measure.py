@@ -1,4 +1,4 @@
-"""What benchmarks share: waiting for the device, quantiles, and where a figure comes from."""
+"""Helpers of all benchmarks: waiting for the device, quantiles, and where a figure comes from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run holds at its peak, and glibc's malloc as it is in a process that sets nothing."""
+"""Peak memory of a run, and glibc's malloc as it is in a process that sets nothing."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ def measure(operation: Operation, device: str, repeats: int) -> list[Result]:
 
 
 def time_ms(run: Callable[[], object], device: str) -> float:
-    """How long one call takes: on the GPU without the launch, which a spinning kernel hides."""
+    """Milliseconds of one call; on the GPU without the launch, which a spinning kernel hides."""
     if device == "cpu":
         start = time.perf_counter()
         run()

@@ -1,4 +1,4 @@
-"""The same step made of torchattacks and pytorch-optimizer, as shipped and tuned."""
+"""The SAFER step made of torchattacks and pytorch-optimizer, as shipped and tuned."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def prepare(arguments: argparse.Namespace) -> Runtime:
 
 
 def recorder_of(runtime: Runtime) -> CudaRecorder | None:
-    """What records captured steps; all that are compared share one, and so its memory."""
+    """The recorder of captured steps; all that are compared share one, and thus its memory."""
     return CudaRecorder(runtime.device) if runtime.is_captured else None
 
 
@@ -112,7 +112,7 @@ def case_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def kind_of(row: dict[str, Any]) -> str:
-    """How our step runs in a row, in a word or two."""
+    """The mode of our step in a row, in a word or two: eager or compiled, captured."""
     kind = "compiled" if row["compiled"] else "eager"
     return f"{kind}, captured" if row["captured"] else kind
 

@@ -1,4 +1,4 @@
-"""What every test shares."""
+"""Fixtures and settings of all tests."""
 
 import fcntl
 import itertools
@@ -23,7 +23,7 @@ from tests.support.pictures import NUM_IMAGES, SIZES, encode, num_alive, photo, 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
-    """Of several workers only one runs while a test takes times or has the GPU.
+    """Let one worker alone run while its test takes times or has the GPU.
 
     Whoever waits for its turn holds the first byte, so that one that must be alone is not passed
     over for ever; the wait is not counted in the timeout.
@@ -43,7 +43,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What is measured in tests is remembered by tests alone, those in other processes too."""
+    """A cache folder of the session for measured timings, in subprocesses too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -51,7 +51,7 @@ def cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
 
 @pytest.fixture(autouse=True)
 def one_thread_and_the_default_attention() -> Iterator[None]:
-    """Small tensors are fastest on one thread, and no test sees another's process-wide settings."""
+    """Run on one thread, fastest for small tensors; restore process-wide settings after it."""
     threads, backends = torch.get_num_threads(), torch.backends.cuda
     settings = {
         backends.enable_flash_sdp: backends.flash_sdp_enabled(),
@@ -137,7 +137,7 @@ def pngs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def pipelines(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
-    """All pipelines built from now on, those alive and those not."""
+    """Weak references to the DALI pipelines that the test builds."""
     built: list[weakref.ref[Any]] = []
     build = dali_pipeline._build
 

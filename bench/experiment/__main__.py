@@ -7,10 +7,10 @@
 
 One adversarial training is shared by all: its weights at the epoch of best validation robust
 accuracy are the `peak` start, its last weights, `patience` epochs later, the `late` one. Each arm
-goes on from a start for the same number of epochs under the same attack; arms of one seed see the
+trains from a start for the same number of epochs under the same attack; arms of one seed see the
 same batches and the same random starts of the attack. Best epochs are chosen on validation images
 cut from the training rows; test images are for final figures alone. What is done is not done again,
-what was stopped goes on where it was: give the budget there is, and call again.
+and what was stopped is resumed: give the budget there is, and call again.
 """
 
 from __future__ import annotations

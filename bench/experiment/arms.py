@@ -1,4 +1,4 @@
-"""What the CIFAR-10 experiment compares: arms, starts and scales, as settings of safer_fast.train.
+"""The arms, starts and scales of the CIFAR-10 experiment, as settings of safer_fast.train.
 
 An arm is a handful of settings on top of what all arms of a scale have in common, so that any of
 them can be typed: `safer_fast.train --model.checkpoint START <common> <arm>`.
@@ -34,7 +34,7 @@ ARMS: dict[str, Settings] = {
 """From the most important on. CLAT is `criticality` with SAM in place of plain training, so that
 its criterion is what differs. AWP: Wu et al. (2020) with their gamma of 0.005."""
 BASELINE = "PGD-AT"
-"""What differences are taken from."""
+"""The arm that differences are taken to."""
 MAIN = ("PGD-AT", "SAFER", "random, SAM", "SAM on all")
 """Arms that have all seeds before any other has its first."""
 UPPER = ("SAFER, blocks", "SAFER, upper half", "SAFER, last quarter")
@@ -62,7 +62,7 @@ SENSITIVITY = {f"SAFER, {what}": {**_SAFER, **settings} for what, settings in _C
 
 @dataclass(frozen=True)
 class Scale:
-    """How large an experiment is.
+    """The size of an experiment.
 
     models: settings by model name. common: of every run. start: of the shared start alone, which
     ends `patience` epochs after its best or after `start_epochs`. attack_steps with PGD's step size

@@ -1,7 +1,7 @@
 """The picture of an experiment: `python -m bench.experiment.figure --scale reduced FILE.svg`.
 
 Left: robust accuracy on validation images, epoch by epoch, of the shared start and of the main
-arms that go on from it; thin lines are on training images. Right: every arm's clean and PGD-20
+arms trained from it; thin lines are on training images. Right: every arm's clean and PGD-20
 accuracy on test images, of its best epoch, with standard deviations over seeds; names stand at the
 side in the order of PGD-20 accuracy.
 """

@@ -43,7 +43,7 @@ class Jobs:
         return self.folder / f"{task.name}.json"
 
     def is_ready(self, task: Task) -> bool:
-        """Whether all that the task needs is there."""
+        """True if the weights that the task starts from are there."""
         if task.kind == "start":
             return True
         start_is_there = self.is_done(Task("start", task.model))
@@ -53,7 +53,7 @@ class Jobs:
         return start_is_there and self.is_done(needed) and self._weights_are_there(task)
 
     def is_done(self, task: Task) -> bool:
-        """Whether the task's rows are among the results, or lie in its folder."""
+        """True if the task's rows are among the results, or lie in its folder."""
         if task.kind == "start":
             run = self._run(task)
             if not all((run / name).is_file() for name in FILES.values()):
@@ -63,7 +63,7 @@ class Jobs:
         return self.collect(task) or self.results.has(self.about(task))
 
     def collect(self, task: Task) -> bool:
-        """Whether the task's worker has left rows; they are among the results then."""
+        """Add the rows that the task's worker left to the results; True if there were any."""
         file = self.file(task).with_suffix(".rows.jsonl")
         if not file.is_file():
             return False
@@ -77,7 +77,7 @@ class Jobs:
         return True
 
     def job(self, task: Task) -> Job:
-        """What the task's worker has to do."""
+        """The job of the task's worker."""
         scale, images = self.scale, self.scale.test_images
         about = self.about(task)
         run = str(self._run(task))
@@ -147,7 +147,7 @@ class Jobs:
         return self.folder / _run_of(task).name
 
     def _has_late_start(self, model: str) -> bool:
-        """Whether the start went on for long enough after its best: half its patience at least."""
+        """True if the start was trained for at least half its patience after its best epoch."""
         about = self.about(Task("start", model))
         return self.results.gap_after_best(about) >= self.scale.patience / 2
 

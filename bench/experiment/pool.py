@@ -16,7 +16,7 @@ from bench.experiment.tasks import Task
 
 PAUSE_S = 0.5
 GRACE_S = 60.0
-"""A worker that is told to end writes a checkpoint first."""
+"""Seconds for a worker that gets a signal to write its checkpoint and end."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ROOT = Path(__file__).parents[2]
 
@@ -31,8 +31,8 @@ class _Worker:
 class Pool:
     """At most `num_jobs` workers at a time, which share the machine's cores, until `deadline`.
 
-    deadline: as time.monotonic counts. Workers that it finds are told to end, and go on from there
-    in the next call.
+    deadline: in seconds of time.monotonic. Workers that are running then get a signal to end, and
+    are resumed in the next call.
     """
 
     def __init__(self, jobs: Jobs, num_jobs: int, deadline: float) -> None:
@@ -54,13 +54,13 @@ class Pool:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             for task in stopped:
-                print(f"stopped, goes on in the next call: {task.title}", flush=True)
+                print(f"stopped, resumes in the next call: {task.title}", flush=True)
         if left and time.monotonic() < self.deadline:
             print(f"{len(left)} left, which wait for one that failed, or for a late start")
         return len(self._failed)
 
     def _move_on(self, left: list[Task]) -> bool:
-        """Takes in what has ended and begins what can begin; whether anything is going on."""
+        """Collect workers that ended, start those that can start; return True while any run."""
         for worker in [worker for worker in self._workers if worker.process.poll() is not None]:
             self._workers.remove(worker)
             self._take_in(worker, left)

@@ -14,7 +14,7 @@ from bench.experiment.tasks import ID_FIELDS, PEAK, STARTS
 
 Row = dict[str, Any]
 Values = dict[int, float]
-"""Of one arm, by seed."""
+"""A figure of one arm by seed."""
 REFERENCE = ("start", BASELINE, "SAFER")
 """Arms that stand in both tables."""
 
@@ -71,7 +71,7 @@ def all_groups_of(rows: Iterable[Row]) -> list[Group]:
 
 
 def groups_of(rows: Iterable[Row]) -> list[Group]:
-    """The same, only of the training of the start that was gone on from last."""
+    """The groups of each start's newest training, sorted by case, model and start."""
     found: dict[tuple[str, ...], Group] = {}
     for group in all_groups_of(rows):
         found.setdefault((group.case, group.model, group.start), group)
@@ -79,12 +79,12 @@ def groups_of(rows: Iterable[Row]) -> list[Group]:
 
 
 def experiment_tables(rows: Iterable[Row]) -> str:
-    """Of each experiment, model and start: accuracies of all arms, and differences to PGD-AT."""
+    """Tables of accuracies and differences to PGD-AT for each experiment, model and start."""
     return "\n".join(_both(group, [*ARMS]) for group in groups_of(rows))
 
 
 def earlier_tables(rows: Iterable[Row]) -> str:
-    """The same from other trainings of a start, and the differences of all trainings together."""
+    """Tables from earlier trainings of a start, and differences over all its trainings."""
     rows = list(rows)
     newest = {group.start_id for group in groups_of(rows)}
     groups = all_groups_of(rows)
@@ -101,7 +101,7 @@ def earlier_tables(rows: Iterable[Row]) -> str:
 
 
 def sensitivity_tables(rows: Iterable[Row]) -> str:
-    """The same for SAFER with one setting changed."""
+    """Tables of SAFER with one setting changed, beside SAFER and PGD-AT."""
     parts = []
     for group in groups_of(rows):
         names = [name for name in group.arms() if name not in ARMS and name != "start"]
@@ -111,7 +111,7 @@ def sensitivity_tables(rows: Iterable[Row]) -> str:
 
 
 def selection_tables(rows: Iterable[Row]) -> str:
-    """What each criterion would select of the starts, and what the arms did select."""
+    """Tables of the layers that each criterion selects of the starts, and arms selected."""
     rows = list(rows)
     parts = []
     for row in {_figure(row): row for row in rows if row["figure"] == "selection"}.values():
@@ -228,7 +228,7 @@ def _spread(values: Mapping[int, float]) -> str:
 
 
 def _about(group: Group) -> str:
-    """All that is needed to judge the figures."""
+    """A paragraph with what the figures depend on: data, attack, machine, date."""
     trainings = [row for row in group.rows if row["figure"] == "training" and row["arm"] != "start"]
     tests = _chosen(group.rows, {"figure": "accuracy", "split": "test", "attack": "pgd-20"})
     library = _chosen(group.rows, {"figure": "accuracy", "attack": "autoattack"})
@@ -269,7 +269,7 @@ def _as_start(row: Row, start: str, start_id: str) -> Row | None:
 
 
 def _figure(row: Row) -> tuple[object, ...]:
-    """What a row is a figure of."""
+    """The fields that identify a figure: rows with equal ones are measurements of the same."""
     names = ("case", "model", "start", "figure", "arm", "seed", "weights", "split", "attack")
     start = "" if row["task"] == "start" else row["start"]
     return tuple(start if name == "start" else row.get(name) for name in names)

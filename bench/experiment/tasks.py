@@ -1,4 +1,4 @@
-"""What an experiment has to do, in order of importance, and what of it is done already."""
+"""The tasks of an experiment in order of importance, and those that are done already."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked of an experiment: models, starts, arms and kinds of task, and how many seeds.
+    """The part of an experiment that is asked for: models, starts, arms, kinds of task, seeds.
 
     The shared start is trained for all; among the arms, `start` is AutoAttack on it.
     """
@@ -123,11 +123,11 @@ class Results:
         self._known = {_key(row) for row in read_rows(self.file)}
 
     def has(self, about: Mapping[str, Any]) -> bool:
-        """Whether there are rows of the task that these fields are of."""
+        """True if there are rows of the task with these fields."""
         return _key(about) in self._known
 
     def gap_after_best(self, about: Mapping[str, Any]) -> int:
-        """Epochs that the run of these fields went on for after its best."""
+        """Number of epochs that the run with these fields was trained for after its best."""
         for row in reversed(read_rows(self.file)):
             if row["figure"] == "training" and _key(row) == _key(about):
                 return int(row["num_epochs"]) - int(row["best_epoch"])

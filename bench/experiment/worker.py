@@ -1,7 +1,7 @@
 """One task of an experiment, in a process of its own: `python -m bench.experiment.worker FILE`.
 
 The file says what to train and what to measure (`Job`); the rows that come of it lie beside it when
-all is done. A worker that is ended goes on where it was: the run from its checkpoint, evaluations
+all is done. A worker that was ended resumes where it was: the run from its checkpoint, evaluations
 at the next batch.
 """
 
@@ -46,7 +46,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker does.
+    """The task of a worker: a training, evaluations of it, selections.
 
     folder: of the run. flags: of the training that makes it, none where it is there. measures:
     evaluations of it. selects: weights whose layers are scored. about: fields of every row.
@@ -96,7 +96,7 @@ def rows_of(job: Job) -> list[Row]:
 
 
 def _training_row(folder: Path, num_images: int) -> Row:
-    """How the run on so many images went: curves, layers, time."""
+    """Curves, selected layers and time of the run on `num_images` images."""
     events = read_metrics(folder / FILE_NAME)
     epochs = [event for event in events if event["event"] == "epoch"]
     settings = load_yaml((folder / "run.yaml").read_text())
@@ -124,7 +124,7 @@ def _training_row(folder: Path, num_images: int) -> Row:
 
 
 def _selection_row(job: Job, weights: str) -> Row:
-    """What every criterion selects of the weights, and the scores of the ten it likes best."""
+    """The layers that each criterion selects of the weights, and its ten highest scores."""
     output = Path(job.folder) / f"selection-{weights}.json"
     select(
         SelectConfig(

@@ -1,4 +1,4 @@
-"""What torch.compile makes of a module for a GPU, on a machine that may have none.
+"""Kernels that torch.compile writes for a GPU, on a machine that may have none.
 
 A graph is traced on the CPU, moved to a GPU of which only the properties are known, and lowered by
 Inductor as far as the code of its kernels; nothing of it runs. Many of the names used here are
@@ -23,7 +23,7 @@ KNOWN = ("2.11", "2.14")
 
 @dataclass(frozen=True)
 class Properties:
-    """Of a GPU, as Inductor asks for them; rates at which it can work at best, for bounds of time.
+    """Properties of a GPU that Inductor asks for, and its peak rates, for bounds of time.
 
     bytes_per_s: of its memory. bf16_per_s, fp8_per_s: floating-point operations of dense products.
     """
@@ -226,7 +226,7 @@ def _described(gpu: Properties) -> Iterator[None]:
 
 
 def _forget_machine() -> None:
-    """What PyTorch has found out about the machine it finds out again."""
+    """Clear the caches in which PyTorch keeps what it found out about the machine."""
     from torch._inductor.runtime.hints import DeviceProperties
 
     for function in (*vars(torch.utils._triton).values(), DeviceProperties.create):

@@ -1,4 +1,4 @@
-"""What FP8, and features in bf16 alone, gain in the attack: layers, an iteration, a whole step.
+"""Speed of the attack in FP8 and in bf16 features: layers, an iteration, a whole step.
 
     python -m bench.studies.float8 [--model vit_large_patch16_224] [--image-size 224]
         [--patch-size 16] [--batch-sizes 64,128] [--steps 3] [--layers blocks.18.mlp.fc1]
@@ -123,7 +123,7 @@ def _audited(
     arguments: argparse.Namespace,
     runtime: Runtime,
 ) -> Row:
-    """What an audit finds of an attack."""
+    """The figures of an audit of an attack."""
     attack = ReplayedAttack(model, steps=arguments.steps, precision=low)
     images, labels, *radii = batch(arguments.batch_size, arguments.image_size, runtime.device)
     Audit(attack, AttackConfig(audit_ratio=0.0))(0, images, labels, *radii)

@@ -1,4 +1,4 @@
-"""What an attack iteration on one block reads, writes and computes on a GPU, by precision.
+"""Bytes and operations of an attack iteration on one block on a GPU, by precision.
 
     python -m bench.studies.traffic [--model vit_large_patch16_224] [--image-size 224]
         [--batch-size 128] [--from 2097152] [--output FILE.jsonl]
@@ -100,7 +100,7 @@ def block_kernels(
 
 
 def work(kernel: Kernel) -> list[str]:
-    """What a kernel does, with all that quantising takes as one word."""
+    """Operations of a kernel, sorted, with those of quantising as one word."""
     operations = set(kernel.name.split())
     if "amax" not in operations:
         return sorted(operations - {"_to_copy", "clone", "permute", "view"})
@@ -122,7 +122,7 @@ def _block_model(name: str, image_size: int) -> RobustModel:
 
 
 def _register_copies(block: nn.Module) -> None:
-    """What layers multiply by are tensors of the modules: tracing takes those as inputs."""
+    """Make quantised weights buffers of their modules: tracing takes those as inputs."""
     for module in block.modules():
         if isinstance(module, Float8Linear):
             for name in ("rows", "row_scales", "columns", "column_scales"):
@@ -131,7 +131,7 @@ def _register_copies(block: nn.Module) -> None:
 
 
 def _norm_in_fp32(x: Tensor, *arguments: Any, **named: Any) -> Tensor:
-    """What autocast does on a GPU, and not on a CPU."""
+    """Layer norm in fp32, as autocast runs it on a GPU and not on a CPU."""
     return _layer_norm(x.float(), *arguments, **named)
 
 

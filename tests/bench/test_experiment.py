@@ -194,7 +194,7 @@ def test_an_experiment_is_stopped_and_goes_on_and_does_nothing_twice(
 ) -> None:
     only = ("--seeds=1", "--starts=peak", "--arms=SAFER;start")
     run_command(monkeypatch, images, *only, "--budget-minutes=0.05")
-    assert "stopped, goes on in the next call" in capsys.readouterr().out
+    assert "stopped, resumes in the next call" in capsys.readouterr().out
     assert not (images[0].parent / "rows.jsonl").exists()
     run_command(monkeypatch, images, *only, "--jobs=2")
     printed = capsys.readouterr().out

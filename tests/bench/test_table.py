@@ -31,7 +31,7 @@ def peers_row(implementation: str, **changes: Any) -> dict[str, Any]:
 
 
 def written(name: str, rows: list[dict[str, Any]]) -> str:
-    """What lies between the marks of this table afterwards."""
+    """The text between the marks of this table after it was written."""
     text = f"before\n<!-- table: {name} -->\nold\n<!-- /table -->\nafter\n"
     result = with_tables(text, rows)
     assert result.startswith(f"before\n<!-- table: {name} -->\n")
@@ -175,7 +175,7 @@ def test_a_row_from_before_a_switch_is_older_than_one_with_it_off() -> None:
 
 
 def finished_run(folder: Path, seed: int, accuracy: float, precision: str = "amp") -> Path:
-    """What rows of accuracies are made from; an evaluation after the end is none of the run's."""
+    """A run folder that rows of accuracies are made from, with an evaluation after its end."""
     folder.mkdir()
     (folder / "run.yaml").write_text(
         f"amp: bf16\nseed: {seed}\nepochs: 4\nattack: {{norm: linf, precision: {precision}}}\n"

@@ -1,4 +1,4 @@
-"""What torch.compile makes of a block under attack for a GPU: what is joined, and what it moves."""
+"""Kernels that torch.compile writes for a block under attack on a GPU, and their bytes."""
 
 import itertools
 import json
@@ -23,7 +23,7 @@ TOKENS, WIDTH = BATCH * 197, 192
 
 
 def does(kernels: list[Kernel]) -> list[list[str]]:
-    """What each kernel does that is no product."""
+    """Operations of each kernel that is no matrix product."""
     return [work(kernel) for kernel in kernels if not kernel.is_product]
 
 

@@ -112,7 +112,7 @@ def spoil(values: str, gradient: Tensor) -> None:
 
 
 def lay_out(tensor: Tensor, layout: str) -> Tensor:
-    """The same values in another order of memory."""
+    """A tensor of the same values in another memory layout."""
     if layout == "channels_last":
         return tensor.contiguous(memory_format=torch.channels_last)
     if layout == "strided":

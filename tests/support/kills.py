@@ -80,7 +80,7 @@ _IMPORTED = [
 
 
 def write_photos(folder: Path, seed: int = 0) -> Path:
-    """Splits of noisy pictures whose colours tell their class, most of the time; one is broken."""
+    """Splits of noisy pictures whose colours mostly show their class; one is broken."""
     rng = np.random.default_rng(seed)
     colours = rng.uniform(60, 195, (NUM_CLASSES, 1, 1, 3))
     for split, count in NUM_IMAGES.items():
@@ -96,7 +96,7 @@ def write_photos(folder: Path, seed: int = 0) -> Path:
 
 
 def flags_for(photos: Path, backend: str, *others: str) -> list[str]:
-    """A run on what `write_photos` made that goes on where it was stopped."""
+    """Flags of a run on `write_photos` data that is resumed where it was stopped."""
     own = {
         "device": ["--data.augmentation=crop"],
         "torch": ["--data.augmentation=random-resized-crop", "--data.randaugment=9"],
@@ -107,25 +107,25 @@ def flags_for(photos: Path, backend: str, *others: str) -> list[str]:
 
 
 def send(*numbers: int) -> None:
-    """This process gets these signals, one after the other."""
+    """Send these signals to this process, one after the other."""
     for number in numbers:
         os.kill(os.getpid(), number)
 
 
 def kill() -> None:
-    """This process is killed."""
+    """Kill this process."""
     send(signal.SIGKILL)
 
 
 @dataclass(frozen=True)
 class Patch:
-    """`replace` gives what a function, called by its full name, is replaced with."""
+    """A replacement of a function, named in full: `replace` maps the old one to the new."""
 
     function: str
     replace: Callable[[Callable[..., Any]], Callable[..., Any]]
 
     def arm(self) -> None:
-        """It is replaced in this process."""
+        """Replace the function in this process."""
         owner, _, name = self.function.rpartition(".")
         place = _resolve(owner)
         setattr(place, name, self.replace(getattr(place, name)))
@@ -133,7 +133,7 @@ class Patch:
 
 @dataclass(frozen=True)
 class Moment:
-    """When a function is called for the `call`-th time, and what happens right before or after."""
+    """An action right before or after the `call`-th call of a function."""
 
     function: str
     call: int = 1
@@ -141,7 +141,7 @@ class Moment:
     act: Callable[[], object] = kill
 
     def arm(self) -> None:
-        """It happens in this process."""
+        """Wrap the function in this process."""
         Patch(self.function, self._wrapped).arm()
 
     def _wrapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -194,7 +194,7 @@ class Server:
         return self.start(folder, flags, *changes).ending()
 
     def start(self, folder: Path, flags: Sequence[str], *changes: Moment | Patch) -> Training:
-        """The same, just started."""
+        """Start `python -m safer_fast.train FLAGS --output FOLDER`."""
         return self._start("train", [*flags, "--output", str(folder)], folder, changes)
 
     def command(self, name: str, folder: Path, *words: str) -> Ending:
@@ -209,7 +209,7 @@ class Server:
         return Training(self, pid, texts)
 
     def status_of(self, pid: int, seconds: float) -> int | None:
-        """How a process ended, None if it has not within some seconds; then it is killed."""
+        """Exit status of a process; kill it and return None if it has not ended after `seconds`."""
         assert self._process.stdout is not None
         _put(pid, self._process.stdin)
         in_time, _, _ = select.select([self._process.stdout], [], [], seconds)
@@ -237,7 +237,7 @@ class Training:
         os.kill(self.pid, number)
 
     def ending(self, seconds: float = 60) -> Ending:
-        """How it ended; fails if that takes longer."""
+        """Wait for its end; fail if that takes longer than `seconds`."""
         status = self._server.status_of(self.pid, seconds)
         output, errors = (text.read() for text in self._texts)
         assert status is not None, f"no end within {seconds} seconds: {output}{errors}"
@@ -245,7 +245,7 @@ class Training:
 
 
 class Text:
-    """What a process writes, up to 64 KiB: in a pipe, for which there is room on a full disk."""
+    """Output of a process, up to 64 KiB, through a pipe: it has room on a full disk."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -265,7 +265,7 @@ class Text:
 
 
 def serve() -> None:
-    """Forks a process for each request to run something, and tells how it ended when asked.
+    """Fork a process for each request to run something; answer with its exit status when asked.
 
     A request is what to run, or the number of a process to wait for. The process ends without
     clearing up its memory, which would take longer than many a run.
@@ -334,7 +334,7 @@ def _resolve(name: str) -> Any:
 
 @dataclass(frozen=True)
 class State:
-    """All that is the same for a run that was never stopped and one that was, however often."""
+    """Files of a finished run that must be the same however often it was stopped."""
 
     weights: bytes
     best: bytes
@@ -346,7 +346,7 @@ class State:
 
     @classmethod
     def of(cls, folder: Path) -> State:
-        """That of a run which has ended."""
+        """Read the state of a finished run."""
         names = {path.name for path in folder.iterdir() if "tfevents" not in path.name}
         return cls(
             weights=(folder / "model.safetensors").read_bytes(),
@@ -359,7 +359,7 @@ class State:
         )
 
     def differences(self, other: State) -> list[str]:
-        """What is not the same, by name; of lists the first place."""
+        """Names of the fields that differ; of lists the first place."""
         found = []
         for name, mine in vars(self).items():
             others = getattr(other, name)
@@ -389,7 +389,7 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def scalars_of(folder: Path) -> list[tuple[int, dict[str, float]]]:
-    """What TensorBoard reads, in order, without what is measured."""
+    """Scalars that TensorBoard reads, in order, without times and speeds."""
     records = []
     for path in sorted(folder.glob("events.out.tfevents.*")):
         for event in LegacyEventFileLoader(str(path)).Load():

@@ -64,7 +64,7 @@ FLAGS = [
 
 @dataclass(frozen=True)
 class Ending:
-    """How one process ended: its status, what it gave, and all that it printed."""
+    """The end of a process: its status, the value it returned, and all that it printed."""
 
     status: int
     value: Any
@@ -106,7 +106,7 @@ class Team:
             process.start()
 
     def endings(self, seconds: float = 120) -> list[Ending]:
-        """How all have ended; those that have not after so many seconds are killed."""
+        """Wait for all processes; kill those that have not ended after so many seconds."""
         deadline = time.monotonic() + seconds
         left = [process.sentinel for process in self.processes]
         while left and (remaining := deadline - time.monotonic()) > 0:
@@ -132,7 +132,7 @@ class Team:
 
 
 def together(num_ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What the function gives on each of so many ranks."""
+    """Values that the function returns on each of so many ranks."""
     endings = Team(num_ranks, function, *arguments).endings()
     assert_status(0, endings)
     return [ending.value for ending in endings]
@@ -201,7 +201,7 @@ class Torchrun:
         return [found[rank] for rank in sorted(found)]
 
     def ending(self, seconds: float = 120) -> Ending:
-        """How it ended; fails where that takes longer."""
+        """Wait for its end; fail where that takes longer."""
         try:
             status = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -209,7 +209,7 @@ class Torchrun:
         return Ending(status, None, self.output())
 
     def output(self) -> str:
-        """What it and all ranks have printed."""
+        """All that it and its ranks have printed."""
         return self._output.read_text()
 
 

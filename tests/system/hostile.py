@@ -130,7 +130,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a case ended: its exit status, what it wrote on standard error, and any traceback."""
+    """The end of a case: its exit status, its standard error, and any traceback."""
 
     status: int | None
     errors: str
@@ -138,7 +138,7 @@ class Outcome:
     seconds: float
 
     def fault(self, case: Case) -> str | None:
-        """What is wrong with it; None if nothing is."""
+        """The fault of this end in a line or a traceback; None if there is none."""
         if self.trace:
             return self.trace
         if self.seconds > MOST_SECONDS:
@@ -202,7 +202,7 @@ class Place:
         return [*words, *case.words]
 
     def attempt(self, case: Case) -> Outcome:
-        """How the case ends; training ends where its first epoch would begin."""
+        """Run the case; training ends where its first epoch would begin."""
         main: Callable[[Sequence[str]], None] = import_module(f"safer_fast.{case.command}").main
         arguments = self.arguments(case)
         errors, start, status, trace = io.StringIO(), time.monotonic(), 0, ""
@@ -263,7 +263,7 @@ def _alarm() -> Iterator[None]:
 
 
 def try_all(cases: Sequence[Case], folder: Path) -> dict[Case, str]:
-    """What is wrong, by case."""
+    """Run the cases; return the faults by case."""
     torch.set_num_threads(1)
     place = folder / "place"
     place.mkdir()

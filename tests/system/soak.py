@@ -1,6 +1,6 @@
 """Kills and resumes runs for as long as wanted: `python -m tests.system.soak --cycles 300`.
 
-A run goes on after each kill until it ends, and is then compared with its twin that was never
+A run is resumed after each kill until it ends, and is then compared with its twin that was never
 stopped. Exits with status 1 if anything differs.
 """
 
@@ -60,7 +60,7 @@ if find_spec("peft") is not None:
 
 @dataclass
 class Figures:
-    """What was done, and what came of it."""
+    """Counts of cycles, signals and findings."""
 
     num_cycles: int = 0
     by_signal: Counter[str] = field(default_factory=Counter)
@@ -134,7 +134,7 @@ class Soak:
             self._damage_newest()
 
     def end(self) -> None:
-        """The run in progress goes on to its end, and is compared too."""
+        """Resume the run in progress to its end, and compare it too."""
         ending = self.server.train(self.run, flags_for(self._photos, *self.way))
         if (ending.status, ending.errors) != (0, ""):
             self._fail(f"left alone: {ending.status} {ending.errors}")
@@ -193,7 +193,7 @@ def is_as_expected(ending: Ending, number: signal.Signals) -> bool:
 
 
 def moment_of(run: Path, ending: Ending) -> str:
-    """What the run was about, as its log tells."""
+    """The last event in the log of the run, in words."""
     log = run / "metrics.jsonl"
     last = read_metrics(log)[-1] if log.exists() else {"event": "run"}
     if last["event"] != "end" and "CUDA graphs: off" not in ending.output:

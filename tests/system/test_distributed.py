@@ -115,7 +115,7 @@ def events_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def assert_near(actual: Any, expected: Any, where: str = "") -> None:
-    """The same, but for the rounding of floats."""
+    """Compare nested values; floats may differ by rounding."""
     assert type(actual) is type(expected), where
     if isinstance(expected, dict):
         assert list(actual) == list(expected), where
@@ -132,7 +132,7 @@ def assert_near(actual: Any, expected: Any, where: str = "") -> None:
 
 
 def assert_same_run(folder: Path, other: Path) -> None:
-    """The same bits in the weights, the same lines but for what is measured."""
+    """Compare two runs: the bits of the weights, and the lines of the log without times."""
     for name in ("model.safetensors", "best.safetensors"):
         weights, others = load_file(folder / name), load_file(other / name)
         assert weights.keys() == others.keys()
@@ -228,7 +228,7 @@ STEP = [
 
 @dataclass
 class Seen:
-    """What a rank has and does in its first step; tensors of the selected parameters by name."""
+    """The batch of a rank and its first step; tensors of the selected parameters by name."""
 
     batch: Batch
     weights: dict[str, Tensor]
@@ -372,7 +372,7 @@ CRITERIA: tuple[Criterion, ...] = (
 
 
 def scores(sizes: list[int]) -> dict[str, dict[str, float]]:
-    """By each criterion, on batches of these sizes, of which this rank has a part."""
+    """Scores by each criterion, on batches of these sizes, of which this rank has a part."""
     with connected(wants_gpu=False) as ranks:
         batches = []
         for images, labels in zip(
@@ -572,7 +572,7 @@ def test_an_image_that_all_ranks_leave_out_is_named_once(tmp_path: Path) -> None
     assert [event["skipped_images"] for event in epochs] == [0, 0, 0, 0]
 
 
-# stopping and going on
+# stopping and resuming
 
 
 def signal_before(method: str, call: int, ranks: tuple[int, ...], times: int = 1) -> None:

@@ -1,4 +1,4 @@
-"""What the docs tell people to type works: every command is run, on little data."""
+"""Commands in the docs work: every one is run, on little data."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def commands_of(text: str) -> Iterator[str]:
 
 
 def all_commands() -> list[str]:
-    """Those of all pages and of the headers of the recipes, each once."""
+    """Commands of all pages and of the headers of the recipes, each once."""
     found = [command for page in PAGES for command in commands_of(page.read_text())]
     for recipe in RECIPES:
         header = re.search(r"^# Command: +(.*?)(?:  +\(.*)?$", recipe.read_text(), re.MULTILINE)
@@ -159,7 +159,7 @@ def little(module: str, words: list[str]) -> list[str]:
     if "--config" in words:
         size = LARGE if "imagenet-vit-large" in words else LITTLE_VIT
     output = [] if "--output" in words else ["--output=new"]
-    # RUN is finished: it cannot go on, but others start from its weights
+    # RUN is finished: it cannot be resumed, but others start from its weights
     if "--model.checkpoint" not in words:
         words = ["BEGUN" if word == "RUN" else word for word in words]
     return [*words, *LITTLE, *size, *output]
@@ -182,7 +182,7 @@ def test_a_command_of_the_package_does_what_it_says(
 
 
 def parts_of(command: str) -> tuple[list[str], str, list[str]]:
-    """What torchrun is told, on one machine with one process; the module; its arguments."""
+    """Arguments of torchrun, for one machine with one process; the module; its arguments."""
     (words,) = variants(re.sub(r"^(?:\w+=\S+ )+", "", command))
     place = words.index("-m")
     starting = re.sub(r"--nproc-per-node \d+", "--nproc-per-node 1", " ".join(words[1:place]))

@@ -68,7 +68,7 @@ def flags_of(name: str, folder: Path) -> list[str]:
 
 
 def train_with_a_stop(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trains until a signal before the last step but one, and goes on from there."""
+    """Train until a signal before the last step but one, and resume from there."""
     take_step = Trainer.take_step
 
     def take(self: Trainer, epoch: int, index: int, num_batches: int, batch: Batch) -> float:
@@ -90,7 +90,7 @@ def logits_of_ours(run: Path, weights: str, images: torch.Tensor) -> torch.Tenso
 
 
 def logits_of_timm(folder: Path, images: torch.Tensor) -> torch.Tensor:
-    """Of what timm makes of the folder; its names are exactly those in the file."""
+    """Logits of the model that timm makes of the folder; its names are those in the file."""
     config, file = json.loads((folder / "config.json").read_text()), folder / "model.safetensors"
     if READS_FOLDERS:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True)

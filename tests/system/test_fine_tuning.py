@@ -86,7 +86,7 @@ def model_of(run: Path) -> dict[str, Any]:
 
 
 def notes_of(run: Path) -> str:
-    """What a run said of itself at the start."""
+    """Notes that a run printed at its start."""
     first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     return "\n".join(first["notes"])
 
@@ -279,7 +279,7 @@ def test_a_head_for_other_classes_is_trained_with_what_is_selected(
     weights = load_file(whole / "model.safetensors")
     assert weights["head.bias"].all()
 
-    # a run that goes on knows it too
+    # so does a resumed run
     cut = tmp_path / "cut"
     shutil.copytree(whole, cut)
     first, *later = sorted((cut / "checkpoints").glob("step-*"))
@@ -416,7 +416,7 @@ def test_the_tower_of_an_openclip_model_is_taken_and_the_rest_said(tmp_path: Pat
 
 
 def hub_folder(vit: Path, folder: Path, file: str = "model.safetensors") -> Path:
-    """What a model's folder at the hub holds, with a configuration of timm's older kind."""
+    """A model's folder at the hub, with a configuration of timm's older kind."""
     folder.mkdir(parents=True)
     weights = load_file(vit / "model.safetensors")
     if file.endswith(".safetensors"):

@@ -1,4 +1,4 @@
-"""What only a GPU can show: the step there is the textbook step, however it is run, and repeats."""
+"""Checks that need a GPU: the step is the textbook step, however it is run, and repeats."""
 
 import os
 from collections.abc import Callable, Iterator

@@ -32,7 +32,7 @@ OF_OTHERS = {
 }
 ENDINGS = {"py", "md", "json", "svg", "onnx", "pt", "pth", "bin", "safetensors"}
 ATTRIBUTES = {"attack.audited", "model.arrange", "runtime.keep_memory"}
-"""Of the code, not of the configuration."""
+"""Words of the code that look like settings."""
 
 
 def texts() -> Iterator[tuple[str, str]]:

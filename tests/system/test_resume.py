@@ -1,4 +1,4 @@
-"""A run that is stopped, killed or damaged and goes on ends bit for bit like one never stopped."""
+"""A run that was stopped, killed or damaged resumes and ends bit for bit like one never stopped."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def train(server: Server, photos: Path, tmp_path: Path) -> Train:
-    """Starts, or goes on with, the run of the test."""
+    """Start or resume the run of the test."""
 
     def train(
         *changes: Moment | Patch, flags: tuple[str, ...] = (), backend: str = "device"
@@ -101,7 +101,7 @@ def train(server: Server, photos: Path, tmp_path: Path) -> Train:
 
 @pytest.fixture
 def ends_alike(train: Train, twins: Twins, tmp_path: Path) -> Train:
-    """The run of the test goes on to its end, and is the same as its twin."""
+    """Resume the run of the test to its end, and compare it with its twin."""
 
     def ends_alike(
         *changes: Moment | Patch,

@@ -137,7 +137,7 @@ def refuse(path: Path, **settings: Any) -> str:
 
 
 def last_line(capsys: pytest.CaptureFixture[str], main: Main, *words: str) -> str:
-    """What a command says that ends with status 2: one line, fit for a terminal."""
+    """The one line, fit for a terminal, that a command writes which ends with status 2."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["command", *words])
         with pytest.raises(SystemExit) as caught:
@@ -567,7 +567,7 @@ FORBIDDEN_FLAGS = {"allow_pickle", "shell", "trust_remote_code"}
 
 
 def dangers(source: str) -> list[str]:
-    """What in a source would execute what it reads, or write where a file says, or could."""
+    """Calls in a source that execute what they read, or write where a file says, or could."""
     found: list[str] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and _is_dangerous(node):
@@ -1016,7 +1016,7 @@ def folder_name(text: str) -> str:
 
 
 class Page(HTMLParser):
-    """What a browser makes of a page: elements, their attributes, and texts."""
+    """A page as a browser parses it: elements, their attributes, and texts."""
 
     def __init__(self, source: str) -> None:
         super().__init__()
@@ -1072,7 +1072,7 @@ def test_a_browser_runs_nothing_of_a_run(tmp_path: Path) -> None:
 
 
 def first_tags(browser: str, page: Path, folder: Path) -> str:
-    """What a browser has before the head of the page, when its scripts have run."""
+    """The tags before the head of the page in a browser, after its scripts have run."""
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--dump-dom"]
     options += ["--disable-background-networking", f"--user-data-dir={folder / 'browser'}"]
     words = [browser, *options, page.as_uri()]
