@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -251,6 +252,19 @@ def test_every_program_of_the_page_on_extending_is_run() -> None:
     assert set(scripts()) == {shlex.split(command)[1] for command in OF_SCRIPTS}
 
 
+@cache
+def benchmarks_of_tests() -> set[str]:
+    """Names that test files import from bench, and its modules that they import from."""
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "tests").rglob("test_*.py")]
+    return {
+        alias.name
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bench")
+        for alias in [*node.names, ast.alias((node.module or "").removeprefix("bench."))]
+    }
+
+
 @pytest.mark.parametrize("command", OF_BENCH)
 def test_a_benchmark_that_is_named_has_a_test_that_runs_it(command: str) -> None:
     if "bench/test_" in command:
@@ -258,15 +272,7 @@ def test_a_benchmark_that_is_named_has_a_test_that_runs_it(command: str) -> None
         assert all((ROOT / file).is_file() for file in files)
         return
     (module,) = re.findall(r"bench\.(\w+)", command)
-    tests = [ast.parse(path.read_text()) for path in (ROOT / "tests").rglob("test_*.py")]
-    imported = {
-        alias.name
-        for tree in tests
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bench")
-        for alias in [*node.names, ast.alias((node.module or "").removeprefix("bench."))]
-    }
-    assert module in imported
+    assert module in benchmarks_of_tests()
 
 
 @pytest.mark.parametrize("command", OF_MAKE)
