@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ WAYS: dict[str, dict[str, Any]] = {
 # Noise has as many validation images as ImageNet; workers take a tenth of a second to start.
 SPLITS = {"synthetic": ["train"], "torch with workers": ["validation"]}
 SIZES = [61, 62, 64]
+NUMBERS_OF_RANKS = [1, 2, 3]
 BATCH_SIZES = [7, 16, 60]
 EDGE = 8
 Parts = list[Batch]
@@ -110,10 +112,22 @@ def assert_same_images(first: list[Parts], second: list[Parts]) -> None:
         assert torch.equal(images_of(one), images_of(other))
 
 
-@pytest.mark.parametrize("batch_size", BATCH_SIZES)
-@pytest.mark.parametrize("num_ranks", [1, 2, 3])
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("backend", BACKENDS)
+# every pair of two of the four settings stands in one of the nine rows
+PAIRS = [
+    (BACKENDS[i], SIZES[j], NUMBERS_OF_RANKS[(i + j) % 3], BATCH_SIZES[(i + 2 * j) % 3])
+    for i in range(3)
+    for j in range(3)
+]
+
+
+def test_every_pair_of_settings_is_among_the_rows() -> None:
+    settings = [BACKENDS, SIZES, NUMBERS_OF_RANKS, BATCH_SIZES]
+    for one, other in combinations(range(4), 2):
+        wanted = set(product(settings[one], settings[other]))
+        assert {(row[one], row[other]) for row in PAIRS} == wanted
+
+
+@pytest.mark.parametrize(("backend", "size", "num_ranks", "batch_size"), PAIRS)
 def test_every_image_comes_once_whatever_the_number_of_ranks(
     sets: dict[int, Path], backend: str, size: int, num_ranks: int, batch_size: int
 ) -> None:

@@ -19,6 +19,7 @@ from safer_fast.data import load_data
 from safer_fast.data.bad_images import BadImages
 from safer_fast.data.formats import Source, open_splits, tar
 from safer_fast.data.formats.tar import TarSource
+from tests.support.cases import named
 from tests.support.sets import Member, write_tar
 
 RNG = np.random.default_rng(0)
@@ -326,15 +327,16 @@ BAD_LABELS: dict[str, tuple[list[Member], str]] = {
 
 
 @pytest.mark.parametrize("policy", ["error", "skip"])
-@pytest.mark.parametrize(("members", "got"), BAD_LABELS.values(), ids=BAD_LABELS.keys())
 def test_labels_that_are_missing_or_no_integers_are_always_errors(
-    tmp_path: Path, members: list[Member], got: str, policy: str
+    tmp_path: Path, policy: str
 ) -> None:
-    members = [*samples(0), ("a.png", encode(0)), *members, *samples(1)]
-    file = write_tar(tmp_path / "a.tar", members)
-    message = fail(file, policy)
-    assert message.startswith(NO_LABEL + got)
-    assert message.endswith(f": sample a of {file}")
+    for name, (members, got) in BAD_LABELS.items():
+        with named(name):
+            around = [*samples(0), ("a.png", encode(0)), *members, *samples(1)]
+            file = write_tar(tmp_path / f"{name}.tar", around)
+            message = fail(file, policy)
+            assert message.startswith(NO_LABEL + got)
+            assert message.endswith(f": sample a of {file}")
 
 
 # Where a shard of two samples (headers and contents of 512 bytes each) is cut: images left.

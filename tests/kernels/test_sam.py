@@ -8,7 +8,7 @@ from torch import Tensor
 
 from safer_fast.kernels import perturb_, restore_, sam, sum_squares
 from safer_fast.kernels.sam import reference
-from tests.support.cases import CASES, Case, sam_inputs
+from tests.support.cases import CASES, Case, named, sam_inputs
 from tests.support.closeness import assert_same_bits, assert_sum
 
 SCALE = 0.05
@@ -22,7 +22,6 @@ CUDA = pytest.param(
     ],
 )
 on_every_device = pytest.mark.parametrize("device", ["cpu", CUDA])
-on_every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 in_every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 plain_and_adaptive = pytest.mark.parametrize("adaptive", [False, True], ids=["plain", "adaptive"])
 plain_and_weighted = pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
@@ -40,17 +39,18 @@ def triton_serves_the_cpu_when_interpreted() -> None:
 
 
 @on_every_device
-@on_every_case
 @plain_and_weighted
-def test_sum_squares_agrees_with_fp64(case: Case, weighted: bool, device: str) -> None:
-    _, master, gradient = sam_inputs(case, torch.float32, device)
-    product = gradient.double() * master if weighted else gradient.double()
-    result = sum_squares(gradient, master if weighted else None)
-    assert result.dtype == torch.float32
-    assert result.shape == ()
-    # The squares of 1e-22 are no fp32 numbers, and neither is their sum.
-    expected = product.square().sum()
-    assert_sum(result, expected if case.values != "tiny" else expected.float().double())
+def test_sum_squares_agrees_with_fp64(weighted: bool, device: str) -> None:
+    for case in CASES:
+        with named(case):
+            _, master, gradient = sam_inputs(case, torch.float32, device)
+            product = gradient.double() * master if weighted else gradient.double()
+            result = sum_squares(gradient, master if weighted else None)
+            assert result.dtype == torch.float32
+            assert result.shape == ()
+            # The squares of 1e-22 are no fp32 numbers, and neither is their sum.
+            expected = product.square().sum()
+            assert_sum(result, expected if case.values != "tiny" else expected.float().double())
 
 
 @on_every_device
@@ -71,17 +71,18 @@ def test_a_long_sum_is_as_accurate(
 
 
 @on_every_device
-@on_every_case
 @in_every_dtype
 @plain_and_adaptive
 def test_perturb_equals_the_reference_to_the_bit(
-    case: Case, dtype: torch.dtype, adaptive: bool, device: str
+    dtype: torch.dtype, adaptive: bool, device: str
 ) -> None:
-    expected = perturbed_by_reference(case, dtype, adaptive)
-    compute, master, gradient = sam_inputs(case, dtype, device)
-    result = perturb_(compute, master, gradient, torch.tensor(SCALE, device=device), adaptive)
-    assert result is compute
-    assert_same_bits(compute, expected)
+    scale = torch.tensor(SCALE, device=device)
+    for case in CASES:
+        with named(case):
+            expected = perturbed_by_reference(case, dtype, adaptive)
+            compute, master, gradient = sam_inputs(case, dtype, device)
+            assert perturb_(compute, master, gradient, scale, adaptive) is compute
+            assert_same_bits(compute, expected)
 
 
 def perturbed_by_reference(case: Case, dtype: torch.dtype, adaptive: bool) -> Tensor:
@@ -136,17 +137,16 @@ def test_perturb_and_restore_keep_every_nan(dtype: torch.dtype, device: str) -> 
 
 
 @on_every_device
-@on_every_case
 @in_every_dtype
-def test_restore_gives_back_the_very_same_weights(
-    case: Case, dtype: torch.dtype, device: str
-) -> None:
-    compute, master, gradient = sam_inputs(case, dtype, device)
-    # What is not dense in memory is torch's own copy.
-    expected = master.to(dtype) if case.layout == "strided" else cast(master, dtype)
-    perturb_(compute, master, gradient, SCALE)
-    assert restore_(compute, master) is compute
-    assert_same_bits(compute, expected)
+def test_restore_gives_back_the_very_same_weights(dtype: torch.dtype, device: str) -> None:
+    for case in CASES:
+        with named(case):
+            compute, master, gradient = sam_inputs(case, dtype, device)
+            # What is not dense in memory is torch's own copy.
+            expected = master.to(dtype) if case.layout == "strided" else cast(master, dtype)
+            perturb_(compute, master, gradient, SCALE)
+            assert restore_(compute, master) is compute
+            assert_same_bits(compute, expected)
 
 
 @on_every_device

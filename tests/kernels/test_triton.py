@@ -204,7 +204,8 @@ def test_the_interpreted_kernels_pass_the_tests_of_the_others() -> None:
         text=True,
     )
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
-    assert re.search(r"\d{3,} passed", result.stdout)
+    num_passed = int(re.search(r"(\d+) passed", result.stdout)[1])
+    assert num_passed > 90, result.stdout[-500:]
 
 
 def widths_in_bytes(ptx: str) -> list[int]:

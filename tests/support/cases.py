@@ -1,10 +1,23 @@
 """The inputs that every kernel is tested and timed on."""
 
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@contextmanager
+def named(*facts: Any) -> Iterator[None]:
+    """Add the facts to an error from inside, so that a test over a whole table names its row."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"row: {', '.join(map(str, facts))}")
+        raise
 
 
 @dataclass(frozen=True)
