@@ -392,6 +392,7 @@ def spoiled(left: Tensor, _: Tensor, right: Tensor, *rest: Tensor | None) -> Ten
     return torch.randn(len(left), len(right), generator=generator).bfloat16()
 
 
+@pytest.mark.slow
 def test_a_weak_attack_ends_the_use_of_fp8_and_says_so_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -475,6 +476,7 @@ IN_BF16 = ("--amp=bf16", "--attack.precision=bf16", "--attack.audit_every=3")
 IN_FP8 = ("--amp=bf16", "--attack.precision=fp8", "--attack.fp8_from=0", "--attack.audit_every=3")
 
 
+@pytest.mark.slow
 def test_a_run_in_fp8_says_what_its_audits_found(tmp_path: Path) -> None:
     folder = run(tmp_path / "run", *IN_FP8, "--optim.ema_decay=0.9")
     events = read_metrics(folder / "metrics.jsonl")
@@ -485,6 +487,7 @@ def test_a_run_in_fp8_says_what_its_audits_found(tmp_path: Path) -> None:
     assert all(0.5 < event[AGREEMENT] <= 1 and 0.5 < event[RATIO] < 2 for event in audited)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precise", [IN_BF16, IN_FP8], ids=["bf16", "fp8"])
 def test_a_cheaper_attack_is_repeated_and_goes_on_bit_for_bit(
     tmp_path: Path, precise: tuple[str, ...]
@@ -531,6 +534,7 @@ def test_a_run_that_fell_back_stays_so_when_it_goes_on(tmp_path: Path) -> None:
         assert trainer.engine.attack.audited == {AGREEMENT: 0.9, RATIO: 0.5}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("peft") is None, reason="no peft here")
 def test_a_run_of_factors_in_fp8_multiplies_with_the_weights_that_they_were_added_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -768,6 +772,7 @@ def test_a_model_without_large_matrices_is_attacked_in_bf16(tmp_path: Path) -> N
 # -- features in bf16 alone
 
 
+@pytest.mark.slow
 def test_an_attack_in_bf16_is_nearly_that_in_amp(tmp_path: Path) -> None:
     folder = run(tmp_path / "run", *IN_BF16)
     events = read_metrics(folder / "metrics.jsonl")

@@ -76,6 +76,7 @@ def evaluated(folder: Path, *flags: str, attacks: list[str]) -> dict[str, dict[s
     return {event["attack"]: event for event in events if "per_class_accuracy" in event}
 
 
+@pytest.mark.slow
 def test_an_ordinary_model_has_no_verdict(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -399,6 +399,7 @@ DIGITS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["pgd-at", "trades"])
 def test_a_whole_run_on_mixed_images_stays_finite_and_repeats(
     objective: str, tmp_path: Path

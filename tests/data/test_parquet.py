@@ -315,6 +315,7 @@ print("MiB:", (peak() - before) / 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_set_larger_than_the_memory_it_may_take_trains(tmp_path: Path) -> None:
     padded = [image + bytes(2**20) for image in PNGS]

@@ -157,6 +157,7 @@ def train(started: Started, photos: Path, folder: Path, backend: str) -> Trainin
     return Training(started("-m", "safer_fast.train", *flags, *TRAINING), folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_interrupt_ends_training_at_once_and_in_silence(
     backend: str, started: Started, photos: Path, tmp_path: Path
@@ -362,6 +363,7 @@ def caught() -> list[int]:
     return [int(found[name], 16) & (2**31 - 1) for name in ("SigBlk", "SigIgn", "SigCgt")]
 
 
+@pytest.mark.slow
 def test_training_whose_worker_is_killed_ends_with_one_line(
     started: Started, photos: Path, tmp_path: Path
 ) -> None:
@@ -549,6 +551,7 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", [*BACKENDS, "device"])
 def test_memory_is_stable_over_epochs(
     backend: str, started: Started, noise: dict[str, Path]

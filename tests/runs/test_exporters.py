@@ -142,6 +142,7 @@ def in_a_process_of_its_own(code: str, *words: object) -> str:
     return result.stdout.strip()
 
 
+@pytest.mark.slow
 def test_timm_and_robustbench_load_the_very_same_model(runs: dict[str, Path]) -> None:
     for run in runs.values():
         for form in ("timm", "hub", "robustbench"):
@@ -149,6 +150,7 @@ def test_timm_and_robustbench_load_the_very_same_model(runs: dict[str, Path]) ->
     assert in_a_process_of_its_own(TIMM, *runs.values()) == "equal False"
 
 
+@pytest.mark.slow
 def test_onnx_gives_the_logits_of_the_run_for_any_number_of_images(runs: dict[str, Path]) -> None:
     for run in runs.values():
         write(run, "onnx")
@@ -230,6 +232,7 @@ def test_an_export_that_fails_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_another_function_in_onnx_is_noticed(runs: dict[str, Path], tmp_path: Path) -> None:
     model = load_run(runs["digits"], "last", "cpu").model
     model.compute_dtype = torch.float32

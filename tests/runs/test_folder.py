@@ -117,6 +117,7 @@ def test_timm_makes_of_images_what_the_run_was_evaluated_on(name: str, tmp_path:
         torch.testing.assert_close(ours.float(), theirs, atol=1e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_what_is_exported_says_how_images_are_brought_to_their_size(tmp_path: Path) -> None:
     folder, run = write_images(tmp_path / "images", [(120, 120)], "RGB"), tmp_path / "run"
     flags = [*FLAGS, SMALLEST, f"--data.path={folder}", "--data.image_size=96"]
@@ -139,6 +140,7 @@ def flip(file: Path, place: int) -> None:
     file.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", FILES)
 def test_a_flipped_bit_is_noticed_wherever_it_matters(weights: str, run: Path) -> None:
     file = run / FILES[weights]
