@@ -7,6 +7,9 @@ from pathlib import Path
 from safer_fast import train_model
 from safer_fast.config.command_line import parse_config
 
+NUM_TEST_IMAGES = 80
+TEST_IMAGES = Path(__file__).with_name("digits-test-80.npz")
+"""The first of the 797 test images of the digits, more than a validation looks at."""
 SMALL = [
     "--epochs=4",
     "--selection.warmup_epochs=2",
@@ -16,6 +19,7 @@ SMALL = [
     "--attack.epsilon_warmup_epochs=1",
     "--attack.steps=2",
     "--data.max_images=192",
+    f"--data.test_path={TEST_IMAGES}",
     "--evaluation.steps=2",
     "--evaluation.max_images=64",
     "--evaluation.attacks=clean,pgd-2",

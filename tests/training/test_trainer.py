@@ -18,7 +18,7 @@ from safer_fast.evaluate import evaluate_run
 from safer_fast.runs.loggers.metrics_file import read_metrics
 from safer_fast.training.trainer import Trainer
 from tests.support.kills import lines_of
-from tests.support.small_runs import SMALL, run
+from tests.support.small_runs import NUM_TEST_IMAGES, SMALL, run
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_metrics_have_the_keys_that_users_rely_on(finished: Path) -> None:
     assert len(selection["selected"]) == 1
     evaluations = [event for event in events if event["event"] == "evaluation"]
     assert {event["weights"] for event in evaluations} == {"start", "best", "last"}
-    assert all(event["num_images"] == 797 for event in evaluations)
+    assert all(event["num_images"] == NUM_TEST_IMAGES for event in evaluations)
     steps = [event for event in events if event["event"] == "step"]
     assert all(event["loss_rise"] == 0 for event in steps if event["epoch"] <= 2)
     assert all(event["loss_rise"] > 0 for event in steps if event["epoch"] > 2)
