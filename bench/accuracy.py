@@ -28,7 +28,7 @@ WEIGHTS = ("start", "best", "last")
 
 
 def main() -> None:
-    """Prints the rows of the runs and, if asked, appends them to a file."""
+    """Print the rows of the runs and, if asked, append them to a file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="finished run folders")
     parser.add_argument("--name", default="digits", help="what the table calls these runs")
@@ -86,7 +86,7 @@ def rows_of(run: Path, name: str) -> list[Row]:
 
 
 def accuracy_tables(rows: Sequence[Row]) -> str:
-    """For each kind of run: a line for each seed, a column for each of the weights; means below."""
+    """Tables by kind of run: a line per seed, a column for each of the weights; means below."""
     parts = []
     for case in dict.fromkeys(row["case"] for row in rows):
         own = [row for row in rows if row["case"] == case]

@@ -48,7 +48,7 @@ IN_A_ROW = {"cpu": 1, "cuda": 5}
 
 
 def main() -> None:
-    """Prints a line for each mode and batch size and, if asked, appends it as JSON to a file."""
+    """Print a line for each mode and batch size and, if asked, append it as JSON to a file."""
     arguments = parse_arguments()
     for row in measure(arguments):
         print_row(row)

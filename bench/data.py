@@ -60,7 +60,7 @@ class Epoch:
 
 
 def main() -> None:
-    """Prints a table for each part and, if asked, appends one JSON line per row to a file."""
+    """Print a table for each part and, if asked, append one JSON line per row to a file."""
     arguments = parse_arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reason = why_no_dali(arguments.needed[arguments.parts[0]], device)
@@ -203,7 +203,7 @@ def measure(
 
 
 def run_epoch(pipeline: Pipeline, number: int, device: torch.device) -> Epoch:
-    """Goes through an epoch and does nothing with its batches."""
+    """Go through an epoch and do nothing with its batches."""
     cpu_before, started = cpu_seconds(), time.perf_counter()
     num_images = sum(len(images) for images in pipeline.epoch(number))
     wait(device)

@@ -31,7 +31,7 @@ def timed(run: Callable[[], Result], device: torch.device) -> tuple[float, Resul
 
 
 def wait(device: torch.device) -> None:
-    """The device has done all that it was told to."""
+    """Wait until the device is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -64,7 +64,7 @@ def origin(device: torch.device) -> dict[str, Any]:
 
 
 def append(rows: Iterable[dict[str, Any]], path: Path | None) -> None:
-    """The file, if there is one, ends with one JSON line for each row."""
+    """Append one JSON line for each row to the file, if there is one."""
     if path is not None:
         with path.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -94,6 +94,6 @@ def some_of(names: Sequence[str], text: str) -> str:
 
 
 def check_gpu(parser: argparse.ArgumentParser, flag: str, is_wanted: bool) -> None:
-    """Ends with one line if `flag` asks for CUDA graphs where there is no GPU."""
+    """End with one line if `flag` asks for CUDA graphs where there is no GPU."""
     if is_wanted and not torch.cuda.is_available():
         parser.error(f"{flag}: expected a machine with a GPU for CUDA graphs, got none")

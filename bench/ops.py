@@ -1,4 +1,4 @@
-"""Times every kernel against plain PyTorch and against a plain copy of the same bytes, in one run.
+"""Times of every kernel beside plain PyTorch and a plain copy of the same bytes, in one run.
 
     python -m bench.ops [--output FILE.jsonl] [--repeats 15]
 
@@ -69,7 +69,7 @@ class Result:
 
 
 def main() -> None:
-    """Prints the table and, if asked, appends one JSON line per result to a file."""
+    """Print the table and, if asked, append one JSON line per result to a file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="append one JSON line per result to this file")
     parser.add_argument("--repeats", type=int, default=15, help="measurements of each, default 15")
@@ -228,7 +228,7 @@ def print_results(operation: Operation, results: list[Result]) -> None:
 
 
 def implementation(device: str) -> str:
-    """What serves the operations here."""
+    """The implementation that serves the operations here."""
     if device == "cuda":
         return "triton" if native_status().triton else "fallback"
     return "native" if native_status().library else "fallback"

@@ -33,7 +33,7 @@ from safer_fast.training.step import Step
 
 
 def main() -> None:
-    """Prints a table and, if asked, appends one JSON line per implementation."""
+    """Print a table and, if asked, append one JSON line per implementation."""
     parser = parser_of_cases(__doc__ or "")
     every = ",".join(SAVINGS)
     parser.add_argument("--leave-out", type=savings, default=every, help="savings, one by one")

@@ -26,7 +26,7 @@ from safer_fast.runtime.device import Runtime, prepare_runtime
 
 
 def main() -> None:
-    """Prints the table and, if asked, appends it as one JSON line to a file."""
+    """Print the table and, if asked, append it as one JSON line to a file."""
     parser = parser_of_cases(__doc__ or "")
     arguments = parser.parse_args()
     check_gpu(parser, "--cuda-graph", arguments.cuda_graph)
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def parser_of_cases(description: str) -> argparse.ArgumentParser:
-    """Reads the case to measure, as typed."""
+    """Read the case to measure, as typed."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--model", default="vit_tiny_patch16_224", help="name in timm")
     parser.add_argument("--image-size", type=int, default=32, help="edge in pixels")

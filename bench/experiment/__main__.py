@@ -35,7 +35,7 @@ RESULTS = Path(__file__).parent / "results" / "cifar10.jsonl"
 
 
 def main() -> None:
-    """Does what is left of the experiment, as far as the budget goes, and prints its table."""
+    """Do what is left of the experiment within the budget, and print its table."""
     arguments = _parsed()
     scale: Scale = SCALES[arguments.scale]
     folder = arguments.folder or Path("runs") / f"experiment-{scale.name}"

@@ -30,7 +30,7 @@ WIDTH, HEIGHT = 11.0, 4.2  # inches of one row
 
 
 def main() -> None:
-    """The file holds the figure."""
+    """Draw the figure into the file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("file", type=Path, help="what is written: .svg or .png")
     parser.add_argument("--scale", choices=list(SCALES), default="full")
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def draw(groups: Sequence[Group], file: Path) -> None:
-    """A row of two drawings for each model and start, as SVG or PNG by the file's ending."""
+    """Draw a row of two figures for each model and start, as SVG or PNG by the file's ending."""
     import matplotlib
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""From a task to the job of its worker, and from its rows back to whether it is done."""
+"""Jobs of workers by task, and the tasks that are done by their rows."""
 
 from __future__ import annotations
 

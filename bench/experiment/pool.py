@@ -41,7 +41,7 @@ class Pool:
         self._failed: set[Task] = set()
 
     def run(self, tasks: Iterable[Task]) -> int:
-        """Does the tasks; gives how many failed. A signal ends the workers first."""
+        """Do the tasks; return the number that failed. A signal ends the workers first."""
         tasks = list(tasks)
         left = [task for task in tasks if not self.jobs.is_done(task)]
         print(f"{len(tasks)} tasks, {len(tasks) - len(left)} of them done", flush=True)
@@ -105,7 +105,7 @@ class Pool:
         print(f"failed, exit {worker.process.returncode}: {task.title}: {last}", flush=True)
 
     def _end_all(self) -> list[Task]:
-        """Workers that are at it end with a checkpoint; gives their tasks."""
+        """End running workers, which write a checkpoint; return their tasks."""
         for worker in self._workers:
             worker.process.send_signal(signal.SIGTERM)
         last = time.monotonic() + GRACE_S

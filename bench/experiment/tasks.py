@@ -134,7 +134,7 @@ class Results:
         return 0
 
     def add(self, rows: Sequence[Row]) -> None:
-        """The rows of a task that has ended are in the file, if they were not."""
+        """Append the rows of a finished task to the file, unless they are there."""
         new = [row for row in rows if not self.has(row)]
         if new:
             self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -150,12 +150,12 @@ def read_rows(file: Path) -> list[Row]:
 
 
 def digest(values: object) -> str:
-    """A short name for settings that hangs on all of them."""
+    """A short name for settings, a hash of all of them."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def file_digest(file: Path) -> str:
-    """A short name for what is in a file."""
+    """A short name for the contents of a file, a hash of them."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()[:12]
 

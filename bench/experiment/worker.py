@@ -61,7 +61,7 @@ class Job:
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, file: Path) -> None:
-        """The job is in a file that `read` knows."""
+        """Write the job to a file for `read`."""
         file.write_text(json.dumps(asdict(self), indent=1))
 
     @classmethod
@@ -72,7 +72,7 @@ class Job:
 
 
 def main() -> None:
-    """The rows of the job lie in a file of the same name that ends in .rows.jsonl."""
+    """Do the job; write its rows to a file of the same name that ends in .rows.jsonl."""
     file = Path(sys.argv[1])
     rows = rows_of(Job.read(file))
     unfinished = file.with_suffix(".unfinished")
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def rows_of(job: Job) -> list[Row]:
-    """Trains and measures what the job says; a row for each figure."""
+    """Train and measure as the job says; return a row for each figure."""
     if job.flags:
         train_model(parse_config([*job.flags, f"--output={job.folder}", "--resume=auto"]))
     origins = origin(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

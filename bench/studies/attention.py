@@ -44,7 +44,7 @@ CASES = [
 
 
 def main() -> None:
-    """Prints a table and, if asked, appends one JSON line per kernel and case."""
+    """Print a table and, if asked, append one JSON line per kernel and case."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=repeats, default=20, help="measurements of each kernel")
     parser.add_argument("--output", type=Path, help="append JSON lines to this file")

@@ -44,7 +44,7 @@ PRECISIONS = ("amp", "bf16", "fp8")
 
 
 def main() -> None:
-    """Prints a line for each figure and, if asked, appends it as JSON to a file."""
+    """Print a line for each figure and, if asked, append it as JSON to a file."""
     arguments = _parsed()
     runtime = prepare(arguments)
     for size in arguments.batch_sizes:

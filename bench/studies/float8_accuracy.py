@@ -38,7 +38,7 @@ FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
 def main() -> None:
-    """Prints a line for each run and, if asked, appends it as JSON to a file."""
+    """Print a line for each run and, if asked, append it as JSON to a file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="finished run folders")
     parser.add_argument("--weights", choices=("best", "last"), default="last")

@@ -48,7 +48,7 @@ QUANTISING |= {
 
 
 def main() -> None:
-    """Prints kernels and sums for each precision and, if asked, appends the sums to a file."""
+    """Print kernels and sums for each precision and, if asked, append the sums to a file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="vit_large_patch16_224")
     parser.add_argument("--image-size", type=int, default=224)

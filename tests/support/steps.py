@@ -160,7 +160,7 @@ def assert_near_fp64(
 
 @contextmanager
 def forbidding_host_syncs() -> Iterator[None]:
-    """Raises where a tensor's value travels to the host."""
+    """Raise where a tensor's value travels to the host."""
 
     class Forbid(TorchDispatchMode):
         def __torch_dispatch__(

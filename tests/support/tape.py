@@ -25,7 +25,7 @@ class Operation:
     outputs: list[Tensor]
 
     def __call__(self) -> None:
-        """Calls it again; new tensors go where those of the recording lie."""
+        """Call it again; copy new tensors to where those of the recording lie."""
         results = _tensors(self.func(*self.args, **self.kwargs))
         for kept, result in zip(self.outputs, results, strict=True):
             if not _share(kept, result):
@@ -79,7 +79,7 @@ class _Tape(TorchDispatchMode):
 
 @contextmanager
 def _unchanged(tape: _Tape) -> Iterator[None]:
-    """Afterwards memory and random numbers are as before."""
+    """Restore memory and random numbers afterwards."""
     random_state = torch.get_rng_state()
     try:
         yield

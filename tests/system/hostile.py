@@ -236,7 +236,7 @@ def _streams(arguments: Sequence[str], errors: io.StringIO) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _untrained() -> Iterator[None]:
-    """A run is set up, all its parts are made, and it is left before its first epoch."""
+    """Set a run up with all its parts, and leave it before its first epoch."""
     with (
         patch.object(Trainer, "epochs", lambda trainer: iter(())),
         patch.object(Trainer, "finish", lambda trainer: trainer.folder),
@@ -248,7 +248,7 @@ def _untrained() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _alarm() -> Iterator[None]:
-    """Raises TimeoutError, which no command expects, after a while."""
+    """Raise TimeoutError, which no command expects, when the time is over."""
 
     def ring(*_: Any) -> None:
         raise AssertionError(f"still at work after {MOST_SECONDS} s")
@@ -278,7 +278,7 @@ def try_all(cases: Sequence[Case], folder: Path) -> dict[Case, str]:
 
 
 def main() -> None:
-    """Prints what is wrong; exits with status 1 if anything is."""
+    """Print the faults; exit with status 1 if there are any."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--share", type=float, default=1.0, help="of all cases")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""Kills and resumes runs for as long as wanted: `python -m tests.system.soak --cycles 300`.
+"""A test that kills and resumes runs as long as wanted: `python -m tests.system.soak --cycles 300`.
 
 A run is resumed after each kill until it ends, and is then compared with its twin that was never
 stopped. Exits with status 1 if anything differs.
@@ -142,7 +142,7 @@ class Soak:
         self._finish()
 
     def _start_run(self) -> None:
-        """Another run, of which there is a twin."""
+        """Begin another run, of which there is a twin."""
         number = len(list(self.place.glob("run-*/")))
         self.run = self.place / f"run-{number}"
         self.way = (self.draw.choice(BACKENDS), *self.draw.choice(WAYS))
@@ -154,7 +154,7 @@ class Soak:
             self._twins[self.way] = State.of(twin), time.monotonic() - start
 
     def _finish(self) -> None:
-        """The run is compared with its twin, and another one begins."""
+        """Compare the run with its twin, and begin another one."""
         self.figures.num_finished += 1
         if differences := State.of(self.run).differences(self._twins[self.way][0]):
             self._fail("; ".join(differences))
@@ -164,7 +164,7 @@ class Soak:
         self.figures.failures.append(f"{self.run} {' '.join(self.way)}: {reason}")
 
     def _damage_newest(self) -> None:
-        """Unless that would leave no whole checkpoint."""
+        """Damage the newest checkpoint, unless that would leave no whole one."""
         paths = checkpoints_of(self.run)
         if self._is_damaged or len(paths) < 2:
             return
@@ -175,12 +175,12 @@ class Soak:
 
 
 def cut_in_half(path: Path) -> None:
-    """The file ends in the middle."""
+    """Cut the file off in the middle."""
     os.truncate(path, path.stat().st_size // 2)
 
 
 def flip_a_bit(path: Path) -> None:
-    """The file has another bit, somewhere among its tensors."""
+    """Flip a bit of the file, somewhere among its tensors."""
     content = bytearray(path.read_bytes())
     content[len(content) * 2 // 3] ^= 4
     path.write_bytes(content)
@@ -227,7 +227,7 @@ def soak(num_cycles: int, seed: int, place: Path) -> Figures:
 
 
 def main() -> None:
-    """Prints the figures; keeps what failed."""
+    """Print the figures; keep the folder of what failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cycles", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""What Python users import is there, documented, and imports nothing heavy before it is used."""
+"""Public names are there, documented, and import nothing heavy before they are used."""
 
 import inspect
 import subprocess

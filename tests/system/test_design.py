@@ -86,7 +86,7 @@ def test_imports_point_one_way(module: str) -> None:
 
 
 def test_no_import_comes_back_to_where_it_started() -> None:
-    """Neither between files nor, within a layer, between folders."""
+    """There is no cycle between files nor, within a layer, between folders."""
     try:
         TopologicalSorter({name: others - {name} for name, others in GRAPH.items()}).prepare()
     except CycleError as error:

@@ -96,7 +96,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, digits: str) -> Runs:
 
 
 def said_in(folder: Path) -> Path:
-    """The file with what the first rank said during a run of `runs`."""
+    """The file with the output of rank 0 during a run of `runs`."""
     return folder.with_name(f"{folder.name}.txt")
 
 
@@ -199,7 +199,7 @@ def test_memory_that_ends_on_all_ranks_is_said_once(digits: str, tmp_path: Path)
 
 
 def end_memory() -> None:
-    """More than four images do not fit in memory."""
+    """Let more than four images exceed memory."""
     differentiate = Step.differentiate
 
     def replacement(
@@ -351,7 +351,7 @@ def test_without_a_second_pass_the_gradient_is_summed_once(digits: str, tmp_path
 
 
 def assert_sums(seen: Seen, num_passes: int) -> None:
-    """Ranks have summed up the number of images and, for each pass, the selected gradients."""
+    """Check that ranks summed the number of images and, for each pass, the selected gradients."""
     number, *gradients = seen.sizes
     assert number == 1
     assert len(gradients) == num_passes
@@ -472,7 +472,7 @@ def test_too_many_skipped_steps_stop_all_ranks_with_one_line(digits: str, tmp_pa
 
 
 def assert_one_error(expected: str, endings: list[Ending]) -> None:
-    """All ranks have ended with status 2, and one of them has said why."""
+    """Check that all ranks ended with status 2, and one of them said why."""
     assert_status(2, endings)
     lines = [line for ending in endings for line in ending.output.splitlines()]
     errors = [line for line in lines if "rror" in line]
@@ -488,7 +488,7 @@ def test_ranks_whose_weights_differ_stop_with_one_line(digits: str, tmp_path: Pa
 
 
 def move_a_weight(rank: int) -> None:
-    """On this rank, in the fifth step, by one bit."""
+    """Move a weight of this rank by one bit in the fifth step."""
     take_step, count = Trainer.take_step, 0
 
     def replacement(trainer: Trainer, *arguments: Any) -> float:
@@ -529,7 +529,7 @@ def test_ranks_with_other_settings_end_before_the_first_step_with_one_line(
 
 
 def other_seed() -> None:
-    """On the second rank, as a machine whose command is another one."""
+    """Give rank 1 another seed, as a machine with another command has."""
     if own_rank() == 1:
         parse = command_line.parse_config
         command_line.parse_config = lambda words: parse([*words, "--seed=7"])
@@ -701,7 +701,7 @@ def test_a_mistake_ends_all_ranks_with_one_line(
 
 
 def late(rank: int) -> None:
-    """This rank is the last to begin."""
+    """Delay this rank, the last to begin."""
     if rank == own_rank():
         time.sleep(1)
 
@@ -754,7 +754,7 @@ def newest_step(folder: Path) -> int:
 
 
 def further(torchrun: Torchrun, folder: Path, num_steps: int = 5) -> None:
-    """Waits for some steps from now on."""
+    """Wait for some more steps."""
     last, deadline = newest_step(folder), time.monotonic() + 60
     while newest_step(folder) < last + num_steps:
         assert time.monotonic() < deadline, torchrun.output()

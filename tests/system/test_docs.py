@@ -64,7 +64,7 @@ LITTLE_OF = {
 
 
 def commands_of(text: str) -> Iterator[str]:
-    """Every command in a page, on one line, without what is said of it."""
+    """Every command in a page, on one line, without the words beside it."""
     blocks = [block for language, block in BLOCK.findall(text) if language in ("", "bash", "sh")]
     for line in re.sub(r"\s*\\\n\s*", " ", "\n".join(blocks)).splitlines():
         if OURS.match(line):

@@ -21,7 +21,7 @@ def move(folder: Path) -> None:
 
 
 def delete(folder: Path) -> None:
-    """Nothing is written in it while it is deleted."""
+    """Delete the folder under another name: nothing is written in it meanwhile."""
     gone = folder.with_name("gone")
     folder.rename(gone)
     shutil.rmtree(gone)

@@ -118,7 +118,7 @@ def ends_alike(train: Train, twins: Twins, tmp_path: Path) -> Train:
 
 
 def and_wait(hand_over: Callable[..., None]) -> Callable[..., None]:
-    """Training waits for the writer, so that there is a checkpoint of each step."""
+    """Let training wait for the writer, so that there is a checkpoint of each step."""
 
     def hand_over_and_wait(self: CheckpointFolder, write: Callable[[], None]) -> None:
         hand_over(self, write)
@@ -131,7 +131,7 @@ EACH_STEP = Patch(f"{FOLDER}._hand_over", and_wait)
 
 
 def half_a_file(sync: Callable[[int], None]) -> Callable[[int], None]:
-    """Ends the process when half of a file is written."""
+    """End the process when half of a file is written."""
 
     def cut(file: int) -> None:
         if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY:
@@ -143,7 +143,7 @@ def half_a_file(sync: Callable[[int], None]) -> Callable[[int], None]:
 
 
 def half_a_line(_: object) -> Callable[..., None]:
-    """Ends the process when half of a line is written."""
+    """End the process when half of a line is written."""
 
     def append(self: Any, line: bytes) -> None:
         with self._path.open("ab") as file:
@@ -624,7 +624,7 @@ def test_checkpoints_of_safer_hold_what_has_moved_and_bring_back_all(
 
 
 def limit_files(num_bytes: int) -> None:
-    """No file of this process grows any more beyond that, as on a full disk."""
+    """Let no file of this process grow beyond that, as on a full disk."""
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, most))
 

@@ -110,7 +110,7 @@ def test_a_trap_that_is_unpickled_leaves_its_mark(tmp_path: Path) -> None:
 
 @contextmanager
 def little_memory() -> Iterator[None]:
-    """The process may grow by 1 GiB."""
+    """Let the process grow by 1 GiB at most."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**30, hard))
@@ -157,7 +157,7 @@ def write_bytes(file: Path, content: bytes) -> Path:
 
 
 def write_folder(folder: Path, extra: Mapping[str, bytes] | None = None) -> Path:
-    """Classes a and b, in turn."""
+    """Write a folder of images of classes a and b, in turn."""
     files = {f"{'ab'[number % 2]}/{number}.png": RED for number in range(NUM_IMAGES)}
     for name, content in (files | dict(extra or {})).items():
         write_bytes(folder / name, content)
@@ -567,7 +567,7 @@ FORBIDDEN_FLAGS = {"allow_pickle", "shell", "trust_remote_code"}
 
 
 def dangers(source: str) -> list[str]:
-    """Calls in a source that execute what they read, or write where a file says, or could."""
+    """Call in a source that execute what they read, or write where a file says, or could."""
     found: list[str] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and _is_dangerous(node):
