@@ -25,7 +25,7 @@ from torch.distributed.run import config_from_args, parse_args
 from safer_fast import train_model
 from safer_fast.config.command_line import parse_config
 from tests.support.pictures import encode, photo
-from tests.support.small_runs import SMALL
+from tests.support.small_runs import SMALL, TEST_IMAGES
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "safer_fast"
@@ -238,7 +238,7 @@ def test_an_extension_is_short_and_trains(command: str, here: Path) -> None:
     assert len(program.splitlines()) < 30
     Path(name).write_text(program)
     process = subprocess.run(
-        [sys.executable, name, *SMALL, "--output=new", *flags],
+        [sys.executable, name, *LITTLE, f"--data.test_path={TEST_IMAGES}", "--output=new", *flags],
         capture_output=True,
         text=True,
         timeout=200,
