@@ -19,7 +19,7 @@ from safer_fast.config.help_text import HelpFormatter, tidy
 from safer_fast.config.messages import LONGEST_WORD, explained, shortened, typed
 from safer_fast.config.recipe_scale import scaled
 from safer_fast.config.schema import Config, Names, Radius
-from safer_fast.config.untrusted import ENDLESS_NUMBER, load_yaml
+from safer_fast.config.untrusted import ENDLESS_NUMBER, MOST_YAML, load_yaml, read_text
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "digits"
@@ -228,7 +228,7 @@ def _check_mapping(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"--config: expected a YAML file or {_recipe_names()}, got {str(file)!r}")
     try:
-        content = load_yaml(file.read_text())
+        content = load_yaml(read_text(file, MOST_YAML))
     except (OSError, ValueError) as error:
         raise ValueError(f"--config: expected YAML in {file}: {error}") from None
     if not isinstance(content, dict):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -12,6 +13,8 @@ import yaml
 from safer_fast.config.messages import shortened
 
 MOST_LEVELS = 20
+MOST_YAML = 2**18
+"""Bytes of a file of settings: many times what any needs, and read in seconds."""
 ENDLESS_NUMBER = re.compile(r"\d{309}")
 """No float has as many digits, and from 4,300 on Python makes no int of them."""
 
@@ -47,3 +50,17 @@ def _scalars(text: str) -> Iterator[str]:
             yield event.value
         if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) and event.anchor:
             raise ValueError(f"anchors are not allowed, such as &{event.anchor}")
+
+
+MOST_JSON = 2**26
+"""Bytes of a config.json; the rows of a large validation split take nearly all of them."""
+
+
+def read_text(path: Path, most_bytes: int) -> str:
+    """The text in a file; raises ValueError where it has more bytes, which are not read."""
+    with path.open("rb") as file:
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        size = max(path.stat().st_size, len(content))
+        raise ValueError(f"expected at most {most_bytes} bytes, got {size}")
+    return content.decode()

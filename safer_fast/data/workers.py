@@ -9,9 +9,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.util import Finalize
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -24,6 +26,10 @@ from safer_fast.runtime.machine_errors import machine_error
 # What a terminal or a scheduler sends to all processes of a run; the main one decides what follows.
 SIGNALS = {signal.SIGINT, signal.SIGTERM}
 SECONDS_BETWEEN_LOOKS = 0.5
+# While a batch is waited for, so often in a row: then it is said, and then the run ends. Looks are
+# counted and no time, so that a run which a scheduler suspends as a whole goes on afterwards.
+LOOK_S = 5.0
+LOOKS_UNTIL_SAID, MOST_LOOKS = 12, 360
 # Where no descriptor is left for a batch: from torch, and from multiprocessing.
 LIMITS = {
     "Too many open files": errno.EMFILE,
@@ -48,8 +54,9 @@ def start_loader(
     processes.
 
     prefetch: lists that each of them reads ahead. report: told where shared memory, by which
-    tensors come from workers, has no room for them; they come more slowly then. Workers that died
-    raise ValueError, in up to five seconds; so does a limit of this process that they or their
+    tensors come from workers, has no room for them; they come more slowly then; and where none of
+    them gives anything for a minute. Workers that died raise ValueError, in up to five seconds; so
+    do those that give nothing for half an hour, and a limit of this process that they or their
     batches meet.
     """
     loader: DataLoader[Any] = DataLoader(
@@ -67,7 +74,7 @@ def start_loader(
         samples = _started(loader)
     except (OSError, MemoryError, RuntimeError) as error:
         raise _limit(error, "starting worker processes") or error from None
-    return _received(_alive(samples), report)
+    return _received(_alive(samples, report), report)
 
 
 @dataclass(frozen=True)
@@ -149,25 +156,107 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _alive(samples: Iterator[Any]) -> Iterator[Any]:
-    """The samples; workers that died raise ValueError."""
-    while True:
+def _alive(samples: Iterator[Any], report: Callable[[str], None]) -> Iterator[Any]:
+    """The samples; workers that died, or give nothing for long, raise ValueError."""
+    if not getattr(samples, "_workers", ()):
+        yield from samples
+        return
+    watch = _Watch(samples, report)
+    try:
+        while True:
+            try:
+                sample = watch.next()
+            except StopIteration:
+                return
+            # a worker may die while it hands over a batch: then a socket breaks
+            except (RuntimeError, EOFError, OSError) as error:
+                if watch.fault is not None:
+                    raise watch.fault from None
+                if str(error).startswith("Caught "):
+                    raise
+                if stopped := _limit(error, "batches of worker processes"):
+                    raise stopped from None
+                reason = next(iter(str(error).splitlines()), type(error).__name__)
+                raise ValueError(
+                    f"data.num_workers: expected worker processes that live, got: {reason} (is "
+                    "there enough memory? lower --data.num_workers or --data.prefetch, then go on "
+                    "with --resume)"
+                ) from None
+            yield sample
+    finally:
+        watch.close()
+
+
+class _Watch:
+    """Looks at workers while a batch is waited for, in a thread: some wait in the system itself.
+
+    fault: what the run ends with; workers that give nothing for long are killed, so that whoever
+    waits for them does so no more.
+    """
+
+    def __init__(self, samples: Any, report: Callable[[str], None]) -> None:
+        self.fault: ValueError | None = None
+        self._samples, self._report = samples, report
+        self._is_waiting, self._num_looks = False, 0
+        self._ended = threading.Event()
+        # a worker that is stopped does not end: whoever waits for it at exit would wait for ever
+        self._wake = Finalize(self, _send, (samples._workers, signal.SIGCONT), exitpriority=0)
+        self._thread = threading.Thread(target=self._look, name="workers", daemon=True)
+        self._thread.start()
+
+    def next(self) -> Any:
+        """The next sample."""
+        self._num_looks, self._is_waiting = 0, True
         try:
-            sample = next(samples)
-        except StopIteration:
-            return
-        # a worker may die while it hands over a batch: then a socket breaks
-        except (RuntimeError, EOFError, OSError) as error:
-            if str(error).startswith("Caught ") or not getattr(samples, "_workers", ()):
-                raise
-            if stopped := _limit(error, "batches of worker processes"):
-                raise stopped from None
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise ValueError(
-                f"data.num_workers: expected worker processes that live, got: {reason} "
-                "(is there enough memory?)"
-            ) from None
-        yield sample
+            return next(self._samples)
+        finally:
+            self._is_waiting = False
+
+    def close(self) -> None:
+        """Ends the thread; workers that are stopped go on, so that they can end."""
+        self._ended.set()
+        self._thread.join()
+        self._wake()
+
+    def _look(self) -> None:
+        while not self._ended.wait(LOOK_S):
+            if not self._is_waiting:
+                continue
+            self._num_looks += 1
+            if self._num_looks % LOOKS_UNTIL_SAID == 0:
+                self._report(f"data.num_workers: still waits for {self._described()}")
+            if self._num_looks == MOST_LOOKS:
+                self.fault = ValueError(
+                    "data.num_workers: expected batches of worker processes, got none of "
+                    f"{self._described()}; see to them, or to the disk or network, then go on with "
+                    "--resume"
+                )
+                _send(self._samples._workers, signal.SIGKILL)
+
+    def _described(self) -> str:
+        """The workers, and which of them are stopped."""
+        pids = [worker.pid for worker in self._samples._workers]
+        asleep = [str(pid) for pid in pids if _is_asleep(pid)]
+        words = f"worker processes {', '.join(map(str, pids))}"
+        if asleep:
+            words += f", of which {', '.join(asleep)} stopped (kill -CONT lets them go on)"
+        return words
+
+
+def _send(workers: Sequence[Any], number: signal.Signals) -> None:
+    """Sends a signal to those that live."""
+    for worker in workers:
+        if worker.is_alive():
+            with suppress(ProcessLookupError):
+                os.kill(worker.pid, number)
+
+
+def _is_asleep(pid: int) -> bool:
+    """True where a signal has stopped the process; False where that is not to be known."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except (OSError, IndexError):
+        return False
 
 
 def _limit(error: Exception, where: str) -> ValueError | None:

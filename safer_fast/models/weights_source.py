@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safer_fast.config.schema import Config
-from safer_fast.config.untrusted import load_yaml
+from safer_fast.config.untrusted import MOST_YAML, load_yaml, read_text
 from safer_fast.models.weights_file import MODEL_CONFIG, WEIGHTS
 from safer_fast.runtime.files import read_json
 
@@ -76,7 +76,7 @@ def settings_of_checkpoint(config: Config) -> dict[str, Any]:
     assert config.model.checkpoint is not None, "there is a checkpoint"
     if config.resume != "never" and config.output is not None:
         file = Path(config.output) / _RUN_CONFIG
-        content = load_yaml(file.read_text()) if file.is_file() else None
+        content = load_yaml(read_text(file, MOST_YAML)) if file.is_file() else None
         model = content.get("model") if isinstance(content, dict) else None
         if isinstance(model, dict) and model.get("checkpoint") == config.model.checkpoint:
             return {name: model[name] for name in ("name", "patch_size", "arguments")}

@@ -14,6 +14,8 @@ from typing import IO, Any
 
 from safetensors import SafetensorError
 
+from safer_fast.config.untrusted import MOST_JSON, read_text
+
 
 class NotPlainError(OSError):
     """A name of a run folder is taken by something other than a plain file."""
@@ -100,7 +102,7 @@ def save_json(content: Mapping[str, Any], path: Path) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; raises ValueError naming the file if it is none."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(read_text(path, MOST_JSON))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected a JSON object: {error}") from None
     if not isinstance(content, dict):

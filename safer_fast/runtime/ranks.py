@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -18,8 +20,13 @@ if TYPE_CHECKING:
 COLUMNS = 64
 """What the sizes of arenas are multiples of."""
 BETWEEN_LOOKS_S = 0.02
+SILENCE = re.compile("time[d-]? ?out", re.IGNORECASE)
 TELLING_S = 10.0
 """How long others wait for the one that tells of a mistake; torchrun ends them sooner."""
+ANSWER_S = 1800.0
+"""How long a rank waits for the others: one that is stopped, or hangs, answers never."""
+_is_alone = False
+"""True where this process has looked for the others in vain: none of them speaks for it."""
 
 
 @dataclass
@@ -154,11 +161,8 @@ class Ranks:
 
     @contextmanager
     def _together(self) -> Iterator[None]:
-        try:
+        with _lost(self.rank):
             yield
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ConnectionError(f"rank {self.rank}: another rank has ended ({reason})") from error
 
 
 @contextmanager
@@ -189,9 +193,11 @@ def connected(wants_gpu: bool = True) -> Iterator[Ranks]:
         backend = "cpu:gloo,cuda:nccl"
         # segments that grow and registered graph memory do not go together
         os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
-    common, rank, _ = next(rendezvous("env://"))
-    store = _meet(common, rank, num_ranks)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks)
+    most = timedelta(seconds=ANSWER_S)
+    with _lost(int(os.environ.get("RANK", "0"))), _alone():
+        common, rank, _ = next(rendezvous("env://", timeout=most))
+        store = _meet(common, rank, num_ranks)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=most)
     has_failed = False
     try:
         yield Ranks(rank, num_ranks, local_rank)
@@ -201,6 +207,32 @@ def connected(wants_gpu: bool = True) -> Iterator[Ranks]:
     finally:
         if not has_failed:
             dist.destroy_process_group()
+
+
+@contextmanager
+def _lost(rank: int) -> Iterator[None]:
+    """Turns errors of torch where other ranks do not answer into ConnectionError of one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if not SILENCE.search(reason):
+            raise ConnectionError(f"rank {rank}: another rank has ended ({reason})") from error
+        raise ConnectionError(
+            f"rank {rank}: expected an answer of all ranks within {ANSWER_S:g} s, got none: one is "
+            f"stopped or hangs ({reason}); end it, then go on with --resume auto"
+        ) from error
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Notes a failure to meet the others."""
+    global _is_alone
+    try:
+        yield
+    except Exception:
+        _is_alone = True
+        raise
 
 
 def _meet(store: Any, rank: int, num_ranks: int) -> Any:
@@ -240,6 +272,8 @@ def is_quiet() -> bool:
     The others give it time, because torchrun ends all as soon as one has ended.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return False
+    if _is_alone:
         return False
     if not _is_connected():
         if os.environ.get("LOCAL_RANK", "0") == "0":

@@ -131,6 +131,19 @@ class Patch:
 
 
 @dataclass(frozen=True)
+class Setting:
+    """Another value of a module's constant in the process of a run."""
+
+    module: str
+    name: str
+    value: object
+
+    def arm(self) -> None:
+        """Set the constant in this process."""
+        setattr(importlib.import_module(self.module), self.name, self.value)
+
+
+@dataclass(frozen=True)
 class Moment:
     """An action right before or after the `call`-th call of a function."""
 

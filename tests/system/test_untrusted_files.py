@@ -45,9 +45,10 @@ from safer_fast.runs.checkpoints.file import read_checkpoint
 from safer_fast.runs.folder import load_run, save_config
 from safer_fast.runs.report.page import write_report
 from safer_fast.runs.report.reading import read_runs
-from safer_fast.runtime import attention, command
+from safer_fast.runtime import attention
 from safer_fast.runtime.command import fail
 from safer_fast.runtime.timing_cache import remembered
+from tests.support.commands import last_line
 from tests.support.pictures import ONE_LINE, encode
 
 ROOT = Path(__file__).parents[2]
@@ -134,20 +135,6 @@ def refuse(path: Path, **settings: Any) -> str:
         read_all(path, **settings)
     assert str(path) in str(caught.value)
     return str(caught.value)
-
-
-def last_line(capsys: pytest.CaptureFixture[str], main: Main, *words: str) -> str:
-    """The one line, fit for a terminal, that a command writes which ends with status 2."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["command", *words])
-        with pytest.raises(SystemExit) as caught:
-            command.run(main)
-    text = capsys.readouterr().err
-    assert caught.value.code == 2
-    assert text.startswith("error: ")
-    assert text.endswith("\n")
-    assert text[:-1].isprintable()
-    return text
 
 
 def write_bytes(file: Path, content: bytes) -> Path:

@@ -11,7 +11,13 @@ from numpy.typing import NDArray
 
 from safer_fast.data.formats.parquet_columns import Found, find_columns, read_labels
 from safer_fast.data.formats.parquet_copies import copy_images
-from safer_fast.data.formats.parquet_images import HeldImages, Images, one_line_errors, read_beside
+from safer_fast.data.formats.parquet_images import (
+    HeldImages,
+    Images,
+    one_line_errors,
+    read_beside,
+    read_column,
+)
 from safer_fast.data.formats.source import Columns, EncodedSource, Source, renumbered
 from safer_fast.runtime.machine_errors import memory_limit
 
@@ -19,6 +25,8 @@ from safer_fast.runtime.machine_errors import memory_limit
 LARGEST_IN_MEMORY = 4 * 2**30
 # The network, and the processes of other ranks, take memory too.
 SHARE_OF_MEMORY = 8
+# What is known of a row besides takes eight times as much as its label.
+SHARE_OF_LABELS = 64
 
 
 class ParquetSource(EncodedSource):
@@ -30,7 +38,11 @@ class ParquetSource(EncodedSource):
 
     def __init__(self, files: list[Path], columns: list[Found], images: Images, flag: str) -> None:
         self.files, self.images, self.flag = files, images, flag
-        read = [_read_labels(file, found, flag) for file, found in zip(files, columns, strict=True)]
+        read, most_bytes = [], memory_limit() // SHARE_OF_LABELS
+        for file, found in zip(files, columns, strict=True):
+            column = read_column(file, found.label, most_bytes, flag)
+            most_bytes -= column.nbytes
+            read.append(read_labels(column, found.label, file, flag))
         texts = [names for _, names in read if names is not None]
         self.has_text_labels = bool(texts)
         if self.has_text_labels:
@@ -93,14 +105,15 @@ def open_parquet(groups: dict[str, list[Path]], flag: str, columns: Columns) -> 
     """
     facts = {file: _look(file, columns, flag) for files in groups.values() for file in files}
     num_bytes = sum(fact.num_bytes for fact in facts.values())
-    is_held = num_bytes <= min(LARGEST_IN_MEMORY, memory_limit() // SHARE_OF_MEMORY)
+    most_bytes = min(LARGEST_IN_MEMORY, memory_limit() // SHARE_OF_MEMORY)
+    is_held = num_bytes <= most_bytes
     splits: dict[str, Source] = {}
     for split, files in groups.items():
         named = [facts[file].columns for file in files]
         names = [found.image for found in named]
         images: Images
         if is_held:
-            images = HeldImages(files, names, flag)
+            images = HeldImages(files, names, most_bytes, flag)
         else:
             sizes = [facts[file].num_bytes for file in files]
             images = copy_images(files, names, sizes, flag)
@@ -122,9 +135,3 @@ def _look(file: Path, columns: Columns, flag: str) -> _Facts:
             part.total_uncompressed_size for part in parts if part.path_in_schema in wanted
         )
     return _Facts(found, num_bytes)
-
-
-def _read_labels(file: Path, found: Found, flag: str) -> tuple[NDArray[np.int64], list[str] | None]:
-    with one_line_errors(file, flag):
-        column = pq.read_table(file, columns=[found.label])[found.label]
-    return read_labels(column, found.label, file, flag)

@@ -21,7 +21,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from safer_fast.data.formats.parquet_images import one_line_errors, one_of, split_column
+from safer_fast.data.formats.parquet_images import (
+    one_line_errors,
+    one_of,
+    rows_at_once,
+    split_column,
+)
 from safer_fast.data.formats.parts import FileParts
 from safer_fast.runtime.machine_errors import machine_error
 from safer_fast.runtime.ranks import is_quiet
@@ -180,7 +185,8 @@ def _contents(
     with one_line_errors(file, flag):
         parquet = pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
         rows = max(1, parquet.metadata.num_rows * BATCH_BYTES // max(num_bytes, 1))
-        batches = parquet.iter_batches(min(rows, 1024), columns=[column], use_threads=False)
+        rows = min(rows, rows_at_once(parquet.metadata, file, column))
+        batches = parquet.iter_batches(rows, columns=[column], use_threads=False)
     first = 0
     with parquet:
         while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 from safer_fast.config.messages import printable
 from safer_fast.runtime.machine_errors import machine_error
 
+BYTES_AT_ONCE, MOST_ROWS_AT_ONCE = 2**26, 1024
+LEAST_BYTES = 4  # that a row takes in memory, whatever it holds
 Array: TypeAlias = "pa.Array[Any] | pa.ChunkedArray[Any]"
 
 
@@ -29,17 +32,20 @@ class Images(Protocol):
 class HeldImages:
     """Images in memory; forked worker processes share them, spawned ones read them again."""
 
-    def __init__(self, files: Sequence[Path], columns: Sequence[str], flag: str) -> None:
-        self.files, self.columns, self.flag = files, columns, flag
-        pairs = [
-            split_column(_read(file, column, flag), 0, file, flag)
-            for file, column in zip(files, columns, strict=True)
-        ]
+    def __init__(
+        self, files: Sequence[Path], columns: Sequence[str], most_bytes: int, flag: str
+    ) -> None:
+        self.files, self.columns, self.most_bytes, self.flag = files, columns, most_bytes, flag
+        pairs = []
+        for file, column in zip(files, columns, strict=True):
+            read = read_column(file, column, most_bytes, flag)
+            most_bytes -= read.nbytes
+            pairs.append(split_column(read, 0, file, flag))
         self.encoded = [encoded for encoded, _ in pairs]
         self.paths = [paths for _, paths in pairs]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return HeldImages, (self.files, self.columns, self.flag)
+        return HeldImages, (self.files, self.columns, self.most_bytes, self.flag)
 
     def read(self, file: int, row: int) -> tuple[NDArray[np.uint8], bool]:
         """See `Images.read`."""
@@ -105,6 +111,51 @@ def _check_path(name: str, row: int, file: Path, flag: str) -> None:
         )
 
 
-def _read(file: Path, column: str, flag: str) -> Array:
-    with one_line_errors(file, flag):
-        return pq.read_table(file, columns=[column])[column]
+def read_column(file: Path, column: str, most_bytes: int, flag: str) -> pa.ChunkedArray[Any]:
+    """A column in memory; raises ValueError where it takes more than so many bytes there.
+
+    A file of a few kilobytes may stand for gigabytes: one value in its dictionary, and many rows.
+    """
+    chunks: list[Any] = []
+    with one_line_errors(file, flag), pq.ParquetFile(file) as parquet:
+        kind = parquet.schema_arrow.field(column).type
+        rows, num_bytes = rows_at_once(parquet.metadata, file, column), 0
+        is_small = LEAST_BYTES * parquet.metadata.num_rows <= most_bytes
+        for batch in parquet.iter_batches(rows, columns=[column], use_threads=False):
+            num_bytes += batch.nbytes
+            is_small = is_small and num_bytes <= most_bytes
+            if not is_small:
+                break
+            chunks.append(batch.column(0))
+    if not is_small:
+        raise ValueError(
+            f"{flag}: expected a column {printable(column)} that fits in memory (at most "
+            f"{most_bytes / 2**30:.1f} GiB), got a larger one: {file}"
+        )
+    return pa.chunked_array(chunks, kind)
+
+
+def rows_at_once(metadata: pq.FileMetaData, file: Path, column: str) -> int:
+    """The rows to read at a time, so that they fit in memory if each is the largest there is."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    parts = [group.column(number) for group in groups for number in range(group.num_columns)]
+    largest = 1
+    with file.open("rb") as opened:
+        for part in parts:
+            is_part = f"{part.path_in_schema}.".startswith(f"{column}.")
+            if is_part and (start := part.dictionary_page_offset) is not None:
+                opened.seek(start)
+                largest = max(largest, _page_size(opened.read(32), part.total_uncompressed_size))
+    return min(max(BYTES_AT_ONCE // largest, 1), MOST_ROWS_AT_ONCE)
+
+
+def _page_size(head: bytes, unknown: int) -> int:
+    """The bytes of a page when it is not compressed, from its first bytes; `unknown` by default.
+
+    Two fields of 32 bits in Thrift's compact protocol: the page's type and this size.
+    """
+    found = re.match(rb"\x15[\x00-\x7f]\x15([\x80-\xff]{0,4}[\x00-\x7f])", head, re.DOTALL)
+    if found is None:
+        return unknown
+    value: int = sum((byte & 0x7F) << 7 * place for place, byte in enumerate(found[1]))
+    return value >> 1  # the sign is the last bit

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from safer_fast.runs.loggers.metrics_file import parse_event
+from safer_fast.runs.loggers.metrics_file import MOST_LINE, parse_event
 from safer_fast.runtime.files import open_plain, write_whole
 
 
@@ -17,15 +18,16 @@ def mend_metrics(path: Path, size: int, report: Callable[[str], None]) -> int:
     told. A file that is gone is begun anew.
     """
     open_plain(path, os.O_RDWR | os.O_CREAT).close()
-    content = path.read_bytes()
-    kept = content[:size]
+    num_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        kept = file.read(size)
     lines = kept.split(b"\n")
     whole = b"".join(line + b"\n" for line in lines if parse_event(line) is not None)
     if whole == kept and len(kept) == size:
         return size
     num_lost = len(lines) - 1 - whole.count(b"\n")
     lost = f"{num_lost} damaged lines left out" if num_lost > 0 else "its end is gone"
-    report(f"{path}: {size} bytes expected, {len(content)} found, {lost}; the others are kept")
+    report(f"{path}: {size} bytes expected, {num_bytes} found, {lost}; the others are kept")
     write_whole(path, whole)
     return len(whole)
 
@@ -34,5 +36,7 @@ def has_ended(path: Path) -> bool:
     """Whether a metrics.jsonl holds a run's last line, also among damaged ones."""
     if not path.is_file():
         return False
-    events = map(parse_event, path.read_bytes().split(b"\n"))
-    return any(event is not None and event.get("event") == "end" for event in events)
+    with path.open("rb") as file:
+        lines = iter(partial(file.readline, MOST_LINE + 1), b"")
+        events = (parse_event(line.removesuffix(b"\n")) for line in lines)
+        return any(event is not None and event.get("event") == "end" for event in events)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -10,15 +11,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, NoReturn, get_args
+from typing import IO, Any, Literal, NoReturn, get_args
 
 from safer_fast.runtime.files import open_plain
 
 Event = Literal["run", "step", "epoch", "selection", "evaluation", "end"]
 
 FILE_NAME = "metrics.jsonl"
+MOST_LINE = 2**24  # bytes; an evaluation of 20,000 classes takes a thirtieth
 _REQUIRED: dict[str, tuple[str, ...]] = {
     "epoch": (
         "train_loss",
@@ -229,7 +232,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     Raises ValueError naming file and line for any other damage, OSError where there is no file.
     """
-    return _events(path, path.read_bytes())
+    with path.open("rb") as file:
+        return _events(path, file)
 
 
 def _json_value(value: Any, name: str) -> Any:
@@ -250,28 +254,28 @@ def _truncate_to(path: Path, size: int) -> list[dict[str, Any]]:
     assert size >= 0
     if not path.is_file():
         raise ValueError(f"{path}: expected the {size} bytes of the checkpoint, got no file")
-    content = path.read_bytes()
-    if len(content) < size:
-        raise ValueError(f"{path}: expected the {size} bytes of the checkpoint, got {len(content)}")
-    kept = content[:size]
+    with path.open("rb") as file:
+        kept = file.read(size)
+    if len(kept) < size:
+        raise ValueError(f"{path}: expected the {size} bytes of the checkpoint, got {len(kept)}")
     if kept and not kept.endswith(b"\n"):
         end = kept.rpartition(b"\n")[2]
         raise ValueError(f"{path}: expected a line to end at byte {size}, got {_shown(end)}")
-    events = _events(path, kept)
+    events = _events(path, io.BytesIO(kept))
     _truncate(path, size)
     return events
 
 
-def _events(path: Path, content: bytes) -> list[dict[str, Any]]:
-    *lines, unfinished = content.split(b"\n")
+def _events(path: Path, file: IO[bytes]) -> list[dict[str, Any]]:
     events = []
-    for number, line in enumerate(lines, start=1):
-        event = parse_event(line)
-        if event is None:
-            raise ValueError(f"{path}, line {number}: expected a JSON object, got {_shown(line)}")
-        events.append(event)
-    last = parse_event(unfinished)
-    return events if last is None else [*events, last]
+    for number, line in enumerate(iter(partial(file.readline, MOST_LINE + 1), b""), start=1):
+        event = parse_event(line.removesuffix(b"\n"))
+        if event is not None:
+            events.append(event)
+        elif line.endswith(b"\n") or len(line) > MOST_LINE:
+            shown = _shown(line.removesuffix(b"\n"))
+            raise ValueError(f"{path}, line {number}: expected a JSON object, got {shown}")
+    return events
 
 
 def _last_time_s(path: Path) -> float:
@@ -301,7 +305,9 @@ def _truncate(path: Path, size: int) -> None:
 
 
 def parse_event(line: bytes) -> dict[str, Any] | None:
-    """The JSON object in the line, or None where there is none."""
+    """The JSON object in the line, or None where there is none, or it is longer than any is."""
+    if len(line) > MOST_LINE:
+        return None
     try:
         event = _DECODER.decode(line.decode())
     except (ValueError, RecursionError):

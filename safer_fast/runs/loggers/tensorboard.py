@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import socket
 import struct
 import time
@@ -19,6 +20,7 @@ from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import CRC_TABLE
 from safer_fast.runtime.files import open_plain
 
 _NAME = "events.out.tfevents."
+_STAMP, _LAST_STAMP = re.compile(re.escape(_NAME) + r"([0-9]{10})\."), 10**10 - 1
 _NOT_PLOTTED = ("event", "epoch", "step", "time_s", "validation_images", "of_validation_images")
 _MOST_MAPS = 12  # of selections before a resume: each takes a quarter of a second to draw
 _MOST_LEVELS = 3  # of values within values
@@ -43,9 +45,10 @@ class EventFile:
         header = Event(wall_time=time.time(), file_version="brain.Event:2")
         records = [_record(header.SerializeToString()), *self._records_of(kept or ())]
         try:
-            for old in run.glob(_NAME + "*") if kept is not None else ():
+            earlier = list(run.glob(_NAME + "*"))
+            for old in earlier if kept is not None else ():
                 old.unlink()
-            self._path = _new_path(run.absolute())
+            self._path = _new_path(run.absolute(), earlier)
             with self._path.open("xb") as file:
                 file.writelines(records)
         except OSError as error:
@@ -104,9 +107,12 @@ class EventFile:
         self._report(f"TensorBoard's event file cannot be written: {reason}; it is left as it is")
 
 
-def _new_path(run: Path) -> Path:
-    """A name as TensorBoard expects it, which sorts after those of earlier files."""
-    start = f"{_NAME}{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+def _new_path(run: Path, earlier: Sequence[Path]) -> Path:
+    """A name as TensorBoard expects it, which sorts after those of earlier files, also where the
+    clock went back: a TensorBoard that shows the run reads nothing that sorts before."""
+    stamps = [found[1] for path in earlier if (found := _STAMP.match(path.name))]
+    stamp = max([int(time.time()), *(int(stamp) + 1 for stamp in stamps)])
+    start = f"{_NAME}{min(stamp, _LAST_STAMP):010d}.{socket.gethostname()}.{os.getpid()}"
     paths = (run / f"{start}.{number}" for number in itertools.count())
     return next(path for path in paths if not path.exists())
 

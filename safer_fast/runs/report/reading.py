@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safer_fast.config.messages import printable
-from safer_fast.config.untrusted import MOST_LEVELS, load_yaml
+from safer_fast.config.untrusted import MOST_JSON, MOST_LEVELS, MOST_YAML, load_yaml, read_text
 from safer_fast.runs.loggers.metrics_file import FILE_NAME, read_metrics
 
 GALLERY = "gallery.safetensors"  # in a run folder, if there is one
@@ -235,8 +235,10 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else load_yaml(text)
+        if path.suffix == ".json":
+            values = json.loads(read_text(path, MOST_JSON))
+        else:
+            values = load_yaml(read_text(path, MOST_YAML))
     except (ValueError, RecursionError) as error:
         problem = " ".join(str(error).split())
         raise ValueError(f"{path}: expected YAML or JSON, got {problem}") from None
