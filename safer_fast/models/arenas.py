@@ -120,10 +120,18 @@ class ParameterArenas:
             kernels.restore_(arena, source.narrow(0, offset, arena.numel()))
             offset += arena.numel()
 
-    def state_dict(self, source: Tensor | None = None) -> dict[str, Tensor]:
-        """Float32 copies of all parameters by name, from the masters or from `source`."""
+    def state_dict(
+        self, source: Tensor | None = None, names: Iterable[str] | None = None
+    ) -> dict[str, Tensor]:
+        """Copy parameters by name (default: all), float32, from the masters or from `source`."""
         source = self.master if source is None else source
-        return {name: self.view(name, source).detach().clone() for name in self.places}
+        chosen = self.places if names is None else names
+        return {name: self.view(name, source).detach().clone() for name in chosen}
+
+    def load_state_dict(self, weights: Mapping[str, Tensor]) -> None:
+        """Set the masters, and what the network reads, to these weights of all parameters."""
+        self.master.copy_(self.vector_of(weights))
+        self.load_compute()
 
     def vector_of(self, weights: Mapping[str, Tensor]) -> Tensor:
         """A flat tensor laid out as `master` that holds the weights of a state dict."""

@@ -63,6 +63,14 @@ class Adapters:
         groups = {names[key]: ranges for key, ranges in chosen.groups.items()}
         return replace(chosen, names=list(self._own), groups=groups)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copy the factors' masters, by name."""
+        return self.arenas.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Set the factors' masters, and what the network reads, to what `state_dict` returned."""
+        self.arenas.load_state_dict(state)
+
     def add_to(self, arenas: ParameterArenas, master: Tensor) -> None:
         """Adds the products of the factors' masters to weights that lie as in `arenas.master`."""
         for name, product in self._products().items():

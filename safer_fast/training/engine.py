@@ -134,10 +134,10 @@ class Engine:
         self.adapters.add_to(self.arenas, merged)
         return merged
 
-    def state_dict(self, source: Tensor) -> dict[str, Tensor]:
-        """The network's state dict with the weights of `source`, which is laid out as the masters.
+    def network_state(self, source: Tensor) -> dict[str, Tensor]:
+        """The network's state dict, in timm's names, with weights laid out as the masters.
 
-        Its names are those of the network alone, whatever is trained beside its layers.
+        Low-rank factors beside its layers are no part of it.
         """
         with nullcontext() if self.adapters is None else self.adapters.away():
             return state_of(self.model.network, self.arenas.state_dict(source))

@@ -1,4 +1,4 @@
-"""How a step goes: its losses, its gradients, its attack; summed up on the device."""
+"""Losses, gradient norms and attack success of training steps, summed on the device."""
 
 from __future__ import annotations
 
@@ -10,16 +10,21 @@ import torch
 from torch import Tensor
 
 from safer_fast import kernels
+from safer_fast.runtime.ranks import Ranks
 from safer_fast.training.objectives import Targets
 
 
 class Health:
-    """What a step notices about itself, in tensors that stay where they are.
+    """Figures of training steps, in device tensors that never move, so CUDA graphs may write them.
 
-    flat: where the step's passes leave their gradients [n], and behind them a number that is none.
-    is_sharpness_aware: whether there are two passes; then the first gradient is kept until it can
-    be compared with the second, 4 bytes for each selected weight. num_attack_steps: the attack's.
-    counts_steps: whether this rank counts what is the same on all of them.
+    Rank 0 alone counts what is the same on all ranks.
+
+    Args:
+        flat: the gradients [n] that the passes of a step write, and one number behind them.
+        is_sharpness_aware: true for a step of two passes; the first gradient is then kept, 4 bytes
+            for each selected weight, to be compared with the second.
+        num_attack_steps: iterations of the training attack.
+        ranks: the processes that train together.
     """
 
     def __init__(
@@ -27,52 +32,87 @@ class Health:
         flat: Tensor,
         is_sharpness_aware: bool,
         num_attack_steps: int,
-        counts_steps: bool = True,
+        ranks: Ranks | None = None,
     ) -> None:
         self.loss, self.worst_loss, self.num_right = flat.new_zeros(3)
         self.skips = Skips(flat.device)
         self.sums = DeviceSums()
-        self._gradient, self._counts_steps = flat[:-1], counts_steps
+        self._gradient, self._ranks = flat[:-1], ranks or Ranks()
         self._first = torch.zeros_like(self._gradient) if is_sharpness_aware else None
         self.shapes: dict[str, tuple[int, ...]] = dict.fromkeys(
             ("attacked", "correct", "gradient_cosine", "gradient_norm", "images"), ()
         )
         self.shapes |= dict.fromkeys(("loss", "loss_rise", "skipped", "taken"), ())
         self.shapes["right"] = (num_attack_steps,)
-        """The sums that `record` adds to, by name."""
+        """Shapes of the sums that `record` adds to, by name."""
 
     @property
     def is_sharpness_aware(self) -> bool:
-        """Whether two gradients are compared."""
+        """True for steps of two passes, whose gradients are compared."""
         return self._first is not None
 
+    def note_pass(self, loss: Tensor, num_right: Tensor, is_second: bool) -> Tensor:
+        """Remember loss and hits, 0-d, of a pass over the batch: at w, or `is_second` at w + e.
+
+        Returns the sum of both losses, 0-d, which is finite only if both are.
+        """
+        self.worst_loss.copy_(loss)
+        if not is_second:
+            self.loss.copy_(loss)
+            self.num_right.copy_(num_right)
+        both: Tensor = self.loss + loss
+        return both
+
     def keep_gradient(self) -> None:
-        """The gradient that lies there now is the first of two."""
+        """Remember the current gradient as the first of two."""
         if self._first is not None:
             self._first.copy_(self._gradient)
 
     def record(self, targets: Targets, hits: Tensor, squares: Tensor, is_skipped: Tensor) -> None:
-        """Adds up a step that is about to be applied, or is skipped where `is_skipped` [] is 1.
+        """Add a step to the sums, right before its update; it is skipped where `is_skipped` is 1.
 
         hits: `ReplayedAttack.hits` of its attack. squares: ||g||^2 of the last gradient, 0-d.
         """
         norm, cosine = self._compare(squares)
-        counted = (1.0 - is_skipped) * self._counts_steps
+        counts_steps = self._ranks.is_first
+        counted = (1.0 - is_skipped) * counts_steps
         self.sums.add(
             loss=targets.total(self.loss),
             loss_rise=targets.total(self.worst_loss - self.loss),
             correct=self.num_right,
             images=targets.num_images(),
-            skipped=is_skipped * self._counts_steps,
+            skipped=is_skipped * counts_steps,
             taken=counted,
             gradient_norm=torch.where(counted > 0, norm, 0.0),
             gradient_cosine=torch.where(counted > 0, cosine, 0.0),
             right=hits[:-1],
             attacked=hits[-1],
         )
+        self.skips.count(is_skipped)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copy counts of skipped steps, `skips` [2], and the sums of all ranks, `sums` [ranks, n].
+
+        All ranks must call it at the same point.
+        """
+        return {"skips": self.skips.state(), "sums": self._ranks.gather(self.sums.values())}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Set counts and sums to what `state_dict` returned; other names are ignored.
+
+        Where the number of ranks has changed, rank 0 has the sums of all.
+        """
+        self.skips.load(state["skips"])
+        sums = state["sums"]
+        if len(sums) == self._ranks.num_ranks:
+            own = sums[self._ranks.rank]
+        else:
+            own = sums.sum(0) if self._ranks.is_first else torch.zeros_like(sums[0])
+        if own.numel():  # a step was taken
+            self.sums.load(self.shapes, own.to(self._gradient.device))
 
     def _compare(self, last: Tensor) -> tuple[Tensor, Tensor]:
-        """Length of the first gradient, and its cosine with the last; 0-d each."""
+        """Norm of the first gradient, and its cosine with the last; 0-d each."""
         if self._first is None:
             return last.sqrt(), torch.zeros_like(last)
         first = kernels.sum_squares(self._first)
@@ -82,10 +122,11 @@ class Health:
 
 
 def health_figures(sums: Mapping[str, float], is_sharpness_aware: bool) -> dict[str, Any]:
-    """What the sums of one or more steps, or of all steps of an epoch, say of them.
+    """Compute the figures of metrics.jsonl from the sums of one or more steps.
 
-    Means over steps: gradient_norm, and gradient_cosine where there were two passes. attack_success
-    is the share of images classified wrongly after 0, 1, ... steps of the attack, None without.
+    gradient_norm, and gradient_cosine where steps have two passes, are means over steps;
+    attack_success is the share of images classified wrongly after 0, 1, ... iterations of the
+    attack, None without an attack.
     """
     taken, images = max(sums["taken"], 1), max(sums["images"], 1)
     num_attack_steps = sum(name.startswith("right_") for name in sums)
@@ -102,29 +143,29 @@ def health_figures(sums: Mapping[str, float], is_sharpness_aware: bool) -> dict[
 
 
 class DeviceSums:
-    """Running sums of numbers that stay on the device until they are asked for.
+    """Running sums, by name, that stay on the device until `take`.
 
-    They stay where they are, so that recordings of a step may add to them. Sums are fp64 on every
-    device: a few elements cost nothing there, and counts and losses of a whole epoch stay exact
-    where fp32 would drop the last digits.
+    Their tensors never move, so CUDA graphs of a step may add to them. Sums are fp64 on every
+    device: a few elements cost nothing, and counts and losses of a whole epoch stay exact where
+    fp32 would drop the last digits.
     """
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
 
     def values(self) -> Tensor:
-        """A copy of the sums in order of their names, fp64 [n], on the device."""
+        """Copy the sums in order of their names, fp64 [n], on the device."""
         ordered = [self._sums[name].reshape(-1) for name in sorted(self._sums)]
         return torch.cat(ordered) if ordered else torch.zeros(0, dtype=torch.float64)
 
     def load(self, shapes: Mapping[str, tuple[int, ...]], values: Tensor) -> None:
-        """The sums of these names and shapes are what `values` once gave."""
+        """Set the sums of these names and shapes to what `values` returned."""
         sizes = [math.prod(shapes[name]) for name in sorted(shapes)]
         for name, value in zip(sorted(shapes), torch.split(values, sizes), strict=True):
             self._sums[name] = value.reshape(shapes[name]).clone()
 
     def add(self, **values: Tensor) -> None:
-        """Adds each 0-d or 1-d tensor to the sum of its name, without waiting for the device."""
+        """Add each 0-d or 1-d tensor to the sum of its name, without waiting for the device."""
         for name, value in values.items():
             assert value.dim() <= 1, f"{name}: expected at most 1 dimension, got {value.dim()}"
             if name in self._sums:
@@ -133,10 +174,10 @@ class DeviceSums:
                 self._sums[name] = value.detach().clone().double()
 
     def take(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
-        """The sums as floats, in one transfer to the host; all of them start again from 0.
+        """Return the sums as floats, in one transfer to the host, and reset them to 0.
 
-        Those of a 1-d tensor are called name_0, name_1 and so on. reduce: gives the sums of all
-        ranks in place of those [n] of this one.
+        Sums of a 1-d tensor are named name_0, name_1 and so on. reduce: maps the sums [n] of this
+        rank to those of all ranks.
         """
         if not self._sums:
             return {}
@@ -154,16 +195,25 @@ class DeviceSums:
 
 
 class Skips:
-    """How many steps in a row were skipped: now, and at most so far; 0-d float32 each."""
+    """Numbers of steps skipped in a row: until now, and at most so far; 0-d float32 each."""
 
     def __init__(self, device: torch.device) -> None:
         self.in_a_row, self.longest = torch.zeros(2, device=device)
 
     def count(self, is_skipped: Tensor) -> None:
-        """One more step, skipped where `is_skipped`, 0-d, is 1."""
+        """Count one more step, skipped where `is_skipped`, 0-d, is 1."""
         self.in_a_row.add_(1).mul_(is_skipped)
         torch.maximum(self.longest, self.in_a_row, out=self.longest)
 
     def most_in_a_row(self) -> int:
-        """The most that were skipped one after the other; waits for the device."""
+        """Return the largest number of steps skipped in a row; waits for the device."""
         return int(self.longest)
+
+    def state(self) -> Tensor:
+        """Copy both numbers, [2]."""
+        return torch.stack([self.in_a_row, self.longest])
+
+    def load(self, state: Tensor) -> None:
+        """Set both numbers to what `state` returned."""
+        self.in_a_row.copy_(state[0])
+        self.longest.copy_(state[1])

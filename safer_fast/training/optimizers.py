@@ -1,25 +1,26 @@
-"""Optimizers over the selected master ranges, and the averaging of weights."""
+"""Optimizers over the selected master weights, and the moving average of weights."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from safer_fast.config.schema import OptimConfig
-from safer_fast.models.arenas import Range, TrainedWeights
+from safer_fast.models.arenas import ParameterArenas, Range, TrainedWeights
 from safer_fast.models.perturbation import inverse_norm
 
 
 def build_optimizer(config: OptimConfig, selection: TrainedWeights) -> torch.optim.Optimizer:
-    """The optimizer of the selected masters, whose gradients are the selection's gradient ranges.
+    """Build the optimizer of the selected masters, whose gradients are `selection`'s ranges.
 
-    Matrices of layers are decayed; biases, norms, tokens and embeddings are not. LAMB gets one
-    parameter for each tensor (its trust ratio is defined so), the others one for each range. Raises
-    ValueError for an apex optimizer where apex is not built or the weights are not on a GPU.
+    Weight decay applies to matrices of layers, not to biases, norms, tokens and embeddings. LAMB
+    gets one parameter for each tensor (its trust ratio is defined per tensor), the others one for
+    each range. Raises ValueError for an apex optimizer where apex is not built or the weights are
+    not on a GPU.
     """
     ranges: Sequence[Range] = selection.ranges
     if config.name == "apex-lamb":
@@ -34,20 +35,20 @@ def build_optimizer(config: OptimConfig, selection: TrainedWeights) -> torch.opt
     groups = [group for group in groups if group["params"]]
     if config.name not in ("adamw", "sgd"):
         return _apex_optimizer(config, groups)
-    # a tensor: a recording of the update reads its value anew each time
+    # a tensor on the device: a CUDA graph of the update reads its current value
     rate = torch.tensor(config.learning_rate, device=selection.parameters[0].device)
     if config.name == "adamw":
         optimizer = torch.optim.AdamW(
             groups, lr=rate, betas=config.betas, fused=True, capturable=rate.is_cuda
         )
-        # no warning: a step is not always captured, and fused it is as fast
+        # silences a warning: an uncaptured step is as fast, because the optimizer is fused
         optimizer._warned_capturable_if_run_uncaptured = True
         return optimizer
     return _with_momentum(torch.optim.SGD(groups, lr=rate, momentum=config.momentum, fused=True))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Every group of the optimizer uses this learning rate from the next step on."""
+    """Set the learning rate of all groups, for the next step on."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(value)
@@ -56,18 +57,19 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
 
 
 def step_unless(is_skipped: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """The optimizer has stepped unless `is_skipped`, 0-d, is 1: decided on the device."""
+    """Take an optimizer step unless `is_skipped`, 0-d, is 1: decided on the device."""
     if getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer.found_inf = is_skipped  # type: ignore[attr-defined]
         optimizer.step()
-    elif not is_skipped:  # apex cannot skip on the device: one synchronisation per step
+    elif not is_skipped:  # apex cannot skip on the device: one host synchronisation per step
         optimizer.step()
 
 
 def _with_momentum(optimizer: torch.optim.SGD) -> torch.optim.SGD:
-    """The optimizer with momenta of zero, which torch would make, unfilled, in the first update.
+    """Give SGD momentum buffers of zeros.
 
-    A first update that is skipped on the device would leave them unfilled.
+    Torch would allocate them uninitialised in the first update, and an update that is skipped on
+    the device would leave them so.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"] if group["momentum"] else ():
@@ -78,16 +80,62 @@ def _with_momentum(optimizer: torch.optim.SGD) -> torch.optim.SGD:
 class AveragedWeights:
     """Exponential moving average of all masters: average <- decay * average + (1 - decay) * w.
 
-    A weight that has not changed since the start of the average is the same in it, bit for bit.
+    A weight that has not changed since the average began is the same in it, bit for bit.
     """
 
-    def __init__(self, master: Tensor, decay: float) -> None:
-        self.average = master.clone()
-        self.decay = decay
+    def __init__(self, arenas: ParameterArenas, decay: float) -> None:
+        self.average = arenas.master.clone()
+        """Averages of all weights, flat, laid out as `arenas.master`."""
+        self.decay, self._arenas = decay, arenas
 
-    def update(self, master: Tensor) -> None:
-        """One step of the average."""
-        self.average.lerp_(master, 1 - self.decay)
+    def update(self) -> None:
+        """Move the average one step towards the current masters."""
+        self.average.lerp_(self._arenas.master, 1 - self.decay)
+
+    def state_dict(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Copy the averages of these parameters (default: all), by name."""
+        return self._arenas.state_dict(self.average, names)
+
+    def load_state_dict(self, weights: Mapping[str, Tensor]) -> None:
+        """Set the averages of all parameters."""
+        self.average.copy_(self._arenas.vector_of(weights))
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Copy an optimizer's state as tensors, named `optimizer.GROUP.PARAMETER.KEY`.
+
+    Counts of steps are among it; apex keeps one for each group, named `optimizer.group.GROUP`.
+    """
+    state = {}
+    for group_number, group in enumerate(optimizer.param_groups):
+        if "step" in group:
+            state[f"optimizer.group.{group_number}"] = torch.as_tensor(group["step"])
+        for number, parameter in enumerate(group["params"]):
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if value is not None:  # SGD without momentum has None
+                    state[f"optimizer.{group_number}.{number}.{key}"] = torch.as_tensor(value)
+    return {name: value.clone() for name, value in state.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
+    """Set the state of an optimizer to what `optimizer_state` returned for the same parameters.
+
+    Tensors of other names are ignored.
+    """
+    for name, value in state.items():
+        kind, _, rest = name.partition(".")
+        if kind != "optimizer":
+            continue
+        group_number, _, rest = rest.partition(".")
+        if group_number == "group":
+            optimizer.param_groups[int(rest)]["step"] = value.item()
+            continue
+        number, _, key = rest.partition(".")
+        group = optimizer.param_groups[int(group_number)]
+        parameter = group["params"][int(number)]
+        # counts of steps are where the optimizer would make them: on the device only if fused
+        stays = key == "step" and not group.get("fused")
+        optimizer.state[parameter][key] = value if stays else value.to(parameter.device)
 
 
 def _parameter(part: Range) -> nn.Parameter:
@@ -97,7 +145,7 @@ def _parameter(part: Range) -> nn.Parameter:
 
 
 def _apex_optimizer(config: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """One of NVIDIA apex's fused optimizers; amp_C holds the kernels, which must be built."""
+    """Build one of NVIDIA apex's fused optimizers; its compiled kernels are in amp_C."""
     try:
         importlib.import_module("amp_C")
         apex: Any = importlib.import_module("apex.optimizers")
@@ -122,12 +170,14 @@ def _is_on_gpu(parameter: Tensor) -> bool:
     return parameter.is_cuda
 
 
-def clip_(ranges: Iterable[Range], squares: Tensor, norm: float) -> None:
-    """The gradients, whose squares sum up to `squares`, are no longer than `norm` together.
+def clip_(ranges: Iterable[Range], squares: Tensor, norm: float | None) -> None:
+    """Scale the gradients of all ranges together to a norm of at most `norm`; None: no limit.
 
-    Where that is NaN they stay as they are: what lies between parameters is never written again,
-    and must not become NaN with them.
+    squares: the sum of their squares. Where that is NaN they stay as they are: the padding between
+    parameters is never written again, and must not become NaN.
     """
+    if norm is None:
+        return
     shrink = (norm * inverse_norm(squares)).clamp(max=1.0)
     for part in ranges:
         part.gradient.mul_(torch.where(squares > 0, shrink, 1.0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import cos, pi
+from typing import NamedTuple
 
 from safer_fast.attacks.radii import radii_at
 from safer_fast.config.schema import Config, OptimConfig, SelectionConfig
@@ -35,6 +36,26 @@ def stage_of(config: Config, epoch: int) -> Stage:
         return Stage("warm-up", 1, warmup, config.optim.learning_rate)
     peak = config.optim.safer_learning_rate or config.optim.learning_rate
     return Stage("safer", warmup + 1, config.epochs, peak)
+
+
+class StepSettings(NamedTuple):
+    """Settings of one step: radii and number of iterations of its attack, and learning rate."""
+
+    epsilon: float
+    step_size: float
+    attack_steps: int
+    learning_rate: float
+
+
+def settings_at(
+    config: Config, stage: Stage, epoch: int, index: int, num_batches: int
+) -> StepSettings:
+    """The settings of step `index` (from 0) of an epoch of `num_batches` steps."""
+    epsilon, step_size = radii_at(config.attack, epoch - 1 + index / num_batches)
+    done = (epoch - stage.first_epoch) * num_batches + index
+    total = stage.num_epochs * num_batches
+    rate = learning_rate_at(config.optim, stage.learning_rate, done, total, num_batches)
+    return StepSettings(epsilon, step_size, config.attack.steps if epsilon > 0 else 0, rate)
 
 
 def weaknesses(config: Config) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -22,7 +22,7 @@ from safer_fast.runtime.ranks import Ranks
 from safer_fast.runtime.timing import StepTimer
 from safer_fast.training.health import Health
 from safer_fast.training.objectives import Objective, Targets
-from safer_fast.training.optimizers import clip_, step_unless
+from safer_fast.training.optimizers import clip_, load_optimizer, optimizer_state, step_unless
 from safer_fast.training.sam import ascend_as_set_
 
 RECORDED = ("first pass", "ascent", "second pass", "update")
@@ -30,10 +30,10 @@ RECORDED = ("first pass", "ascent", "second pass", "update")
 
 @dataclass
 class Step:
-    """The method, over one selection of layers; everything stays on the device, nothing waits.
+    """The SAFER step over one selection of layers; it stays on the device and never waits for it.
 
     Masters change only in `update`; the network reads cast(masters) before and after a step. Passes
-    work on tensors that stay where they are, so that `replays` may repeat them from a recording.
+    work on tensors that never move, so that `replays` may record them as CUDA graphs.
     """
 
     model: RobustModel
@@ -55,7 +55,7 @@ class Step:
         self.modules = self.model.random_modules(names)
         self.statistics = BatchNormStatistics(self.modules)
         flat, steps = self.selection.flat, len(self.attack.hits) - 1
-        self.health = Health(flat, self.sam.rho > 0, steps, self.ranks.is_first)
+        self.health = Health(flat, self.sam.rho > 0, steps, self.ranks)
         self.stages = StepTimer(flat.device)
         self.features: dict[Key, list[Tensor]] = {}
         self.replays.forget(*RECORDED)
@@ -63,7 +63,7 @@ class Step:
     def __call__(
         self, images: Tensor, targets: Targets, epsilon: Tensor, step_size: Tensor
     ) -> None:
-        """Learns from float images [B, C, H, W] in [0, 1]; radii are 0-d device tensors."""
+        """Learn from float images [B, C, H, W] in [0, 1]; radii are 0-d device tensors."""
         self.stages.begin()
         hold, loss = self.attack.buffers.hold, self.objective.attack_loss
         inputs = [self.attack(images, targets.labels, epsilon, step_size, targets.counted, loss)]
@@ -86,7 +86,7 @@ class Step:
         self.stages.end("update")
 
     def _pass(self, name: str, inputs: Sequence[Tensor], targets: Targets) -> None:
-        """Does a pass, recorded where that is possible, on as many images as memory holds."""
+        """Run a pass in micro-batches that fit into memory, replayed where it is recorded."""
         key = (name, inputs[0].shape, targets.labels.shape, targets.labels.dtype)
         work = partial(self.differentiate_at, inputs, targets, name == "second pass")
         self.micro_batch.run(
@@ -96,33 +96,25 @@ class Step:
     def differentiate_at(
         self, inputs: Sequence[Tensor], targets: Targets, is_second: bool, size: int
     ) -> None:
-        """The ranges hold the gradients where the network now is, on features of the first pass."""
+        """Store gradients at the weights the network reads; both passes share prefix features."""
         key = inputs[0].shape, size
         if not is_second or key not in self.features:
             self.features[key] = self.attack.buffers.hold_all("features", self.prefix(inputs, size))
         loss, num_right = self.differentiate(self.features[key], targets.split(size), is_second)
-        self.health.worst_loss.copy_(loss)
-        if not is_second:
-            self.health.loss.copy_(loss)
-            self.health.num_right.copy_(num_right)
-        self.selection.extra.copy_(self.health.loss + loss)
+        self.selection.extra.copy_(self.health.note_pass(loss, num_right, is_second))
 
     @torch.no_grad()
     def prefix(self, inputs: Sequence[Tensor], size: int) -> list[Tensor]:
-        """Features [size, N, D] below the first selected layer, part by part, of all inputs."""
+        """Features [size, N, D] below the first selected layer, for each micro-batch of inputs."""
         parts = zip(*(torch.split(whole, size) for whole in inputs), strict=True)
         return [self.model.prefix(torch.cat(part), self.cut) for part in parts]
 
     def differentiate(
         self, features: Sequence[Tensor], targets: Sequence[Targets], is_second: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Loss over all parts and number of images classified right, both 0-d.
-
-        The selection's ranges hold the gradient of that loss.
-        """
+        """Return loss and number of images classified right, 0-d; store the loss's gradient."""
         results: list[tuple[Tensor, Tensor]] = []
-        mode = training_mode(self.modules, keeps_statistics=is_second)
-        with mode, requiring_gradients(self.selection.parameters):
+        with training_mode(self.modules, is_second), requiring_gradients(self.selection.parameters):
             for part, part_targets in zip(features, targets, strict=True):
                 logits = self.model.suffix(part, self.cut)
                 loss = self.objective.loss(logits, part_targets)
@@ -133,18 +125,25 @@ class Step:
         return torch.stack(losses).sum(), torch.stack(hits).sum()
 
     def ascend(self) -> None:
-        """The suffix reads the weights within the radius at which the loss is highest."""
+        """Move the weights the network reads to w + e, the worst within the radius."""
         self.health.keep_gradient()
         ascend_as_set_(self.selection, self.sam, self.relative_radius)
 
     def update(self, targets: Targets) -> None:
-        """The optimizer applies the gradients to the masters, unless something is not finite."""
+        """Apply the gradients to the masters, unless loss or gradient is not finite."""
         squares = gradient_squares(self.selection.ranges)
         is_skipped = 1.0 - torch.isfinite(self.selection.extra + squares).float()
         self.health.record(targets, self.attack.hits, squares, is_skipped)
-        if self.clip_norm is not None:
-            clip_(self.selection.ranges, squares, self.clip_norm)
-        self.health.skips.count(is_skipped)
+        clip_(self.selection.ranges, squares, self.clip_norm)
         self.statistics.undo_where(is_skipped)
         step_unless(is_skipped, self.optimizer)
         restore_(self.selection.ranges)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copy the state of optimizer and counts; all ranks must call it at the same point."""
+        return optimizer_state(self.optimizer) | self.health.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Set the state to that of a step over the same weights; other names are ignored."""
+        load_optimizer(self.optimizer, state)
+        self.health.load_state_dict(state)

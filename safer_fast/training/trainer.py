@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from safer_fast.attacks.pgd import placed_start
 from safer_fast.attacks.radii import radii_at
 from safer_fast.config.schema import Config
-from safer_fast.data import Batch, Mixing, ahead
-from safer_fast.models.weights_file import load_tensors
+from safer_fast.data import Batch, ahead
 from safer_fast.runs.accuracies import accuracy_table, notes
-from safer_fast.runs.checkpoints.file import Checkpoint, fitting
 from safer_fast.runs.folder import export_model
 from safer_fast.runs.loggers.metrics_file import Event
 from safer_fast.runs.report.page import write_report
@@ -26,10 +21,9 @@ from safer_fast.runtime.ranks import Ranks
 from safer_fast.runtime.seeds import derive_seed
 from safer_fast.runtime.signals import Stops
 from safer_fast.training.banner import epoch_line, gap_figures
-from safer_fast.training.checkpointing import Parts, Saver
-from safer_fast.training.objectives import Targets
-from safer_fast.training.optimizers import AveragedWeights, set_learning_rate
-from safer_fast.training.schedule import Stage, learning_rate_at, stage_of
+from safer_fast.training.checkpointing import Saver
+from safer_fast.training.learner import Learner
+from safer_fast.training.schedule import Stage, stage_of
 from safer_fast.training.selecting import choose_by_probe
 from safer_fast.training.setup import set_up
 from safer_fast.training.step import Step
@@ -55,10 +49,7 @@ class Trainer:
         self.data, self.engine, self.folder, self.log = run.data, run.engine, run.folder, run.log
         self.runtime, self.model = self.engine.runtime, self.engine.model
         self.arenas = self.engine.arenas
-        self.average: AveragedWeights | None = None
-        self._step: Step | None = None
-        self.epsilon, self.step_size = torch.zeros(2, device=self.runtime.device)
-        self.mixing = Mixing(config.data, self.data.num_classes, config.seed)
+        self.learner = Learner(config, self.engine, self.data)
         self.saver = Saver(config, self.folder, self.ranks, run.facts, self.log)
         self.stops = Stops(self.ranks, config.checkpoint.grace_s)
         num_steps = config.epochs * len(self.data.train)
@@ -66,8 +57,11 @@ class Trainer:
         self.examiner = Validator(config, self.engine, self.data, self.log, self.stops)
         self.progress = run.progress
         if found.checkpoint is not None:
-            with fitting(found.checkpoint.path):
-                self._resume(found.checkpoint)
+            self.saver.restore(found.checkpoint, self.progress, self.learner)
+            self.log.say(
+                f"resumed from {found.checkpoint.path}: step {self.progress.num_steps}, "
+                f"epoch {self.progress.epoch}, batch {self.progress.index}"
+            )
 
     def __enter__(self) -> Trainer:
         self.stops.__enter__()
@@ -80,9 +74,8 @@ class Trainer:
 
     @property
     def step(self) -> Step:
-        """The step over what is selected now."""
-        assert self._step is not None, "no epoch has begun"
-        return self._step
+        """The step over the layers that were selected last."""
+        return self.learner.step
 
     def epochs(self) -> Iterator[int]:
         """The epochs that are left, as long as there is patience."""
@@ -112,11 +105,11 @@ class Trainer:
         """The step from this epoch on: over all parameters, or over newly selected layers."""
         self.stage = stage_of(self.config, epoch)
         if self.stage.name == "warm-up":
-            self._step = self.engine.step_over(None, rho=0.0)
+            self.learner.train_layers(None, self.stage)
         else:
             self._select(epoch)
-        if epoch == self.stage.first_epoch and self.config.optim.ema_decay is not None:
-            self.average = AveragedWeights(self.arenas.master, self.config.optim.ema_decay)
+        if epoch == self.stage.first_epoch:
+            self.learner.start_average()
 
     def train_epoch(self, epoch: int) -> dict[str, Any]:
         """What is left of one pass over the training images; gives the epoch's training figures."""
@@ -141,24 +134,9 @@ class Trainer:
         )
 
     def take_step(self, epoch: int, index: int, num_batches: int, batch: Batch) -> float:
-        """Step `index` (from 0) of an epoch, on a batch on the device; gives its learning rate.
-
-        Everything random in it depends on the seed, the epoch, the batch and the rank alone.
-        """
-        learning_rate = self._schedule(epoch, index, num_batches)
-        seed = self.config.seed
-        torch.manual_seed(derive_seed(seed, "step", epoch, index, self.ranks.rank))
-        seed_of = partial(derive_seed, seed, "attack", epoch)
-        self.step.attack.draw = partial(placed_start, position=batch.position, seed_of=seed_of)
-        batch = self.mixing(batch, epoch, index)
-        targets = Targets(batch.labels, self.ranks.mean_weights(batch.weights()))
-        radii = self.epsilon, self.step_size
-        loss = self.step.objective.attack_loss
-        self.engine.audit(self.progress.num_steps, batch.images, batch.labels, *radii, loss)
-        self.step(batch.images, targets, *radii)
-        if self.average is not None:
-            self.average.update(self.arenas.master)
-        return learning_rate
+        """Take step `index` (from 0) of an epoch, on a batch on the device; see `Learner`."""
+        place = self.stage, epoch, index, num_batches
+        return self.learner.take_step(*place, batch, self.progress.num_steps)
 
     def end_epoch(self, epoch: int, figures: dict[str, Any]) -> None:
         """Evaluates on the validation split when it is time, logs the epoch, keeps the best."""
@@ -168,7 +146,7 @@ class Trainer:
         self.saver.check_folder()
         if epoch % every == 0 or epoch == self.config.epochs:
             gap = self.examiner.attack_gap(epoch)
-            clean, robust = self.examiner.on_validation(self._source())
+            clean, robust = self.examiner.on_validation(self.learner.evaluated_weights())
             accuracies = validation_figures(clean, robust, self.data.validation.num_images)
             changes = self._keep_best(epoch, (robust.accuracy, clean.accuracy))
         self._write("epoch", epoch, **figures, **accuracies, **gap_figures(gap))
@@ -182,16 +160,17 @@ class Trainer:
         self.save()
         self.saver.wait()
         epoch = self.progress.epoch - 1
-        self.saver.provide_best(self.progress, self._weights)
-        best = self.arenas.vector_of(load_tensors(self.saver.best))
+        self.saver.provide_best(self.progress, self.learner.network_state)
+        best = self.arenas.vector_of(self.saver.best_weights())
         accuracies = list(self.progress.accuracies)
-        for weights, source in (("best", best), ("last", self._source())):
-            accuracies += self._finally(weights, epoch, source)
+        for name, source in (("best", best), ("last", self.learner.evaluated_weights())):
+            accuracies += self._finally(name, epoch, source)
         self.saver.check_folder()
         if self.ranks.is_first:
             facts: dict[str, Any] = {"config": self.config, "data": self.data}
-            export_model(self.model, self._weights(), self.folder, accuracies=accuracies, **facts)
-            self.examiner.show_images(self._source(), self.folder, self.progress.num_steps)
+            weights = self.learner.network_state()
+            export_model(self.model, weights, self.folder, accuracies=accuracies, **facts)
+            self._show_images()
             self._write("end", epoch)
             try:
                 report = str(write_report([self.folder]))
@@ -203,7 +182,7 @@ class Trainer:
 
     def save(self) -> None:
         """A checkpoint of the last point that was reached; it is written while the run goes on."""
-        self.saver.save(self.progress, self._parts())
+        self.saver.save(self.progress, self.learner)
 
     def stop(self, reason: str) -> None:
         """Writes a checkpoint and says how to go on from it."""
@@ -221,22 +200,6 @@ class Trainer:
         has_images = self.training_log.num_images > 0
         if self.stops.check(has_images and self.saver.is_due(self.progress.num_steps)):
             self.save()
-
-    def _resume(self, checkpoint: Checkpoint) -> None:
-        """The run is where it was when the checkpoint was taken."""
-        progress, decay = self.progress, self.config.optim.ema_decay
-        self.engine.audit.load(progress.audit)
-        epoch = progress.epoch if progress.has_begun else progress.epoch - 1
-        if epoch > 0:  # there is a step
-            rho = 0.0 if stage_of(self.config, epoch).name == "warm-up" else self.config.sam.rho
-            self._step = self.engine.step_over(progress.selected, rho)
-        if decay is not None and any(name.startswith("average.") for name in checkpoint.tensors):
-            self.average = AveragedWeights(self.arenas.master, decay)
-        self.saver.restore(checkpoint, progress, self._parts())
-        self.log.say(
-            f"resumed from {checkpoint.path}: step {progress.num_steps}, epoch {progress.epoch}, "
-            f"batch {progress.index}"
-        )
 
     def _watched(self, label: str) -> Callable[[Iterable[Any]], Iterator[Any]]:
         """What takes its time goes through it: a progress bar, and a stop in between."""
@@ -265,7 +228,7 @@ class Trainer:
 
     def _start_safer(self, epoch: int) -> dict[str, Any]:
         """The weights that SAFER starts from are measured, and kept where most of them stay."""
-        self.average = None
+        self.learner.average = None
         rows = self._finally("start", epoch - 1, self.arenas.master)
         name = None
         if not self._trains_all():
@@ -280,7 +243,7 @@ class Trainer:
             choice = choose_by_probe(self.config, self.engine, loader, epoch, seen)
         selected = None if self._trains_all() else choice.selected
         seed = derive_seed(self.config.seed, "factors", epoch)
-        self._step = self.engine.step_over(selected, self.config.sam.rho, seed)
+        self.learner.train_layers(selected, self.stage, seed)
         self._write(
             "selection",
             epoch,
@@ -291,42 +254,20 @@ class Trainer:
         )
         shown = ", ".join(choice.selected[:6]) + (", ..." if len(choice.selected) > 6 else "")
         self.log.say(f"selected by {choice.criterion}: {shown} (suffix from block {self.step.cut})")
-        self.examiner.show_images(self._source(), self.folder, self.progress.num_steps)
+        self._show_images()
 
-    def _schedule(self, epoch: int, index: int, num_batches: int) -> float:
-        """Sets epsilon, step size and learning rate of the next step."""
-        stage = self.stage
-        epsilon, step_size = radii_at(self.config.attack, epoch - 1 + index / num_batches)
-        self.step.attack.steps = self.config.attack.steps if epsilon > 0 else 0
-        self.epsilon.fill_(epsilon)
-        self.step_size.fill_(step_size)
-        done = (epoch - stage.first_epoch) * num_batches + index
-        total = stage.num_epochs * num_batches
-        rate = learning_rate_at(self.config.optim, stage.learning_rate, done, total, num_batches)
-        set_learning_rate(self.step.optimizer, rate)
-        return rate
+    def _show_images(self) -> None:
+        weights = self.learner.evaluated_weights()
+        self.examiner.show_images(weights, self.folder, self.progress.num_steps)
 
     def _log_step(
         self, epoch: int, num_steps: int, learning_rate: float, is_last: bool
     ) -> dict[str, float]:
         """Logs the steps since the last line; gives the epoch's totals."""
         sums = self.training_log.write(self.step, epoch, num_steps, learning_rate, is_last)
-        self._check_health(epoch)
+        self.learner.check_health(epoch, self.saver.store.last)
         summed = {name: self.progress.totals.get(name, 0.0) + v for name, v in sums.items()}
         return summed | {"learning_rate": learning_rate}
-
-    def _check_health(self, epoch: int) -> None:
-        """Raises FloatingPointError after too many skipped steps, or where ranks differ."""
-        limit = self.config.runtime.max_skipped_steps
-        if self.step.health.skips.most_in_a_row() >= limit:
-            last = self.saver.store.last
-            raise FloatingPointError(
-                f"runtime.max_skipped_steps: the loss or its gradient was not finite in {limit} "
-                f"steps in a row, at epoch {epoch}; lower the learning rate or clip the gradient; "
-                + ("no checkpoint was written" if last is None else f"last checkpoint: {last}")
-            )
-        if self.ranks.num_ranks > 1:
-            self.ranks.check_alike(self.engine.weights(), f"at epoch {epoch}")
 
     def _keep_best(self, epoch: int, accuracies: tuple[float, float]) -> dict[str, Any]:
         """Keeps the weights if they are as good as the best; gives what changes in the progress."""
@@ -335,16 +276,5 @@ class Trainer:
         counts = is_full and self.stage.last_epoch == self.config.epochs
         changes = self.progress.judged(accuracies, counts)
         if "best_file" in changes:
-            self.saver.keep_best(changes["best_file"], self._weights())
+            self.saver.keep_best(changes["best_file"], self.learner.network_state())
         return changes
-
-    def _parts(self) -> Parts:
-        adapters = self.engine.adapters
-        factors = None if adapters is None else adapters.arenas
-        return Parts(self.model.network, self.arenas, self.average, self._step, factors)
-
-    def _source(self) -> Tensor:
-        return self.engine.weights() if self.average is None else self.average.average
-
-    def _weights(self) -> dict[str, Tensor]:
-        return self.engine.state_dict(self._source())

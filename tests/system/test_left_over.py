@@ -31,7 +31,7 @@ def delete(folder: Path) -> None:
     ("act", "function", "call"),
     [
         (delete, "safer_fast.training.step.Step.update", 5),
-        (delete, "safer_fast.training.trainer.load_tensors", 1),
+        (delete, "safer_fast.training.checkpointing.load_tensors", 1),
         (move, "safer_fast.training.step.Step.update", 18),
     ],
 )

@@ -122,7 +122,7 @@ def test_steps_run_under_the_full_attack(
 
     def watched(trainer: Trainer, *arguments: Any) -> float:
         rate = take_step(trainer, *arguments)
-        seen.append((float(trainer.epsilon), trainer.step.attack.steps))
+        seen.append((float(trainer.learner.epsilon), trainer.step.attack.steps))
         return rate
 
     monkeypatch.setattr(Trainer, "take_step", watched)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from safer_fast.config.schema import OptimConfig
 from safer_fast.models.arenas import ParameterArenas, TrainedWeights
@@ -56,13 +57,28 @@ def test_the_learning_rate_reaches_every_group() -> None:
 
 
 def test_an_average_follows_the_weights_and_keeps_what_never_moved() -> None:
-    master = torch.tensor([1.0, 2.0, 1 / 3])
-    average = AveragedWeights(master, decay=0.9)
-    master[0] = 2.0
-    average.update(master)
-    average.update(master)
+    network = nn.Linear(1, 3, bias=False)
+    network.weight.data = torch.tensor([[1.0], [2.0], [1 / 3]])
+    arenas = ParameterArenas(network, {}, torch.float32)
+    average = AveragedWeights(arenas, decay=0.9)
+    arenas.master[0] = 2.0
+    average.update()
+    average.update()
     assert average.average[0] == pytest.approx(2 - 0.81)
-    assert torch.equal(average.average[1:], torch.tensor([2.0, 1 / 3]))
+    assert torch.equal(average.average[1:3], torch.tensor([2.0, 1 / 3]))
+    assert torch.equal(average.state_dict()["weight"].flatten(), average.average[:3])
+
+
+def test_a_resumed_average_goes_the_same_way() -> None:
+    arenas, selection = select()
+    first, second = AveragedWeights(arenas, decay=0.9), AveragedWeights(arenas, decay=0.9)
+    build_optimizer(OptimConfig(learning_rate=0.1), selection).step()
+    first.update()
+    second.load_state_dict(first.state_dict())
+    for average in (first, second):
+        average.update()
+    assert torch.equal(first.average, second.average)
+    assert not torch.equal(first.average, arenas.master)
 
 
 class _StandIn(torch.optim.SGD):
