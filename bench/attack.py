@@ -95,7 +95,7 @@ def operations_of_one_image(
     """Operations of one iteration, as they run before compilation and as the method needs them."""
     counted, _ = count(iteration(model, 1, image_size, runtime))
     images = batch(1, image_size, runtime.device)[0]
-    with model.plainly():
+    with model.without_savings():
         needed = ideal_flops(model, images, model.num_blocks, [], steps=1, passes=0)
     return counted, needed["attack"]
 

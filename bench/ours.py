@@ -57,7 +57,7 @@ def build_robust_model(
         image_size=arguments.image_size,
         compute_dtype=runtime.compute_dtype,
     )
-    model.save(savings, arguments.image_size)
+    model.enable_savings(savings, arguments.image_size)
     model.to(runtime.device)
     stored = runtime.compute_dtype if "stored-bf16" in savings else torch.float32
     return model, ParameterArenas(model.network, model.layers, stored)
@@ -128,7 +128,7 @@ def ideal(step: Step, inputs: tuple[Tensor, ...]) -> dict[str, float]:
     passes = 2 if step.sam.rho > 0 else 1
     names = step.selection.names
     cut = step.model.cut_of(names)
-    with step.model.plainly():
+    with step.model.without_savings():
         return ideal_flops(step.model, inputs[0], cut, names, step.attack.steps, passes)
 
 

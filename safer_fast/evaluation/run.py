@@ -294,7 +294,7 @@ def _num_operations(config: EvaluateConfig, attacked: LoadedRun, num_images: int
     """About how many operations our own attacks will take: backward as long as forward."""
     model, size = attacked.model, attacked.image_size
     image = torch.zeros(1, attacked.num_channels, size, size, device=model.mean.device)
-    with model.plainly():
+    with model.without_savings():
         forward = sum(cost.forward for cost in costs(model, image).values())
     passes = sum(
         2 * num_attack_steps(name) * num_restarts(name, config)

@@ -89,6 +89,7 @@ class ParameterArenas:
     def __init__(
         self, module: nn.Module, layers: Mapping[str, Sequence[str]], layer_dtype: torch.dtype
     ) -> None:
+        self.layer_dtype = layer_dtype
         self.parameters = dict(module.named_parameters())
         self.layers = {name: tuple(names) for name, names in layers.items()}
         device = next(iter(self.parameters.values())).device

@@ -6,32 +6,73 @@ import logging
 import math
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Required, TypedDict, Unpack
 
 import timm
 import torch
 from timm.layers.patch_embed import PatchEmbed, resample_patch_embed
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import adapt_input_conv
-from timm.models.convit import ConVit
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.eva import Eva
-from timm.models.swin_transformer import SwinTransformer
-from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from safer_fast.config.schema import ModelConfig
-from safer_fast.models.families import ConvitParts, EvaParts, SwinParts, Uncut, VitParts
+from safer_fast.models.arenas import ParameterArenas
+from safer_fast.models.families import split_into_blocks
 from safer_fast.models.initial_weights import Weights, load_source
 from safer_fast.models.robust_model import RobustModel, find_layers
 from safer_fast.models.same_function import compare_described
+from safer_fast.models.weights_file import load_weights
 from safer_fast.models.weights_source import Source, find_source, say_source
 
 # What timm would take for the name of a file to load, with its own rules for what is safe.
 NO_ARGUMENTS = {"pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 Normalisation = tuple[Sequence[float], Sequence[float]]
+
+
+class Sizes(TypedDict, total=False):
+    """Arguments of `build_model` beside the settings."""
+
+    num_classes: Required[int]
+    image_size: Required[int]
+    num_channels: int
+    compute_dtype: torch.dtype
+    norms: bool
+    normalisation: Normalisation | None
+
+
+def prepare(
+    config: ModelConfig,
+    device: torch.device,
+    *,
+    savings: Iterable[str] = (),
+    weights: Source | None = None,
+    **sizes: Unpack[Sizes],
+) -> tuple[RobustModel, list[str]]:
+    """Build a model that is ready to run: its weights, exact savings enabled, on the device.
+
+    weights: a file that replaces the weights of `config`, and must be of the same network. sizes:
+    as in `build_model`, whose errors these are too. Returns the model and a line for each saving
+    that does not apply to it.
+    """
+    model = build_model(config, **sizes)
+    if weights is not None:
+        check_described(model.network, config, weights)
+        model.notes = load_weights(model.network, weights.weights)
+    notes = model.enable_savings(savings, sizes["image_size"])
+    model.to(device)
+    return model, notes
+
+
+def freeze(model: RobustModel, savings: Iterable[str]) -> ParameterArenas:
+    """Move the parameters of a model into arenas; none requires gradients any more.
+
+    Layers are stored in the model's compute dtype with the saving stored-bf16, else in float32.
+    """
+    is_stored = "stored-bf16" in savings
+    dtype = model.compute_dtype if is_stored else torch.float32
+    return ParameterArenas(model.network, model.layers, dtype)
 
 
 def build_model(
@@ -144,24 +185,6 @@ def timm_config(
     }
 
 
-def split_into_blocks(network: Any) -> Uncut:
-    """The parts of the network; one part where timm's own forward pass is not the known one."""
-    families: list[tuple[Any, type[Uncut]]] = [
-        (VisionTransformer, VitParts),
-        (Eva, EvaParts),
-        (ConVit, ConvitParts),
-        (SwinTransformer, SwinParts),
-    ]
-    for family, parts in families:
-        if not isinstance(network, family):
-            continue
-        is_known = type(network).forward_features is family.forward_features
-        drops_rotary_tokens = family is Eva and network.patch_drop is not None
-        if is_known and not drops_rotary_tokens:
-            return parts(network, _num_tokens_read(network))
-    return Uncut(network)
-
-
 def _crop_share(image_size: int, short_side: int) -> float:
     """The crop_pct from which timm, which divides and rounds down, gets the short side again."""
     shares = (image_size / pixels for pixels in (short_side, short_side + 0.5))
@@ -236,19 +259,6 @@ def _create(
             f"model.pretrained: weights of {config.name} could not be fetched from timm's hub; go "
             f"online once or give --model.checkpoint FILE ({type(error).__name__})"
         ) from error
-
-
-def _num_tokens_read(network: Any) -> int:
-    """How many leading tokens the head reads of a plain ViT; 0 if it reads others, or is none."""
-    if type(network) not in (VisionTransformer, VisionTransformerDistilled):
-        return 0
-    block = network.blocks[-1]
-    is_plain = type(block) is Block and type(block.attn).__name__ == "Attention"
-    if not is_plain or getattr(block.attn, "gate", None) is not None:
-        return 0
-    if type(network) is VisionTransformerDistilled:
-        return 2
-    return int(network.global_pool == "token" and network.attn_pool is None)
 
 
 def _for_channels(values: Sequence[float], num_channels: int) -> list[float]:

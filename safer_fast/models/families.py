@@ -1,4 +1,4 @@
-"""How families of transformers run in parts: below the blocks, block by block, above them."""
+"""Families of transformers, each divided into a stem, blocks and a tail that run separately."""
 
 from __future__ import annotations
 
@@ -11,49 +11,72 @@ from torch import Tensor, nn
 from safer_fast.models.exact_savings import embed_patches
 
 STEM = -1
-"""Index of everything below the first block, where layers are numbered by block."""
+"""Index that stands for everything below the first block, where layers are numbered by block."""
+
+
+def split_into_blocks(network: Any) -> Uncut:
+    """Divide a timm network by the row of FAMILIES for its class, or the nearest base class.
+
+    A network without a row, or with a forward pass other than that class's, stays undivided.
+    """
+    for kind in type(network).__mro__:
+        parts = FAMILIES.get(_full_name(kind))
+        if parts is not None:
+            is_known = type(network).forward_features is kind.forward_features  # type: ignore[attr-defined]
+            return parts(network) if is_known and parts.suits(network) else Uncut(network)
+    return Uncut(network)
 
 
 class Uncut:
-    """A network that cannot be cut: no blocks, all of it is the tail.
+    """A network that is not divided: it has no blocks, and all of it is the tail.
 
-    The other families give the same function in parts: `tail(block(n-1, ... block(0, stem(x))))`,
-    and say which block a layer or parameter belongs to.
+    A family is a subclass that computes the same function in parts,
+    `tail(block(n-1, ... block(0, stem(x))))`, and knows the block of each layer and parameter.
     """
 
     blocks: Sequence[nn.Module] = ()
+    num_tokens_read = 0
+    """Number of leading tokens that the head reads of a plain ViT; 0 for other networks."""
 
-    def __init__(self, network: Any, num_tokens_read: int = 0) -> None:
+    def __init__(self, network: Any) -> None:
         self.network = network
-        self.num_tokens_read = num_tokens_read
-        """How many leading tokens are all that the head reads of a plain ViT; 0 elsewhere."""
+
+    @classmethod
+    def suits(cls, network: Any) -> bool:
+        """Return true if a network of the family, with its forward pass, can be divided."""
+        return True
 
     def stem(self, x: Tensor) -> Tensor:
+        """Features that enter the first block, of normalised images."""
         return x
 
     def embed(self, x: Tensor) -> Tensor:
-        """The patch embedding of images [B, C, H, W], or of patches [B, N, C p p]."""
+        """Patch embedding of images [B, C, H, W], or of patches [B, N, C p p]."""
         embedding = self.network.patch_embed
         features: Tensor = embed_patches(embedding, x) if x.ndim == 3 else embedding(x)
         return features
 
     def block(self, index: int, x: Tensor) -> Tensor:
+        """Features that leave block `index`, from those that enter it."""
         raise AssertionError("a network without blocks has no block to run")
 
     def tail(self, x: Tensor) -> Tensor:
+        """Logits [B, K], from the features that leave the last block."""
         logits: Tensor = self.network(x)
         return logits
 
     def block_of(self, name: str) -> int:
+        """Block of a layer or parameter; STEM below the blocks, their number above them."""
         return STEM
 
 
 class VitParts(Uncut):
-    """ViT, DeiT: patch embedding, tokens and positions; `blocks`; norm and head."""
+    """ViT and DeiT: patch embedding, tokens and positions; `blocks`; norm and head."""
 
-    def __init__(self, network: Any, num_tokens_read: int = 0) -> None:
-        super().__init__(network, num_tokens_read)
+    def __init__(self, network: Any) -> None:
+        super().__init__(network)
         self.blocks = list(network.blocks)
+        self.num_tokens_read = _num_tokens_read(network)
 
     def stem(self, x: Tensor) -> Tensor:
         network = self.network
@@ -78,7 +101,12 @@ class VitParts(Uncut):
 
 
 class EvaParts(VitParts):
-    """EVA-02 and DINOv3 ViTs: every block also takes the rotary position embedding."""
+    """EVA-02 and DINOv3 ViTs, whose blocks also take the rotary position embedding."""
+
+    @classmethod
+    def suits(cls, network: Any) -> bool:
+        """Return true unless patches are dropped, and with them rotary positions."""
+        return network.patch_drop is None
 
     def stem(self, x: Tensor) -> Tensor:
         network = self.network
@@ -103,7 +131,7 @@ class EvaParts(VitParts):
 
 
 class ConvitParts(VitParts):
-    """ConViT: the class token joins after the gated blocks."""
+    """ConViT, whose class token joins after the gated blocks."""
 
     def stem(self, x: Tensor) -> Tensor:
         network = self.network
@@ -121,7 +149,7 @@ class ConvitParts(VitParts):
         return super().block(index, x)
 
     def _keep_positions_fp32(self, block: Any, x: Tensor) -> None:
-        """Positions made from bf16 weights would be bf16, and be multiplied in another order."""
+        """Set relative positions in fp32; those derived from bf16 weights would be bf16."""
         attention, num_patches = block.attn, x.shape[1]
         known = attention.rel_indices
         if known.shape[1] != num_patches or known.device != x.device:
@@ -130,10 +158,10 @@ class ConvitParts(VitParts):
 
 
 class SwinParts(Uncut):
-    """Swin: the blocks of all stages in one row; downsampling goes with the block after it."""
+    """Swin: the blocks of all stages in sequence; downsampling is part of the block after it."""
 
-    def __init__(self, network: Any, num_tokens_read: int = 0) -> None:
-        super().__init__(network, num_tokens_read)
+    def __init__(self, network: Any) -> None:
+        super().__init__(network)
         self.places = [
             (stage, index)
             for stage, layer in enumerate(network.layers)
@@ -161,3 +189,31 @@ class SwinParts(Uncut):
             place = int(words[3]) if words[2] == "blocks" and len(words) > 3 else 0
             return self.places.index((int(words[1]), place))
         return len(self.blocks) if words[0] in ("norm", "head") else STEM
+
+
+_VIT = "timm.models.vision_transformer.VisionTransformer"
+_DISTILLED = "timm.models.deit.VisionTransformerDistilled"
+FAMILIES: dict[str, type[Uncut]] = {
+    _VIT: VitParts,
+    "timm.models.eva.Eva": EvaParts,
+    "timm.models.convit.ConVit": ConvitParts,
+    "timm.models.swin_transformer.SwinTransformer": SwinParts,
+}
+"""Families by the full name of the class of their networks, which may have subclasses."""
+
+
+def _num_tokens_read(network: Any) -> int:
+    """Number of leading tokens that the head of a plain ViT reads; 0 if it reads others."""
+    name, block = _full_name(type(network)), network.blocks[-1]
+    is_plain = _full_name(type(block)) == "timm.models.vision_transformer.Block"
+    if name not in (_VIT, _DISTILLED) or not is_plain:
+        return 0
+    if type(block.attn).__name__ != "Attention" or getattr(block.attn, "gate", None) is not None:
+        return 0
+    if name == _DISTILLED:
+        return 2
+    return int(network.global_pool == "token" and network.attn_pool is None)
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

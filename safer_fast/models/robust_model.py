@@ -61,19 +61,19 @@ class RobustModel(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.suffix(self.prefix(images, STEM), STEM)
 
-    def save(self, savings: Iterable[str], image_size: int) -> list[str]:
+    def enable_savings(self, names: Iterable[str], image_size: int) -> list[str]:
         """Switches on `patch-order` and `class-token` (see exact_savings.py); before `.to(device)`.
 
         Gives a line for each that this network has no use for.
         """
         notes = []
-        if "patch-order" in savings:
+        if "patch-order" in names:
             embedding = getattr(self.network, "patch_embed", None)
             if self.num_blocks and takes_patches(embedding, image_size):
                 self._use_patch_order(embedding.proj.kernel_size[0])  # type: ignore[union-attr]
             else:
                 notes.append("patch-order: off (the patch embedding is no plain matrix product)")
-        if "class-token" in savings:
+        if "class-token" in names:
             num_tokens = self._parts.num_tokens_read
             if self.num_blocks and num_tokens:
                 block = TokenBlock(self._parts.blocks[-1], num_tokens).eval()
@@ -160,7 +160,7 @@ class RobustModel(nn.Module):
         return [module for _, module in above]
 
     @contextmanager
-    def plainly(self) -> Iterator[None]:
+    def without_savings(self) -> Iterator[None]:
         """Runs the network's own modules for a while, so that hooks on every layer are called."""
         blocks = self._parts.blocks
         self._parts.blocks = [b.inner if isinstance(b, TokenBlock) else b for b in blocks]

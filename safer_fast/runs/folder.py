@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -23,6 +23,7 @@ from safer_fast.runtime.files import write_whole
 
 if TYPE_CHECKING:
     from safer_fast.data import Data
+    from safer_fast.models.arenas import ParameterArenas
     from safer_fast.models.robust_model import RobustModel
     from safer_fast.runtime.device import Runtime
 
@@ -37,7 +38,7 @@ class LoadedRun:
     """A run read back: its configuration, its model on the device in eval mode, its classes.
 
     short_side: what the short side of an image is resized to before the centre is kept. weights:
-    the file that the model's are from.
+    the file that the model's are from. arenas: of its parameters, if it was loaded frozen.
     """
 
     config: Config
@@ -48,6 +49,7 @@ class LoadedRun:
     short_side: int
     runtime: Runtime
     weights: Path
+    arenas: ParameterArenas | None = None
 
 
 def create_run_folder(config: Config, data_name: str, lock: RunLock | None = None) -> Path:
@@ -171,19 +173,18 @@ def load_run(
     *,
     amp: Literal["run", "off", "bf16"] = "run",
     is_frozen: bool = False,
+    savings: Collection[str] | None = None,
 ) -> LoadedRun:
     """A finished or stopped run, with its last or best weights, on GPU `local_rank` if on a GPU.
 
-    amp: its precision; run: that of training. is_frozen: the weights will not change, so that the
-    run's exact savings are switched on, and no weight requires gradients. Raises ValueError, one
-    line, for a folder that is no run, damaged files and unknown weights.
+    amp: its precision; run: that of training. is_frozen: no parameter requires gradients, all lie
+    in arenas, and exact savings are enabled. savings: exact savings, default: those of the run if
+    `is_frozen`. Raises ValueError, one line, for a folder that is no run, damaged files and unknown
+    weights.
     """
-    import torch
-
-    from safer_fast.models.arenas import ParameterArenas
     from safer_fast.models.attention import pin_for
-    from safer_fast.models.build import build_model, check_described
-    from safer_fast.models.weights_file import BEST_WEIGHTS, MODEL_CONFIG, WEIGHTS, load_weights
+    from safer_fast.models.build import freeze, prepare
+    from safer_fast.models.weights_file import BEST_WEIGHTS, MODEL_CONFIG, WEIGHTS
     from safer_fast.models.weights_source import find_source
     from safer_fast.runtime.device import prepare_runtime
     from safer_fast.runtime.files import read_json
@@ -205,26 +206,22 @@ def load_run(
     if source.normalisation is None:
         raise ValueError(f"{folder / MODEL_CONFIG}: expected mean and std of the pixels, got none")
     settings = ModelConfig(**vars(config.model) | {"pretrained": False, "checkpoint": None})
-    model = build_model(
+    if savings is None:
+        savings = config.runtime.exact_savings if is_frozen else ()
+    model, _ = prepare(
         settings,
+        runtime.device,
+        savings=savings,
+        weights=source,
         num_classes=len(facts["class_names"]),
         image_size=facts["image_size"],
         num_channels=facts["num_channels"],
         compute_dtype=runtime.compute_dtype,
         normalisation=source.normalisation,
     )
-    check_described(model.network, settings, source)
-    model.notes = load_weights(model.network, source.weights)
     for note in model.notes if local_rank == 0 else []:
         print(printable(note))
-    savings = config.runtime.exact_savings if is_frozen else []
-    model.save(savings, facts["image_size"])
-    model.to(runtime.device)
-    if is_frozen:  # parameters become views of the arenas, which live on with them
-        is_stored = "stored-bf16" in savings
-        ParameterArenas(
-            model.network, model.layers, runtime.compute_dtype if is_stored else torch.float32
-        )
+    arenas = freeze(model, savings) if is_frozen else None
     pin_for(model, facts["image_size"], config.batch_size, config.runtime.attention)
     return LoadedRun(
         config,
@@ -235,6 +232,7 @@ def load_run(
         facts["short_side"],
         runtime,
         folder / files[weights],
+        arenas,
     )
 
 

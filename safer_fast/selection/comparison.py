@@ -17,7 +17,6 @@ from safer_fast.config.commands import SelectConfig
 if TYPE_CHECKING:
     import torch
 
-    from safer_fast.models.arenas import ParameterArenas
     from safer_fast.runs.folder import LoadedRun
     from safer_fast.selection.criteria import ScoredBy
 
@@ -46,7 +45,14 @@ def compare_criteria(config: SelectConfig, chosen: str, criteria: Sequence[str])
     from safer_fast.selection.scoring import score_layers
 
     started = time.monotonic()
-    loaded = load_run(Path(config.run), config.weights, config.device)
+    loaded = load_run(
+        Path(config.run),
+        config.weights,
+        config.device,
+        amp=config.amp,
+        is_frozen=True,
+        savings=("class-token", "stored-bf16"),
+    )
     threat = loaded.config.attack
     epsilon = float(threat.epsilon if config.epsilon is None else config.epsilon)
     shape = loaded.num_channels, loaded.image_size, loaded.image_size
@@ -55,7 +61,6 @@ def compare_criteria(config: SelectConfig, chosen: str, criteria: Sequence[str])
     names = _defined(dict.fromkeys([chosen, *criteria]), chosen, steps)
     measures = {name: _measure(name, config) for name in names}
     batches = _batches(config, loaded)
-    arenas = _prepare(config, loaded)
     scores = score_layers(
         loaded.model,
         batches,
@@ -63,7 +68,7 @@ def compare_criteria(config: SelectConfig, chosen: str, criteria: Sequence[str])
         rho=config.rho,
         attack=_attack(loaded, epsilon, steps, config.seed),
         names=candidates(loaded.model, config.from_block, config.candidates),
-        arenas=arenas,
+        arenas=loaded.arenas,
         generator=torch.Generator().manual_seed(config.seed),
     )
     facts = {
@@ -113,19 +118,6 @@ def _batches(config: SelectConfig, loaded: LoadedRun) -> list[tuple[torch.Tensor
     )
     drawn = (batch.to(device) for batch in data.train.probe(config.num_images, config.seed))
     return [(as_pixels(batch.images), batch.labels) for batch in drawn]
-
-
-def _prepare(config: SelectConfig, loaded: LoadedRun) -> ParameterArenas:
-    """Weights in arenas and a last block for class tokens alone, as in training."""
-    import torch
-
-    from safer_fast.models.arenas import ParameterArenas
-
-    model = loaded.model
-    if config.amp != "run":
-        model.compute_dtype = torch.bfloat16 if config.amp == "bf16" else torch.float32
-    model.save(["class-token"], loaded.image_size)
-    return ParameterArenas(model.network, model.layers, model.compute_dtype)
 
 
 def _defined(names: Iterable[str], chosen: str, steps: int) -> list[str]:

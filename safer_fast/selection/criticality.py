@@ -89,7 +89,7 @@ def _every_layer(model: nn.Module, keep: Keep, past: Collection[str] = ()) -> It
         for name in find_layers(network)
     ]
     try:
-        with model.plainly() if isinstance(model, RobustModel) else nullcontext(), products:
+        with model.without_savings() if isinstance(model, RobustModel) else nullcontext(), products:
             yield
     finally:
         for handle in handles:

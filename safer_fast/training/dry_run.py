@@ -256,7 +256,7 @@ def _operations(trainer: Trainer) -> dict[str, float]:
     image = torch.zeros(size, device=trainer.runtime.device)
     num_steps, passes = step.attack.steps, 2 if step.sam.rho > 0 else 1
     # compiled code may pass by the hooks that see every layer
-    with model.plainly(), torch.compiler.set_stance("force_eager"):
+    with model.without_savings(), torch.compiler.set_stance("force_eager"):
         phases = ideal_flops(model, image, step.cut, step.selection.names, num_steps, passes)
         forward = sum(cost.forward for cost in costs(model, image).values())
     if step.objective.needs_clean:

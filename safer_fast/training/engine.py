@@ -17,9 +17,9 @@ from safer_fast.attacks.float8_timing import Float8Layers, choose_measured
 from safer_fast.attacks.replayed import ReplayedAttack
 from safer_fast.config.schema import Config, ModelConfig, Names
 from safer_fast.data import Data
-from safer_fast.models.arenas import ParameterArenas, TrainedWeights
+from safer_fast.models.arenas import TrainedWeights
 from safer_fast.models.attention import pin_for
-from safer_fast.models.build import build_model
+from safer_fast.models.build import freeze, prepare
 from safer_fast.models.flops import costs
 from safer_fast.models.lora import Adapters, check_called
 from safer_fast.models.robust_model import compile_blocks, state_of
@@ -49,9 +49,12 @@ class Engine:
         known: Mapping[str, Any] | None = None,
     ) -> None:
         self.config, self.ranks, self._known = config, ranks or Ranks(), known or {}
+        savings = self._savings()
         torch.manual_seed(config.seed)
-        self.model = build_model(
+        self.model, off = prepare(
             self._model_to_build(),
+            runtime.device,
+            savings=savings,
             num_classes=data.num_classes,
             image_size=data.image_size,
             num_channels=data.num_channels,
@@ -59,19 +62,14 @@ class Engine:
             norms=config.selection.norms,
             normalisation=self._known.get("normalisation"),
         )
-        savings = config.runtime.exact_savings
         self.new_layers: list[str] = self._known.get("new_layers", self.model.new_layers)
         """Layers that began as drawn; trained along with what is selected, see `with_new`."""
         notes = [*self.model.notes, *self._note_new()]
         if config.selection.lora_rank:
-            # both read weights past the modules that hold them, and would miss the factors
-            savings = Names(name for name in savings if name not in ("patch-order", "class-token"))
             notes.append("patch-order, class-token: off (selection.lora_rank)")
-        notes += self.model.save(savings, data.image_size)
-        self.model.to(runtime.device)
-        if config.selection.lora_rank:
             image = torch.zeros(1, data.num_channels, data.image_size, data.image_size)
             check_called(self.model, list(self.model.layers), image.to(runtime.device))
+        notes += off
         self.attention = self._pin_attention(data.image_size)
         self.runtime = decide_auto(runtime, config.runtime, self._num_operations(data))
         self.float8 = self._choose_float8(data.image_size, notes)
@@ -81,8 +79,7 @@ class Engine:
             self.notes.append(self.attention.note)
         if self.runtime.is_compiled:
             compile_blocks(self.model)
-        self.stored = runtime.compute_dtype if "stored-bf16" in savings else torch.float32
-        self.arenas = ParameterArenas(self.model.network, self.model.layers, self.stored)
+        self.arenas = freeze(self.model, savings)
         self.adapters: Adapters | None = None
         """What is trained beside the layers selected last, with `selection.lora_rank`."""
         self.replays = self.runtime.replays(self._report)
@@ -187,6 +184,16 @@ class Engine:
             return [f"selection: {shown} is new and trained along with the selected layers"]
         return [f"selection.layers: {shown} is new, and stays as drawn unless named"]
 
+    def _savings(self) -> Names:
+        """Exact savings of the run, without those that low-rank factors exclude.
+
+        These read weights past the modules that hold them, and would miss the factors.
+        """
+        savings = self.config.runtime.exact_savings
+        if not self.config.selection.lora_rank:
+            return savings
+        return Names(name for name in savings if name not in ("patch-order", "class-token"))
+
     def _model_to_build(self) -> ModelConfig:
         """A run that goes on has weights of its own, wherever those are that it began with."""
         if "normalisation" in self._known:
@@ -208,7 +215,7 @@ class Engine:
         if not rank:
             return self.arenas.select(names)
         layers = {name: self.model.layers[name] for name in names}
-        self.adapters = Adapters(self.model.network, layers, rank, self.stored, seed)
+        self.adapters = Adapters(self.model.network, layers, rank, self.arenas.layer_dtype, seed)
         self.replays.forget()  # they call other modules now
         return self.adapters.selection()
 
@@ -260,7 +267,7 @@ class Engine:
         config = self.config
         size = (1, data.num_channels, data.image_size, data.image_size)
         image = torch.zeros(size, device=self.model.mean.device)
-        with self.model.plainly():
+        with self.model.without_savings():
             forward = sum(cost.forward for cost in costs(self.model, image).values())
         passes = config.attack.steps + (2 if config.sam.rho > 0 else 1)
         return config.epochs * data.train.num_images * passes * 2 * forward

@@ -61,7 +61,7 @@ HALF_A_STEP = 2.0**-4  # of e4m3's three bits of mantissa, relative
 def bf16_model() -> RobustModel:
     """A small ViT whose matrices are bf16, as in training."""
     model = build(compute_dtype=torch.bfloat16)
-    model.save(("patch-order", "class-token"), 32)
+    model.enable_savings(("patch-order", "class-token"), 32)
     ParameterArenas(model.network, model.layers, torch.bfloat16)
     return model
 
@@ -346,7 +346,7 @@ def test_an_attack_on_a_gpu_is_near_the_simulated_one(mode: str) -> None:
     simulated.draw = lambda images, epsilon, norm: images
     wanted = simulated(images, labels, EPSILON, STEP_SIZE).clone()
     model = build(compute_dtype=torch.bfloat16)
-    model.save(("patch-order", "class-token"), 32)
+    model.enable_savings(("patch-order", "class-token"), 32)
     model.cuda()
     ParameterArenas(model.network, model.layers, torch.bfloat16)
     weights = LowPrecision(model, fitting(model))

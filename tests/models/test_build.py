@@ -6,9 +6,10 @@ import torch
 from safetensors.torch import save_file
 
 from safer_fast.config.schema import ModelConfig
+from safer_fast.models import families
 from safer_fast.models.arenas import ParameterArenas
-from safer_fast.models.build import build_model
-from safer_fast.models.families import STEM
+from safer_fast.models.build import build_model, freeze, prepare
+from safer_fast.models.families import STEM, VitParts, split_into_blocks
 from safer_fast.models.robust_model import training_mode
 from safer_fast.training.reference import PlainModel
 from tests.support.networks import FAMILIES, UNCUTTABLE, build, images_and_labels
@@ -178,3 +179,61 @@ def test_grey_images_are_normalised_with_the_mean_of_the_channels() -> None:
     model = build_model(config, num_classes=10, image_size=32, num_channels=1)
     assert model.mean.flatten().tolist() == pytest.approx([(0.485 + 0.456 + 0.406) / 3])
     assert model(torch.rand(2, 1, 32, 32)).shape == (2, 10)
+
+
+class OwnNetwork(timm.models.vision_transformer.VisionTransformer):
+    """A ViT with a forward pass that is not timm's."""
+
+    def forward_features(self, x: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        return -super().forward_features(x)
+
+
+class OwnParts(VitParts):
+    """The same function in parts."""
+
+    def tail(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.network.forward_head(-self.network.norm(x))
+        return logits
+
+
+def test_a_family_of_its_own_is_divided_once_it_has_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = OwnNetwork(img_size=32, patch_size=16, embed_dim=48, depth=2, num_heads=3).eval()
+    images, _ = images_and_labels()
+    expected = network(images)
+    assert len(split_into_blocks(network).blocks) == 0
+    name = f"{OwnNetwork.__module__}.{OwnNetwork.__qualname__}"
+    monkeypatch.setitem(families.FAMILIES, name, OwnParts)
+    parts = split_into_blocks(network)
+    x = parts.stem(images)
+    for index in range(len(parts.blocks)):
+        x = parts.block(index, x)
+    assert len(parts.blocks) == 2
+    assert torch.equal(parts.tail(x), expected)
+
+
+@pytest.mark.parametrize("savings", [[], ["patch-order", "class-token", "stored-bf16"]])
+def test_a_prepared_model_is_on_its_device_in_arenas_and_computes_the_same(
+    savings: list[str],
+) -> None:
+    arguments = {"depth": 2, "embed_dim": 48, "num_heads": 3}
+    config = ModelConfig(name="vit_tiny_patch16_224", arguments=arguments)
+    sizes = {"num_classes": 10, "image_size": 32}
+    images, _ = images_and_labels()
+    results = []
+    for prepared in (False, True):
+        torch.manual_seed(0)
+        dtype = torch.bfloat16
+        if prepared:
+            cpu = torch.device("cpu")
+            model, off = prepare(config, cpu, savings=savings, compute_dtype=dtype, **sizes)
+            stored = freeze(model, savings).layer_dtype
+            assert off == []
+            assert not any(parameter.requires_grad for parameter in model.parameters())
+            assert stored == (dtype if savings else torch.float32)
+            assert (model.patch_size is not None) == bool(savings)
+        else:
+            model = build_model(config, compute_dtype=dtype, **sizes)
+        with torch.no_grad():
+            results.append(model(images))
+    assert torch.allclose(results[0], results[1], atol=2e-2)
+    assert torch.equal(results[0], results[1]) or savings

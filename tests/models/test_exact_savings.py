@@ -22,7 +22,7 @@ HEAD_READS_CLASS_TOKENS = {
 
 def build_saving(name: str, savings: tuple[str, ...] = SAVINGS) -> RobustModel:
     model = build(name)
-    model.save(savings, 32)
+    model.enable_savings(savings, 32)
     return model
 
 
@@ -61,7 +61,7 @@ def _fp64_logits(model: RobustModel, pixels: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", [*FAMILIES, UNCUTTABLE])
 def test_savings_that_do_not_apply_are_named(name: str) -> None:
     model = build(name)
-    notes = " ".join(model.save(SAVINGS, 32))
+    notes = " ".join(model.enable_savings(SAVINGS, 32))
     assert ("class-token" in notes) == (name not in HEAD_READS_CLASS_TOKENS)
     assert ("patch-order" in notes) == (name == UNCUTTABLE)
     assert (model.patch_size is None) == (name == UNCUTTABLE)
@@ -76,13 +76,13 @@ def test_a_pooled_head_keeps_all_tokens_of_the_last_block() -> None:
     model = build_model(config, num_classes=10, image_size=32)
     images, _ = images_and_labels()
     before = model(images)
-    assert "class-token" in " ".join(model.save(["class-token"], 32))
+    assert "class-token" in " ".join(model.enable_savings(["class-token"], 32))
     assert torch.equal(model(images), before)
 
 
 def test_images_that_do_not_divide_into_patches_stay_images() -> None:
     model = build()
-    assert model.save(["patch-order"], 30)
+    assert model.enable_savings(["patch-order"], 30)
     assert model.arrange(images_and_labels()[0]).ndim == 4
 
 
@@ -126,7 +126,7 @@ def test_bf16_steps_with_and_without_savings_are_equally_near_to_fp32() -> None:
     results = []
     for savings, dtype in ((SAVINGS, torch.bfloat16), ((), torch.bfloat16), ((), torch.float32)):
         model = build(compute_dtype=dtype)
-        model.save(savings, 32)
+        model.enable_savings(savings, 32)
         step, arenas = make_step(model, ["blocks.2.mlp.fc1", "blocks.3.attn.qkv"])
         step.attack.steps = 0
         run_step(step, images, labels)

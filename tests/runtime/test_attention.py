@@ -60,7 +60,7 @@ def test_the_shape_is_that_of_the_models_attention(family: str, expected: Shape 
 
 def test_a_last_block_for_one_token_does_not_set_the_shape() -> None:
     model = build()
-    model.save(["patch-order", "class-token"], 32)
+    model.enable_savings(["patch-order", "class-token"], 32)
     assert attention_shape(model, 32) == Shape(1, 3, 17, 16)
 
 

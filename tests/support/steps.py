@@ -145,7 +145,7 @@ def assert_near_fp64(
             reference(images.to(dtype), labels, start.to(dtype))
         named = reference.model.network.named_parameters()
         updates[dtype] = {name: parameter.detach() for name, parameter in named}
-    model.save(savings, 32)
+    model.enable_savings(savings, 32)
     step, arenas = make_step(
         model, layers, reuses_prefix="prefix" in savings, **settings, **fast or {}
     )

@@ -51,7 +51,7 @@ def deterministic_algorithms() -> Iterator[None]:
 def make(mode: str, dtype: torch.dtype, **settings: Any) -> tuple[Step, ParameterArenas]:
     """The fast step on the GPU, with everything that makes it fast."""
     model = build(compute_dtype=dtype)
-    model.save(SAVINGS, 32)
+    model.enable_savings(SAVINGS, 32)
     model.cuda()
     recorder = CudaRecorder(torch.device("cuda")) if "captured" in mode else None
     if "compiled" in mode:

@@ -84,7 +84,7 @@ def test_operations_are_those_that_the_method_needs_for_an_image(tmp_path: Path)
     stages = dry_run(config).stages
     image = torch.zeros(1, 1, 8, 8)
     config.output = str(tmp_path / "run")
-    with Trainer(config) as trainer, trainer.model.plainly():
+    with Trainer(config) as trainer, trainer.model.without_savings():
         for stage, passes in zip(stages, (1, 2), strict=True):
             expected = ideal_flops(
                 trainer.model, image, stage.cut, stage.layers, config.attack.steps, passes
@@ -99,7 +99,7 @@ def test_a_loss_that_reads_clean_images_needs_them_in_every_phase(tmp_path: Path
     (plain,) = dry_run(parse_config(flags)).stages
     (trades,) = dry_run(parse_config([*flags, "--objective.name=trades"])).stages
     config = parse_config([*flags, "--output", str(tmp_path / "run")])
-    with Trainer(config) as trainer, trainer.model.plainly():
+    with Trainer(config) as trainer, trainer.model.without_savings():
         parts = costs(trainer.model, torch.zeros(1, 1, 8, 8)).values()
     assert trades.operations["attack"] == plain.operations["attack"] + sum(p.forward for p in parts)
     assert trades.operations["prefix"] == 2 * plain.operations["prefix"] > 0
