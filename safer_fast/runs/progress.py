@@ -1,26 +1,26 @@
-"""Progress of a run, as its checkpoints state it, and the check of what a checkpoint states."""
+"""Progress of a run, as checkpoints store it, and the check of what a checkpoint stores."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypedDict
 
 FORMAT = 1
-"""Of checkpoints; to be raised where one holds something else under the same names."""
+"""Number of the checkpoint format; must be raised when the same names mean something else."""
 
 
 @dataclass(frozen=True)
 class RunProgress:
-    """How far a run has come, in what JSON knows; it changes at points where the run may end.
+    """Progress of a run, in values that JSON has; changes where the run can be resumed.
 
-    epoch: the one in progress, from 1. has_begun: whether its layers are selected. index: steps
-    taken in it; num_steps: steps taken in all. totals: sums of its step lines. selected: layers
-    that are trained, None for every parameter. best: robust and clean accuracy of the best weights,
-    which lie in the file that `best_file` names. num_without_gain: evaluations since they were the
-    best. accuracies: final figures so far. start_file: names the weights at the start of SAFER,
-    from which only the parameters `moved` differ. metrics_size: bytes of metrics.jsonl. audit: what
-    the last audit of a cheaper attack found.
+    epoch: the one in progress, from 1. has_begun: its layers are selected. index: steps taken in
+    it; num_steps: steps taken in all epochs. totals: sums of its step lines. selected: layers that
+    are trained, None for every parameter. best: robust and clean accuracy of the best weights,
+    stored in the companion `best_file`. num_without_gain: evaluations since they became the best.
+    accuracies: rows of final figures so far. start_file: companion with the weights at the start of
+    SAFER, from which only the parameters `moved` differ. metrics_size: bytes of metrics.jsonl.
+    audit: figures of the last audit of a cheaper attack.
     """
 
     epoch: int = 1
@@ -38,24 +38,46 @@ class RunProgress:
     metrics_size: int = 0
     audit: dict[str, float] = field(default_factory=dict)
 
-    def judged(self, accuracies: tuple[float, float], counts: bool) -> dict[str, Any]:
-        """What changes with an evaluation, which counts against patience or does not."""
+    def after_evaluation(self, accuracies: tuple[float, float], counts: bool) -> ProgressChanges:
+        """Changes of progress by an evaluation; counts: one without gain counts against patience.
+
+        accuracies: robust, then clean. The weights are the best if they are as good as the best.
+        """
         gains = accuracies[0] > self.best[0] or not counts
-        changes: dict[str, Any] = {"num_without_gain": 0 if gains else self.num_without_gain + 1}
+        changes: ProgressChanges = {"num_without_gain": 0 if gains else self.num_without_gain + 1}
         if accuracies >= self.best:
-            changes |= {"best": accuracies, "best_file": f"best-{self.num_steps:08d}"}
+            changes.update({"best": accuracies, "best_file": f"best-{self.num_steps:08d}"})
         return changes
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> RunProgress:
-        """What `dataclasses.asdict` and JSON have made of it."""
+        """Read progress back from JSON of its `dataclasses.asdict`."""
         return cls(**{**values, "best": tuple(values["best"])})
 
 
-def check_state(state: Mapping[str, Any]) -> None:
-    """Raises ValueError for what no checkpoint of this format holds, naming the field.
+class ProgressChanges(TypedDict, total=False):
+    """Fields of `RunProgress` that change."""
 
-    A checkpoint without a format was written before formats were counted, in the first.
+    epoch: int
+    has_begun: bool
+    index: int
+    num_steps: int
+    totals: dict[str, float]
+    selected: list[str] | None
+    best: tuple[float, float]
+    best_file: str | None
+    num_without_gain: int
+    accuracies: list[dict[str, Any]]
+    start_file: str | None
+    moved: list[str]
+    metrics_size: int
+    audit: dict[str, float]
+
+
+def check_state(state: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming the field, if a checkpoint's state is not of this format.
+
+    A checkpoint without a format number is one of format 1, from before there were numbers.
     """
     found = state.get("format", 1)
     if found != FORMAT or type(found) is not int:
@@ -76,7 +98,7 @@ def check_state(state: Mapping[str, Any]) -> None:
 
 
 def _is_valid(name: str, value: Any) -> bool:
-    """Whether a field of `Progress`, as JSON has it, can be of a run."""
+    """Return true if a run can have this value, as JSON has it, in a field of `RunProgress`."""
     default = getattr(RunProgress(), name)
     if name == "best":
         return isinstance(value, list) and [type(item) for item in value] == [float, float]

@@ -1,4 +1,4 @@
-"""What `--resume` finds in a run folder, and whether the run that is asked for is that run."""
+"""Search of a run folder for `--resume`: a finished run, or the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from safer_fast.runs.progress import RunProgress, check_state
 from safer_fast.runtime.files import check_no_link
 from safer_fast.runtime.ranks import Ranks
 
-# Settings that change nothing that is computed; data is compared by what it holds, not by where it
-# lies, its backend by what `auto` has come to.
+# Settings that do not change the computed bits. Data is compared by its contents instead of its
+# path, its backend by the one that `auto` has chosen.
 _FREE = {
     "output",
     "resume",
@@ -47,9 +47,9 @@ _FREE_GROUPS, _ROUNDING_GROUP = ("checkpoint.", "log."), "runtime."
 
 @dataclass(frozen=True)
 class Found:
-    """The folder of a run that is over, or a checkpoint to go on from; neither: a run to begin.
+    """Result of `find_run`: a finished run's folder, a checkpoint to resume from, or neither.
 
-    lock: keeps the folder of the run to this process. notes: lines for the run's introduction.
+    lock: keeps other processes out of the run folder. notes: lines for the run's introduction.
     """
 
     finished: Path | None = None
@@ -64,11 +64,10 @@ def find_run(
     lock: RunLock | None = None,
     report: Callable[[str], None] = print,
 ) -> Found:
-    """What `--output` holds; raises ValueError where it is not what `--resume` allows.
+    """Search the folder `--output`; raises ValueError if `--resume` does not allow its contents.
 
-    The first rank looks, once it has the lock: nothing of a run that another process writes is
-    touched. A run of ours that has no checkpoint yet is cleared away by `auto`. A run that is over
-    is one only of its own settings.
+    Rank 0 searches, once it has the lock: a run that another process writes is not touched. With
+    `auto` a run without a checkpoint is removed. A finished run must have the same settings.
     """
     if config.output is None:
         return Found(lock=lock)
@@ -94,15 +93,16 @@ def find_run(
 
 
 def settings_digest(config: Config) -> str:
-    """Hexadecimal digits that tell apart the settings of different results."""
+    """A short hash of all settings that change the results, so that ranks can compare theirs."""
     names = {name: value for name, value in _flat(config.to_dict()).items() if _is_checked(name)}
     return hashlib.blake2b(json.dumps(names).encode(), digest_size=8).hexdigest()
 
 
 def check_settings(stored: Mapping[str, Any], config: Config) -> list[str]:
-    """Lines on settings that differ in rounding only; raises ValueError for any that change more.
+    """Return a line for each changed setting that affects rounding alone.
 
-    stored: `Config.to_dict` of the run, as JSON has it.
+    Raises ValueError for changed settings that affect more. stored: `Config.to_dict` of the run, as
+    JSON has it.
     """
     before, now = _flat(stored), _flat(config.to_dict())
     changes = {
@@ -115,30 +115,30 @@ def check_settings(stored: Mapping[str, Any], config: Config) -> list[str]:
     refused = [text for name, text in changes.items() if _is_checked(name)]
     if refused:
         raise ValueError(f"--resume: expected the settings of the run: {'; '.join(refused)}")
-    return [f"goes on with other rounding: {text}" for text in changes.values()]
+    return [f"resumed with other rounding: {text}" for text in changes.values()]
 
 
-def check_facts(stored: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
-    """Lines on a machine that may round differently; raises ValueError for other data.
+def check_numerics(stored: Mapping[str, Any], numerics: Mapping[str, Any]) -> list[str]:
+    """Return a line for each difference of the machine that may change rounding.
 
-    Both: by name; `data` and `backend` decide what is computed.
+    Raises ValueError for other data. stored, numerics: `numerics_of` the run, and of this process.
     """
     for name in ("data", "backend"):
-        if stored[name] != facts[name]:
+        if stored[name] != numerics[name]:
             flag = "--data.path" if name == "data" else "--data.backend"
             raise ValueError(
                 f"{flag}: expected the data of the run that is resumed ({stored[name]}), "
-                f"got other data ({facts[name]})"
+                f"got other data ({numerics[name]})"
             )
     return [
-        f"goes on with other rounding: {name} {stored.get(name)}, now {facts[name]}"
-        for name in facts
-        if stored.get(name) != facts[name] and name not in ("normalisation", "new_layers")
+        f"resumed with other rounding: {name} {stored.get(name)}, now {numerics[name]}"
+        for name in numerics
+        if stored.get(name) != numerics[name] and name not in ("normalisation", "new_layers")
     ]
 
 
 def _newest(folder: Path, config: Config, report: Callable[[str], None]) -> Checkpoint | None:
-    """The newest usable checkpoint; None where there is none and that is allowed."""
+    """Return the newest usable checkpoint, None if there is none and `--resume` allows that."""
     if config.resume == "never":
         check_output(folder)
         return None
@@ -154,7 +154,7 @@ def _newest(folder: Path, config: Config, report: Callable[[str], None]) -> Chec
     store = CheckpointFolder(folder / CHECKPOINTS, keep=config.checkpoint.keep, report=report)
     try:
         found = store.latest(refuse)
-    except ValueError:  # without the best weights and the whole log the run can go on
+    except ValueError:  # the run can be resumed without the best weights and the whole log
         found = store.latest(_fault_of, spare=("best",))
     finally:
         store.close()
@@ -167,12 +167,12 @@ def _newest(folder: Path, config: Config, report: Callable[[str], None]) -> Chec
 
 
 def _is_finished(folder: Path) -> bool:
-    """Whether the run has written its last line."""
+    """Return true if the run has written its last line."""
     return (folder / CONFIG).is_file() and has_ended(folder / FILE_NAME)
 
 
 def _fault_of(checkpoint: Checkpoint) -> str | None:
-    """The reason why this version cannot read the checkpoint, None if it can."""
+    """Return the reason why this version cannot read the checkpoint, None if it can."""
     try:
         check_state(checkpoint.state)
     except ValueError as error:
@@ -185,7 +185,7 @@ def _metrics_size(checkpoint: Checkpoint) -> int:
 
 
 def _as_found(checkpoint: Checkpoint, needs: dict[str, str], metrics_size: int) -> Checkpoint:
-    """The checkpoint without the best weights if these are lost, and with the log as it is."""
+    """Return the checkpoint with the log's real size, and without best weights that are lost."""
     progress = checkpoint.state["progress"] | {"metrics_size": metrics_size}
     if progress["best_file"] not in (None, *needs):
         progress |= {"best_file": None, "best": list(RunProgress().best)}
@@ -193,7 +193,7 @@ def _as_found(checkpoint: Checkpoint, needs: dict[str, str], metrics_size: int) 
 
 
 def _restore_config(folder: Path, report: Callable[[str], None]) -> None:
-    """run.yaml is whole if the newest checkpoint that can be read has the settings."""
+    """Write a damaged run.yaml again, with the settings of the newest readable checkpoint."""
     try:
         parse_config(["--config", str(folder / CONFIG)])
         return
@@ -209,12 +209,12 @@ def _restore_config(folder: Path, report: Callable[[str], None]) -> None:
 
 
 def _is_checked(name: str) -> bool:
-    """Whether a setting decides what is computed, beyond rounding."""
+    """Return true for a setting that changes the results by more than rounding."""
     return name not in _FREE and not name.startswith((*_FREE_GROUPS, _ROUNDING_GROUP))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by `group.name`, as JSON has them; a dictionary of free names is one setting."""
+    """Flatten settings to `group.name`, as JSON has them; a setting may be a dictionary itself."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping) and not prefix:

@@ -1,4 +1,4 @@
-"""What a run says of itself: its machine, model and data at the start, a line for every epoch."""
+"""Introduction of a run: its machine, model, data, and lines on what is off, as text."""
 
 from __future__ import annotations
 
@@ -11,23 +11,19 @@ import torch
 from safer_fast import __version__
 from safer_fast.config.schema import Config
 from safer_fast.data import Data, describe_subset
-from safer_fast.evaluation.overfitting import AttackGap
 from safer_fast.training.engine import Engine
 from safer_fast.training.schedule import weaknesses
 
-MOST_WAIT = 0.1
-"""Share of an epoch's time above which its line says that it waited for data."""
-
 
 def describe_run(config: Config, engine: Engine, data: Data) -> dict[str, Any]:
-    """Facts by name; `notes` is a list with one line for every fast path that is not live."""
+    """Describe machine, model and data by name; `notes` has lines on what is off or odd."""
     runtime, model = engine.runtime, engine.model
     device = "CPU"
     if runtime.device.type == "cuda":
         device = torch.cuda.get_device_name(runtime.device)
     num_weights = sum(parameter.numel() for parameter in model.parameters())
     num_test = 0 if data.test is None else data.test.num_images
-    largest = -(-data.train.num_images // len(data.train))  # of all ranks together
+    largest = -(-data.train.num_images // len(data.train))  # over all ranks
     notes = [*engine.notes, *data.notes, *weaknesses(config)]
     if data.bad.num_different:
         count = data.bad.num_different
@@ -56,7 +52,7 @@ def describe_run(config: Config, engine: Engine, data: Data) -> dict[str, Any]:
 
 
 def _speed(engine: Engine) -> str:
-    """What makes the step fast here."""
+    """Name the fast paths that a step takes on this machine."""
     ways = ["compiled blocks"] if engine.runtime.is_compiled else []
     ways += ["CUDA graphs"] if engine.runtime.is_captured else []
     if engine.attention is not None:
@@ -68,60 +64,7 @@ def _speed(engine: Engine) -> str:
     return ", ".join(ways) or "as written"
 
 
-def banner(facts: Mapping[str, Any]) -> str:
-    """The facts as lines of text."""
-    lines = [f"{name + ':':<11} {value}" for name, value in facts.items() if name != "notes"]
-    return "\n".join([*lines, *(f"note:       {note}" for note in facts["notes"])])
-
-
-def epoch_line(
-    epoch: int,
-    epochs: int,
-    stage: str,
-    figures: Mapping[str, float],
-    accuracies: Mapping[str, Any],
-    gap: AttackGap | None = None,
-) -> str:
-    """One line on an epoch: training figures, and validation accuracies where they were taken."""
-    validation = ""
-    if accuracies["clean_accuracy"] is not None:
-        validation = (
-            f"  validation clean {accuracies['clean_accuracy']:.3f} "
-            f"robust {accuracies['robust_accuracy']:.3f}"
-        )
-    return (
-        f"epoch {epoch:>3}/{epochs} {stage:<7}  loss {figures['train_loss']:.4f}  "
-        f"train robust {figures['train_robust_accuracy']:.3f}{validation}  "
-        f"epsilon {figures['epsilon']:.4f}  lr {figures['learning_rate']:.2e}  "
-        f"{figures['images_per_second']:.0f} images/s{_trouble(figures, accuracies, gap)}"
-    )
-
-
-def gap_figures(gap: AttackGap | None) -> dict[str, Any]:
-    """What an epoch's event says of catastrophic overfitting, null where it was not looked for."""
-    return {
-        "training_attack_accuracy": None if gap is None else gap.training_attack_accuracy,
-        "pgd_20_accuracy": None if gap is None else gap.pgd_20_accuracy,
-        "catastrophic_overfitting": None if gap is None else gap.is_catastrophic,
-    }
-
-
-def _trouble(
-    figures: Mapping[str, float], accuracies: Mapping[str, Any], gap: AttackGap | None
-) -> str:
-    """What is wrong with an epoch or its data, if anything is."""
-    found = ""
-    if accuracies["num_not_finite"]:
-        found += f"  LOGITS NOT FINITE on {accuracies['num_not_finite']} validation images"
-    if accuracies["gradient_masking"]:
-        found += f"  GRADIENT MASKING suspected ({'; '.join(accuracies['gradient_masking'])})"
-    if gap is not None and gap.is_catastrophic:
-        found += (
-            f"  CATASTROPHIC OVERFITTING (training images: {gap.training_attack_accuracy:.3f} "
-            f"under the training attack, {gap.pgd_20_accuracy:.3f} under PGD-20)"
-        )
-    if figures["data_wait_fraction"] > MOST_WAIT:
-        found += f"  waited {figures['data_wait_fraction']:.0%} for data (data.num_workers?)"
-    if figures["skipped_images"]:
-        found += f"  {figures['skipped_images']:.0f} images left out"
-    return found
+def banner(description: Mapping[str, Any]) -> str:
+    """Format the description of a run as lines of text."""
+    lines = [f"{name + ':':<11} {value}" for name, value in description.items() if name != "notes"]
+    return "\n".join([*lines, *(f"note:       {note}" for note in description["notes"])])

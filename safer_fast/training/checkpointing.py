@@ -129,6 +129,10 @@ class Saver:
                 start = self.store.read_companion(progress.start_file)
             learner.resume(progress, checkpoint.tensors, start)
         self._last_step = progress.num_steps
+        self.log.say(
+            f"resumed from {checkpoint.path}: step {progress.num_steps}, epoch {progress.epoch}, "
+            f"batch {progress.index}"
+        )
 
     def wait(self) -> None:
         """Wait, on all ranks, until everything is written or has failed."""

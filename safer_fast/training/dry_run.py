@@ -1,4 +1,4 @@
-"""What a run would cost: up to 20 steps of each of its stages, timed, and the rest worked out."""
+"""Cost of a run, estimated from up to 20 timed steps of each of its stages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from safer_fast.attacks.radii import radii_at
 from safer_fast.config.attack_names import num_attack_steps
 from safer_fast.config.checks import check_new
 from safer_fast.config.schema import Config
-from safer_fast.data import Batch, Data, Loader, ahead
+from safer_fast.data import Batch, Loader, ahead
 from safer_fast.evaluation.accuracy import evaluate
 from safer_fast.evaluation.overfitting import STRONG_STEPS
 from safer_fast.models.families import STEM
@@ -26,29 +26,29 @@ from safer_fast.models.flops import costs, ideal_flops, matmul_rate
 from safer_fast.runs.resume import Found
 from safer_fast.runtime.ranks import Ranks
 from safer_fast.runtime.timing import DeviceTime
-from safer_fast.training.schedule import Stage, stage_of
+from safer_fast.training.schedule import Stage
 from safer_fast.training.trainer import Trainer
 from safer_fast.training.validation import NUM_IMAGES_SHOWN, attack_shown
 
 NUM_STEPS = 20
 NUM_WARM_UP = 6
-"""Steps that compile and capture; they are not timed where others are."""
+"""First steps, which compile and capture; they are left out of the median if others are taken."""
 MOST_S = 60.0
-"""Of the steps of all stages; each stage takes at least one."""
+"""Seconds that the steps of all stages may take together; each stage takes at least one step."""
 BETWEEN_LINES_S = 10.0
-"""Where no terminal shows a bar."""
+"""Seconds between lines of progress without a terminal."""
 NUM_PROBED_ON_CPU = 8
-"""Images of each rank that layers are scored on, where scoring takes longer than the steps."""
+"""Images of each rank that score layers on a CPU, where scoring may take longer than the steps."""
 LONG_STEP_S = 10.0
-"""What an evaluation of a batch may take; it is one of fewer images where steps take longer."""
+"""Seconds that an evaluation may take; it gets fewer images than a batch if steps take longer."""
 NUM_SHOWN = 4
 
 
 @dataclass(frozen=True)
 class StageCost:
-    """One stage: its layers, the median step, operations per image of each phase, memory.
+    """Cost of a stage: its layers, median step, operations per image of each phase, peak memory.
 
-    num_taken: steps that were taken to find that out.
+    num_taken: steps that were timed.
     """
 
     name: str
@@ -63,20 +63,25 @@ class StageCost:
 
     @property
     def duration_s(self) -> float:
+        """Seconds of all steps of the stage."""
         return self.num_steps * self.step_s
 
     @property
     def images_per_second(self) -> float:
+        """Images that all ranks train on per second."""
         return self.batch_size / self.step_s
 
     def mfu(self, rate: float) -> float:
-        """Share of `rate`, operations per second, that the method's operations are done at."""
+        """Model FLOP utilisation: the method's operations per second, over `rate`."""
         return sum(self.operations.values()) * self.images_per_second / rate
 
 
 @dataclass(frozen=True)
 class RunCost:
-    """All stages, seconds of all evaluations, and operations per second of a matrix product."""
+    """Cost of a run: its stages, seconds of all evaluations, and the rate of a matrix product.
+
+    matmul_rate: operations per second.
+    """
 
     stages: list[StageCost]
     evaluation_s: float
@@ -84,25 +89,27 @@ class RunCost:
 
     @property
     def num_steps(self) -> int:
+        """Steps of all stages."""
         return sum(stage.num_steps for stage in self.stages)
 
     @property
     def training_s(self) -> float:
+        """Seconds of all steps."""
         return sum(stage.duration_s for stage in self.stages)
 
     @property
     def duration_s(self) -> float:
+        """Seconds of all steps and evaluations."""
         return self.training_s + self.evaluation_s
 
 
 def dry_run(config: Config, ranks: Ranks | None = None, notes: Iterable[str] = ()) -> RunCost:
-    """Prints what the run would cost, after 20 steps of each stage or a minute of them; leaves
-    nothing behind.
+    """Estimate and print the cost of a run, from 20 steps of each stage or a minute of them.
 
-    Steps run at full epsilon, so clean epochs will take less, and include the wait for data.
-    Selection is that of the weights the run starts with: layers may differ from those of the run.
-    What happens once in a while is left out: compiling, capturing, selecting layers. On a CPU
-    layers are selected by fewer images than those of the run. notes: see `train_model`.
+    Leaves no files. Steps run at full epsilon, so clean epochs take less, and include the wait for
+    data. Layers are selected by the weights that the run starts with, on a CPU by fewer images than
+    in the run, so they may differ from those of the run. Compiling, capturing and selecting layers
+    are left out of the estimate. notes: see `train_model`.
     """
     check_new(config)
     ranks = ranks or Ranks()
@@ -112,7 +119,7 @@ def dry_run(config: Config, ranks: Ranks | None = None, notes: Iterable[str] = (
             _as_tried(config, Path(folder) / "run", ranks), ranks, Found(notes=tuple(notes))
         ) as trainer,
     ):
-        planned = _stages(config)
+        planned = trainer.plan.stages
         stages = [_cost_of(trainer, stage, MOST_S / len(planned)) for stage in planned]
         trainer.log.say("evaluation: of one batch")
         rate = matmul_rate(trainer.runtime.device, trainer.runtime.compute_dtype)
@@ -123,7 +130,7 @@ def dry_run(config: Config, ranks: Ranks | None = None, notes: Iterable[str] = (
 
 
 def table(cost: RunCost) -> str:
-    """The figures as lines of text."""
+    """Format the cost as lines of text."""
     lines = [line for stage in cost.stages for line in _lines_of(stage, cost.matmul_rate)]
     end = datetime.now() + timedelta(seconds=cost.duration_s)
     return "\n".join(
@@ -137,49 +144,40 @@ def table(cost: RunCost) -> str:
     )
 
 
-def passes_of_evaluation(config: Config, data: Data) -> int:
+def passes_of_evaluation(trainer: Trainer) -> int:
     """Forward passes of one image that all evaluations of the run amount to.
 
     An iteration of an attack counts as two: gradients of pixels take about as long as the pass.
     """
+    config, data, plan = trainer.config, trainer.data, trainer.plan
     num_validation = _num_evaluated(data.validation, config.evaluation.max_images)
-    every, last = config.evaluation.every_epochs, config.epochs
-    epochs = [epoch for epoch in range(1, last + 1) if epoch % every == 0 or epoch == last]
+    epochs = range(1, config.epochs + 1)
+    evaluated = [epoch for epoch in epochs if plan.evaluates_after(epoch)]
     num_watched = min(config.evaluation.sentinel_images, data.train.num_images)
     watched = 2 * (config.attack.steps + STRONG_STEPS + 1) if config.attack.steps else 0
-    num_times = sum(radii_at(config.attack, epoch)[0] > 0 for epoch in epochs)
+    num_times = sum(radii_at(config.attack, epoch)[0] > 0 for epoch in evaluated)
     final = _num_evaluated(data.test or data.validation) * _passes(config.evaluation.attacks)
     # final figures are those of the start of SAFER, of the best and of the last weights
-    during = len(epochs) * num_validation * _passes(_attacks_during(config))
-    shown = _num_galleries(config) * min(
-        NUM_IMAGES_SHOWN, (data.test or data.validation).num_images
+    during = len(evaluated) * num_validation * _passes(_attacks_during(config))
+    # a gallery at each selection of layers, and one at the end
+    num_galleries = 1 + sum(
+        plan.selects_before(epoch) and plan.stage_of(epoch).name == "safer" for epoch in epochs
     )
+    shown = num_galleries * min(NUM_IMAGES_SHOWN, (data.test or data.validation).num_images)
     gallery = shown * 2 * (num_attack_steps(attack_shown(config.evaluation)) + 1)
     return during + num_times * num_watched * watched + 3 * final + gallery
 
 
-def _num_galleries(config: Config) -> int:
-    """One at each selection, and one at the end."""
-    stages = [(epoch, stage_of(config, epoch)) for epoch in range(1, config.epochs + 1)]
-    every = config.selection.every_epochs
-    return 1 + sum(s.name == "safer" and s.selects_at(epoch, every) for epoch, s in stages)
-
-
 def _num_evaluated(loader: Loader, max_images: int | None = None) -> int:
-    """Images that an evaluation computes, those that fill batches up included."""
+    """Number of images that an evaluation computes, with the padding of batches."""
     limit = loader.num_images if max_images is None else max_images
     smaller, num_larger = divmod(loader.num_images, len(loader))
     starts = accumulate((smaller + (index < num_larger) for index in range(len(loader))), initial=0)
     return loader.batch_size * sum(start < limit for start in islice(starts, len(loader)))
 
 
-def _stages(config: Config) -> list[Stage]:
-    first, last = stage_of(config, 1), stage_of(config, config.epochs)
-    return [last] if first == last else [first, last]
-
-
 def _as_tried(config: Config, output: Path, ranks: Ranks) -> Config:
-    """The configuration of a run that selects layers quickly."""
+    """Return the settings for the dry run, which selects layers by fewer images on a CPU."""
     selection = config.selection
     if config.runtime.device == "cpu" or not torch.cuda.is_available():
         most = NUM_PROBED_ON_CPU * ranks.num_ranks
@@ -208,9 +206,9 @@ def _cost_of(trainer: Trainer, stage: Stage, most_s: float) -> StageCost:
 
 
 def _step_times(trainer: Trainer, stage: Stage, most_s: float) -> list[float]:
-    """Seconds of each step at full epsilon, one right after the other as in a run.
+    """Time steps at full epsilon, back to back as in a run; return the seconds of each.
 
-    As many steps as fit into `most_s`; those that compile and capture do not count.
+    Takes as many steps as fit into `most_s`; those that compile and capture do not count.
     """
     num_batches, device = len(trainer.data.train), trainer.runtime.device
     attack, runtime = trainer.config.attack, trainer.runtime
@@ -221,7 +219,7 @@ def _step_times(trainer: Trainer, stage: Stage, most_s: float) -> list[float]:
     for index, batch in enumerate(trainer.log.bar(batches, NUM_STEPS, f"{stage.name} steps"), 1):
         trainer.take_step(full_epoch, (index - 1) % num_batches, num_batches, batch)
         moments.append(DeviceTime(device))
-        if index <= NUM_WARM_UP + 1:  # steps to come are not waited for: they overlap as in a run
+        if index <= NUM_WARM_UP + 1:  # later steps are not waited for: they overlap as in a run
             fitting = _num_fitting(_seconds_between(moments)[least - 1 :], most_s)
             num_steps = trainer.ranks.share(min(NUM_STEPS, max(index, least - 1 + fitting)))
         if is_due := time.monotonic() - shown_s > BETWEEN_LINES_S:
@@ -238,7 +236,7 @@ def _seconds_between(moments: Sequence[DeviceTime]) -> list[float]:
 
 
 def _num_fitting(times: Sequence[float], most_s: float) -> int:
-    """How many steps fit into `most_s`, by the last of those that were taken."""
+    """Number of steps that fit into `most_s`, if each takes as long as the last one."""
     if not times:
         return NUM_STEPS
     return len(times) + int(max(most_s - sum(times), 0.0) / max(times[-1], 1e-9))
@@ -250,12 +248,12 @@ def _endless(trainer: Trainer, first_epoch: int) -> Iterator[Batch]:
 
 
 def _operations(trainer: Trainer) -> dict[str, float]:
-    """What the method needs for one image; losses that read clean images too run on two."""
+    """Operations per image of each phase; losses that also read clean images need two passes."""
     step, data, model = trainer.step, trainer.data, trainer.model
     size = (1, data.num_channels, data.image_size, data.image_size)
     image = torch.zeros(size, device=trainer.runtime.device)
     num_steps, passes = step.attack.steps, 2 if step.sam.rho > 0 else 1
-    # compiled code may pass by the hooks that see every layer
+    # hooks on layers may not be called by compiled code
     with model.without_savings(), torch.compiler.set_stance("force_eager"):
         phases = ideal_flops(model, image, step.cut, step.selection.names, num_steps, passes)
         forward = sum(cost.forward for cost in costs(model, image).values())
@@ -267,9 +265,9 @@ def _operations(trainer: Trainer) -> dict[str, float]:
 
 
 def _evaluation_seconds(trainer: Trainer, stage: StageCost) -> float:
-    """Seconds of all evaluations, by the second of two of a batch: the first may compile.
+    """Estimate the seconds of all evaluations from the second of two on a batch: one may compile.
 
-    Where steps take long, by one of some of its images.
+    Where steps take long, from a single evaluation of fewer images.
     """
     config, data = trainer.config, trainer.data
     threat = ThreatModel(config.attack.norm, float(config.attack.epsilon))
@@ -284,16 +282,16 @@ def _evaluation_seconds(trainer: Trainer, stage: StageCost) -> float:
         evaluate(trainer.model, iter([batch]), attacks, threat, micro_batch=parts)
         elapsed = time.perf_counter() - started
     num_passes = len(batch.labels) * _passes(attacks)
-    return elapsed * passes_of_evaluation(config, data) / num_passes
+    return elapsed * passes_of_evaluation(trainer) / num_passes
 
 
 def _attacks_during(config: Config) -> list[str]:
-    """What the validation split is evaluated under while training goes on."""
+    """Attacks on the validation split during training."""
     return ["clean", f"pgd-{config.evaluation.steps}"]
 
 
 def _passes(attacks: list[str]) -> int:
-    """Forward passes that each image takes under these attacks, see `passes_of_evaluation`."""
+    """Forward passes that an image takes under these attacks, see `passes_of_evaluation`."""
     return sum(1 + 2 * num_attack_steps(name) for name in attacks)
 
 
@@ -316,5 +314,5 @@ def _lines_of(stage: StageCost, rate: float) -> list[str]:
 
 
 def _clock(seconds: float) -> str:
-    """Hours, minutes and seconds."""
+    """Format seconds as hours, minutes and seconds."""
     return str(timedelta(seconds=round(seconds)))

@@ -1,4 +1,4 @@
-"""Before the first step: everything a run is made of, checked, built, and put in its folder."""
+"""Preparation of a run: settings and data are checked, the model is built, the folder is made."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from safer_fast.runs.lock import RunLock
 from safer_fast.runs.loggers.run_log import RunLog
 from safer_fast.runs.loggers.wandb import check_wandb
 from safer_fast.runs.progress import RunProgress
-from safer_fast.runs.resume import Found, check_facts, check_settings, settings_digest
+from safer_fast.runs.resume import Found, check_numerics, check_settings, settings_digest
 from safer_fast.runtime.device import prepare_runtime
 from safer_fast.runtime.ranks import Ranks
 from safer_fast.selection.candidates import candidates, match_layers
@@ -31,21 +31,22 @@ from safer_fast.training.optimizers import build_optimizer
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """What `set_up` has made; `facts` decide the bits that are computed, besides the settings."""
+    """Parts of a run, as `set_up` makes them; `numerics`: see `numerics_of`."""
 
     data: Data
     engine: Engine
     folder: Path
     log: RunLog
     progress: RunProgress
-    facts: dict[str, Any]
+    numerics: dict[str, Any]
 
 
 def set_up(config: Config, ranks: Ranks, found: Found) -> PreparedRun:
-    """The run is ready and has introduced itself; its weights are those that it once began with.
+    """Check settings and data, build the model, make the run folder, and print the introduction.
 
-    found: the checkpoint to go on from, if any, and the lock of the folder. Raises ValueError for
-    everything that a user can get wrong, before the run folder is made.
+    The weights are those of the start, also in a resumed run. found: the checkpoint to resume from,
+    if any, and the lock of the folder. Raises ValueError for mistakes of a user, before the run
+    folder is made.
     """
     if config.log.wandb:
         check_wandb()
@@ -69,14 +70,14 @@ def set_up(config: Config, ranks: Ranks, found: Found) -> PreparedRun:
     ranks.check_same(data.fingerprint, "--data.path", "images, labels and classes")
     shape = data.num_channels, data.image_size, data.image_size
     check_ball(config.attack.norm, config.attack.epsilon, config.attack.step_size, shape=shape)
-    data.bad.report = tqdm.write  # up to here all ranks have looked at the same images
-    known = stored.get("facts")
-    engine = Engine(config, runtime, data, ranks, known)
+    data.bad.report = tqdm.write  # from here on ranks read different images
+    resumed_numerics = stored.get("facts")
+    engine = Engine(config, runtime, data, ranks, resumed_numerics)
     check_fit(config, engine, data)
     if checkpoint is None:
         check_patches(engine.model.network, data.image_size)
-    facts = numerics_of(engine, data)
-    notes += check_facts(known, facts) if known else []
+    numerics = numerics_of(engine, data)
+    notes += check_numerics(resumed_numerics, numerics) if resumed_numerics else []
     ranks.check_alike(engine.arenas.master, "at the start")
     described = describe_run(config, engine, data)
     described["notes"] += notes
@@ -88,14 +89,14 @@ def set_up(config: Config, ranks: Ranks, found: Found) -> PreparedRun:
     else:
         folder, progress = checkpoint.path.parent.parent, RunProgress.read(stored["progress"])
         log = RunLog(folder, ranks, progress.metrics_size, shown)
-        if not progress.metrics_size:  # of a log that was lost
+        if not progress.metrics_size:  # the log was lost
             log.write("run", epoch=0, step=0, **described)
     log.say(banner(described))
-    return PreparedRun(data, engine, folder, log, progress, facts)
+    return PreparedRun(data, engine, folder, log, progress, numerics)
 
 
 def check_fit(config: Config, engine: Engine, data: Data) -> None:
-    """Raises ValueError for settings that fit no model, or not this one, or not so many ranks."""
+    """Raise ValueError for settings that do not fit the model, the data, or the number of ranks."""
     selection, num_ranks = config.selection, engine.ranks.num_ranks
     candidates(engine.model, selection.from_block, selection.candidates)
     if selection.layers is not None:
@@ -115,7 +116,7 @@ def check_fit(config: Config, engine: Engine, data: Data) -> None:
 
 
 def numerics_of(engine: Engine, data: Data) -> dict[str, Any]:
-    """What decides the bits that are computed, besides the settings, by name."""
+    """Everything but settings that decides the computed bits, by name, as checkpoints store it."""
     device, model = engine.runtime.device, engine.model
     return {
         "data": data.fingerprint,
@@ -132,7 +133,7 @@ def numerics_of(engine: Engine, data: Data) -> dict[str, Any]:
 
 
 def make_folder(config: Config, data_name: str, ranks: Ranks, lock: RunLock | None = None) -> Path:
-    """The folder of a new run with its run.yaml, made by the first rank and known to all."""
+    """Make the folder of a new run, with its run.yaml, on rank 0; return its path on all ranks."""
     made = None
     if ranks.is_first:
         folder = create_run_folder(config, data_name, lock)
@@ -142,4 +143,4 @@ def make_folder(config: Config, data_name: str, ranks: Ranks, lock: RunLock | No
 
 
 def _say_nothing(_: str) -> None:
-    """The first rank says the same."""
+    """Drop a line that rank 0 prints."""

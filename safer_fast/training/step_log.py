@@ -1,4 +1,4 @@
-"""The figures of training steps: taken from the device in one go, summed up, written, shown."""
+"""Training figures: step and epoch lines of metrics.jsonl, and of the terminal."""
 
 from __future__ import annotations
 
@@ -7,36 +7,42 @@ from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
-import torch
-
-from safer_fast.data import Batch
+from safer_fast.attacks.radii import radii_at
+from safer_fast.config.schema import Config
+from safer_fast.data import Batch, Data
+from safer_fast.evaluation.accuracy import Accuracy
+from safer_fast.evaluation.overfitting import AttackGap
 from safer_fast.runs.loggers.run_log import RunLog
-from safer_fast.runtime.ranks import Ranks
 from safer_fast.runtime.timing import DataWait
+from safer_fast.training.engine import Engine
 from safer_fast.training.health import health_figures
+from safer_fast.training.schedule import Stage
 from safer_fast.training.step import Step
+from safer_fast.training.validation import validation_figures
 
 STAGES = ("data", "attack", "ascent", "descent", "update")
+MOST_WAIT = 0.1
+"""Share of an epoch's time above which its line says that it waited for data."""
 
 
 class TrainingLog:
-    """Step lines of metrics.jsonl, and what a terminal or a log shows of them.
+    """Writes the step and epoch lines of a run to its log.
 
-    num_steps: those of the whole run, which tell how long it will still take. num_images: those of
-    this rank in the epoch so far.
+    num_images: images of this rank in the epoch so far.
     """
 
-    def __init__(self, log: RunLog, ranks: Ranks, device: torch.device, num_steps: int) -> None:
-        self.log, self.ranks, self.device, self.num_steps = log, ranks, device, num_steps
+    def __init__(self, config: Config, log: RunLog, engine: Engine, data: Data) -> None:
+        self.config, self.log, self.engine, self.data = config, log, engine, data
+        self.num_steps = config.epochs * len(data.train)
         self._steps_taken, self._seconds, self.num_images = 0, 0.0, 0
 
     def begin_epoch(self) -> None:
-        """Times count from here on."""
-        self._waits, self._logged = DataWait(self.device), time.monotonic()
+        """Start the clock of the epoch, and its count of images."""
+        self._waits, self._logged = DataWait(self.engine.runtime.device), time.monotonic()
         self.num_images = 0
 
     def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches of an epoch; it is noticed how long each is waited for."""
+        """Pass batches on; count their images, and time the wait for each."""
         for batch in self._waits.watch(batches):
             self.num_images += batch.num_images
             yield batch
@@ -44,10 +50,10 @@ class TrainingLog:
     def write(
         self, step: Step, epoch: int, num_steps: int, learning_rate: float, is_last: bool
     ) -> dict[str, float]:
-        """Writes what the steps since the last line have summed up to, and gives these sums.
+        """Write a line on the steps since the last one; return their sums.
 
-        The only place of the training loop that waits for the device. is_last: whether a line about
-        the epoch follows.
+        The only place in the training loop that waits for the device. is_last: the line of the
+        epoch follows.
         """
         sums = self._take(step)
         figures = step_figures(sums, step.health.is_sharpness_aware)
@@ -65,8 +71,41 @@ class TrainingLog:
         self.log.show(line, shown, only_on_terminals=is_last)
         return sums
 
+    def epoch_figures(self, step: Step, epoch: int, totals: Mapping[str, float]) -> dict[str, Any]:
+        """Training figures of an epoch, from the sums of its step lines; see `epoch_figures`."""
+        return epoch_figures(
+            totals,
+            epsilon=radii_at(self.config.attack, epoch)[0],
+            num_images=self.data.train.num_images,
+            peak_memory_mib=self.engine.runtime.peak_memory_mib(),
+            is_sharpness_aware=step.health.is_sharpness_aware,
+        )
+
+    def end_epoch(
+        self,
+        stage: Stage,
+        epoch: int,
+        num_steps: int,
+        figures: Mapping[str, Any],
+        accuracies: tuple[Accuracy, Accuracy] | None,
+        gap: AttackGap | None,
+    ) -> None:
+        """Write the line of an epoch.
+
+        figures: of training. accuracies: clean and robust, on the validation split, None where it
+        was not evaluated. gap: the check for catastrophic overfitting, None without.
+        """
+        of_images = self.data.validation.num_images
+        clean, robust = accuracies or (None, None)
+        validation = validation_figures(clean, robust, of_images)
+        values = {**figures, **validation, **gap_figures(gap)}
+        self.log.write("epoch", epoch=epoch, step=num_steps, **values)
+        epochs = self.config.epochs
+        self.log.say(epoch_line(epoch, epochs, stage.name, figures, validation, gap))
+
     def _take(self, step: Step) -> dict[str, float]:
-        sums = step.health.sums.take(self.ranks.sum_)
+        """Sums of the steps since the last line, with their times; resets them."""
+        sums = step.health.sums.take(self.engine.ranks.sum_)
         sums["steps"] = sums["skipped"] + sums["taken"]
         now = time.monotonic()
         sums |= {"waited": self._waits.take(), "seconds": now - self._logged}
@@ -76,8 +115,8 @@ class TrainingLog:
 
 
 def step_figures(sums: Mapping[str, float], is_sharpness_aware: bool) -> dict[str, Any]:
-    """What metrics.jsonl says of the steps that have summed up to this."""
-    counted = max(sums["images"], 1)  # none where all of them were left out
+    """Compute the figures of a step line from the sums of its steps."""
+    counted = max(sums["images"], 1)  # there are none if all were unreadable
     return {
         "loss": sums["loss"] / counted,
         "robust_accuracy": sums["correct"] / counted,
@@ -89,7 +128,7 @@ def step_figures(sums: Mapping[str, float], is_sharpness_aware: bool) -> dict[st
 
 
 def stage_times(sums: Mapping[str, float]) -> dict[str, float]:
-    """Mean milliseconds of a step's stages; data: what it waited for its batch.
+    """Mean milliseconds of a step's stages; data: the wait for its batch.
 
     ascent: the first pass, with the prefix, and the perturbation; descent: the second pass, or the
     only one.
@@ -106,10 +145,9 @@ def epoch_figures(
     peak_memory_mib: float,
     is_sharpness_aware: bool,
 ) -> dict[str, Any]:
-    """The training figures of an epoch of `num_images` images, from the sums of its step lines.
+    """Compute the training figures of an epoch of `num_images` images from its summed step lines.
 
-    Every image comes once: those that no step has counted could not be read. Raises ValueError
-    where that is all of them.
+    Images that no step has counted were unreadable. Raises ValueError if all were.
     """
     if not totals["images"]:
         raise ValueError(
@@ -133,3 +171,56 @@ def epoch_figures(
         **health,
         "stage_ms": stage_times(totals),
     }
+
+
+def gap_figures(gap: AttackGap | None) -> dict[str, Any]:
+    """Figures on catastrophic overfitting of an epoch's event, null without a check."""
+    return {
+        "training_attack_accuracy": None if gap is None else gap.training_attack_accuracy,
+        "pgd_20_accuracy": None if gap is None else gap.pgd_20_accuracy,
+        "catastrophic_overfitting": None if gap is None else gap.is_catastrophic,
+    }
+
+
+def epoch_line(
+    epoch: int,
+    epochs: int,
+    stage: str,
+    figures: Mapping[str, float],
+    accuracies: Mapping[str, Any],
+    gap: AttackGap | None = None,
+) -> str:
+    """Format the line of an epoch: training figures, validation accuracies if any, warnings."""
+    validation = ""
+    if accuracies["clean_accuracy"] is not None:
+        validation = (
+            f"  validation clean {accuracies['clean_accuracy']:.3f} "
+            f"robust {accuracies['robust_accuracy']:.3f}"
+        )
+    return (
+        f"epoch {epoch:>3}/{epochs} {stage:<7}  loss {figures['train_loss']:.4f}  "
+        f"train robust {figures['train_robust_accuracy']:.3f}{validation}  "
+        f"epsilon {figures['epsilon']:.4f}  lr {figures['learning_rate']:.2e}  "
+        f"{figures['images_per_second']:.0f} images/s{_trouble(figures, accuracies, gap)}"
+    )
+
+
+def _trouble(
+    figures: Mapping[str, float], accuracies: Mapping[str, Any], gap: AttackGap | None
+) -> str:
+    """Warnings about an epoch or its data."""
+    found = ""
+    if accuracies["num_not_finite"]:
+        found += f"  LOGITS NOT FINITE on {accuracies['num_not_finite']} validation images"
+    if accuracies["gradient_masking"]:
+        found += f"  GRADIENT MASKING suspected ({'; '.join(accuracies['gradient_masking'])})"
+    if gap is not None and gap.is_catastrophic:
+        found += (
+            f"  CATASTROPHIC OVERFITTING (training images: {gap.training_attack_accuracy:.3f} "
+            f"under the training attack, {gap.pgd_20_accuracy:.3f} under PGD-20)"
+        )
+    if figures["data_wait_fraction"] > MOST_WAIT:
+        found += f"  waited {figures['data_wait_fraction']:.0%} for data (data.num_workers?)"
+    if figures["skipped_images"]:
+        found += f"  {figures['skipped_images']:.0f} images left out"
+    return found

@@ -76,8 +76,11 @@ class Validator:
         )
         return clean, robust
 
-    def finally_(self, weights: str, source: Tensor) -> list[dict[str, Any]]:
-        """The final figures of what is called `weights`, on the test split if there is one."""
+    def final_accuracies(self, weights: str, source: Tensor) -> list[dict[str, Any]]:
+        """Evaluate weights under the final attacks, on the test split if there is one.
+
+        weights: their name in the rows that are returned, one for each attack.
+        """
         loader = self.data.test or self.data.validation
         split = "test" if self.data.test is not None else "validation"
         attacks = self.config.evaluation.attacks

@@ -21,7 +21,7 @@ def killed(once: Any, server: Server, flags: list[str]) -> Path:
     """A run that was killed when it was about to export its weights."""
 
     def train(folder: Path) -> None:
-        kill = Moment("safer_fast.training.trainer.export_model")
+        kill = Moment("safer_fast.training.results.export_model")
         assert server.train(folder, flags, kill).status == -signal.SIGKILL
 
     return Path(once("killed-before-export", train))

@@ -103,6 +103,16 @@ def test_the_top_holds_the_commands_alone_and_no_folder_is_crowded() -> None:
         assert (folder / "__init__.py").is_file(), folder
 
 
+def test_the_trainer_is_a_loop_that_others_do_the_work_of() -> None:
+    """At most 15 modules of the package imported, and 20 methods."""
+    path = PACKAGE / "training" / "trainer.py"
+    assert len(GRAPH["safer_fast.training.trainer"]) <= 15
+    (trainer,) = (
+        node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)
+    )
+    assert sum(isinstance(node, ast.FunctionDef) for node in trainer.body) <= 20
+
+
 def test_libraries_are_known_in_their_own_files_alone() -> None:
     for path in MODULES.values():
         where = path.relative_to(PACKAGE if path.is_relative_to(PACKAGE) else ROOT).as_posix()

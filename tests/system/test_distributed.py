@@ -601,7 +601,7 @@ def signal_before(method: str, call: int, ranks: tuple[int, ...], times: int = 1
         (2, "take_step", 10, (0,)),
         (3, "take_step", 10, (0, 1, 2)),
         (2, "choose", 2, (1,)),
-        (2, "_finally", 2, (1,)),
+        (2, "_log_final_accuracies", 2, (1,)),
     ],
 )
 def test_a_signal_to_any_rank_stops_all_after_the_same_step(
@@ -645,7 +645,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     assert_status(143, endings)
     endings = training(after, [*flags, "--resume=must"]).endings()
     assert_status(0, endings)
-    assert f"goes on with other rounding: ranks {before}, now {after}" in endings[0].output
+    assert f"resumed with other rounding: ranks {before}, now {after}" in endings[0].output
     alone = runs("adamw", 1)[1]
     assert difference(folder, alone) < RUNS["adamw"][1]
     assert_near(events_of(folder)[1:], events_of(alone)[1:])

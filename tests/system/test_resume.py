@@ -42,6 +42,7 @@ from tests.support.kills import (
 )
 from tests.system.soak import WITH_BATCH_NORMS, cut_in_half, flip_a_bit, soak
 
+SELECTOR = "safer_fast.training.selecting.LayerSelector"
 TRAINER, STEP = "safer_fast.training.trainer.Trainer", "safer_fast.training.step.Step"
 FOLDER = "safer_fast.runs.checkpoints.folder.CheckpointFolder"
 TERM, INT = partial(send, signal.SIGTERM), partial(send, signal.SIGINT)
@@ -186,24 +187,24 @@ KILLS: dict[str, list[Moment | Patch]] = {
     ],
     "between the stages": [
         Moment(f"{TRAINER}._start_safer"),
-        Moment(f"{TRAINER}._finally", is_after=True),
+        Moment(f"{TRAINER}._log_final_accuracies", is_after=True),
         Moment(f"{FOLDER}.save_companion"),
         Moment(f"{TRAINER}._start_safer", is_after=True),
         Moment("safer_fast.selection.scoring.store_mean_gradients"),
         Moment("safer_fast.selection.scoring.loss_rises"),
         Moment("safer_fast.selection.sharpness.restore_", call=3),
-        Moment(f"{TRAINER}._select", is_after=True),
-        Moment(f"{TRAINER}._new"),
+        Moment(f"{SELECTOR}.select", is_after=True),
+        Moment(f"{SELECTOR}.changes"),
         Moment(f"{TRAINER}.begin_epoch", is_after=True),
     ],
     "in SAFER": [
         Moment(f"{STEP}.ascend", call=2),
         Moment(f"{STEP}.ascend", call=2, is_after=True),
         Moment(f"{STEP}.update", call=2, is_after=True),
-        Moment(f"{TRAINER}._select", call=1),
+        Moment(f"{SELECTOR}.select", call=1),
         Moment(f"{TRAINER}.choose", call=1, is_after=True),
         Moment(f"{STEP}.update", call=2),
-        Moment(f"{TRAINER}._select", call=1, is_after=True),
+        Moment(f"{SELECTOR}.select", call=1, is_after=True),
     ],
     "while checkpoints are written": [
         Moment(f"{FOLDER}._write_checkpoint", call=3),
@@ -228,14 +229,14 @@ KILLS: dict[str, list[Moment | Patch]] = {
     ],
     "at the end": [
         Moment(f"{TRAINER}.finish"),
-        Moment("safer_fast.training.validation.Validator.finally_", call=1),
-        Moment("safer_fast.training.validation.Validator.finally_", call=2),
-        Moment(f"{TRAINER}._finally", call=2, is_after=True),
+        Moment("safer_fast.training.validation.Validator.final_accuracies", call=1),
+        Moment("safer_fast.training.validation.Validator.final_accuracies", call=2),
+        Moment(f"{TRAINER}._log_final_accuracies", call=2, is_after=True),
         Moment("safer_fast.models.weights_file.save_weights", is_after=True),
         Moment("safer_fast.runtime.files.save_json"),
         Moment("safer_fast.runtime.files.save_json", is_after=True),
-        Moment("safer_fast.training.trainer.export_model", is_after=True),
-        Moment("safer_fast.training.trainer.write_report"),
+        Moment("safer_fast.training.results.export_model", is_after=True),
+        Moment("safer_fast.training.results.write_report"),
     ],
 }  # fmt: skip
 
@@ -343,14 +344,18 @@ STOPS: list[tuple[Moment | Patch, signal.Signals, int]] = [
     (Moment(f"{TRAINER}._log_step", call=1, is_after=True, act=TERM), signal.SIGTERM, 4),
     (Moment("safer_fast.evaluation.accuracy.attack_by_name", call=1, act=INT), signal.SIGINT, 4),
     (Moment(f"{TRAINER}._keep_best", is_after=True, act=TERM), signal.SIGTERM, 4),
-    (Moment(f"{TRAINER}._finally", call=1, act=INT), signal.SIGINT, 8),
+    (Moment(f"{TRAINER}._log_final_accuracies", call=1, act=INT), signal.SIGINT, 8),
     (Moment(f"{TRAINER}._start_safer", is_after=True, act=TERM), signal.SIGTERM, 8),
     (Moment("safer_fast.selection.scoring.loss_rises", act=INT), signal.SIGINT, 8),
-    (Moment(f"{TRAINER}._select", is_after=True, act=TERM), signal.SIGTERM, 8),
+    (
+        Moment(f"{SELECTOR}.select", is_after=True, act=TERM),
+        signal.SIGTERM,
+        8,
+    ),
     (Moment(f"{STEP}.ascend", call=3, act=INT), signal.SIGINT, 11),
     (Moment("safer_fast.selection.sharpness.restore_", call=2, act=TERM), signal.SIGTERM, 12),
-    (Moment(f"{TRAINER}._finally", call=1, act=INT), signal.SIGINT, 20),
-    (Moment(f"{TRAINER}._finally", call=2, act=TERM), signal.SIGTERM, 20),
+    (Moment(f"{TRAINER}._log_final_accuracies", call=1, act=INT), signal.SIGINT, 20),
+    (Moment(f"{TRAINER}._log_final_accuracies", call=2, act=TERM), signal.SIGTERM, 20),
 ]
 
 
@@ -364,7 +369,7 @@ def test_a_run_that_is_asked_to_stop_does_so_where_it_is_and_goes_on_from_there(
         assert int(newest.stem[-8:]) == read_checkpoint(newest).step == step, moment
         assert output.splitlines()[-1] == (
             f"{number.name}: stopped after step {step}; the same command with --output "
-            f"{tmp_path / 'run'} --resume auto goes on from {newest}"
+            f"{tmp_path / 'run'} --resume auto resumes from {newest}"
         )
     ends_alike()
 
@@ -372,7 +377,7 @@ def test_a_run_that_is_asked_to_stop_does_so_where_it_is_and_goes_on_from_there(
 def test_a_run_that_is_asked_to_stop_when_it_is_all_but_done_ends_as_usual(
     ends_alike: Train,
 ) -> None:
-    ends_alike(Moment("safer_fast.training.trainer.export_model", act=TERM))
+    ends_alike(Moment("safer_fast.training.results.export_model", act=TERM))
 
 
 @pytest.mark.parametrize(
@@ -477,9 +482,9 @@ def test_another_machine_may_round_otherwise_and_that_is_said(train: Train) -> N
     status, output, errors = train(stop, flags=("--runtime.num_threads=2", "--runtime.compile=off"))
     assert (status, errors) == (128 + signal.SIGTERM, "")
     assert [line for line in output.splitlines() if "other rounding" in line] == [
-        "note:       goes on with other rounding: runtime.compile auto, not off",
-        "note:       goes on with other rounding: runtime.num_threads 1, not 2",
-        "note:       goes on with other rounding: threads 1, now 2",
+        "note:       resumed with other rounding: runtime.compile auto, not off",
+        "note:       resumed with other rounding: runtime.num_threads 1, not 2",
+        "note:       resumed with other rounding: threads 1, now 2",
     ]
     assert f"stopped after step {(WARMUP_EPOCHS + 1) * STEPS_PER_EPOCH}" in output
 

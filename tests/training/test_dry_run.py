@@ -163,7 +163,7 @@ def test_evaluations_are_counted_as_a_run_makes_them(
     train_model(config)
     config.output = str(tmp_path / "other")
     with Trainer(config) as trainer:
-        assert passes_of_evaluation(config, trainer.data) == num_passes
+        assert passes_of_evaluation(trainer) == num_passes
 
 
 @pytest.mark.parametrize("flag", [["--dry-run"], ["--dry-run=true"], ["--dry-run", "true"]])
@@ -240,7 +240,7 @@ def test_on_a_cpu_few_images_choose_the_layers() -> None:
     probed: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "safer_fast.training.trainer.choose_by_probe",
+            "safer_fast.training.selecting.choose_by_probe",
             lambda config, *others: (
                 probed.append(config.selection.num_images) or choose_by_probe(config, *others)
             ),
