@@ -1,4 +1,4 @@
-"""START HERE. The main job: configuration -> build -> loop -> evaluate -> save."""
+"""START HERE. The main command: configuration -> build -> loop -> evaluate -> save."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def train_model(config: Config, notes: Iterable[str] = ()) -> Path:
-    """Trains what `config` describes and gives the run folder, complete with its report.
+    """Train the model that `config` describes; return the run folder, complete with its report.
 
     Two stages: `selection.warmup_epochs` of adversarial training of everything, then SAFER on the
-    selected layers. Under torchrun all processes train it together. notes: lines that the run shows
-    of itself at the start. SIGINT and SIGTERM end it with a checkpoint and SystemExit. Settings may
-    be given as on the command line (`epsilon="8/255"`). Raises ValueError for what a user can mend,
-    before anything is written, and FloatingPointError when too many steps in a row are not finite.
+    selected layers. Under torchrun all processes train together. notes: lines for the run's
+    introduction. SIGINT and SIGTERM end the run with a checkpoint and SystemExit. Settings may be
+    given as on the command line (`epsilon="8/255"`). Raises ValueError for mistakes of a user,
+    before anything is written, and FloatingPointError if too many steps in a row are not finite.
     """
     config = checked(config)
     check_new(config)
@@ -60,7 +60,7 @@ def train_model(config: Config, notes: Iterable[str] = ()) -> Path:
                 print(f"finished already; report: {write_report([found.finished])}")
             return found.finished
         trainer = Trainer(config, ranks, found)
-        del found  # its tensors are the trainer's by now
+        del found  # the trainer has copied its tensors
         with trainer:
             try:
                 for epoch in trainer.epochs():

@@ -1,1 +1,1 @@
-"""timm networks as RobustModel: families, parts, weights in arenas, exact savings."""
+"""timm networks as RobustModel: divided into blocks, weights in arenas, exact savings."""

@@ -1,4 +1,4 @@
-"""All parameters in two arenas: fp32 masters, and the compute copies that the network reads."""
+"""Parameters in two arenas: fp32 masters, and compute copies that the network reads."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from safer_fast import kernels
 
 ALIGNMENT = 64
-"""Elements to which every parameter's place is rounded up: 16-byte accesses in every dtype."""
+"""Elements that every parameter's slot is a multiple of: 16-byte accesses in every dtype."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """A stretch of selected weights: what the network reads, its master, its gradient; flat [n]."""
+    """A contiguous range of selected weights: compute copy, master and gradient, flat [n] each."""
 
     compute: Tensor
     master: Tensor
@@ -27,7 +27,7 @@ class Range:
 
 @dataclass(frozen=True)
 class ParameterSlot:
-    """Where a parameter lies: its compute arena, and its offsets there and in the master arena."""
+    """Location of a parameter: dtype of its compute arena, and offsets there and in the masters."""
 
     dtype: torch.dtype
     compute_offset: int
@@ -37,6 +37,7 @@ class ParameterSlot:
 
     @property
     def num_elements(self) -> int:
+        """Number of elements, without padding."""
         return self.shape.numel()
 
     @property
@@ -47,11 +48,11 @@ class ParameterSlot:
 
 @dataclass
 class TrainedWeights:
-    """Selected parameters, one gradient view for each, and the ranges that hold them.
+    """Selected parameters, a gradient view for each, and the ranges that hold them.
 
-    `groups` has the ranges of each layer apart, one for each parameter; parameters of no layer are
-    groups of their own. `ranges` are the same weights with neighbours merged: the fewest launches.
-    `flat` [n] holds all gradients, and `extra` behind them: what ranks sum up in one go.
+    `groups` has the ranges of each layer, one for each parameter; parameters of no layer are groups
+    of their own. `ranges` are the same weights with neighbours merged, for the fewest launches.
+    `flat` [n + 1] holds all gradients and `extra`, so that ranks sum both in one all-reduce.
     """
 
     names: list[str]
@@ -63,27 +64,24 @@ class TrainedWeights:
 
     @property
     def extra(self) -> Tensor:
-        """Room for one number, 0-d, that is summed over ranks with the gradients."""
+        """One number, 0-d, that is summed over ranks with the gradients."""
         return self.flat[-1]
 
     def store_gradients(self, gradients: Sequence[Tensor], adds: bool = False) -> None:
-        """The ranges hold these gradients, one for each of `parameters`, in their own dtype.
-
-        With `adds` they are added to what the ranges hold.
-        """
+        """Store gradients, one for each of `parameters`, in the ranges; with `adds` add them."""
         (torch._foreach_add_ if adds else torch._foreach_copy_)(
             self.gradient_views, list(gradients)
         )
 
 
 class ParameterArenas:
-    """Moves every parameter of a module into two arenas and keeps them there.
+    """Moves every parameter of a module into two arenas, whose storage never moves again.
 
     `master` is one flat float32 tensor; `compute[dtype]` are flat tensors whose slices are the
     module's parameters. Parameters of `layers` (weights first, then biases) are stored in
-    `layer_dtype`, all others in float32. The arenas are on the device that the module is on, and no
-    storage ever moves afterwards. No parameter requires gradients any more; a step asks for those
-    of its selection. Raises ValueError for parameters that are not float32.
+    `layer_dtype`, all others in float32, on the module's device. No parameter requires gradients
+    any more; a step turns them on for its selection. Raises ValueError for parameters that are not
+    float32.
     """
 
     def __init__(
@@ -109,12 +107,12 @@ class ParameterArenas:
         self.load_compute()
 
     def view(self, name: str, source: Tensor) -> Tensor:
-        """A parameter's values in its shape; `source` is a flat tensor laid out as `master`."""
+        """View a parameter's values, in its shape; `source` is flat and laid out as `master`."""
         place = self.places[name]
         return source.narrow(0, place.master_offset, place.num_elements).view(place.shape)
 
     def load_compute(self, source: Tensor | None = None) -> None:
-        """The network reads cast(source): the masters, or an average of them laid out alike."""
+        """Set what the network reads to cast(source): the masters, or weights laid out alike."""
         source = self.master if source is None else source
         offset = 0
         for arena in self.compute.values():
@@ -135,14 +133,14 @@ class ParameterArenas:
         self.load_compute()
 
     def vector_of(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """A flat tensor laid out as `master` that holds the weights of a state dict."""
+        """Copy the weights of a state dict into a flat tensor laid out as `master`."""
         vector = torch.zeros_like(self.master)
         for name in self.places:
             self.view(name, vector).copy_(weights[name])
         return vector
 
     def select(self, names: Iterable[str] | None = None) -> TrainedWeights:
-        """The parameters of these layers (None: every parameter there is), with zero gradients."""
+        """Select the parameters of these layers (None: every parameter), with zero gradients."""
         owners = {parameter: layer for layer, own in self.layers.items() for parameter in own}
         chosen = list(self.layers) if names is None else list(names)
         wanted = set(self.places) if names is None else set()
@@ -188,7 +186,7 @@ class ParameterArenas:
 
 
 class _Merged:
-    """Collects places in order and joins those that follow one another in the arenas."""
+    """Collects slots in order, and merges those that are adjacent in the arenas."""
 
     def __init__(self, arenas: ParameterArenas, gradient: Tensor) -> None:
         self.arenas, self.gradient = arenas, gradient
@@ -211,9 +209,9 @@ class _Merged:
 
 
 def module_selection(layers: Mapping[str, Sequence[nn.Parameter]]) -> TrainedWeights:
-    """A selection of parameters that lie in no arenas: masters are copies of them, as they are now.
+    """Select parameters that are in no arenas; their current values are copied as masters.
 
-    The parameters keep their storage and dtype, and are what a perturbation is written to.
+    The parameters keep their storage and dtype, and perturbations are written to them.
     """
     parameters = [parameter for own in layers.values() for parameter in own]
     sizes = [parameter.numel() for parameter in parameters]
@@ -247,7 +245,7 @@ def _places(
     layers: Mapping[str, Sequence[str]],
     layer_dtype: torch.dtype,
 ) -> dict[str, ParameterSlot]:
-    """Matrices of layers, then their biases, then everything else, each in order of definition."""
+    """Slots of parameters: matrices of layers, their biases, all others, as they are defined."""
     of_layers = {
         name for names in layers.values() for name in names if _is_layers_own(name, layers)
     }
@@ -271,7 +269,7 @@ def _places(
 
 
 def _is_layers_own(name: str, layers: Mapping[str, Sequence[str]]) -> bool:
-    """Whether the parameter lies in the layer's module itself, not in a norm that goes with it."""
+    """Return true for a parameter of the layer's module itself, not of a norm grouped with it."""
     return name.rpartition(".")[0] in layers
 
 
@@ -288,7 +286,7 @@ def _aligned(num_elements: int) -> int:
 
 @contextmanager
 def requiring_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """These parameters require gradients for a while."""
+    """Make these parameters require gradients within the context."""
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:

@@ -1,4 +1,4 @@
-"""Shapes of a network's attention, and the fastest kernel for them kept during its calls."""
+"""Shapes of a network's attention, and the choice of the kernel that computes it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from safer_fast.runtime.attention import Pinned, Shape, Wanted, pin_attention
 
 
 def attention_shape(model: RobustModel, image_size: int) -> Shape | None:
-    """The self-attention that most of the model's scores come from; None where torch computes none.
+    """Shape of the model's largest self-attention by torch, None without any.
 
-    The model runs once, on one image of zeros.
+    Runs the model once, on one image of zeros.
     """
     size = (1, model.mean.shape[1], image_size, image_size)
     with torch.no_grad(), _Watch() as watch:
@@ -25,14 +25,14 @@ def attention_shape(model: RobustModel, image_size: int) -> Shape | None:
 
 
 def pin_for(model: RobustModel, image_size: int, batch_size: int, wanted: Wanted) -> Pinned | None:
-    """Pins the attention of this model on its device; None where it uses none of torch's."""
+    """Pin the kernel of the model's attention on its device; None if torch computes none."""
     shape = attention_shape(model, image_size)
     case = (batch_size, model.compute_dtype, model.mean.device)
     return None if shape is None else pin_attention(wanted, shape, *case)
 
 
 class _Watch(TorchFunctionMode):
-    """Adds up the work of torch's self-attention by shape; one query for all tokens is little."""
+    """Sums the work of torch's self-attention by shape; cross-attention is not counted."""
 
     def __init__(self) -> None:
         super().__init__()

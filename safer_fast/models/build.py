@@ -1,4 +1,4 @@
-"""All that knows timm: which networks there are, how they are built, cut, and written down."""
+"""Networks of timm as RobustModel: built, prepared to run, and described in timm's config.json."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from safer_fast.models.same_function import compare_described
 from safer_fast.models.weights_file import load_weights
 from safer_fast.models.weights_source import Source, find_source, say_source
 
-# What timm would take for the name of a file to load, with its own rules for what is safe.
+# Arguments by which timm would load a file itself, with its own rules for what is safe.
 NO_ARGUMENTS = {"pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 Normalisation = tuple[Sequence[float], Sequence[float]]
 
@@ -85,12 +85,12 @@ def build_model(
     norms: bool = False,
     normalisation: Normalisation | None = None,
 ) -> RobustModel:
-    """The timm model that `config` names, in eval mode on the CPU, with normalisation inside.
+    """Build the timm model that `config` names, in eval mode on the CPU, with its normalisation.
 
     normalisation: mean and std of the pixels; default: those of the weights, or of timm. The
-    model's notes say how the weights of `config.checkpoint` were made to fit. Raises ValueError for
-    a name timm does not know, a network that is no transformer, arguments or sizes it does not
-    take, weights that cannot be had, and weights of another model.
+    model's notes say how the weights of `config.checkpoint` were changed to fit. Raises ValueError
+    for a name that timm lacks, a network that is no transformer, arguments or sizes it does not
+    take, weights that cannot be read or fetched, and weights of another model.
     """
     _check_name(config.name)
     if others := NO_ARGUMENTS & config.arguments.keys():
@@ -120,7 +120,7 @@ def build_model(
 
 
 def _new_heads(network: Any) -> list[str]:
-    """Classifiers that timm's own weights hold nothing for, as they are for other classes."""
+    """Classifiers missing in timm's own weights, which are for another number of classes."""
     if network.num_classes == network.pretrained_cfg.get("num_classes"):
         return []
     names = network.pretrained_cfg.get("classifier") or ()
@@ -128,9 +128,9 @@ def _new_heads(network: Any) -> list[str]:
 
 
 def check_described(network: Any, config: ModelConfig, source: Source) -> list[str]:
-    """Lines on settings that differ from those of the weights, or are not known.
+    """Compare a network with the description of its weights; return a line for each difference.
 
-    network: as built from `config`. Raises ValueError, one line, where it computes another function
+    network: as built from `config`. Raises ValueError, one line, if it computes another function
     than the one that the weights were trained in.
     """
 
@@ -152,11 +152,10 @@ def check_described(network: Any, config: ModelConfig, source: Source) -> list[s
 def timm_config(
     model: RobustModel, image_size: int, short_side: int, class_names: list[str]
 ) -> dict[str, Any]:
-    """The content of config.json in timm's Hub format, by which timm builds the model again.
+    """Content of config.json in timm's Hub format, from which timm builds the model again.
 
-    short_side: what the short side of an image is resized to before the centre is kept. Nothing is
-    said of weights that timm has for the same architecture: neither their preprocessing nor their
-    origin, license, papers or tag.
+    short_side: pixels that the short side of an image is resized to before the centre crop. Origin,
+    license, papers, tag and preprocessing of timm's own weights of the architecture are left out.
     """
     network: Any = model.network
     mean, std = model.mean.flatten().tolist(), model.std.flatten().tolist()
@@ -178,7 +177,7 @@ def timm_config(
             "mean": mean,
             "std": std,
             "num_classes": network.num_classes,
-            # where timm finds what other channels and other classes change
+            # layers that timm adapts to other numbers of channels and classes
             "first_conv": known.get("first_conv"),
             "classifier": known.get("classifier"),
         },
@@ -186,13 +185,13 @@ def timm_config(
 
 
 def _crop_share(image_size: int, short_side: int) -> float:
-    """The crop_pct from which timm, which divides and rounds down, gets the short side again."""
+    """Return the crop_pct from which timm, which divides and rounds down, gets this short side."""
     shares = (image_size / pixels for pixels in (short_side, short_side + 0.5))
     return next(share for share in shares if math.floor(image_size / share) == short_side)
 
 
 def check_patches(network: Any, image_size: int, may_leave_rows: bool = False) -> None:
-    """Raises ValueError unless patches cover the images, or with `may_leave_rows` fit into them."""
+    """Raise ValueError unless patches cover the images, or with `may_leave_rows` fit into them."""
     embedding = getattr(network, "patch_embed", None)
     if not isinstance(embedding, PatchEmbed) or embedding.dynamic_img_pad:
         return
@@ -223,13 +222,13 @@ def _create(
     image_size: int,
     arguments: dict[str, Any],
 ) -> nn.Module:
-    # offline, the hub's own retries would be all that a user sees
+    # offline, a user would see nothing but the hub's warnings about retries
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
     def create(**sizes: Any) -> nn.Module:
         given = {"num_classes": num_classes, "in_chans": num_channels, **sizes}
         is_pretrained = config.pretrained and config.checkpoint is None
-        # apart, so that an argument that is given already is refused
+        # two dictionaries, so that an argument given twice is refused
         network: nn.Module = timm.create_model(
             config.name, pretrained=is_pretrained, **given, **arguments
         )
@@ -276,11 +275,11 @@ def _check_transformer(name: str, network: nn.Module) -> None:
 
 
 def _resample(network: Any, weights: Weights) -> Weights:
-    """Weights by timm's names of today, patch and position embeddings in the network's sizes."""
+    """Rename weights to timm's current names, and resize patch and position embeddings."""
     own = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
     if own is not None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch would tell users of timm's slower copies
+            warnings.simplefilter("ignore")  # torch warns about copies inside timm
             filtered: Weights = own(weights, network)
         return filtered
     weights = dict(weights)
@@ -297,22 +296,22 @@ def _resample(network: Any, weights: Weights) -> Weights:
 
 
 def _adapt_channels(kernel: Tensor, num_channels: int) -> Tensor:
-    """The kernel of a first convolution for images of so many channels, where that can be had."""
+    """Adapt the kernel of a first convolution to a number of channels, if timm can."""
     if kernel.shape[1] == 1:
         return kernel.repeat(1, num_channels, 1, 1) / num_channels
     try:
         return adapt_input_conv(num_channels, kernel)
     except NotImplementedError:
-        return kernel  # its shape is refused
+        return kernel  # the caller refuses its shape
 
 
 def _outline(name: str, **arguments: Any) -> nn.Module:
-    """A network whose weights take no room, where timm can build it so."""
+    """Build a network on the meta device, or on the CPU where timm cannot."""
     try:
         with torch.device("meta"):
             network: nn.Module = timm.create_model(name, **arguments)
     except RuntimeError:
-        # up to 1.0.20 timm reads numbers from tensors
+        # up to 1.0.20 timm reads values of tensors while it builds
         with torch.random.fork_rng(devices=[]):
             network = timm.create_model(name, **arguments)
     return network

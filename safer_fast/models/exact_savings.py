@@ -1,4 +1,4 @@
-"""Work that a frozen transformer can be spared without changing what it computes."""
+"""Work that a frozen transformer can skip without changing its output."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional
 
 
 class TokenBlock(nn.Module):
-    """The first `num_tokens` tokens that leave a pre-norm ViT block, and none of the others.
+    """A pre-norm ViT block that computes its first `num_tokens` output tokens alone.
 
     Keys and values are computed for all tokens, queries, projection and MLP for these alone:
     [B, N, D] -> [B, num_tokens, D]. The weights are the block's own.
@@ -50,7 +50,7 @@ class TokenBlock(nn.Module):
 
 
 def to_patches(images: Tensor, patch_size: int) -> Tensor:
-    """Images [B, C, H, W] as patches [B, N, C p p], row by row, each in the order C, p, p."""
+    """Rearrange images [B, C, H, W] as patches [B, N, C p p], row by row, each as C, p, p."""
     batch, channels, height, width = images.shape
     rows, columns = height // patch_size, width // patch_size
     x = images.view(batch, channels, rows, patch_size, columns, patch_size)
@@ -58,14 +58,14 @@ def to_patches(images: Tensor, patch_size: int) -> Tensor:
 
 
 def from_patches(patches: Tensor, patch_size: int, channels: int, size: int) -> Tensor:
-    """The images [B, C, size, size] that `to_patches` was given."""
+    """Invert `to_patches` for square images: patches [B, N, C p p] to [B, C, size, size]."""
     count = size // patch_size
     x = patches.view(-1, count, count, channels, patch_size, patch_size)
     return x.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, size, size)
 
 
 def embed_patches(embedding: Any, patches: Tensor) -> Tensor:
-    """What timm's PatchEmbed gives for the images of these patches [B, N, C p p]."""
+    """Compute timm's PatchEmbed from the patches [B, N, C p p] of images, as a matrix product."""
     projection = embedding.proj
     x = functional.linear(patches, projection.weight.flatten(1), projection.bias)  # [B, N, D]
     if not embedding.flatten:
@@ -76,7 +76,7 @@ def embed_patches(embedding: Any, patches: Tensor) -> Tensor:
 
 
 def takes_patches(embedding: Any, image_size: int) -> bool:
-    """Whether a patch embedding is one matrix product for square images of this size."""
+    """Return true if a patch embedding is one matrix product for square images of this size."""
     projection = getattr(embedding, "proj", None)
     if not isinstance(projection, nn.Conv2d) or not hasattr(embedding, "grid_size"):
         return False
@@ -88,5 +88,5 @@ def takes_patches(embedding: Any, image_size: int) -> bool:
 
 
 def normalisation_in_patches(values: Tensor, patch_size: int) -> Tensor:
-    """Per-channel values [1, C, 1, 1] for patches, [1, 1, C p p]."""
+    """Repeat per-channel values [1, C, 1, 1] for patches, [1, 1, C p p]."""
     return torch.repeat_interleave(values.flatten(), patch_size * patch_size).view(1, 1, -1)

@@ -1,9 +1,9 @@
-"""Floating-point operations of a step: what the method needs, and what the code really does.
+"""Floating-point operations of a step: those the method needs, and those the code computes.
 
 Ideal, per step of a batch: K attack iterations of the whole network, each forward and gradient of
 the images; the prefix once; and for each pass of SAM forward and backward of the suffix with the
-weight gradients of the selected layers. Multiplications of matrices count (2 m n k), all else is
-left out, on both sides.
+weight gradients of the selected layers. Matrix multiplications count (2 m n k), all else is left
+out, in both.
 """
 
 from __future__ import annotations
@@ -35,18 +35,19 @@ class Cost:
 
     @property
     def forward(self) -> float:
+        """Operations of the forward pass."""
         return self.layers + self.attention
 
     @property
     def input_gradient(self) -> float:
-        """For a layer as much as forward; a product of activations has two gradients."""
+        """Operations of the input's gradient: those of a layer once, of attention twice."""
         return self.layers + 2 * self.attention
 
 
 def ideal_flops(
     model: RobustModel, images: Tensor, cut: int, layers: list[str], steps: int, passes: int
 ) -> dict[str, float]:
-    """What each phase needs: attack, prefix, and all passes of SAM together."""
+    """Operations that the method needs in each phase: attack, prefix, and all passes of SAM."""
     parts = costs(model, images)
     weights = layer_costs(model, images)
     whole = Cost(sum(p.layers for p in parts.values()), sum(p.attention for p in parts.values()))
@@ -61,7 +62,7 @@ def ideal_flops(
 
 
 def costs(model: RobustModel, images: Tensor) -> dict[int, Cost]:
-    """The cost of the stem, of every block, and of norm and head (`num_blocks`)."""
+    """Cost of the stem (STEM), of every block, and of norm and head (`num_blocks`)."""
     by_layer = layer_costs(model, images)
     found = {}
     with torch.no_grad():
@@ -97,14 +98,14 @@ def layer_costs(model: RobustModel, images: Tensor) -> dict[str, float]:
 
 
 def count(run: Callable[[], Any]) -> tuple[float, Any]:
-    """Operations that really happen in `run`, attention as plain products so that all are seen."""
+    """Count the operations of `run`, with attention as plain products; return its result too."""
     with sdpa_kernel(SDPBackend.MATH), _Counter() as counter:  # type: ignore[no-untyped-call]
         result = run()
     return counter.total, result
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a large matrix product on the device, now."""
+    """Time a large matrix product on the device; return its operations per second."""
     size = MATMUL_SIZE[device.type]
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     times = []
@@ -123,7 +124,7 @@ def _wait(device: torch.device) -> None:
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up torch's own figures; its FlopCounterMode does not bear autograd.grad of a leaf."""
+    """Sums torch's own formulas; its FlopCounterMode fails on autograd.grad of a leaf."""
 
     total = 0.0
 

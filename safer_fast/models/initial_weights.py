@@ -1,4 +1,4 @@
-"""Weights of others: read without running anything, and made to fit the network that is built."""
+"""Weights of other trainers: read without executing code, and adapted to the network."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from safer_fast.models.weights_source import Source, as_flags
 
 Weights = dict[str, Tensor]
 PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar")
-"""Endings of files that torch.save writes."""
-# Where trainers keep the weights in what they save, an average of them first.
+"""Suffixes of files that torch.save writes."""
+# Keys under which trainers save weights, averages first.
 _KEYS = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "backbone.")
 _ANCHOR = "patch_embed.proj.weight"
-# timm's functions expect weights of the very network.
+# Errors that timm's functions raise for weights of another network.
 _NOT_TO_BE_RESAMPLED = (AttributeError, LookupError, RuntimeError, ValueError, AssertionError)
 
 
 class Fitted(NamedTuple):
-    """A line for each change to the weights, and the layers that they hold nothing for."""
+    """Result of adapting weights: a line for each change, and the layers that the weights lack."""
 
     notes: list[str]
     new_layers: list[str]
 
 
 def read_weights(file: Path) -> tuple[Weights, list[str]]:
-    """The tensors of a file by the names of the network, and a line for what was left out of it.
+    """Read the tensors of a file by the network's names, and a line on what was left out.
 
-    `.pth`, `.pt` and `.bin` are read as tensors alone: code in them is not run. Raises ValueError,
-    one line, for a file that is damaged, holds code, or no tensors.
+    `.pth`, `.pt` and `.bin` are read as tensors alone: code in them is not executed. Raises
+    ValueError, one line, for a file that is damaged, contains code, or no tensors.
     """
     if file.suffix.lower() not in PICKLED:
         return _without_prefix(load_tensors(file), file)
@@ -59,10 +59,10 @@ def load_source(
     resample: Callable[[Weights], Weights],
     adapt_channels: Callable[[Tensor, int], Tensor],
 ) -> Fitted:
-    """Load the weights of a file into the network, made to fit.
+    """Load the weights of a file into the network, adapted by `fit_weights`.
 
-    The two functions are those of `fit_weights`. Raises ValueError, one line, for a file that does
-    not load and for weights of another network, with the flags that they ask for.
+    Raises ValueError, one line, for a file that does not load and for weights of another network,
+    with the flags that would build it.
     """
     weights, notes = read_weights(source.weights)
     hint = as_flags(source.settings) if source.settings else _shape_hint(weights)
@@ -82,18 +82,18 @@ def fit_weights(
     resample: Callable[[Weights], Weights],
     adapt_channels: Callable[[Tensor, int], Tensor],
 ) -> Fitted:
-    """Load the weights into the network, as far as they are its own.
+    """Load weights into the network, adapted to its names and sizes.
 
-    resample: brings names and sizes to those of the network. adapt_channels: brings the weight of
-    the first convolution to the channels of the network. A head for another number of classes is
-    left out. Raises ValueError, one line, for weights of another network.
+    resample: returns weights with the network's names and sizes. adapt_channels: returns the weight
+    of the first convolution for a number of channels. A head for another number of classes is left
+    out. Raises ValueError, one line, for weights of another network.
     """
     expected = network.state_dict()
     computed = {name for name, _ in network.named_buffers()} - expected.keys()
     given = weights
     weights = {name: tensor for name, tensor in weights.items() if name not in computed}
     if not _is_same(expected, weights):
-        with suppress(*_NOT_TO_BE_RESAMPLED):  # names and shapes will say what does not fit
+        with suppress(*_NOT_TO_BE_RESAMPLED):  # names and shapes are compared below
             weights = resample(dict(weights))
     weights = dict(weights)
     for name in _names(network, "first_conv"):
@@ -109,13 +109,13 @@ def fit_weights(
 
 
 def _unpickle(file: Path) -> Any:
-    """What torch.save wrote, if it is made of tensors and plain values."""
+    """Read a file of torch.save that contains tensors and plain values alone."""
     try:
-        # checkpoints of timm's trainer hold the arguments of its command line
+        # checkpoints of timm's trainer contain the arguments of its command line
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception:
-        # it raises whatever it stumbles over
+        # torch raises many kinds of errors for damaged files
         names = _globals_in(file)
         why = f"asks for {', '.join(names[:3])}, which is not run"
         if not names:
@@ -126,7 +126,7 @@ def _unpickle(file: Path) -> Any:
 
 
 def _globals_in(file: Path) -> list[str]:
-    """The functions and classes that a pickle asks for and a file of tensors does not need."""
+    """Functions and classes that a pickle would import, and a file of tensors does not need."""
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
     except Exception:
@@ -138,13 +138,13 @@ def _item(content: Any, key: str) -> Any:
 
 
 def _without_prefix(weights: Weights, file: Path) -> tuple[Weights, list[str]]:
-    """The weights by their names in the network, and a line for what lies beside the network."""
+    """Strip prefixes of names; return the network's weights and a line on tensors beside it."""
     while weights and (
         prefix := next((p for p in _PREFIXES if all(n.startswith(p) for n in weights)), None)
     ):
         weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
     anchors = [name.removesuffix(_ANCHOR) for name in weights if name.endswith(_ANCHOR)]
-    # towers of two are timm's own business
+    # models of two towers are left to timm
     if len(anchors) != 1 or not anchors[0].endswith(_PREFIXES) or "visual." in anchors[0]:
         return weights, []
     inner = {name: tensor for name, tensor in weights.items() if name.startswith(anchors[0])}
@@ -154,7 +154,7 @@ def _without_prefix(weights: Weights, file: Path) -> tuple[Weights, list[str]]:
 
 
 def _shared_prefix(weights: Weights) -> str:
-    """The prefix that all names have; the empty text where they have none."""
+    """The prefix that all names share, or an empty string."""
     shared = (prefix for prefix in _PREFIXES if all(name.startswith(prefix) for name in weights))
     return next(shared, "") if weights else ""
 
@@ -166,13 +166,13 @@ def _is_same(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> b
 
 
 def _names(network: Any, kind: str) -> list[str]:
-    """The first convolutions or the classifiers of a network of timm."""
+    """Names of the first convolutions, or the classifiers, of a timm network."""
     names = network.pretrained_cfg.get(kind) or ()
     return [names] if isinstance(names, str) else list(names)
 
 
 def _changes(given: Weights, weights: Weights) -> list[str]:
-    """Lines on tensors that were brought to another size, and those that were left out."""
+    """Lines on tensors that were resized, and on those that were left out."""
     changed = [
         f"{name} {list(given[name].shape)} to {list(tensor.shape)}"
         for name, tensor in weights.items()
@@ -189,7 +189,7 @@ def _changes(given: Weights, weights: Weights) -> list[str]:
 
 
 def _leave_out_heads(network: nn.Module, expected: Weights, weights: Weights) -> dict[str, str]:
-    """Keep the network's own classifiers where the weights have other classes: a line for each."""
+    """Keep the network's classifiers if the weights have other classes; return lines by name."""
     notes = {}
     for name in _names(network, "classifier"):
         wanted, got = expected.get(f"{name}.weight"), weights.get(f"{name}.weight")
@@ -220,13 +220,13 @@ def _check_same(expected: Weights, weights: Weights) -> None:
 
 
 def _listed(names: list[str]) -> str:
-    """The first names, and how many more there are."""
+    """Format the first names, and the number of the others."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
 
 
 def _shape_hint(weights: Mapping[str, Tensor]) -> str:
-    """Flags that weights of a plain vision transformer ask for, as far as their names say so."""
+    """Guess the flags for weights of a plain vision transformer from their names and shapes."""
     numbers = [name.split(".")[1] for name in weights if name.startswith("blocks.")]
     depth = 1 + max((int(number) for number in numbers if number.isdigit()), default=-1)
     if not depth or _ANCHOR not in weights:

@@ -24,17 +24,16 @@ _NAME = "default"  # of PEFT's adapter
 class Adapters:
     """Factors A [rank, in] and B [out, rank] beside layers, which then compute (W + B A) x + b.
 
-    While they are there the network's modules of these names are PEFT's, around the layers, whose
-    parameters stay what and where they are. B begins with zeros, A with draws of the seed: the
-    network computes what it did before. The factors have two arenas of their own, in the dtypes
-    that layers have.
+    While they are attached the network's modules of these names are PEFT's, around the layers,
+    whose parameters keep their storage. B starts as zeros, A as random numbers, so the network's
+    function is unchanged. The factors have two arenas of their own, in the dtypes of layers.
 
     Args:
         network: the module; its layers are linear or 2-d convolutions.
-        layers: names of the layers, each with its weight's name first.
+        layers: names of the layers, each with the names of its parameters, its weight first.
         rank: of the factors, at least 1; the scale of their product is 1.
-        dtype: in which the network reads the factors.
-        seed: of A.
+        dtype: of the factors' compute copies.
+        seed: of the random numbers in A.
     """
 
     def __init__(
@@ -57,7 +56,7 @@ class Adapters:
         self.arenas = ParameterArenas(holder, holder.layers(), dtype)
 
     def selection(self) -> TrainedWeights:
-        """All factors; those of a layer are a group of its name."""
+        """Select all factors; those of a layer are a group of its name."""
         chosen = self.arenas.select(None)
         names = dict(zip(self.arenas.layers, self._own, strict=True))
         groups = {names[key]: ranges for key, ranges in chosen.groups.items()}
@@ -72,23 +71,23 @@ class Adapters:
         self.arenas.load_state_dict(state)
 
     def add_to(self, arenas: ParameterArenas, master: Tensor) -> None:
-        """Adds the products of the factors' masters to weights that lie as in `arenas.master`."""
+        """Add the products of the factors' masters to weights laid out as `arenas.master`."""
         for name, product in self._products().items():
             arenas.view(self._weights[name], master).add_(product)
 
     def detach(self) -> None:
-        """The network's modules are its own again; the factors are kept."""
+        """Put the network's own modules back; the factors are kept."""
         for name, module in self._own.items():
             _put(self._network, name, module)
 
     def attach(self) -> None:
-        """The network reads the factors again."""
+        """Put the modules with factors back."""
         for name, module in self._around.items():
             _put(self._network, name, module)
 
     @contextmanager
     def away(self) -> Iterator[None]:
-        """The network is without them for a while."""
+        """Detach the factors within the context."""
         self.detach()
         try:
             yield
@@ -101,7 +100,7 @@ class Adapters:
 
     @torch.no_grad()
     def _products(self) -> dict[str, Tensor]:
-        """What PEFT adds to each weight, from the masters: float32, in the weight's shape."""
+        """Compute PEFT's change of each weight from the masters: float32, in the weight's shape."""
         products = {}
         for key, name in zip(self.arenas.layers, self._own, strict=True):
             factors, parts = self._factors(name), self.arenas.layers[key]
@@ -117,7 +116,7 @@ class Adapters:
 
 
 def check_adapters() -> None:
-    """Raises ValueError where PEFT is not installed."""
+    """Raise ValueError if PEFT is not installed."""
     if find_spec("peft") is None:
         raise ValueError(
             f"--selection.lora_rank: expected the package peft, got none: {INSTALL}, or leave it 0"
@@ -126,7 +125,7 @@ def check_adapters() -> None:
 
 @torch.no_grad()
 def check_called(model: RobustModel, layers: Sequence[str], image: Tensor) -> None:
-    """Raises ValueError for layers whose weights the network reads past their modules."""
+    """Raise ValueError for layers whose weights the network reads without calling the modules."""
     called: set[str] = set()
 
     def note(name: str) -> Callable[..., None]:
@@ -148,7 +147,7 @@ def check_called(model: RobustModel, layers: Sequence[str], image: Tensor) -> No
 
 
 class _Holder(nn.Module):
-    """The factors, so that arenas find them: those of a layer are a module's own parameters."""
+    """Module that holds the factors as parameters, those of a layer in a submodule, for arenas."""
 
     def __init__(self, factors: Mapping[str, Sequence[nn.Parameter]]) -> None:
         super().__init__()
@@ -162,14 +161,14 @@ class _Holder(nn.Module):
 
 
 def _inject(network: nn.Module, names: Sequence[str], rank: int) -> dict[str, Any]:
-    """PEFT's modules around the layers, with factors in float32."""
+    """Put PEFT's modules around the layers, with factors in float32; return them."""
     with _without_our_kernels():
         from peft import LoraConfig, inject_adapter_in_model
 
-    pattern = "|".join(re.escape(name) for name in names)  # a list would match ends of names
+    pattern = "|".join(re.escape(name) for name in names)  # PEFT matches a list against suffixes
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=pattern)
     inject_adapter_in_model(config, network, adapter_name=_NAME)
-    del network.peft_config  # each time is the first one for PEFT
+    del network.peft_config  # PEFT refuses a second injection of the same adapter
     around: dict[str, Any] = {name: network.get_submodule(name) for name in names}
     for module in around.values():
         module.eval()
@@ -180,14 +179,14 @@ def _inject(network: nn.Module, names: Sequence[str], rank: int) -> dict[str, An
 
 @contextmanager
 def _without_our_kernels() -> Iterator[None]:
-    """In the root of this repository transformers would take our folder for a published package."""
+    """Hide our folder `kernels`, which transformers would take for the published package."""
     found = None if "kernels" in sys.modules else find_spec("kernels")
     origin = None if found is None else found.origin
     is_ours = origin is not None and Path(origin).with_name("_library.py").is_file()
     if not is_ours:
         yield
         return
-    sys.modules["kernels"] = None  # type: ignore[assignment]  # there is none of that name
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # import raises ImportError
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Sharpness-aware minimization: to the worst weights nearby, and exactly back."""
+"""Perturbation of selected weights to w + e, and the exact way back to w."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def ascend_(
     adaptive: bool = False,
     relative: bool = False,
 ) -> None:
-    """The network reads w + e, where e raises the loss most in each group's ball of radius rho.
+    """Set what the network reads to w + e, the worst weights in each group's ball of radius rho.
 
     e = rho * g / ||g|| over all ranges of a group together (SAM, Foret et al., 2021, equation 2);
     `adaptive`: e = rho * w^2 g / ||w g|| (ASAM, Kwon et al., 2021, with T = |w| for every weight);
@@ -33,13 +33,13 @@ def ascend_(
 
 
 def perturb_(ranges: Iterable[Range], scale: Tensor, *, adaptive: bool = False) -> None:
-    """Compute <- cast(master + scale * gradient) for each range; `scale` is 0-d on the device."""
+    """Set compute <- cast(master + scale * gradient) for each range; `scale` is a 0-d tensor."""
     for part in ranges:
         kernels.perturb_(part.compute, part.master, part.gradient, scale, adaptive)
 
 
 def restore_(ranges: Iterable[Range]) -> None:
-    """Compute <- cast(master): the very weights of before `ascend_`."""
+    """Set compute <- cast(master): the same weights, bit for bit, as before `ascend_`."""
     for part in ranges:
         kernels.restore_(part.compute, part.master)
 

@@ -1,4 +1,4 @@
-"""The model that everything else works on: pixels in, logits out, in a prefix and a suffix."""
+"""RobustModel: pixels in, logits out, with blocks that run separately as prefix and suffix."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from safer_fast.runtime.device import allow_recompiling
 
 
 class RobustModel(nn.Module):
-    """A classifier of pixels in [0, 1] whose layers are known and whose blocks can be run apart.
+    """A timm classifier of pixels in [0, 1], with its layers by name and its blocks run separately.
 
     `forward(images)` takes float images [B, C, H, W] in [0, 1], normalises them, and returns
     float32 logits [B, K]. `prefix(images, cut)` followed by `suffix(features, cut)` is the same
@@ -46,25 +46,25 @@ class RobustModel(nn.Module):
         self.compute_dtype = compute_dtype
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
-        self._parts = parts
+        self._blocks = parts
         self.patch_size: int | None = None
-        """Edge of a patch where `arrange` puts pixels in patch order."""
+        """Edge of a patch in pixels if `arrange` puts pixels in patch order, else None."""
         self.feature_dtype: torch.dtype | None = None
-        """Of features that enter the first block; None: as they leave what is below it."""
+        """Dtype of the features that enter the first block; None: as the stem returns them."""
         self.notes: list[str] = []
-        """Lines on what a user may not expect of the weights it was built with."""
+        """Lines on how the weights it was built with were changed to fit."""
         self.new_layers: list[str] = []
-        """Layers that the weights it was built with hold nothing for, a head for other classes."""
+        """Layers missing in the weights it was built with, such as a head for other classes."""
         self.layers = find_layers(self.network, norms)
-        """Each layer's name and the names of its parameters, in order of definition."""
+        """Names of the parameters of each layer, by name, in order of definition."""
 
     def forward(self, images: Tensor) -> Tensor:
         return self.suffix(self.prefix(images, STEM), STEM)
 
     def enable_savings(self, names: Iterable[str], image_size: int) -> list[str]:
-        """Switches on `patch-order` and `class-token` (see exact_savings.py); before `.to(device)`.
+        """Enable `patch-order` and `class-token` (see exact_savings.py), before `.to(device)`.
 
-        Gives a line for each that this network has no use for.
+        Returns a line for each of them that does not apply to this network.
         """
         notes = []
         if "patch-order" in names:
@@ -74,22 +74,22 @@ class RobustModel(nn.Module):
             else:
                 notes.append("patch-order: off (the patch embedding is no plain matrix product)")
         if "class-token" in names:
-            num_tokens = self._parts.num_tokens_read
+            num_tokens = self._blocks.num_tokens_read
             if self.num_blocks and num_tokens:
-                block = TokenBlock(self._parts.blocks[-1], num_tokens).eval()
-                self._parts.blocks = [*self._parts.blocks[:-1], block]
+                block = TokenBlock(self._blocks.blocks[-1], num_tokens).eval()
+                self._blocks.blocks = [*self._blocks.blocks[:-1], block]
             else:
                 notes.append("class-token last block: off (the head reads more than class tokens)")
         return notes
 
     def arrange(self, images: Tensor) -> Tensor:
-        """Pixels in the order in which a step keeps them: patches [B, N, C p p], or as they are."""
+        """Arrange images as a step keeps them: as patches [B, N, C p p], or unchanged."""
         return images if self.patch_size is None else to_patches(images, self.patch_size)
 
     def prefix(self, images: Tensor, cut: int) -> Tensor:
-        """Features [B, N, D] that enter block `cut`; for STEM the normalised images themselves.
+        """Compute features [B, N, D] that enter block `cut`; for STEM the normalised images.
 
-        Takes images [B, C, H, W], or what `arrange` makes of them.
+        images: [B, C, H, W], or as `arrange` returns them.
         """
         with self._autocast():
             if images.ndim == 3:
@@ -100,52 +100,52 @@ class RobustModel(nn.Module):
                 return x
             x = self._stem(x)
             for index in range(cut):
-                assert not self._parts.blocks[index].training, "the prefix must not be random"
-                x = self._parts.block(index, x)
+                assert not self._blocks.blocks[index].training, "the prefix must not be random"
+                x = self._blocks.block(index, x)
             return x
 
     def suffix(self, features: Tensor, cut: int) -> Tensor:
-        """Logits [B, K] from the features that enter block `cut`."""
+        """Compute logits [B, K] from the features that enter block `cut`."""
         with self._autocast():
             for index in range(cut, self.num_blocks):
                 features = self.block(features, index)
-            return self._parts.tail(features).float()
+            return self._blocks.tail(features).float()
 
     def block(self, features: Tensor, index: int) -> Tensor:
-        """Features that leave block `index`; STEM stands for everything below the first block."""
+        """Compute the features that leave block `index`; STEM: everything below the first block."""
         with self._autocast():
             if index == STEM:
                 return self._stem(features)
-            return self._parts.block(index, features)
+            return self._blocks.block(index, features)
 
     @property
     def num_blocks(self) -> int:
-        """Blocks at which the network can be cut; 0 where it cannot be."""
-        return len(self._parts.blocks)
+        """Number of blocks; 0 if the network is not divided."""
+        return len(self._blocks.blocks)
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The blocks, from the image to the head; the whole network where it cannot be cut."""
-        return list(self._parts.blocks) or [self.network]
+        """The blocks, from the image to the head; the whole network if it is not divided."""
+        return list(self._blocks.blocks) or [self.network]
 
     def block_of(self, name: str) -> int:
-        """Block of a layer or parameter: STEM below the blocks, `num_blocks` for norm and head."""
-        return self._parts.block_of(name)
+        """Return the block of a layer or parameter: STEM below, `num_blocks` for norm and head."""
+        return self._blocks.block_of(name)
 
     def names_of(self, parameters: Iterable[nn.Parameter]) -> list[str]:
-        """The names of parameters of the network, in order of definition."""
+        """Return the names of parameters of the network, in order of definition."""
         chosen = {id(parameter) for parameter in parameters}
         members = self.network.named_parameters()
         return [name for name, parameter in members if id(parameter) in chosen]
 
     def cut_of(self, names: Iterable[str]) -> int:
-        """The deepest cut below which none of the named layers or parameters lies."""
+        """Return the deepest cut with none of the named layers or parameters below it."""
         return min(self.block_of(name) for name in names)
 
     def random_modules(self, names: Iterable[str]) -> list[nn.Module]:
-        """Modules to put into training mode while the named parameters are trained.
+        """Return the modules to put into training mode while the named parameters are trained.
 
-        Everything from the cut upwards, if anything there behaves differently in training; batch
+        All modules from the cut upwards, if any of them computes something else in training; batch
         norms only if their own weights are among `names`: frozen ones keep their statistics.
         """
         names = set(names)
@@ -161,16 +161,16 @@ class RobustModel(nn.Module):
 
     @contextmanager
     def without_savings(self) -> Iterator[None]:
-        """Runs the network's own modules for a while, so that hooks on every layer are called."""
-        blocks = self._parts.blocks
-        self._parts.blocks = [b.inner if isinstance(b, TokenBlock) else b for b in blocks]
+        """Run the network's own modules within the context, so that hooks on layers are called."""
+        blocks = self._blocks.blocks
+        self._blocks.blocks = [b.inner if isinstance(b, TokenBlock) else b for b in blocks]
         try:
             yield
         finally:
-            self._parts.blocks = blocks
+            self._blocks.blocks = blocks
 
     def _stem(self, x: Tensor) -> Tensor:
-        features = self._parts.stem(x)
+        features = self._blocks.stem(x)
         return features if self.feature_dtype is None else features.to(self.feature_dtype)
 
     def _use_patch_order(self, patch_size: int) -> None:
@@ -186,7 +186,7 @@ class RobustModel(nn.Module):
 
 
 def find_layers(network: nn.Module, norms: bool = False) -> dict[str, tuple[str, ...]]:
-    """Layers of a network by name, each with the names of its parameters, in order of definition.
+    """Find the layers of a network, in order; return the names of each layer's parameters.
 
     A layer is a module that owns a weight matrix (linear or 2-d convolution). With `norms`, the
     norms defined between a layer and the one before it belong to it.
@@ -206,10 +206,10 @@ def find_layers(network: nn.Module, norms: bool = False) -> dict[str, tuple[str,
 
 
 def state_of(network: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a network whose parameters have the values in `weights`, by their names.
+    """Return the state dict of a network, with its parameters replaced by `weights`, by name.
 
-    These are the names that load again: buffers that are computed when a network is built, such
-    as masks and rotary frequencies, are no part of it.
+    Buffers that a network computes when it is built, such as masks and rotary frequencies, are no
+    part of it.
     """
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     return {
@@ -220,10 +220,10 @@ def state_of(network: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Ten
 
 @contextmanager
 def training_mode(modules: Sequence[nn.Module], keeps_statistics: bool = False) -> Iterator[None]:
-    """Puts just these modules (not their children) into training mode for a while.
+    """Put just these modules (not their children) into training mode within the context.
 
-    With `keeps_statistics` batch norms normalise by the batch but do not learn from it: the second
-    pass over a batch must not count it again.
+    With `keeps_statistics` batch norms normalise by the batch but do not update their statistics:
+    the second pass over a batch must not count it again.
     """
     norms = [m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     norms = norms if keeps_statistics else []
@@ -242,7 +242,7 @@ def training_mode(modules: Sequence[nn.Module], keeps_statistics: bool = False) 
 
 
 def _is_random(module: nn.Module) -> bool:
-    """Whether the module computes something else in training mode than in eval mode."""
+    """Return true if the module computes something else in training mode than in eval mode."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return True
     rate = getattr(module, "p", None) or getattr(module, "drop_prob", None) or 0.0
@@ -254,7 +254,7 @@ def _is_frozen_batch_norm(name: str, module: nn.Module, trained: set[str]) -> bo
 
 
 def compile_blocks(model: RobustModel) -> None:
-    """Each block is compiled by itself on its first call; identical blocks share the code."""
+    """Compile each block by itself, on its first call; identical blocks share the code."""
     allow_recompiling()
     for block in model.blocks:
         block.compile(dynamic=False)

@@ -1,4 +1,4 @@
-"""Two networks compared by all that their weights do not say: heads, activations, epsilons."""
+"""Comparison of two networks beyond their weights: heads, activations, epsilons."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import nn
 from safer_fast.config.schema import ModelConfig
 from safer_fast.models.weights_source import Source, as_flags
 
-# What differs between networks that compute the same in evaluation, or is made to fit: sizes of
-# images, patches and windows, channels and classes, dropping, first values, ways of computing.
+# Attributes that may differ between networks of the same function in evaluation, or are adapted:
+# sizes of images, patches and windows, channels and classes, dropout, initial values, kernels.
 _ADAPTED = {
     *("training", "img_size", "patch_size", "grid_size", "num_patches", "kernel_size", "stride"),
     *("window_size", "window_area", "shift_size", "target_shift_size", "input_resolution"),
@@ -31,10 +31,10 @@ def compare_described(
     build_described: Callable[[], nn.Module | None],
     classifiers: Collection[str],
 ) -> list[str]:
-    """Lines on settings of `config` that differ from those of the weights, or are not known.
+    """Compare a network with the one its weights were trained in; return a line per difference.
 
-    network: as built from `config`. build_described: the network that the weights were trained in,
-    for the same images; None where it cannot be built. Raises ValueError, one line, where the two
+    network: as built from `config`. build_described: builds the network that the weights were
+    trained in, for the same images; None if that fails. Raises ValueError, one line, if the two
     compute different functions.
     """
     described = source.settings
@@ -61,25 +61,25 @@ def compare_described(
 def first_difference(
     network: nn.Module, other: nn.Module, left_out: Collection[str] = ()
 ) -> str | None:
-    """The first part of `other` that computes something else than in `network`; None: all agree.
+    """Describe the first part of `other` that computes something else than in `network`, or None.
 
-    left_out: names of parts that are not compared. Weights are not looked at, so both networks may
-    lie on the meta device.
+    left_out: names of parts that are not compared. Weights are not read, so both networks may be on
+    the meta device.
     """
-    mine, others = (_parts(module, left_out) for module in (network, other))
+    mine, others = (_attributes(module, left_out) for module in (network, other))
     for name in dict.fromkeys([*mine, *others]):
         place = name or "the network"
         if name not in others:
             return f"{place} is missing"
         if name not in mine:
             return f"{place} is there"
-        (kind, facts), (other_kind, other_facts) = mine[name], others[name]
+        (kind, attributes), (other_kind, other_attributes) = mine[name], others[name]
         if kind != other_kind:
             return f"{place} is {other_kind}, not {kind}"
         different = [
-            f"{key} of {place} is {other_facts[key]!r}, not {facts[key]!r}"
-            for key in sorted(facts.keys() & other_facts.keys())
-            if facts[key] != other_facts[key]
+            f"{key} of {place} is {other_attributes[key]!r}, not {attributes[key]!r}"
+            for key in sorted(attributes.keys() & other_attributes.keys())
+            if attributes[key] != other_attributes[key]
         ]
         if different:
             return " and ".join(different[:2])
@@ -87,7 +87,7 @@ def first_difference(
 
 
 def _changes(config: ModelConfig, described: Mapping[str, Any]) -> dict[str, str]:
-    """A line for every setting that is not that of the weights, by its name."""
+    """Lines on settings that differ from those of the weights, by name."""
     asked = {"name": config.name.partition(".")[0], "patch_size": config.patch_size}
     mine = asked | {f"arguments.{key}": value for key, value in config.arguments.items()}
     theirs = {key: described[key] for key in asked}
@@ -105,19 +105,21 @@ def _shown(settings: Mapping[str, Any], key: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON has it."""
+    """Convert a value to what JSON has."""
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _parts(network: nn.Module, left_out: Collection[str]) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Kind and plain attributes of every module that does something in evaluation."""
+def _attributes(
+    network: nn.Module, left_out: Collection[str]
+) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Class and plain attributes of every module that computes something in evaluation."""
     found = {}
     for name, module in network.named_modules():
         kind = type(module).__name__
         if name in left_out or kind == "Identity" or "Drop" in kind:
             continue
-        facts = {key: value for key, value in vars(module).items() if _is_compared(key, value)}
-        found[name] = kind, facts
+        attributes = {key: value for key, value in vars(module).items() if _is_compared(key, value)}
+        found[name] = kind, attributes
     return found
 
 

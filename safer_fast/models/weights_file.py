@@ -19,10 +19,10 @@ MODEL_CONFIG = "config.json"
 
 
 def load_weights(network: nn.Module, file: Path) -> list[str]:
-    """The network has the weights of a .safetensors file with its own names and shapes, no others.
+    """Load the weights of a .safetensors file whose names and shapes are exactly the network's.
 
-    Gives a line on tensors that were passed by. Raises ValueError, naming the file, where there is
-    none, or it is damaged or of another model.
+    Returns a line on tensors that were ignored. Raises ValueError, naming the file, if it is
+    missing, damaged or of another model.
     """
     weights = load_tensors(file)
     passed = _computed(network, weights, file)
@@ -36,7 +36,7 @@ def load_weights(network: nn.Module, file: Path) -> list[str]:
 
 
 def load_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU, compared with the file's sha256 if it has one.
+    """Read the tensors of a safetensors file, on the CPU, and verify its sha256 if it has one.
 
     Raises ValueError naming the file if it is damaged.
     """
@@ -50,9 +50,9 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
-    """`path` holds these tensors; a reader never sees half of them.
+    """Write tensors to `path`, whole or not at all.
 
-    Raises ValueError naming it where it cannot be written.
+    Raises ValueError naming it if it cannot be written.
     """
     contents = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     with naming(path):
@@ -60,15 +60,15 @@ def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _computed(network: nn.Module, weights: Mapping[str, Tensor], file: Path) -> list[str]:
-    """Names of tensors that are no part of the weights: the network computes them when it is built.
+    """Names of tensors in a file that the network computes itself when it is built.
 
-    Runs once wrote them. Raises ValueError for one that this network computes otherwise.
+    Earlier versions wrote them. Raises ValueError for one that this network computes differently.
     """
     state, buffers = network.state_dict(), dict(network.named_buffers())
     names = [name for name in weights if name in buffers and name not in state]
     for name in names:
         own, got = buffers[name], weights[name]
-        # some are only computed when images come, and are placeholders until then
+        # some are placeholders until the first images are seen
         if own.shape == got.shape and not torch.allclose(own, got.to(own), equal_nan=True):
             raise ValueError(
                 f"model.checkpoint: expected the weights of this model, got those of another: "

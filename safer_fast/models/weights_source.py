@@ -1,4 +1,4 @@
-"""Where the weights that a run starts from lie, and what the config.json beside them says."""
+"""Location of the weights that a run starts from, and the config.json beside them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from safer_fast.models.weights_file import MODEL_CONFIG, WEIGHTS
 from safer_fast.runtime.files import read_json
 
 FOLDER_FILES = (WEIGHTS, "pytorch_model.bin", "pytorch_model.pth", "model.pth")
-"""Files of weights in a folder, as timm looks for them; the first that is there is taken."""
+"""Names of weight files that are searched for in a folder, in this order, as timm does."""
 _HUB = ("hf-hub:", "hf_hub:")
-# Arguments of timm that are settings of their own here, or facts of the data.
+# Arguments of timm that have settings of their own, or depend on the data.
 _NO_ARCHITECTURE = {"img_size", "patch_size", "drop_path_rate", "in_chans", "num_classes"}
 _RUN_CONFIG = "run.yaml"
 
@@ -26,8 +26,8 @@ _RUN_CONFIG = "run.yaml"
 class Source:
     """A file of weights, and the network that the config.json beside it describes.
 
-    name: None where no config.json is there, or it names no network of timm. normalisation: mean
-    and standard deviation of the pixels, None where they are not said.
+    name: None without a config.json, or if it names no network of timm. normalisation: mean and
+    standard deviation of the pixels, None if they are missing.
     """
 
     weights: Path
@@ -38,16 +38,16 @@ class Source:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings of `model` that the weights were trained with; none where not known."""
+        """Settings of `model` that the weights were trained with; empty if unknown."""
         if self.name is None:
             return {}
         return {"name": self.name, "patch_size": self.patch_size, "arguments": self.arguments}
 
 
 def find_source(path: str) -> Source:
-    """The weights that `model.checkpoint` names: a folder, a file, or `hf-hub:NAME`.
+    """Find the weights that `model.checkpoint` names: a folder, a file, or `hf-hub:NAME`.
 
-    Raises ValueError, one line, where there are none, or the config.json beside them is damaged.
+    Raises ValueError, one line, if there are none, or the config.json beside them is damaged.
     """
     weights = _find_weights(path)
     described = weights.parent / MODEL_CONFIG
@@ -69,9 +69,9 @@ def find_source(path: str) -> Source:
 
 
 def settings_of_checkpoint(config: Config) -> dict[str, Any]:
-    """The settings of `model` that `model.checkpoint` stands for; none where they are not known.
+    """Settings of `model` that `model.checkpoint` implies; empty if they are unknown.
 
-    A run that goes on keeps those of its run.yaml, wherever its first weights are by now.
+    A resumed run keeps those of its run.yaml, even if its first weights were moved or removed.
     """
     assert config.model.checkpoint is not None, "there is a checkpoint"
     if config.resume != "never" and config.output is not None:
@@ -84,7 +84,7 @@ def settings_of_checkpoint(config: Config) -> dict[str, Any]:
 
 
 def say_source(source: Source, assumed: tuple[Sequence[float], Sequence[float]]) -> str:
-    """The line on where weights and normalisation are from; `assumed` where none is known."""
+    """Format the line on the origin of weights and normalisation; `assumed` if that is unknown."""
     mean, std = source.normalisation or assumed
     said = f"model.checkpoint: weights of {source.weights}, normalised by mean {list(mean)}, "
     said += f"std {list(std)}"
@@ -94,7 +94,7 @@ def say_source(source: Source, assumed: tuple[Sequence[float], Sequence[float]])
 
 
 def as_flags(settings: Mapping[str, Any]) -> str:
-    """Settings of `model` as they are typed."""
+    """Format settings of `model` as flags of the command line."""
     typed = [f"--model.name {settings['name']}"]
     if settings["patch_size"] is not None:
         typed.append(f"--model.patch_size {settings['patch_size']}")
@@ -119,11 +119,11 @@ def _find_weights(path: str) -> Path:
 
 
 def _fetch(name: str) -> Path:
-    """The file of weights of a model at the Hugging Face hub, its config.json beside it."""
+    """Fetch the weights of a model, and its config.json beside them, from the Hugging Face hub."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    # offline, the hub's own retries would be all that a user sees
+    # offline, a user would see nothing but the hub's warnings about retries
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     model, _, revision = name.partition("@")
 
@@ -154,7 +154,7 @@ def _fetch(name: str) -> Path:
 def _normalisation(
     settings: Mapping[str, Any], file: Path
 ) -> tuple[list[float], list[float]] | None:
-    """Mean and std in timm's settings of pretrained weights; None where both are left out."""
+    """Mean and std in timm's settings of pretrained weights; None if both are missing."""
     if "mean" not in settings and "std" not in settings:
         return None
     try:

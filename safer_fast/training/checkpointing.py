@@ -121,7 +121,7 @@ class Saver:
         Raises ValueError, one line, for a checkpoint of another run.
         """
         with fitting(checkpoint.path):
-            self.store.go_on_from(checkpoint)
+            self.store.resume_from(checkpoint)
             # the run may have written better weights later, which this resumed run has not reached
             self.provide_best(progress)
             start = {}

@@ -1,4 +1,4 @@
-"""Settings that nobody gave, chosen by the data and by the weights that training starts from."""
+"""Defaults that depend on the data and on the weights that training starts from."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from safer_fast.config.schema import Config
 from safer_fast.runs.folder import CONFIG
 
 LARGEST_PATCH, LEAST_PATCHES = 16, 7
-"""Pixels of an edge; patches along an edge of the image."""
+"""Pixels along an edge of a patch, and patches along an edge of an image."""
 WARMUP_SHARE = 0.75
 CLEAN_SHARE, RAMP_SHARE = 1 / 6, 1 / 3
-"""Of the epochs of warm-up, as in the recipe `digits`."""
+"""Shares of the warm-up's epochs, as in the recipe `digits`."""
 
 
 def choose_defaults(config: Config, open_flags: Collection[str]) -> tuple[Config, list[str]]:
-    """The configuration with its open settings chosen, and a line for each that this changed.
+    """Choose open settings; return the configuration and a line for each that this changed.
 
-    open_flags: see `command_line.find_open_flags`. A run that is resumed keeps what it began with.
-    Raises ValueError as `load_data` does.
+    open_flags: see `command_line.find_open_flags`. A resumed run keeps its settings. Raises
+    ValueError as `load_data` does.
     """
     if not open_flags:
         return config, []
@@ -41,16 +41,16 @@ def choose_defaults(config: Config, open_flags: Collection[str]) -> tuple[Config
 
 
 def patch_size_for(image_size: int) -> int:
-    """The largest patch of 2 to 16 pixels that divides the image and leaves 7 along its edge.
+    """Largest patch of 2 to 16 pixels that divides the image into 7 or more along its edge.
 
-    Where none does, the largest that leaves 7, or 2.
+    If none does, the largest with 7 or more whole patches, or 2.
     """
     most = max(2, min(LARGEST_PATCH, image_size // LEAST_PATCHES))
     return next((size for size in range(most, 1, -1) if image_size % size == 0), most)
 
 
 def _began_with(config: Config) -> Config | None:
-    """The settings of the run that is resumed, None where there is none yet."""
+    """Settings of the run that is resumed, None if there is none yet."""
     if config.resume == "never" or config.output is None:
         return None
     file = Path(config.output) / CONFIG
@@ -60,7 +60,7 @@ def _began_with(config: Config) -> Config | None:
 def _choose(
     config: Config, open_flags: Collection[str]
 ) -> tuple[dict[str, int], Mapping[str, str]]:
-    """What suits new weights and the data, by flag, and why."""
+    """Choose settings that suit new weights and the data; return them, and reasons, by flag."""
     model = config.model
     values: dict[str, int] = {}
     reasons: dict[str, str] = {}
@@ -70,7 +70,7 @@ def _choose(
         from safer_fast.data.load import find_image_size
 
         image_size = find_image_size(config.data)
-        # that of the default model is the largest
+        # the default model has the largest patch
         if (size := patch_size_for(image_size)) != LARGEST_PATCH:
             values["model.patch_size"] = size
             reasons["model.patch_size"] = f"images have {image_size} pixels an edge"
@@ -80,7 +80,7 @@ def _choose(
 
 
 def _warm_up(config: Config, is_open: bool) -> dict[str, int]:
-    """Epochs in which everything is trained, and within them those of the ramp of epsilon."""
+    """Numbers of epochs of the warm-up, and within it of the clean phase and epsilon's ramp."""
     values, num_epochs = {}, int(WARMUP_SHARE * config.epochs)
     if is_open and not config.selection.takes_all:
         values["selection.warmup_epochs"] = num_epochs

@@ -1,4 +1,4 @@
-"""A network made ready for its machine: weights in arenas, compiled, attacked, stepped."""
+"""The model of a run on its machine: built, compiled, in arenas, with its attack and its steps."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ from safer_fast.training.step import Step
 class Engine:
     """Runtime, model, arenas and attack of one configuration; makes a step for each selection.
 
-    `notes` are lines on fast paths that are not live. ranks: the processes that train together.
-    known: facts of the run that goes on (`facts_of`), whose choices come before what `auto` would
-    choose. Raises ValueError for settings that fit no model.
+    `notes` are lines on fast paths that are off. ranks: the processes that train together.
+    resumed_numerics: `numerics_of` the resumed run, whose choices replace those that `auto` would
+    make. Raises ValueError for settings that do not fit the model.
     """
 
     def __init__(
@@ -46,9 +46,10 @@ class Engine:
         runtime: Runtime,
         data: Data,
         ranks: Ranks | None = None,
-        known: Mapping[str, Any] | None = None,
+        resumed_numerics: Mapping[str, Any] | None = None,
     ) -> None:
-        self.config, self.ranks, self._known = config, ranks or Ranks(), known or {}
+        self.config, self.ranks = config, ranks or Ranks()
+        self._resumed_numerics = resumed_numerics or {}
         savings = self._savings()
         torch.manual_seed(config.seed)
         self.model, off = prepare(
@@ -60,10 +61,11 @@ class Engine:
             num_channels=data.num_channels,
             compute_dtype=runtime.compute_dtype,
             norms=config.selection.norms,
-            normalisation=self._known.get("normalisation"),
+            normalisation=self._resumed_numerics.get("normalisation"),
         )
-        self.new_layers: list[str] = self._known.get("new_layers", self.model.new_layers)
-        """Layers that began as drawn; trained along with what is selected, see `with_new`."""
+        new_layers = self._resumed_numerics.get("new_layers", self.model.new_layers)
+        self.new_layers: list[str] = new_layers
+        """Layers whose first weights are random, trained with the selected ones: see `with_new`."""
         notes = [*self.model.notes, *self._note_new()]
         if config.selection.lora_rank:
             notes.append("patch-order, class-token: off (selection.lora_rank)")
@@ -73,7 +75,7 @@ class Engine:
         self.attention = self._pin_attention(data.image_size)
         self.runtime = decide_auto(runtime, config.runtime, self._num_operations(data))
         self.float8 = self._choose_float8(data.image_size, notes)
-        """The layers whose products the attack computes in FP8; None: it is as exact as amp."""
+        """Layers whose products the attack computes in FP8; None: it computes as amp does."""
         self.notes = [*self.runtime.notes, *notes]
         if self.attention is not None and self.attention.note is not None:
             self.notes.append(self.attention.note)
@@ -81,27 +83,27 @@ class Engine:
             compile_blocks(self.model)
         self.arenas = freeze(self.model, savings)
         self.adapters: Adapters | None = None
-        """What is trained beside the layers selected last, with `selection.lora_rank`."""
+        """Factors trained beside the layers that were selected last, with `selection.lora_rank`."""
         self.replays = self.runtime.replays(self._report)
         limits = config.runtime
-        self.micro_batch = self._parts("runtime.train_micro_batch", limits.train_micro_batch)
-        self.evaluation_batch = self._parts("evaluation", "auto")
+        self.micro_batch = self._micro_batch("runtime.train_micro_batch", limits.train_micro_batch)
+        self.evaluation_batch = self._micro_batch("evaluation", "auto")
         self.objective = Objective(config.objective)
         self.attack = ReplayedAttack(
             self.model,
             norm=config.attack.norm,
             steps=config.attack.steps,
-            micro_batch=self._parts("runtime.attack_micro_batch", limits.attack_micro_batch),
+            micro_batch=self._micro_batch("runtime.attack_micro_batch", limits.attack_micro_batch),
             replays=self.replays,
             precision=LowPrecision(self.model, self.float8.names) if self.float8 else None,
         )
         self.audit = Audit(self.attack, config.attack, self.ranks, self._report)
 
     def step_over(self, names: list[str] | None, rho: float, seed: int = 0) -> Step:
-        """The step that trains these layers (None: every parameter), with a new optimizer.
+        """Make the step that trains these layers (None: every parameter), with a new optimizer.
 
-        With `selection.lora_rank` it trains factors beside layers that are named, drawn with the
-        seed; those of before have become part of the weights.
+        With `selection.lora_rank` it trains factors beside named layers, drawn with the seed;
+        earlier factors are merged into the weights.
         """
         config = self.config
         self._fold()
@@ -124,7 +126,10 @@ class Engine:
         )
 
     def weights(self) -> Tensor:
-        """The weights that the network computes with, fp32, laid out as the masters; read only."""
+        """The weights that the network computes with, merged with factors; fp32, read only.
+
+        They are laid out as the masters.
+        """
         if self.adapters is None:
             return self.arenas.master
         merged = self.arenas.master.clone()
@@ -141,7 +146,7 @@ class Engine:
 
     @contextmanager
     def reading(self, source: Tensor) -> Iterator[None]:
-        """The network reads these weights, laid out as the masters, for a while; no others."""
+        """Make the network read these weights, laid out as the masters, without factors."""
         self.arenas.load_compute(source)
         try:
             with nullcontext() if self.adapters is None else self.adapters.away():
@@ -151,7 +156,7 @@ class Engine:
 
     @contextmanager
     def folded(self) -> Iterator[None]:
-        """The masters are `weights()` for a while, and the network's layers its own."""
+        """Merge factors into the masters within the context; the network has its own layers."""
         if self.adapters is None:
             yield
             return
@@ -166,9 +171,9 @@ class Engine:
             self.arenas.load_compute()
 
     def with_new(self, selected: list[str]) -> list[str]:
-        """The selected layers and the new ones, which nothing has trained and selection may miss.
+        """Add new layers, which nothing has trained and selection may miss, to the selected ones.
 
-        Not where a warm-up has trained everything, nor where the user has named the layers.
+        Not after a warm-up, which trains everything, nor to layers that the user names.
         """
         selection = self.config.selection
         if selection.warmup_epochs or selection.layers is not None:
@@ -176,7 +181,7 @@ class Engine:
         return [*selected, *(name for name in self.new_layers if name not in selected)]
 
     def _note_new(self) -> list[str]:
-        """A line on new layers in a run that does not train everything."""
+        """Lines on new layers, in a run that does not train everything."""
         selection, shown = self.config.selection, ", ".join(self.new_layers)
         if not self.new_layers or selection.warmup_epochs or selection.takes_all:
             return []
@@ -195,13 +200,13 @@ class Engine:
         return Names(name for name in savings if name not in ("patch-order", "class-token"))
 
     def _model_to_build(self) -> ModelConfig:
-        """A run that goes on has weights of its own, wherever those are that it began with."""
-        if "normalisation" in self._known:
+        """Settings of the model; a resumed run has weights of its own, and needs no others."""
+        if "normalisation" in self._resumed_numerics:
             return replace(self.config.model, pretrained=False, checkpoint=None)
         return self.config.model
 
     def _fold(self) -> None:
-        """Factors have become part of the masters, and are gone."""
+        """Merge factors into the masters, and remove them."""
         if self.adapters is not None:
             self.adapters.add_to(self.arenas, self.arenas.master)
             self.adapters.detach()
@@ -210,26 +215,26 @@ class Engine:
             self.replays.forget()
 
     def _select(self, names: list[str], seed: int) -> TrainedWeights:
-        """What is trained of these layers: their parameters, or factors beside their weights."""
+        """Select the parameters of these layers, or new factors beside their weights."""
         rank = self.config.selection.lora_rank
         if not rank:
             return self.arenas.select(names)
         layers = {name: self.model.layers[name] for name in names}
         self.adapters = Adapters(self.model.network, layers, rank, self.arenas.layer_dtype, seed)
-        self.replays.forget()  # they call other modules now
+        self.replays.forget()  # recordings call the layers without factors
         return self.adapters.selection()
 
     def _choose_float8(self, image_size: int, notes: list[str]) -> Float8Layers | None:
-        """All ranks multiply in FP8 what the first one finds faster so."""
+        """Choose the layers that the attack computes in FP8, on all ranks as rank 0 measures."""
         attack, device = self.config.attack, self.runtime.device
         if attack.precision != "fp8":
             return Float8Layers(()) if attack.precision == "bf16" else None
         check_float8(device)
-        known = self._known.get("float8")
+        resumed = self._resumed_numerics.get("float8")
         if attack.fp8_from != "auto":
             choice = Float8Layers(fitting(self.model, attack.fp8_from))
-        elif known is not None:
-            choice = Float8Layers([name for name in fitting(self.model) if name in known])
+        elif resumed is not None:
+            choice = Float8Layers([name for name in fitting(self.model) if name in resumed])
         elif device.type != "cuda":
             choice = Float8Layers(fitting(self.model, PAYS_FROM))
         elif self.ranks.is_first:
@@ -247,10 +252,10 @@ class Engine:
         return choice
 
     def _pin_attention(self, image_size: int) -> Pinned | None:
-        """All ranks compute attention as the first one finds fastest."""
-        wanted, known = self.config.runtime.attention, self._known.get("attention")
-        if wanted == "auto" and known is not None:
-            wanted = known
+        """Pin the kernel of attention, on all ranks the one that rank 0 finds fastest."""
+        wanted, resumed = self.config.runtime.attention, self._resumed_numerics.get("attention")
+        if wanted == "auto" and resumed is not None:
+            wanted = resumed
         if not self.ranks.is_first:
             wanted = self.ranks.share(None)
         pinned = pin_for(self.model, image_size, self.config.batch_size, wanted)
@@ -258,12 +263,12 @@ class Engine:
             self.ranks.share(wanted if pinned is None else pinned.backend)
         return pinned
 
-    def _parts(self, flag: str, size: int | Literal["auto"]) -> MicroBatch:
-        """So many images at a time; recordings give way when memory ends."""
+    def _micro_batch(self, flag: str, size: int | Literal["auto"]) -> MicroBatch:
+        """A limit of images at a time; CUDA graphs are dropped when memory ends."""
         return MicroBatch(flag, size, self.replays.forget, self._report)
 
     def _num_operations(self, data: Data) -> float:
-        """About how many operations the run will take: forward and backward as long as each."""
+        """Estimate the run's operations, a backward pass counted as one forward pass."""
         config = self.config
         size = (1, data.num_channels, data.image_size, data.image_size)
         image = torch.zeros(size, device=self.model.mean.device)
@@ -273,6 +278,6 @@ class Engine:
         return config.epochs * data.train.num_images * passes * 2 * forward
 
     def _report(self, line: str) -> None:
-        """A line on what changed while the run went on, between progress bars, once for all."""
+        """Print a line on a change during training, above progress bars, on rank 0 alone."""
         if self.ranks.is_first:
             tqdm.write(f"note:       {line}")

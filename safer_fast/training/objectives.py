@@ -1,4 +1,4 @@
-"""What the weights minimise on adversarial examples: PGD-AT, TRADES, MART."""
+"""Training objectives on adversarial examples: PGD-AT, TRADES, MART, and registered ones."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from safer_fast.config.schema import ObjectiveConfig
 
 @dataclass(frozen=True)
 class Targets:
-    """What a batch is to be classified as.
+    """Labels of a batch, and the weight of each image in the loss.
 
-    labels: int64 [B], or class probabilities [B, K]. weights: what each image counts for in the
-    loss, float32 [B] with sum 1 over a batch, of all ranks together; 0 for images that only fill it
-    up, the same for all others.
+    labels: int64 [B], or class probabilities [B, K]. weights: float32 [B], with sum 1 over the
+    batch of all ranks; 0 for padding, the same for all other images.
     """
 
     labels: Tensor
@@ -28,31 +27,31 @@ class Targets:
 
     @classmethod
     def alike(cls, labels: Tensor) -> Targets:
-        """All images count alike."""
+        """Targets of images that all count alike."""
         num_images = len(labels)
         return cls(labels, torch.full((num_images,), 1 / num_images, device=labels.device))
 
     def split(self, size: int) -> list[Targets]:
-        """Parts of at most `size` images, with the weights they have in the whole."""
+        """Split into parts of at most `size` images, with the weights of the whole batch."""
         pairs = zip(torch.split(self.labels, size), torch.split(self.weights, size), strict=True)
         return [Targets(*pair) for pair in pairs]
 
     @property
     def counted(self) -> Tensor:
-        """The images that count, those that do more than fill the batch up; bool [B]."""
+        """True for images, False for padding; bool [B]."""
         return self.weights > 0
 
     def num_images(self) -> Tensor:
-        """Number of images that count, 0-d."""
+        """Number of images that are no padding, 0-d."""
         return self.counted.sum()
 
     def total(self, mean: Tensor) -> Tensor:
-        """The sum over images of what `mean`, 0-d, is the weighted sum of."""
+        """Turn a weighted mean over images, 0-d, into the sum over images."""
         weight = self.weights.amax()
         return torch.where(weight > 0, mean / weight, 0.0)
 
     def num_right(self, logits: Tensor) -> Tensor:
-        """Images that count and whose class the first logits [B or more, K] put first, 0-d."""
+        """Number of images, padding left out, that logits [B or more, K] classify right, 0-d."""
         first = logits[: len(self.labels)]
         return (is_right(first, self.labels) & self.counted).sum()
 
@@ -65,10 +64,10 @@ The clean logits are the adversarial ones where an objective does not need them.
 
 @dataclass(frozen=True)
 class Formula:
-    """What an objective is: its losses, whether they read clean logits, what its attack raises.
+    """Definition of an objective.
 
-    attacks: (logits, clean logits) -> the 0-d loss that the attack raises, a sum over images; the
-    cross-entropy where it is None.
+    losses: see `Losses`. needs_clean: true if they read clean logits. attacks: (logits, clean
+    logits) -> the 0-d loss that the attack raises, a sum over images; None: the cross-entropy.
     """
 
     losses: Losses
@@ -77,7 +76,7 @@ class Formula:
 
 
 def register_objective(name: str, formula: Formula) -> None:
-    """`--objective.name NAME` stands for this formula from now on, in this process.
+    """Make `--objective.name NAME` stand for this formula, in this process.
 
     Raises ValueError for a name that is taken.
     """
@@ -107,11 +106,11 @@ class Objective:
 
     @property
     def needs_clean(self) -> bool:
-        """Whether the loss reads the clean logits too."""
+        """True if the loss also reads clean logits."""
         return self._formula.needs_clean
 
     def loss(self, logits: Tensor, targets: Targets) -> Tensor:
-        """Weighted loss, 0-d, of the logits [B, K] of a batch.
+        """Compute the weighted loss, 0-d, of the logits [B, K] of a batch.
 
         With `needs_clean` the logits are [2B, K]: adversarial examples first, then clean images.
         """
@@ -121,7 +120,7 @@ class Objective:
 
     @property
     def attack_loss(self) -> PixelLoss:
-        """The loss that the attack raises; some read the logits [B, K] of the clean images."""
+        """The loss that the attack raises; some objectives' read logits [B, K] of clean images."""
         attacks = self._formula.attacks
         return CROSS_ENTROPY if attacks is None else PixelLoss(attacks, against_clean=True)
 
@@ -168,4 +167,4 @@ FORMULAS = {
     ),
     "mart": Formula(_mart, needs_clean=True),
 }
-"""All objectives there are, by name."""
+"""All objectives by name; `register_objective` adds a row."""

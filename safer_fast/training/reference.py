@@ -1,4 +1,4 @@
-"""The step of SAFER in textbook PyTorch: slow, plain, in any precision. The oracle of the tests."""
+"""Reference of the SAFER step in textbook PyTorch: slow, plain, in any precision; tests compare."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class PlainModel(nn.Module):
-    """timm's own network behind a normalisation: no cut, no arenas, weights in one dtype.
+    """timm's own network behind a normalisation: undivided, no arenas, weights in one dtype.
 
-    With `autocast` it computes under torch.autocast in that dtype, weights staying as they are.
+    With `autocast` it computes under torch.autocast in that dtype, with the weights as they are.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class ReferenceStep:
     clip_norm: float | None = None
 
     def __call__(self, images: Tensor, labels: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-        """Updates the weights; gives the losses at w and at w + e."""
+        """Update the weights; return the losses at w and at w + e."""
         self.model.eval()
         adversarial = self.attack(images, labels, start)
         parameters = [self.model.network.get_parameter(name) for name in self.names]
@@ -112,7 +112,7 @@ class ReferenceStep:
         return loss.detach(), worst.detach()
 
     def attack(self, images: Tensor, labels: Tensor, start: Tensor) -> Tensor:
-        """The adversarial examples of this batch."""
+        """Compute the adversarial examples of a batch."""
         loss: Loss | None = None
         if self.objective == "trades":
             with torch.no_grad():
@@ -134,7 +134,7 @@ class ReferenceStep:
         )
 
     def loss(self, adversarial: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        """The mean training loss of the batch."""
+        """Compute the mean training loss of a batch."""
         logits = self.model(adversarial)
         if self.objective == "pgd-at":
             return functional.cross_entropy(logits, labels)

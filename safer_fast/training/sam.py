@@ -1,4 +1,4 @@
-"""Sharpness-aware minimization: the ascent to w + e, and back to the very same weights."""
+"""Sharpness-aware minimization: the ascent to w + e, and back to exactly the same weights."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from safer_fast.models.perturbation import ascend_, restore_
 
 
 def ascend_as_set_(selection: TrainedWeights, config: SAMConfig, is_relative: bool) -> None:
-    """`ascend_` over a selection, as one group or layer by layer; relative radii are those of
-    layers."""
+    """Move a selection to w + e, as one group or layer by layer; see `ascend_`.
+
+    is_relative: radii are relative to the norms of layers, with `sam.layerwise`.
+    """
     groups = selection.groups.values() if config.layerwise else [selection.ranges]
     relative = config.layerwise and is_relative
     ascend_(groups, config.rho, adaptive=config.adaptive, relative=relative)
@@ -66,7 +68,7 @@ class SharpnessAware:
         self._selection: TrainedWeights | None = None
 
     def ascend(self, loss: Tensor) -> None:
-        """Differentiates `loss` and moves the selected weights to w + e.
+        """Differentiate `loss` and move the selected weights to w + e.
 
         Raises RuntimeError when called twice without `descend` or `restore` in between.
         """
@@ -78,7 +80,7 @@ class SharpnessAware:
         ascend_([self._selection.ranges], self.rho, adaptive=self.adaptive)
 
     def descend(self, loss: Tensor) -> None:
-        """Differentiates `loss` at w + e, goes back to w exactly, and lets the optimizer step."""
+        """Differentiate `loss` at w + e, restore w exactly, and take an optimizer step."""
         gradients = torch.autograd.grad(loss, self.parameters)
         self.restore()
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
@@ -88,7 +90,7 @@ class SharpnessAware:
             parameter.grad = None
 
     def restore(self) -> None:
-        """The selected weights are w again, bit for bit; nothing happens if they already are."""
+        """Restore the selected weights to w, bit for bit, if they are at w + e."""
         if self._selection is not None:
             restore_(self._selection.ranges)
         self._selection = None

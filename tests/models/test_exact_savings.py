@@ -1,4 +1,4 @@
-"""What is left out changes nothing: the same logits, gradients and steps within rounding."""
+"""Exact savings change no logits, gradients or steps beyond rounding."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def test_logits_and_pixel_gradients_in_fp64_are_those_of_timm(name: str) -> None
 def _fp64_logits(model: RobustModel, pixels: Tensor) -> Tensor:
     """The suffix without its last cast to fp32."""
     features = model.prefix(pixels, model.num_blocks or -1)
-    return model._parts.tail(features)
+    return model._blocks.tail(features)
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, UNCUTTABLE])

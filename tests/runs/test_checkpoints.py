@@ -103,7 +103,7 @@ def header(tensors: Mapping[str, Any] | None = None, **metadata: str) -> bytes:
 
 
 def program(text: str, *arguments: object, within: Sequence[str] = ()) -> list[Any]:
-    """What a Python of its own prints: JSON, a line each."""
+    """Run code in a new Python process; return its output, parsed from JSON lines."""
     result = subprocess.run(
         [*within, sys.executable, "-c", text, *map(str, arguments)],
         capture_output=True,
@@ -533,7 +533,7 @@ def test_a_checkpoint_whose_companion_was_not_written_fails(
     last = tmp_path / "checkpoints" / "step-00000001.safetensors"
     assert reports == [
         "checkpoint at step 2 was not written: its companion best-2 is not there; "
-        f"training goes on, the last one is {last}"
+        f"training continues, the last one is {last}"
     ]
     folder.save_companion("best-2", WEIGHTS)
     write(folder, 3, needs=["best-2"])
@@ -596,7 +596,7 @@ def test_a_link_that_cannot_be_made_is_reported_and_the_companion_is_there(
         folder.save_companion(f"best-{number}", WEIGHTS, link=link)
     write(folder, 1, needs=["best-1"])
     (line,) = reports
-    assert line.startswith(f"{link} was not written: No such file or directory; training goes on")
+    assert line.startswith(f"{link} was not written: No such file or directory; training continues")
     assert newest(folder).step == 1
 
 
@@ -732,7 +732,7 @@ def test_a_folder_that_became_a_file_is_reported_once_and_so_is_its_return(
         folder.save_companion(f"best-{step}", WEIGHTS)
         write(folder, step)
         assert not folder.holds(f"best-{step}")
-    reason = f"{checkpoints}: File exists; training goes on, there is none yet"
+    reason = f"{checkpoints}: File exists; training continues, there is none yet"
     assert reports == [
         f"companion best-1 was not written: {reason}",
         f"checkpoint at step 1 was not written: {reason}",
@@ -778,7 +778,7 @@ def test_lost_permission_is_reported_and_harms_nothing(
         checkpoints.chmod(0o755)
     (line,) = reports
     assert line.startswith("checkpoint at step 2 was not written: ")
-    assert f"{checkpoints}: Permission denied; training goes on" in line
+    assert f"{checkpoints}: Permission denied; training continues" in line
     assert line.endswith(f"the last one is {checkpoints / 'step-00000001.safetensors'}")
     write(folder, 4)
     assert reports[1:] == ["writing checkpoints works again"]
@@ -806,7 +806,9 @@ def test_whatever_goes_wrong_before_a_write_is_reported_and_the_thread_goes_on(
     folder.wait()
     last = tmp_path / "checkpoints" / "step-00000001.safetensors"
     assert names(tmp_path / "checkpoints") == [last.name]
-    expected = f"checkpoint at step 2 was not written: {reason}; training goes on, the last one is"
+    expected = (
+        f"checkpoint at step 2 was not written: {reason}; training continues, the last one is"
+    )
     assert reports == [f"{expected} {last}"]
     write(folder, 4)
     assert folder.last == last.with_name("step-00000004.safetensors")
@@ -898,7 +900,7 @@ print(json.dumps([reports, names, latest.step]))
 def check_full_disk(reason: str, folder: Path, outcome: list[Any]) -> None:
     (reports, left), (all_reports, (run, checkpoints), step) = outcome
     last = folder / "checkpoints" / "step-00000001.safetensors"
-    tail = f"{folder / 'checkpoints'}: {reason}; training goes on, the last one is {last}"
+    tail = f"{folder / 'checkpoints'}: {reason}; training continues, the last one is {last}"
     expected = [f"companion best-2 was not written: {tail}"]
     assert reports == [*expected, f"checkpoint at step 2 was not written: {tail}"]
     assert left == ["step-00000001.safetensors"]

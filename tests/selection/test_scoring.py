@@ -59,7 +59,7 @@ def oracle(model: nn.Module, network: nn.Module, radius: str) -> dict[str, float
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
     """Logits in fp64, also of a model that hands out float32."""
-    if not hasattr(model, "_parts"):
+    if not hasattr(model, "_blocks"):
         return model(images)
     x = (images - model.mean) / model.std
     return model.network(x)

@@ -128,7 +128,7 @@ def and_wait(hand_over: Callable[..., None]) -> Callable[..., None]:
     return hand_over_and_wait
 
 
-EACH_STEP = Patch(f"{FOLDER}._hand_over", and_wait)
+EACH_STEP = Patch(f"{FOLDER}._enqueue", and_wait)
 
 
 def half_a_file(sync: Callable[[int], None]) -> Callable[[int], None]:
@@ -692,7 +692,7 @@ def test_a_folder_of_checkpoints_that_became_a_file_is_reported_and_training_goe
     blocked = Moment(f"{STEP}.ascend", call=3, act=partial(replace_by_a_file, folder))
     status, output, errors = train(EACH_STEP, blocked)
     assert (status, errors) == (0, ""), output
-    assert re.search(r"checkpoint at step 1[01] was not written: .+; training goes on, ", output)
+    assert re.search(r"checkpoint at step 1[01] was not written: .+; training continues, ", output)
     shutil.copytree(tmp_path / "run", tmp_path / "ended")
     for name in ("checkpoints", "model.safetensors"):
         (tmp_path / "run" / name).unlink()

@@ -394,7 +394,7 @@ def test_commands_refuse_a_pickle_in_one_line(
 
 
 @every_trap
-def test_a_pickle_is_no_checkpoint_to_go_on_from(
+def test_a_pickle_is_no_checkpoint_to_resume_from(
     tmp_path: Path, mark: Path, make: Callable[[Path], bytes]
 ) -> None:
     file = write_bytes(tmp_path / "step-00000001.safetensors", make(mark))

@@ -1,4 +1,4 @@
-"""What a step says of itself is what a textbook would compute beside it."""
+"""Figures of a step equal those that plain PyTorch computes."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_norm_and_cosine_are_those_of_the_two_gradients() -> None:
     cosine = float(torch.dot(first, second) / first.norm() / second.norm())
     assert figures["gradient_norm"] == pytest.approx(float(first.norm()), rel=1e-4)
     assert figures["gradient_cosine"] == pytest.approx(cosine, abs=1e-4)
-    assert cosine < 0.999  # or nothing is told apart
+    assert cosine < 0.999  # else the test could not fail
     assert figures["loss_rise"] > 0
 
 

@@ -1,4 +1,4 @@
-"""One safetensors file: written whole or not at all, verified when it is read."""
+"""A checkpoint: one safetensors file, verified when it is read."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from safer_fast.runtime.tensor_files import read_tensors, verify
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds, and the companions it refers to."""
+    """Contents of a checkpoint, and the companions it needs."""
 
     step: int
     path: Path
-    state: dict[str, Any]  # what JSON knows
+    state: dict[str, Any]  # values that JSON has
     tensors: dict[str, Tensor]  # on the CPU
     needs: dict[str, str]  # sha256 of the companions by name
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in a file, every byte as it was written; its companions are not looked at.
+    """Read and verify a checkpoint; its companions are not checked.
 
-    Raises ValueError naming the file and what is wrong with it. Nothing in a file is executed.
+    Raises ValueError naming the file and its fault. Nothing in a file is executed.
     """
     metadata = verify(path)
     with naming(path):
@@ -37,24 +37,24 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def needs_of(path: Path, metadata: Mapping[str, str]) -> dict[str, str]:
-    """The companions that a checkpoint needs, from its metadata, with their sha256."""
+    """Read the companions that a checkpoint needs from its metadata, with their sha256."""
     with naming(path):
         return json_object(metadata["needs"])
 
 
 @contextmanager
 def fitting(path: Path) -> Iterator[None]:
-    """A checkpoint whose contents do not fit the run becomes a ValueError of one line."""
+    """Raise ValueError, one line, for errors of a checkpoint whose contents do not fit the run."""
     try:
         yield
     except (LookupError, TypeError, AttributeError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
-            raise  # of the device
+            raise  # subclasses are errors of the device
         raise ValueError(f"{path}: it does not fit this run: {reason(error)}") from None
 
 
 class Companion(NamedTuple):
-    """What there is to write; `link`: its other name."""
+    """A companion to write: its name, its path, a function that returns its tensors, and a link."""
 
     name: str
     path: Path

@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: written whole in the background, verified when read."""
+"""The folder of a run's checkpoints: whole files, written in the background, verified when read."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ from safer_fast.runtime.tensor_files import (
 _SUFFIX = ".safetensors"
 _STEP = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})\.safetensors")
 _TEMPORARY = re.compile(r"[a-z]+-[0-9]+\.safetensors\.tmp")
-# a checkpoint can ask for no other name: none leads out of the folder
+# checkpoints can name no other files: no path leads out of the folder
 _COMPANION = re.compile(r"(?!step-)[a-z]+-[0-9]+")
 
 
 class CheckpointFolder:
-    """Keeps the newest checkpoints of a run, one file each, written by a thread of its own.
+    """Keeps the newest checkpoints of a run, one file each, written by a background thread.
 
-    Companions are weights that several checkpoints refer to; their names are a kind and a number,
-    such as best-00000120. What cannot be written is reported, and training goes on. In a run of
-    several processes one is the writer and the others only read.
+    Companions are weights that several checkpoints need; their names are a kind and a number, such
+    as best-00000120. A failure to write is reported, and training continues. In a run of several
+    processes one is the writer and the others only read.
     """
 
     def __init__(
@@ -57,16 +57,16 @@ class CheckpointFolder:
         is_writer: bool = True,
     ) -> None:
         assert keep >= 1, f"expected to keep a checkpoint or more, got {keep}"
-        self.last: Path | None = None  # the newest that is known to be good
+        self.last: Path | None = None  # the newest that is verified
         self._folder, self._keep, self._report = folder, keep, report
         self._is_writer, self._is_tidy = is_writer, False
         self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._newest: futures.Future[None] | None = None
-        self._waiting: list[str] = []  # companions handed over and not yet written
-        self._digests: dict[str, str] = {}  # sha256 of the companions known to be there
+        self._waiting: list[str] = []  # companions queued and not yet written
+        self._digests: dict[str, str] = {}  # sha256 of the companions on disk
         self._not_yet_needed: set[str] = set()  # companions that the next checkpoint may need
-        self._failed: dict[str, Companion] = {}  # companions to be tried again
-        self._failing: dict[str, str] = {}  # the reason by task
+        self._failed: dict[str, Companion] = {}  # companions to write again
+        self._failing: dict[str, str] = {}  # reasons of current failures by task
 
     def save(
         self,
@@ -77,42 +77,42 @@ class CheckpointFolder:
         needs: Sequence[str] = (),
         before: Callable[[], None] | None = None,
     ) -> None:
-        """The checkpoint will be written, in the order of handing over; this does not wait for it.
+        """Queue a checkpoint for writing; does not wait.
 
-        Nobody may change the tensors any more. `before` is called in the thread, right before. The
-        checkpoint fails if one of the companions it needs is not there by then.
+        The tensors must not change any more. `before` is called in the thread, right before it
+        writes. A checkpoint is not written if one of the companions it needs is missing by then.
         """
         text, take = json.dumps(dict(state)), snapshot(tensors)
-        self._hand_over(partial(self._write_checkpoint, step, text, take, tuple(needs), before))
+        self._enqueue(partial(self._write_checkpoint, step, text, take, tuple(needs), before))
 
     def save_companion(
         self, name: str, tensors: Mapping[str, Tensor], *, link: Path | None = None
     ) -> None:
-        """The companion will be written, and `link` be another name of it; see `save`.
+        """Queue a companion for writing, and `link` as another name of it; see `save`.
 
-        Where it cannot be, `try_again` does.
+        A failure is remembered for `try_again`.
         """
-        # what was taken is kept until it is written
+        # the tensors are kept until they are written
         self._try(Companion(name, self._path(name), cache(snapshot(tensors)), link))
 
     def try_again(self) -> None:
-        """Companions that could not be written are handed over anew, but for outdated ones."""
+        """Queue companions that could not be written again, except outdated ones."""
         for companion in list(self._failed.values()):
             if companion.name not in self._waiting:
                 self._try(companion)
 
     def holds(self, name: str) -> bool:
-        """Whether a checkpoint may need this companion: it is there, or waits to be written."""
-        # in this order: the thread first notes the digest and then that nothing waits
+        """Return true if the companion is written or queued, so that checkpoints may need it."""
+        # in this order: the thread sets the digest before it removes the name from the queue
         return name in self._waiting or self._is_there(name)
 
     @property
     def is_busy(self) -> bool:
-        """Whether something handed over is neither written nor has failed."""
+        """True while something queued is neither written nor has failed."""
         return self._newest is not None and not self._newest.done()
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """True once everything handed over is written or has failed; False if that takes longer."""
+        """Wait until everything queued is written or has failed; return False on timeout."""
         if self._newest is not None:
             futures.wait([self._newest], timeout_s)
         return not self.is_busy
@@ -122,12 +122,13 @@ class CheckpointFolder:
         refuse: Callable[[Checkpoint], str | None] | None = None,
         spare: Collection[str] = (),
     ) -> Checkpoint | None:
-        """The newest checkpoint that is whole, has its companions, and is not refused for a reason.
+        """Return the newest checkpoint that is whole, has its companions, and is not refused.
 
-        Each one passed over is reported, and is renamed to *.damaged once one is found that can be
-        used. Where none can, all keep their names and a ValueError is raised: the next attempt must
-        not take the run for a new one. None where there are no checkpoints. spare: the kinds of
-        companions that a checkpoint is used without, if they are damaged; its `needs` lack them.
+        Newer ones that cannot be used are reported, and renamed to *.damaged once one is found that
+        can. If none can, all keep their names and ValueError is raised: the next attempt must not
+        take the run for a new one. None if there are no checkpoints. refuse: returns a reason
+        against a checkpoint, or None. spare: kinds of companions that a checkpoint can do without
+        if they are damaged; its `needs` lack them then.
         """
         self.wait()
         with naming(self._folder):
@@ -142,21 +143,21 @@ class CheckpointFolder:
                 self._report(f"damaged checkpoint {error}{end}")
                 continue
             self._set_aside(paths[: len(reasons)])
-            self.go_on_from(checkpoint)
+            self.resume_from(checkpoint)
             return checkpoint
         if reasons:
             raise ValueError(f"{self._folder}: no checkpoint can be used; the newest: {reasons[0]}")
         return None
 
-    def go_on_from(self, checkpoint: Checkpoint) -> None:
-        """What is written next follows this checkpoint, whose companions are there."""
+    def resume_from(self, checkpoint: Checkpoint) -> None:
+        """Set the state of the folder to this checkpoint, whose companions are on disk."""
         self._digests.update(checkpoint.needs)
         self.last = checkpoint.path
 
     def provide(self, name: str, link: Path) -> None:
-        """`link` is this companion, also where that could not be written or `link` was changed.
+        """Make `link` a name, or a copy, of this companion, even if writing it failed before.
 
-        Raises ValueError, naming `link`, where that cannot be.
+        Raises ValueError, naming `link`, if that fails.
         """
         self.wait()
         with naming(link):
@@ -166,7 +167,7 @@ class CheckpointFolder:
                 replace(link, partial(link_or_copy, self._path(name)))
 
     def read_companion(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a companion on the CPU, every byte as it was written.
+        """Read and verify the tensors of a companion, on the CPU.
 
         Raises ValueError if it is damaged, or not the one that the checkpoint of `latest` needs.
         """
@@ -175,14 +176,14 @@ class CheckpointFolder:
         return read_tensors(path)
 
     def close(self) -> None:
-        """Everything handed over is written or has failed; a second call does nothing."""
+        """Wait until everything queued is written or has failed; a second call does nothing."""
         self._thread.shutdown()
 
     def _try(self, companion: Companion) -> None:
         self._waiting.append(companion.name)
-        self._hand_over(partial(self._write_companion, companion))
+        self._enqueue(partial(self._write_companion, companion))
 
-    def _hand_over(self, write: Callable[[], None]) -> None:
+    def _enqueue(self, write: Callable[[], None]) -> None:
         assert self._is_writer, "another process writes the checkpoints"
         self._newest = self._thread.submit(write)
 
@@ -234,14 +235,14 @@ class CheckpointFolder:
             self._attempt(f"writing {link.name}", f"{link} was not written", make_link)
 
     def _attempt(self, task: str, failure: str, action: Callable[[], object]) -> bool:
-        """Whether it succeeded; the first of equal failures in a row is reported, and their end."""
+        """Return true if the action succeeds; report the first of equal failures, and their end."""
         try:
             action()
-        except Exception as error:  # whatever it is, nobody else would hear of it
+        except Exception as error:  # of any kind: an error in the thread would be lost
             why = reason(error)
             last = f"the last one is {self.last}" if self.last else "there is none yet"
             if self._failing.get(task) != why:
-                self._report(f"{failure}: {why}; training goes on, {last}")
+                self._report(f"{failure}: {why}; training continues, {last}")
             self._failing[task] = why
             return False
         if self._failing.pop(task, None):
@@ -268,7 +269,7 @@ class CheckpointFolder:
             path.unlink(missing_ok=True)
         kept = [written, *others[: self._keep - 1]]
         needed = {name for path in kept for name in needs_of(path, read_metadata(path))}
-        # a kind that neither this run nor its checkpoints know is someone else's
+        # companions of a kind that neither the run nor its checkpoints use are not ours to remove
         kinds = {_kind(name) for name in needed | set(self._digests)}
         names = [n.removesuffix(_SUFFIX) for n in os.listdir(self._folder) if n.endswith(_SUFFIX)]
         companions = [n for n in names if _COMPANION.fullmatch(n) and _kind(n) in kinds]
@@ -315,7 +316,7 @@ class CheckpointFolder:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Newest first; none where there is no folder."""
+    """List the checkpoints of a folder, newest first; none if there is no folder."""
     try:
         matches = [_STEP.fullmatch(name) for name in os.listdir(folder)]
     except FileNotFoundError:
@@ -337,6 +338,6 @@ def _number(companion: str) -> int:
 
 
 def _is_outdated(companion: str, needs: Sequence[str]) -> bool:
-    """Whether a checkpoint needs this companion or, instead of it, a later one of its kind."""
+    """Return true if this companion, or a later one of its kind, is among the needed ones."""
     same = [name for name in needs if _kind(name) == _kind(companion)]
     return any(_number(companion) <= _number(name) for name in same)
