@@ -56,7 +56,7 @@ class Step:
         self.statistics = BatchNormStatistics(self.modules)
         flat, steps = self.selection.flat, len(self.attack.hits) - 1
         self.health = Health(flat, self.sam.rho > 0, steps, self.ranks)
-        self.stages = StepTimer(flat.device)
+        self.timer = StepTimer(flat.device)
         self.features: dict[Key, list[Tensor]] = {}
         self.replays.forget(*RECORDED)
 
@@ -64,10 +64,10 @@ class Step:
         self, images: Tensor, targets: Targets, epsilon: Tensor, step_size: Tensor
     ) -> None:
         """Learn from float images [B, C, H, W] in [0, 1]; radii are 0-d device tensors."""
-        self.stages.begin()
+        self.timer.begin()
         hold, loss = self.attack.buffers.hold, self.objective.attack_loss
         inputs = [self.attack(images, targets.labels, epsilon, step_size, targets.counted, loss)]
-        self.stages.end("attack")
+        self.timer.end("attack")
         if self.objective.needs_clean:
             inputs.append(hold("clean", self.model.arrange(images)))
         held = Targets(hold("labels", targets.labels), hold("weights", targets.weights))
@@ -77,13 +77,13 @@ class Step:
             if self.sam.sync == "global":
                 self.ranks.sum_(self.selection.flat)
             self.replays(("ascent",), self.ascend)
-            self.stages.end("ascent")
+            self.timer.end("ascent")
             self._pass("second pass", inputs, held)
         self.ranks.sum_(self.selection.flat)
-        self.stages.end("descent")
+        self.timer.end("descent")
         self.statistics.average(self.ranks)
         self.replays(("update", held.labels.shape), lambda: self.update(held))
-        self.stages.end("update")
+        self.timer.end("update")
 
     def _pass(self, name: str, inputs: Sequence[Tensor], targets: Targets) -> None:
         """Run a pass in micro-batches that fit into memory, replayed where it is recorded."""

@@ -20,7 +20,7 @@ from safer_fast.training.schedule import Stage
 from safer_fast.training.step import Step
 from safer_fast.training.validation import validation_figures
 
-STAGES = ("data", "attack", "ascent", "descent", "update")
+STEP_PARTS = ("data", "attack", "ascent", "descent", "update")
 MOST_WAIT = 0.1
 """Share of an epoch's time above which its line says that it waited for data."""
 
@@ -110,8 +110,8 @@ class TrainingLog:
         now = time.monotonic()
         sums |= {"waited": self._waits.take(), "seconds": now - self._logged}
         self._logged = now
-        seconds = step.stages.take() | {"data": sums["waited"]}
-        return sums | {f"{name}_seconds": seconds.get(name, 0.0) for name in STAGES}
+        seconds = step.timer.take() | {"data": sums["waited"]}
+        return sums | {f"{name}_seconds": seconds.get(name, 0.0) for name in STEP_PARTS}
 
 
 def step_figures(sums: Mapping[str, float], is_sharpness_aware: bool) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def stage_times(sums: Mapping[str, float]) -> dict[str, float]:
     only one.
     """
     steps = max(sums["steps"], 1)
-    return {name: 1e3 * sums[f"{name}_seconds"] / steps for name in STAGES}
+    return {name: 1e3 * sums[f"{name}_seconds"] / steps for name in STEP_PARTS}
 
 
 def epoch_figures(

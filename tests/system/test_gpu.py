@@ -288,7 +288,7 @@ def test_captured_steps_notice_about_themselves_what_eager_ones_do() -> None:
             radii = (torch.tensor(radius, device="cuda") for radius in (EPSILON, STEP_SIZE))
             step(images, Targets.alike(labels), *radii)
         found.append(step.health.sums.take())
-        assert set(step.stages.take()) == {"attack", "ascent", "descent", "update"}
+        assert set(step.timer.take()) == {"attack", "ascent", "descent", "update"}
     assert found[0] == found[1]
     assert found[0]["attacked"] == 7 * len(labels)
 
