@@ -1,4 +1,4 @@
-"""Two arenas hold every weight, ranges are few, and everything comes back exactly."""
+"""Arenas hold every weight, merged ranges are few, and weights are restored exactly."""
 
 from itertools import pairwise
 

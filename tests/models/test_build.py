@@ -1,4 +1,4 @@
-"""The cut model is timm's model, in parts, and its layers are the ones that own matrices."""
+"""The model in blocks computes what timm's does, and its layers are those that own matrices."""
 
 import pytest
 import timm

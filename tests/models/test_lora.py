@@ -1,4 +1,4 @@
-"""Low-rank factors: trained by SAM like weights, part of the weights when they are done."""
+"""Low-rank factors are trained by SAM like weights, and merged into the weights at the end."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def adapted(
 
 
 def stir(factors: Adapters, seed: int = 0) -> None:
-    """Both factors of every layer are something else than zero."""
+    """Set both factors of every layer to values other than zero."""
     master = factors.arenas.master
     noise = torch.randn(master.shape, generator=torch.Generator().manual_seed(seed))
     master.copy_(0.1 * noise)

@@ -1,4 +1,4 @@
-"""Checkpoints outlive kills, full disks and flipped bits, and training never waits for them."""
+"""Checkpoints survive kills, full disks and flipped bits, and training never waits for them."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def flip(path: Path, at: int, mask: int = 1) -> None:
 
 
 def plant(path: Path, header: bytes, data: bytes = b"") -> str:
-    """A file that someone made who knows how digests are taken; gives its digest."""
+    """Write a file with a valid digest, as an attacker could; return the digest."""
     start = struct.pack("<Q", len(header)) + header
     digest = hashlib.sha256(start + data).hexdigest()
     path.parent.mkdir(exist_ok=True)

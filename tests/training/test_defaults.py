@@ -1,4 +1,4 @@
-"""Without a recipe, settings that nobody gave suit the data and new weights, and a line says so."""
+"""Defaults without a recipe suit the data and new weights, and a line names each."""
 
 from __future__ import annotations
 

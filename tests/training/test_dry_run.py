@@ -1,4 +1,4 @@
-"""A dry run says what the run would cost, and leaves nothing behind."""
+"""A dry run prints the cost of the run, and leaves no files."""
 
 import os
 import subprocess

@@ -90,7 +90,7 @@ def test_a_step_that_is_skipped_leaves_the_means_of_the_others() -> None:
 
 
 def count_right(model: RobustModel, images: Tensor, labels: Tensor, start: Tensor) -> list[int]:
-    """Images that are classified rightly after each number of steps, the last one left out."""
+    """Numbers of images classified right after 0, 1, ... steps, the last one left out."""
     counts = []
     for steps in range(STEPS):
         attacked = pgd(

@@ -1,4 +1,4 @@
-"""Optimizers update masters in place; apex is used when it is there and missed clearly when not."""
+"""Optimizers update masters in place; without apex, its optimizers are refused in one line."""
 
 import sys
 from types import ModuleType
@@ -82,7 +82,7 @@ def test_a_resumed_average_goes_the_same_way() -> None:
 
 
 class _StandIn(torch.optim.SGD):
-    """Takes apex's arguments and remembers them; updates as SGD does."""
+    """SGD with apex's arguments, which it remembers."""
 
     def __init__(self, groups: Any, lr: float, **arguments: Any) -> None:
         super().__init__(groups, lr=lr)

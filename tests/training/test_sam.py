@@ -1,4 +1,4 @@
-"""SAM goes where the field's SAM goes, comes back exactly, and works around any optimizer."""
+"""SAM moves weights as other libraries do, restores them exactly, and wraps any optimizer."""
 
 import pytest
 import torch

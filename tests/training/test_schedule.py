@@ -1,4 +1,4 @@
-"""Stages, epsilon, learning rate and selections come when the configuration says."""
+"""Stages, epsilon, learning rate and selections follow the configuration."""
 
 import pytest
 

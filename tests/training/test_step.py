@@ -1,4 +1,4 @@
-"""The step is the textbook step: same losses, same weights, in every precision."""
+"""The step equals the textbook step in losses and weights, in every precision."""
 
 import gc
 import os
@@ -229,7 +229,7 @@ def test_the_step_never_waits_for_the_device(objective: str, optim: OptimConfig 
 
 
 def is_real_tensor(found: object) -> bool:
-    """A tensor, and not one that a compiler thinks in: an earlier test's go when they like."""
+    """Return true for a real tensor; fake ones of a compiler may outlive an earlier test."""
     return issubclass(type(found), Tensor) and not issubclass(type(found), FakeTensor)
 
 

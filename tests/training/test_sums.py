@@ -1,4 +1,4 @@
-"""Sums that stay on the device: what they are, and that asking for them costs one transfer."""
+"""Device sums have the right values, and `take` is one transfer to the host."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from safer_fast.training.health import DeviceSums, Skips
 
 
 class NoSync(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Raises where a value would have to come to the host."""
+    """Raises if a value would be copied to the host."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
