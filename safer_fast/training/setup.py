@@ -16,8 +16,8 @@ from safer_fast.models.build import check_patches
 from safer_fast.models.lora import check_adapters
 from safer_fast.runs.folder import create_run_folder, save_config
 from safer_fast.runs.lock import RunLock
+from safer_fast.runs.loggers import asked_loggers
 from safer_fast.runs.loggers.run_log import RunLog
-from safer_fast.runs.loggers.wandb import check_wandb
 from safer_fast.runs.progress import RunProgress
 from safer_fast.runs.resume import Found, check_numerics, check_settings, settings_digest
 from safer_fast.runtime.device import prepare_runtime
@@ -48,8 +48,8 @@ def set_up(config: Config, ranks: Ranks, found: Found) -> PreparedRun:
     if any, and the lock of the folder. Raises ValueError for mistakes of a user, before the run
     folder is made.
     """
-    if config.log.wandb:
-        check_wandb()
+    for logger in asked_loggers(config.log):
+        logger.check()
     if config.selection.lora_rank:
         check_adapters()
     check_criterion(config.selection.criterion)
@@ -81,14 +81,14 @@ def set_up(config: Config, ranks: Ranks, found: Found) -> PreparedRun:
     ranks.check_alike(engine.arenas.master, "at the start")
     described = describe_run(config, engine, data)
     described["notes"] += notes
-    shown = config.to_dict() | described if config.log.wandb else None
+    shown = config.to_dict() | described
     if checkpoint is None:
         folder, progress = make_folder(config, data.name, ranks, found.lock), RunProgress()
-        log = RunLog(folder, ranks, wandb=shown)
+        log = RunLog(folder, ranks, None, config.log, shown)
         log.write("run", epoch=0, step=0, **described)
     else:
         folder, progress = checkpoint.path.parent.parent, RunProgress.read(stored["progress"])
-        log = RunLog(folder, ranks, progress.metrics_size, shown)
+        log = RunLog(folder, ranks, progress.metrics_size, config.log, shown)
         if not progress.metrics_size:  # the log was lost
             log.write("run", epoch=0, step=0, **described)
     log.say(banner(described))

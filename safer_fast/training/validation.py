@@ -125,7 +125,7 @@ class Validator:
             )
         except ValueError as error:  # pictures are no reason to end a run
             self.log.say(f"the gallery is left as it is: {error}")
-        self.log.add_images("gallery", *gallery_strip(gallery), step=step)
+        self.log.add_image("gallery", *gallery_strip(gallery), step=step)
 
     def attack_gap(self, epoch: int) -> AttackGap | None:
         """What the training attack of this epoch leaves right, and PGD-20, on training images.

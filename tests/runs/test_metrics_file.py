@@ -24,7 +24,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
 from safer_fast.runs.figures import layer_map
-from safer_fast.runs.loggers.metrics_file import FILE_NAME, MetricsLog, read_metrics, uninterrupted
+from safer_fast.runs.loggers.metrics_file import FILE_NAME, read_metrics, uninterrupted
+from safer_fast.runs.loggers.metrics_log import MetricsLog
 
 EPOCH: dict[str, Any] = {
     "train_loss": 0.5,
@@ -174,7 +175,7 @@ def test_tensorboard_has_a_map_of_the_layers_for_each_selection(tmp_path: Path) 
 
 def test_a_resumed_run_has_the_maps_of_its_last_twelve_selections(tmp_path: Path) -> None:
     with MetricsLog(tmp_path) as log:
-        log._event_file._draws_maps = False
+        log._loggers.clear()  # drawing all of them takes seconds
         for step in range(14):
             log.write("selection", epoch=step, step=step, **SELECTION)
     assert pictures(tmp_path, "selection/layers") == []
@@ -205,7 +206,7 @@ def test_a_picture_comes_back_as_it_was_given(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (5, 3), "red").save(buffer, format="PNG")
     with MetricsLog(tmp_path) as log:
-        log._event_file.add_images("gallery", buffer.getvalue(), 5, 3, step=4)
+        log.add_image("gallery", buffer.getvalue(), 5, 3, step=4)
     ((step, picture),) = pictures(tmp_path, "gallery")
     assert (step, picture.size, picture.getpixel((4, 2))) == (4, (5, 3), (255, 0, 0))
 
@@ -215,7 +216,7 @@ def test_a_picture_for_a_file_that_is_gone_is_left_out(tmp_path: Path) -> None:
     with MetricsLog(tmp_path / "run", report=reports.append) as log:
         shutil.rmtree(tmp_path / "run")
         for step in (1, 2):
-            log._event_file.add_images("gallery", b"", 5, 3, step=step)
+            log.add_image("gallery", b"", 5, 3, step=step)
     assert len(reports) == 1
     assert reports[0].startswith("TensorBoard's event file cannot be written: ")
 
@@ -264,13 +265,13 @@ def test_an_interrupt_while_a_line_is_written_loses_neither_it_nor_its_scalars(
     tmp_path: Path,
 ) -> None:
     with pytest.raises(KeyboardInterrupt), MetricsLog(tmp_path) as log:  # noqa: PT012
-        append = log._lines.append
+        append = log._file.append
 
         def interrupted(line: bytes) -> None:
             signal.raise_signal(signal.SIGINT)
             append(line)
 
-        log._lines.append = interrupted  # type: ignore[method-assign]
+        log._file.append = interrupted  # type: ignore[method-assign]
         log.write("step", epoch=1, step=1, loss=1.0)
     assert [event["step"] for event in read_metrics(tmp_path / FILE_NAME)] == [1]
     assert scalars(tmp_path) == [("step/loss", 1, 1.0)]
@@ -435,7 +436,8 @@ def test_time_goes_on_from_that_of_the_last_line(tmp_path: Path, is_resumed: boo
 FULL_DISK = """
     import json, resource, sys
     from pathlib import Path
-    from safer_fast.runs.loggers.metrics_file import FILE_NAME, MetricsLog, read_metrics
+    from safer_fast.runs.loggers.metrics_file import FILE_NAME, read_metrics
+    from safer_fast.runs.loggers.metrics_log import MetricsLog
 
     def limit(num_bytes):
         resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
@@ -473,7 +475,7 @@ def test_lines_that_find_the_disk_full_are_written_once_and_in_order_when_there_
         for room in range(150):  # two lines and a part
             run, reports = folder / str(room), []
             log = MetricsLog(run, report=reports.append)
-            log._event_file._path = None  # it would be full as well
+            log._loggers.clear()  # it would be full as well
             write(log, 1)
             limit(log.size + room)
             os.truncate = truncate if can_cut else no_truncate
@@ -524,7 +526,7 @@ def test_a_log_that_is_opened_on_a_full_disk_has_all_lines_when_there_is_room(
 def test_closing_on_a_full_disk_says_how_many_lines_are_lost(tmp_path: Path) -> None:
     script = """
         log = MetricsLog(folder)
-        log._event_file._path = None
+        log._loggers.clear()
         write(log, 1)
         limit(log.size + 10)
         for step in (2, 3, 4):

@@ -13,12 +13,16 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
 from safer_fast.config.command_line import parse_config
+from safer_fast.config.schema import LogConfig
+from safer_fast.runs import loggers
 from safer_fast.runs.loggers import wandb as metrics_wandb
+from safer_fast.runs.loggers.logger import LoggedRun
 from safer_fast.runs.loggers.run_log import RunLog
-from safer_fast.runs.loggers.tensorboard import _scalars
-from safer_fast.runs.loggers.wandb import WandbRun, _plotted
+from safer_fast.runs.loggers.tensorboard import EventFile
+from safer_fast.runs.loggers.wandb import WandbRun
 from safer_fast.runtime.ranks import Ranks
 
 LINE = {
@@ -74,7 +78,7 @@ def package(monkeypatch: pytest.MonkeyPatch) -> Recorded:
 def test_numbers_are_sent_by_event_and_name_over_the_steps(
     package: Recorded, tmp_path: Path
 ) -> None:
-    run = WandbRun(tmp_path, {"seed": 1}, print)
+    run = WandbRun(LoggedRun(tmp_path, settings={"seed": 1}))
     run.add(LINE)
     run.add({"event": "run", "epoch": 0, "step": 0, "time_s": 0.0, "device": "cpu"})
     chosen = {"criterion": "sharpness", "scores": {"head": 0.5}, "selected": ["head"], "cut": 1}
@@ -104,7 +108,7 @@ def test_numbers_are_sent_by_event_and_name_over_the_steps(
     assert package.is_finished
 
 
-def test_no_two_figures_share_a_tag() -> None:
+def test_no_two_figures_share_a_tag(package: Recorded, tmp_path: Path) -> None:
     line = {"event": "evaluation", "epoch": 1, "step": 3, "accuracy": 0.5}
     line |= {"weights": "last", "split": "test", "attack": "pgd-20", "norm": "linf", "seed": 0}
     line |= {"epsilon": 8 / 255, "num_images": 1000, "restarts": 1, "source": None}
@@ -122,9 +126,15 @@ def test_no_two_figures_share_a_tag() -> None:
         {"source": "other"},
         {"attack": "clean", "norm": None, "epsilon": 0.0, "restarts": None, "seed": None},
     ]
-    tags = [[*plotted(line | other)] for plotted in (_plotted, _scalars) for other in others]
-    assert [len(names) for names in tags] == [1] * len(tags)
-    assert tags[: len(others)] == tags[len(others) :]
+    for logger in (WandbRun(LoggedRun(tmp_path)), EventFile(LoggedRun(tmp_path))):
+        for other in others:
+            logger.add(line | other)
+        logger.close()
+    tags = [[name for name in values if name != "step"] for values in package.told]
+    (path,) = tmp_path.glob("*tfevents*")
+    _, *events = LegacyEventFileLoader(str(path)).Load()
+    assert tags == [[value.tag for value in event.summary.value] for event in events]
+    assert [len(names) for names in tags] == [1] * len(others)
     assert len({name for (name,) in tags}) == len(others)
     assert tags[0] == ["evaluation/last-test-pgd-20-linf-8of255-1000images"]
 
@@ -132,29 +142,29 @@ def test_no_two_figures_share_a_tag() -> None:
 def test_pictures_are_sent_too(package: Recorded, tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (5, 4)).save(buffer, "PNG")
-    run = WandbRun(tmp_path, {}, print)
-    run.add_image("gallery", buffer.getvalue(), 7)
+    run = WandbRun(LoggedRun(tmp_path))
+    run.add_image("gallery", buffer.getvalue(), 5, 4, step=7)
     assert package.told == [{"step": 7, "gallery": (5, 4)}]
 
 
 def test_a_resumed_run_is_the_same_run_there(package: Recorded, tmp_path: Path) -> None:
     for _ in range(2):
-        WandbRun(tmp_path, {}, print).close()
+        WandbRun(LoggedRun(tmp_path)).close()
     first, second = (options["id"] for options in package.started)
     assert first == second
     other = tmp_path / "other"
     other.mkdir()
-    WandbRun(other, {}, print).close()
+    WandbRun(LoggedRun(other)).close()
     assert package.started[2]["id"] != first
 
 
 def test_what_fails_there_is_said_once_and_done_without(package: Recorded, tmp_path: Path) -> None:
     said: list[str] = []
     package.is_broken = True
-    WandbRun(tmp_path, {}, said.append).add(LINE)
+    WandbRun(LoggedRun(tmp_path, said.append)).add(LINE)
     assert said == ["log.wandb: off from here on (no login)"]
     package.is_broken = False
-    run = WandbRun(tmp_path, {}, said.append)
+    run = WandbRun(LoggedRun(tmp_path, said.append))
     package.is_broken = True
     run.add(LINE)
     run.add(LINE)
@@ -165,12 +175,40 @@ def test_what_fails_there_is_said_once_and_done_without(package: Recorded, tmp_p
 def test_it_is_told_what_is_logged_only_where_it_is_wanted(
     package: Recorded, tmp_path: Path
 ) -> None:
-    for wandb in (None, {"seed": 3}):
-        log = RunLog(tmp_path, Ranks(), wandb=wandb)
+    for is_wanted in (False, True):
+        config = LogConfig(wandb=is_wanted)
+        log = RunLog(tmp_path, Ranks(), config=config, settings={"seed": 3})
         log.write("step", epoch=1, step=2, loss=1.0)
         log.close()
     assert [values["step/loss"] for values in package.told] == [1.0]
+    assert [options["config"] for options in package.started] == [{"seed": 3}]
     assert package.is_finished
+
+
+def test_a_logger_is_added_as_a_row_of_the_table(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shown: list[Any] = []
+
+    class Shown:
+        def __init__(self, run: LoggedRun) -> None:
+            shown.append(run.settings)
+
+        def add(self, line: Mapping[str, Any]) -> None:
+            shown.append(line["loss"])
+
+        def add_image(self, tag: str, png: bytes, width: int, height: int, step: int) -> None:
+            shown.append((tag, png, width, height, step))
+
+        def close(self) -> None:
+            shown.append("closed")
+
+    monkeypatch.setitem(loggers.LOGGERS, "shown", loggers.LoggerKind(Shown))
+    log = RunLog(tmp_path, Ranks(), settings={"seed": 3})
+    log.write("step", epoch=1, step=2, loss=1.0)
+    log.add_image("picture", b"png", 1, 1, step=2)
+    log.close()
+    assert shown == [{"seed": 3}, 1.0, ("picture", b"png", 1, 1, 2), "closed"]
 
 
 def test_without_the_package_the_flag_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:

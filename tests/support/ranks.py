@@ -31,7 +31,7 @@ PRELOADED = [
     "tests.system.test_distributed",
     "docstring_parser",
     "sklearn.datasets",
-    "tensorboard.compat.proto.event_pb2",
+    "tensorboard.summary.writer.record_writer",
 ]
 NUM_IMAGES = {"train": 88, "test": 37}
 # 62 training images in batches of 16, 16, 15 and 15, which neither two nor three ranks can share

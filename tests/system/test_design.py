@@ -30,7 +30,6 @@ HOMES = {
         "runs/figures/canvas.py",
         "runs/figures/curves.py",
         "runs/figures/layer_map.py",
-        "runs/loggers/tensorboard.py",
         "selection/comparison_output.py",
     },
     "wandb": {"runs/loggers/wandb.py"},

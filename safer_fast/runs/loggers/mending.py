@@ -1,4 +1,4 @@
-"""A metrics.jsonl that was damaged: what is whole in it is kept, and a run can go on."""
+"""Repair of a damaged metrics.jsonl: its whole lines are kept, so that a run can be resumed."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from safer_fast.runtime.files import open_plain, write_whole
 
 
 def mend_metrics(path: Path, size: int, report: Callable[[str], None]) -> int:
-    """The bytes of a metrics.jsonl of which a checkpoint knows `size`; normally just these.
+    """Make a metrics.jsonl one to resume from, and return its bytes: `size`, unless it is damaged.
 
-    Where some are gone or damaged, the file is rebuilt of the lines that are whole, and `report`
-    told. A file that is gone is begun anew.
+    size: bytes when the checkpoint was made. Where some of them are gone or damaged, the file is
+    rewritten with the whole lines, and `report` gets a note. A missing file is created empty.
     """
     open_plain(path, os.O_RDWR | os.O_CREAT).close()
     num_bytes = path.stat().st_size
@@ -33,7 +33,7 @@ def mend_metrics(path: Path, size: int, report: Callable[[str], None]) -> int:
 
 
 def has_ended(path: Path) -> bool:
-    """Whether a metrics.jsonl holds a run's last line, also among damaged ones."""
+    """True where a metrics.jsonl, even a damaged one, has the line that ends a run."""
     if not path.is_file():
         return False
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""What a run lets others know: metrics.jsonl, lines, progress bars; of all ranks the first does."""
+"""Output of a run: metrics.jsonl, lines and progress bars, of rank 0 alone."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from safer_fast.runs.loggers.metrics_file import Event, MetricsLog
-from safer_fast.runs.loggers.wandb import WandbRun
+from safer_fast.config.schema import LogConfig
+from safer_fast.runs.loggers.metrics_file import Event
+from safer_fast.runs.loggers.metrics_log import MetricsLog
 from safer_fast.runtime.ranks import Ranks
 
 T = TypeVar("T")
 
 
 class RunLog:
-    """Says everything once, whatever the number of ranks.
+    """The log and the terminal of a run; ranks other than 0 write and show nothing.
 
-    resume_at: bytes of metrics.jsonl to go on from, None for a new run. wandb: the settings that
-    Weights & Biases is to show, None to leave it out.
+    resume_at: bytes of metrics.jsonl to resume from, None for a new run. config, settings: see
+    `MetricsLog`.
     """
 
     def __init__(
@@ -28,37 +29,34 @@ class RunLog:
         folder: Path,
         ranks: Ranks,
         resume_at: int | None = None,
-        wandb: Mapping[str, Any] | None = None,
+        config: LogConfig | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self._ranks = ranks
         self._metrics: MetricsLog | None = None
-        self._wandb: WandbRun | None = None
         self._bar: tqdm[Any] | None = None
         if ranks.is_first:
-            self._metrics = MetricsLog(folder, resume_at=resume_at, report=self.say)
-            self._wandb = None if wandb is None else WandbRun(folder, wandb, self.say)
+            self._metrics = MetricsLog(
+                folder, resume_at=resume_at, report=self.say, config=config, settings=settings
+            )
 
     @property
     def size(self) -> int:
-        """Bytes of metrics.jsonl; 0 where nothing is written."""
+        """Bytes of metrics.jsonl; 0 on ranks other than 0."""
         return 0 if self._metrics is None else self._metrics.size
 
     def write(self, event: Event, *, epoch: int, step: int, **values: Any) -> None:
         """See `MetricsLog.write`."""
         if self._metrics is not None:
-            line = self._metrics.write(event, epoch=epoch, step=step, **values)
-            if self._wandb is not None:
-                self._wandb.add(line)
+            self._metrics.write(event, epoch=epoch, step=step, **values)
 
-    def add_images(self, tag: str, png: bytes, width: int, height: int, step: int) -> None:
-        """TensorBoard and Weights & Biases show a PNG file of this many pixels under `tag`."""
+    def add_image(self, tag: str, png: bytes, width: int, height: int, step: int) -> None:
+        """See `MetricsLog.add_image`."""
         if self._metrics is not None:
-            self._metrics.add_images(tag, png, width, height, step)
-        if self._wandb is not None:
-            self._wandb.add_image(tag, png, step)
+            self._metrics.add_image(tag, png, width, height, step)
 
     def say(self, line: str) -> None:
-        """Shows a line above the progress bars; a log on a full disk does not end the run."""
+        """Show a line above the progress bars; a full disk of the terminal's log ends no run."""
         if self._ranks.is_first:
             with suppress(OSError):
                 tqdm.write(line)
@@ -80,9 +78,9 @@ class RunLog:
         return self._bar
 
     def show(self, line: str, figures: Mapping[str, str], *, only_on_terminals: bool) -> None:
-        """The figures stand beside the progress bar; without one the line says them.
+        """Show figures beside the progress bar; without one, the line followed by them.
 
-        only_on_terminals: whether nothing is said where there is no bar.
+        only_on_terminals: show nothing where there is no bar.
         """
         if self._bar is not None and not self._bar.disable:
             self._bar.set_postfix(figures)
@@ -98,5 +96,3 @@ class RunLog:
         """See `MetricsLog.close`."""
         if self._metrics is not None:
             self._metrics.close()
-        if self._wandb is not None:
-            self._wandb.close()
