@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from safer_fast.config.checks import check_ball
 from safer_fast.config.commands import SelectConfig
 
@@ -88,13 +86,12 @@ def compare_criteria(config: SelectConfig, chosen: str, criteria: Sequence[str])
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Spearman's: the correlation of the ranks, equal scores sharing theirs; None if undefined."""
-    ranks = np.stack([_average_ranks(first), _average_ranks(second)])
-    ranks -= ranks.mean(axis=1, keepdims=True)
-    lengths = np.linalg.norm(ranks, axis=1)
-    if not lengths.all():
+    """Spearman's rank correlation; None where all scores of a side are equal."""
+    from scipy.stats import spearmanr
+
+    if len(set(first)) < 2 or len(set(second)) < 2:
         return None
-    return float(ranks[0] @ ranks[1] / (lengths[0] * lengths[1]))
+    return float(spearmanr(first, second).statistic)
 
 
 def rank_correlations(scores: Mapping[str, Scores]) -> dict[str, dict[str, float | None]]:
@@ -161,11 +158,3 @@ def _attack(loaded: LoadedRun, epsilon: float, steps: int, seed: int) -> Any:
 
 def _signed(name: str, scores: Scores) -> Scores:
     return {layer: -score for layer, score in scores.items()} if name == "least-sharp" else scores
-
-
-def _average_ranks(values: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Places from 1 in rising order; equal values have the mean of theirs."""
-    _, group, sizes = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
-    last = np.cumsum(sizes)
-    ranks: np.ndarray[Any, np.dtype[np.float64]] = (last - (sizes - 1) / 2)[group]
-    return ranks
