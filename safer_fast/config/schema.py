@@ -11,8 +11,6 @@ class-token: the last block computes only the tokens that the head reads.
 prefix: blocks below the first selected layer run once for both SAM passes.
 stored-bf16: matrices are stored in bf16 in place of being cast in every forward pass."""
 
-Criterion = Literal["sharpness", "gradient-norm", "criticality", "random", "least-sharp", "all"]
-
 
 class Radius(float):
     """A float that is also accepted as a fraction, such as `8/255`."""

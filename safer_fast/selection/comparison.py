@@ -1,4 +1,4 @@
-"""All criteria measured on a run's model at once, and how much their rankings agree."""
+"""Comparison of criteria: scores by several on one run's model, and rank correlations."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ if TYPE_CHECKING:
     import torch
 
     from safer_fast.runs.folder import LoadedRun
-    from safer_fast.selection.criteria import ScoredBy
+    from safer_fast.selection.inputs import ScoredBy
 
-CRITERIA = ("sharpness-absolute", "sharpness-relative", "gradient-norm", "criticality")
 Scores = dict[str, float]
 
 
@@ -31,10 +30,10 @@ class CriteriaScores:
 
 
 def compare_criteria(config: SelectConfig, chosen: str, criteria: Sequence[str]) -> CriteriaScores:
-    """The scores that the layers of a run's model have by `chosen` and by all other `criteria`.
+    """Score the layers of a run's model by `chosen` and by all other `criteria`.
 
     The training images that the seed draws are attacked once for all criteria, in the model's own
-    precision. Raises ValueError for a folder that is no run, and for data that cannot be had.
+    precision. Raise ValueError for a folder that is no run, and for data that cannot be read.
     """
     import torch
 
@@ -80,9 +79,7 @@ def compare_criteria(config: SelectConfig, chosen: str, criteria: Sequence[str])
         "seed": config.seed,
         "seconds": round(time.monotonic() - started, 1),
     }
-    return CriteriaScores(
-        {name: _signed(name, scores[measure]) for name, measure in measures.items()}, facts
-    )
+    return CriteriaScores({name: scores[measure] for name, measure in measures.items()}, facts)
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
@@ -118,24 +115,20 @@ def _batches(config: SelectConfig, loaded: LoadedRun) -> list[tuple[torch.Tensor
 
 
 def _defined(names: Iterable[str], chosen: str, steps: int) -> list[str]:
-    """The criteria that mean something: without an attack no features change, none is critical."""
-    if chosen == "criticality" and not steps:
-        raise ValueError("--steps: expected at least 1 for criticality, got 0")
-    return [name for name in names if steps or name != "criticality"]
+    """The criteria that mean something with so many steps of the attack."""
+    from safer_fast.selection.criteria import CRITERIA
+
+    needing = {name for name, row in CRITERIA.items() if row.needs_attack and not steps}
+    if chosen in needing:
+        raise ValueError(f"--steps: expected at least 1 for {chosen}, got 0")
+    return [name for name in names if name not in needing]
 
 
 def _measure(name: str, config: SelectConfig) -> ScoredBy:
-    from safer_fast.selection.criteria import ScoredBy
+    from safer_fast.selection.criteria import SHARPNESS
+    from safer_fast.selection.inputs import ScoredBy
 
-    measures = {
-        "sharpness-absolute": ScoredBy("sharpness", "absolute"),
-        "sharpness-relative": ScoredBy("sharpness", "relative"),
-        "gradient-norm": ScoredBy("gradient-norm", config.radius),
-        "criticality": ScoredBy("criticality"),
-        "random": ScoredBy("random"),
-        "least-sharp": ScoredBy("sharpness", config.radius),
-    }
-    return measures.get(name) or ScoredBy(name)
+    return SHARPNESS.get(name) or ScoredBy(name, config.radius)
 
 
 def _attack(loaded: LoadedRun, epsilon: float, steps: int, seed: int) -> Any:
@@ -154,7 +147,3 @@ def _attack(loaded: LoadedRun, epsilon: float, steps: int, seed: int) -> Any:
         check_tensors=False,
         generator=torch.Generator(loaded.model.mean.device).manual_seed(seed),
     )
-
-
-def _signed(name: str, scores: Scores) -> Scores:
-    return {layer: -score for layer, score in scores.items()} if name == "least-sharp" else scores

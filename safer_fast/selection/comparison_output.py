@@ -13,7 +13,7 @@ from safer_fast.config.checks import check_file, check_ranges
 from safer_fast.config.commands import SelectConfig
 from safer_fast.config.messages import shortened
 from safer_fast.runtime.files import write_whole
-from safer_fast.selection.comparison import CRITERIA, CriteriaScores, Scores
+from safer_fast.selection.comparison import CriteriaScores, Scores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,17 +57,16 @@ _LEFT_OUT = "random measures nothing and least-sharp is sharpness turned round: 
 
 
 def check_settings(config: SelectConfig) -> None:
-    from safer_fast.selection.criteria import REGISTERED, check_criterion, known_criteria
+    from safer_fast.selection.criteria import CRITERIA, check_criterion, compared_criteria
 
     check_ranges(config, ranges.SELECT)
     if config.plot and not config.plot.endswith(FORMATS):
         raise ValueError(f"--plot: expected a .svg or .png file, got {shortened(config.plot)}")
     check_file(config.output, "--output")
     check_file(config.plot, "--plot")
-    scoring = [name for name in known_criteria() if name != "all"]
-    check_criterion(config.criterion, "--criterion", scoring)
+    check_criterion(config.criterion, "--criterion", list(CRITERIA))
     for name in config.criteria:
-        check_criterion(name, "--criteria", [*CRITERIA, *REGISTERED])
+        check_criterion(name, "--criteria", compared_criteria())
     if Path(config.run).is_file():
         raise ValueError(
             f"RUN: expected a run folder, got {config.run}: weights alone do not say which data "

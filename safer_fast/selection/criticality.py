@@ -12,8 +12,17 @@ from torch.overrides import TorchFunctionMode
 
 from safer_fast.models.robust_model import RobustModel, find_layers
 from safer_fast.runtime.ranks import Ranks
+from safer_fast.selection.inputs import ScoredBy, ScoringInputs
 
 Keep = Callable[[str, Tensor], None]
+
+
+def criticality_scores(
+    inputs: ScoringInputs, measures: Sequence[ScoredBy]
+) -> dict[ScoredBy, dict[str, float]]:
+    """The same scores for all measures: they have no radius."""
+    scores = criticality(inputs.model, inputs.pairs, inputs.names, inputs.ranks)
+    return dict.fromkeys(measures, scores)
 
 
 @torch.no_grad()
@@ -38,7 +47,7 @@ def criticality(
 
 
 def _pair_of(clean: Tensor, attacked: Tensor) -> tuple[Tensor, Tensor]:
-    """The pair of batches, or of one black image where they are empty: nothing in it changes."""
+    """The pair of batches; one black image twice where they are empty: nothing in it changes."""
     if len(clean):
         return clean, attacked
     black = clean.new_zeros(1, *clean.shape[1:])
@@ -72,7 +81,7 @@ def _feature_changes(model: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]) -
 
 @contextmanager
 def _every_layer(model: nn.Module, keep: Keep, past: Collection[str] = ()) -> Iterator[None]:
-    """`keep` is given every layer's name and output as the model runs.
+    """Call `keep` with the name and the output of every layer as the model runs.
 
     past: linear layers that are not called: the network multiplies by their weights itself, as
     EVA-02's attention does.
@@ -97,7 +106,7 @@ def _every_layer(model: nn.Module, keep: Keep, past: Collection[str] = ()) -> It
 
 
 class _Products(TorchFunctionMode):
-    """Tells `keep` of each linear map by one of these weights, known by their ids."""
+    """Calls `keep` for each linear map by one of these weights; names: of layers, by id(weight)."""
 
     def __init__(self, names: Mapping[int, str], keep: Keep) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Which layers to fine-tune: scores for every layer, and the few that score highest."""
+"""Scores of every layer by a criterion, and the few layers that score highest."""
 
 from __future__ import annotations
 
@@ -16,24 +16,10 @@ from safer_fast.config.schema import SelectionConfig
 from safer_fast.models.arenas import ParameterArenas
 from safer_fast.models.robust_model import RobustModel
 from safer_fast.runtime.ranks import Ranks
+from safer_fast.selection import criteria
 from safer_fast.selection.candidates import candidates, layers_of, match_layers
-from safer_fast.selection.criteria import (
-    REGISTERED,
-    Attack,
-    ScoredBy,
-    Watch,
-    WeightRadius,
-    check_criterion,
-    registered_scores,
-)
-from safer_fast.selection.criticality import criticality
-from safer_fast.selection.sharpness import (
-    gradient_norms,
-    loss_rises,
-    scores_by_name,
-    store_mean_gradients,
-    weights_of_layers,
-)
+from safer_fast.selection.criteria import ALL, check_criterion
+from safer_fast.selection.inputs import Attack, ScoredBy, ScoringInputs, Watch, WeightRadius
 
 
 def rank_layers(
@@ -71,7 +57,7 @@ def rank_layers(
         arenas: where the model's parameters lie, if they lie in arenas.
         generator: source of `random`, on the CPU.
         ranks: the processes whose batches make up the probe together; all get the same scores.
-        watch: what the layers go through, one after the other, where each takes its time.
+        watch: passes the layers through one by one, where each takes its time.
 
     Raises:
         ValueError: no batches, unknown names, an unknown criterion or one without scores (`all`),
@@ -105,7 +91,7 @@ def score_layers(
     ranks: Ranks | None = None,
     watch: Watch = iter,
 ) -> dict[ScoredBy, dict[str, float]]:
-    """The scores that `rank_layers` gives for each measure, for the price of the dearest.
+    """The scores that `rank_layers` returns for each measure, at the cost of the most costly.
 
     All of them share the adversarial examples, the gradient and the features below each block.
     """
@@ -114,52 +100,33 @@ def score_layers(
     if unknown := [name for name in names if name not in layers]:
         raise ValueError(f"names: expected layers of the model, got {', '.join(unknown)}")
     check_number("rho", rho, FACTOR)
-    criteria = {measure.criterion for measure in measures}
-    for name in sorted(criteria):
+    asked = {measure.criterion for measure in measures}
+    for name in sorted(asked):
         check_criterion(name)
-    if "all" in criteria:
+    if ALL in asked:
         raise ValueError("criterion: expected one that scores layers, got 'all'")
+    inputs = ScoringInputs(model, names, layers, rho, arenas, generator, ranks or Ranks(), watch)
+    if any(criteria.CRITERIA[name].needs_images for name in asked):
+        inputs.probes = [
+            (images, attack(model, images, labels) if attack and len(labels) else images, labels)
+            for images, labels in batches
+        ]
+        num_images = sum(len(labels) for _, _, labels in inputs.probes)
+        inputs.total = int(inputs.ranks.sum_(torch.tensor(num_images)).item())
+        if not inputs.total:
+            raise ValueError("batches: expected at least one batch, got none")
     scores: dict[ScoredBy, dict[str, float]] = {}
-    if "random" in criteria:
-        draws = torch.rand(len(names), generator=generator, dtype=torch.float64).tolist()
-        drawn = dict(zip(names, draws, strict=True))
-        scores = {measure: drawn for measure in measures if measure.criterion == "random"}
-    if criteria <= {"random"}:
-        return scores
-    ranks = ranks or Ranks()
-    probes = [
-        (images, attack(model, images, labels) if attack and len(labels) else images, labels)
-        for images, labels in batches
-    ]
-    num_images = sum(len(labels) for _, _, labels in probes)
-    total = ranks.sum_(torch.tensor(num_images)).item()
-    if not total:
-        raise ValueError("batches: expected at least one batch, got none")
     with frozen(model):
-        if "criticality" in criteria:
-            pairs = [(clean, attacked) for clean, attacked, _ in probes]
-            changes = criticality(model, pairs, names, ranks)
-            scores |= {m: changes for m in measures if m.criterion == "criticality"}
-        adversarial = [(attacked, labels) for _, attacked, labels in probes]
-        for name in criteria & REGISTERED.keys():
-            found = registered_scores(name, model, adversarial, names, ranks)
-            scores |= {m: found for m in measures if m.criterion == name}
-        if rest := [m for m in measures if m not in scores]:
-            chosen = weights_of_layers(model, names, layers, arenas)
-            store_mean_gradients(model, chosen, adversarial, total)
-            ranks.sum_(chosen.flat)
-            norms = {m for m in rest if m.criterion == "gradient-norm"}
-            scores |= {m: gradient_norms(chosen, names, rho, m.radius) for m in norms}
-            rises = [m for m in rest if m not in norms]
-            sums = loss_rises(model, chosen.groups, names, adversarial, rho, rises, watch)
-            scores |= {m: scores_by_name(m, ranks.sum_(sums[m]) / total, names) for m in rises}
+        for score in dict.fromkeys(row.score for row in criteria.CRITERIA.values()):
+            own = [m for m in measures if criteria.CRITERIA[m.criterion].score is score]
+            scores |= score(inputs, own) if own else {}
     return scores
 
 
 def select_layers(scores: Mapping[str, float], *, fraction: float) -> list[str]:
     """The names with the highest scores: `fraction` of them, rounded half up, at least one.
 
-    Equal scores are ordered by name. Raises ValueError for a fraction outside (0, 1], no scores, or
+    Equal scores are ordered by name. Raise ValueError for a fraction outside (0, 1], no scores, or
     a score that is NaN.
     """
     if not 0 < fraction <= 1:
@@ -178,7 +145,7 @@ def select_layers(scores: Mapping[str, float], *, fraction: float) -> list[str]:
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """Which layers are fine-tuned next, and the scores that say so (none for an explicit list)."""
+    """Layers to fine-tune next, and the scores that say so (none for an explicit list)."""
 
     criterion: str
     scores: dict[str, float]
@@ -200,8 +167,8 @@ def choose_layers(
     """The layers that the configuration selects for these training images."""
     if config.layers is not None:
         return LayerChoice("explicit", {}, match_layers(config.layers, model.layers))
-    if config.criterion == "all":
-        return LayerChoice("all", {}, list(model.layers))
+    if config.criterion == ALL:
+        return LayerChoice(ALL, {}, list(model.layers))
     scores = rank_layers(
         model,
         batches,

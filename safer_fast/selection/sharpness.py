@@ -1,4 +1,4 @@
-"""A model run again and again, each time with another layer's weights changed."""
+"""Sharpness of layers: the rise of the loss when the weights of one layer are perturbed."""
 
 from __future__ import annotations
 
@@ -8,23 +8,72 @@ import torch
 from torch import Tensor, nn
 
 from safer_fast.attacks.pgd import cross_entropy
-from safer_fast.models.arenas import (
-    ParameterArenas,
-    Range,
-    TrainedWeights,
-    module_selection,
-    requiring_gradients,
-)
+from safer_fast.models.arenas import Range
 from safer_fast.models.families import STEM
 from safer_fast.models.perturbation import ascend_, gradient_squares, restore_, weight_norm
 from safer_fast.models.robust_model import RobustModel
-from safer_fast.selection.criteria import Batches, ScoredBy, Watch
+from safer_fast.selection.inputs import ScoredBy, ScoringInputs, WeightRadius
+
+
+def sharpness_scores(
+    inputs: ScoringInputs, measures: Sequence[ScoredBy]
+) -> dict[ScoredBy, dict[str, float]]:
+    """S_l = L(w_l + rho g_l / ||g_l||, rest) - L(w) of each layer; -S_l for `least-sharp`."""
+    radii = list(dict.fromkeys(measure.radius for measure in measures))
+    sums = loss_rises(inputs, inputs.weights.groups, radii)
+    rises = {radius: inputs.ranks.sum_(sums[radius]) / inputs.total for radius in radii}
+    scores = {}
+    for measure in measures:
+        sign = -1.0 if measure.criterion == "least-sharp" else 1.0
+        own = (sign * rises[measure.radius]).tolist()
+        scores[measure] = dict(zip(inputs.names, own, strict=True))
+    return scores
+
+
+def gradient_norm_scores(
+    inputs: ScoringInputs, measures: Sequence[ScoredBy]
+) -> dict[ScoredBy, dict[str, float]]:
+    """Rho ||g_l|| of each layer, times ||w_l|| with a relative radius."""
+    scores = {}
+    for measure in measures:
+        norms = []
+        for name in inputs.names:
+            ranges = inputs.weights.groups[name]
+            size = weight_norm(ranges) if measure.radius == "relative" else 1.0
+            norms.append(inputs.rho * size * gradient_squares(ranges).sqrt())
+        scores[measure] = dict(zip(inputs.names, torch.stack(norms).tolist(), strict=True))
+    return scores
+
+
+@torch.no_grad()
+def loss_rises(
+    inputs: ScoringInputs, groups: Mapping[str, Sequence[Range]], radii: Sequence[WeightRadius]
+) -> dict[WeightRadius, Tensor]:
+    """Rise of the summed loss when each layer alone is perturbed: float64 [layers] by radius."""
+    names, device = inputs.names, groups[inputs.names[0]][0].master.device
+    rises = {r: torch.zeros(len(names), dtype=torch.float64, device=device) for r in radii}
+    for images, labels in inputs.adversarial:
+        if not len(labels):  # other ranks have some: all pass the layers at the same time
+            list(inputs.watch(names))
+            continue
+        run_from, base = cached_run(inputs.model, images, labels)
+        for index, name in enumerate(inputs.watch(names)):
+            for radius, sums in rises.items():
+                ascend_([groups[name]], inputs.rho, relative=radius == "relative")
+                try:
+                    sums[index] += run_from(name) - base
+                finally:
+                    restore_(groups[name])
+    return rises
 
 
 def cached_run(
     model: nn.Module, images: Tensor, labels: Tensor
 ) -> tuple[Callable[[str], Tensor], Tensor]:
-    """A function that gives the summed loss, run from a layer's block upwards; and the loss now."""
+    """Loss of the model run from a layer's block upwards, as a function of its name; the loss now.
+
+    Losses are sums over the images.
+    """
     if not isinstance(model, RobustModel):
         return lambda _: _loss(model(images), labels), _loss(model(images), labels)
     features = {STEM: model.prefix(images, STEM)}
@@ -40,72 +89,3 @@ def cached_run(
 
 def _loss(logits: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(logits.double(), labels)
-
-
-def weights_of_layers(
-    model: nn.Module,
-    names: Sequence[str],
-    layers: Mapping[str, Sequence[nn.Parameter]],
-    arenas: ParameterArenas | None,
-) -> TrainedWeights:
-    if arenas is not None:
-        return arenas.select(names)
-    return module_selection({name: layers[name] for name in names})
-
-
-def store_mean_gradients(
-    model: nn.Module, chosen: TrainedWeights, batches: Batches, total: float
-) -> None:
-    """The ranges hold the gradient of the loss summed over all batches, divided by `total`."""
-    with requiring_gradients(chosen.parameters):
-        for images, labels in batches:
-            if not len(labels):
-                continue
-            loss = cross_entropy(model(images), labels) / total
-            gradients = torch.autograd.grad(loss, chosen.parameters)
-            for view, gradient in zip(chosen.gradient_views, gradients, strict=True):
-                view.add_(gradient)
-
-
-def gradient_norms(
-    chosen: TrainedWeights, names: Sequence[str], rho: float, radius: str
-) -> dict[str, float]:
-    scores = []
-    for name in names:
-        ranges = chosen.groups[name]
-        size = weight_norm(ranges) if radius == "relative" else 1.0
-        scores.append(rho * size * gradient_squares(ranges).sqrt())
-    return dict(zip(names, torch.stack(scores).tolist(), strict=True))
-
-
-@torch.no_grad()
-def loss_rises(
-    model: nn.Module,
-    groups: Mapping[str, Sequence[Range]],
-    names: Sequence[str],
-    batches: Batches,
-    rho: float,
-    measures: Sequence[ScoredBy],
-    watch: Watch,
-) -> dict[ScoredBy, Tensor]:
-    """For each layer the rise of the summed loss when it alone is perturbed, float64 [layers]."""
-    device = groups[names[0]][0].master.device
-    rises = {m: torch.zeros(len(names), dtype=torch.float64, device=device) for m in measures}
-    for images, labels in batches if measures else ():
-        if not len(labels):  # other ranks have some: all go through the layers at the same time
-            list(watch(names))
-            continue
-        run_from, base = cached_run(model, images, labels)
-        for place, name in enumerate(watch(names)):
-            for measure, sums in rises.items():
-                ascend_([groups[name]], rho, relative=measure.radius == "relative")
-                try:
-                    sums[place] += run_from(name) - base
-                finally:
-                    restore_(groups[name])
-    return rises
-
-
-def scores_by_name(measure: ScoredBy, rises: Tensor, names: Sequence[str]) -> dict[str, float]:
-    sign = -1.0 if measure.criterion == "least-sharp" else 1.0
-    return {name: sign * rise for name, rise in zip(names, rises.tolist(), strict=True)}

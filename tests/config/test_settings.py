@@ -240,7 +240,7 @@ def test_criteria_of_ones_own_are_known_to_select(
     ) -> Mapping[str, float]:
         return {name: float(place) for place, name in enumerate(names)}
 
-    monkeypatch.setattr(criteria, "REGISTERED", dict(criteria.REGISTERED))
+    monkeypatch.setattr(criteria, "CRITERIA", dict(criteria.CRITERIA))
     output = tmp_path / "selection.json"
     little = [str(run), "--num-images=4", f"--output={output}"]
     assert "least-sharp, got 'by-place'" in refused(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from xml.dom import minidom
@@ -19,8 +22,9 @@ from safer_fast.data import as_pixels, load_data
 from safer_fast.models.arenas import ParameterArenas
 from safer_fast.runs.folder import load_run
 from safer_fast.select import main, select
-from safer_fast.selection.comparison import CRITERIA, rank_correlation
-from safer_fast.selection.criteria import ScoredBy
+from safer_fast.selection.comparison import rank_correlation
+from safer_fast.selection.criteria import compared_criteria
+from safer_fast.selection.inputs import ScoredBy
 from safer_fast.selection.scoring import rank_layers, score_layers, select_layers
 from safer_fast.train import train_model
 from tests.support.networks import build, images_and_labels
@@ -109,7 +113,7 @@ def test_the_rank_correlation_is_that_of_the_average_ranks(
 
 def test_the_json_has_every_criterion_and_what_was_measured(trained: Path, tmp_path: Path) -> None:
     content = chosen(trained, tmp_path / "selection.json")
-    assert list(content["criteria"]) == list(CRITERIA)
+    assert list(content["criteria"]) == compared_criteria()
     for column in content["criteria"].values():
         assert len(column["scores"]) == 18
         assert column["selected"] == select_layers(column["scores"], fraction=0.2)
@@ -174,12 +178,29 @@ def test_least_sharp_and_random_stand_in_front_where_they_are_asked_for(
     assert list(drawn["criteria"]) == ["random"]
 
 
+def test_the_program_of_the_docs_selects_by_its_own_criterion(
+    trained: Path, tmp_path: Path
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
+    (program,) = re.findall(r'```python\n("""my_criterion.py.*?)```', page, re.DOTALL)
+    script, output = tmp_path / "my_criterion.py", tmp_path / "selection.json"
+    script.write_text(program.replace("safer_fast.train", "safer_fast.select"))
+    words = [str(trained), "--num-images=16", "--criterion=gradient-share", f"--output={output}"]
+    for others in ("--criteria=gradient-norm", "--criteria=gradient-share"):
+        subprocess.run([sys.executable, str(script), *words, others], check=True, timeout=200)
+        content = json.loads(output.read_text())
+        assert content["criterion"] == "gradient-share"
+        assert next(iter(content["criteria"])) == "gradient-share"
+        assert content["selected"] == list(content["scores"])[:1]
+        assert len(set(content["scores"].values())) == 18
+
+
 def test_the_table_has_a_row_for_each_layer_and_a_column_for_each_criterion(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content = chosen(trained, tmp_path / "selection.json")
     lines = capsys.readouterr().out.split("\n")
-    assert lines[0].split() == list(CRITERIA)
+    assert lines[0].split() == compared_criteria()
     rows = lines[1:19]
     assert [row.split()[0] for row in rows] == list(content["scores"])
     assert [row.split()[2] for row in rows[:5]] == ["1*", "2*", "3*", "4*", "5"]
@@ -198,7 +219,7 @@ def test_the_picture_has_a_map_for_each_criterion(
         text = file.read_text()
         page = minidom.parseString(text)
         labels = [node.getAttribute("aria-label") for node in page.getElementsByTagName("svg")]
-        assert labels[1:] == list(CRITERIA)
+        assert labels[1:] == compared_criteria()
         assert "var(" not in text
     else:
         assert file.read_bytes().startswith(b"\x89PNG")
@@ -260,7 +281,7 @@ def test_weights_of_the_run_are_not_changed(trained: Path, tmp_path: Path) -> No
 
 def test_without_an_attack_no_layer_is_critical(trained: Path, tmp_path: Path) -> None:
     content = chosen(trained, tmp_path / "selection.json", steps=0)
-    assert list(content["criteria"]) == list(CRITERIA[:3])
+    assert list(content["criteria"]) == compared_criteria()[:3]
     assert content["attack"] == "none"
     with pytest.raises(ValueError, match="--steps: expected at least 1 for criticality, got 0"):
         chosen(trained, tmp_path / "selection.json", steps=0, criterion="criticality")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from safer_fast.config import command_line
 from safer_fast.config.command_line import parse_config
-from safer_fast.config.schema import Criterion, DataConfig
+from safer_fast.config.schema import DataConfig
 from safer_fast.data import Batch, as_pixels, load_data
 from safer_fast.models.build import build_model
 from safer_fast.runs.loggers.metrics_file import read_metrics
@@ -362,7 +362,7 @@ def assert_sums(seen: Seen, num_passes: int) -> None:
 # scores of layers
 
 
-CRITERIA: tuple[Criterion, ...] = (
+CRITERIA: tuple[str, ...] = (
     "sharpness",
     "least-sharp",
     "gradient-norm",
