@@ -102,7 +102,7 @@ class ExportConfig:
 
     run: str
     """Run folder."""
-    format: Literal["timm", "hub", "robustbench", "onnx"] = "timm"
+    format: str = "timm"
     """timm: a folder for timm's local-dir:. hub: the same with a model card, ready to upload.
     robustbench: a module that takes pixels in [0, 1]. onnx: pixels in, logits out."""
     weights: str = "last"

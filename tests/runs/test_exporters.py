@@ -18,9 +18,10 @@ from safer_fast.config.commands import ExportConfig
 from safer_fast.data import load_data
 from safer_fast.export import main
 from safer_fast.models.build import build_model
+from safer_fast.runs import exporters
 from safer_fast.runs.accuracies import interval
 from safer_fast.runs.exporters import export, onnx
-from safer_fast.runs.folder import export_model, load_run, save_config
+from safer_fast.runs.folder import LoadedRun, export_model, load_run, save_config
 
 VIT = "{depth: 2, embed_dim: 48, num_heads: 3}"
 SWIN = "{depths: [1, 1, 1, 1], embed_dim: 24, num_heads: [1, 2, 4, 8], window_size: 2}"
@@ -243,6 +244,23 @@ def test_another_function_in_onnx_is_noticed(runs: dict[str, Path], tmp_path: Pa
         model.network.get_parameter("head.bias").add_(torch.arange(10.0))
     with pytest.raises(ValueError, match="--format: onnx gives logits that differ by"):
         onnx._difference(model, images, file)
+
+
+def test_an_exporter_is_added_as_a_row_of_the_table(
+    runs: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def write_classes(config: ExportConfig, loaded: LoadedRun, folder: Path) -> str:
+        (folder / "classes.txt").write_text(" ".join(loaded.class_names))
+        return "read it: cat FOLDER/classes.txt"
+
+    monkeypatch.setitem(exporters.EXPORTERS, "classes", exporters.Exporter(write_classes))
+    folder = tmp_path / "out"
+    main([str(runs["digits"]), "--format=classes", f"--output={folder}"])
+    assert (folder / "classes.txt").read_text() == "0 1 2 3 4 5 6 7 8 9"
+    assert f"read it: cat {folder}/classes.txt" in capsys.readouterr().out
 
 
 def test_missing_packages_are_named_with_the_command(

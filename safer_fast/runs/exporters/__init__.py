@@ -1,16 +1,16 @@
-"""Exporters: a trained model written for timm, the Hub, RobustBench or ONNX."""
+"""Exporters: the table of formats, and the export of a run's model in one of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from safer_fast.config.commands import ExportConfig
 from safer_fast.config.conversion import converted
-from safer_fast.config.messages import printable
+from safer_fast.config.messages import printable, shortened
 from safer_fast.runs.exporters.model_card import write_hub
-from safer_fast.runs.exporters.onnx import write_onnx
+from safer_fast.runs.exporters.onnx import check_packages, write_onnx
 from safer_fast.runs.exporters.robustbench import write_robustbench
 from safer_fast.runs.exporters.timm import write_timm
 from safer_fast.runtime.kept_folder import unfinished
@@ -19,32 +19,48 @@ if TYPE_CHECKING:
     from safer_fast.runs.folder import LoadedRun
 
 
-def export(config: ExportConfig) -> Path:
-    """The folder that holds the model in its format; it is written whole or not at all.
+class Exporter(NamedTuple):
+    """A row of the table.
 
-    Weights are the float32 masters, whatever the run computed in. Raises ValueError for a folder
-    that is no run, an output folder in use, and packages that are missing.
+    write: fills the folder and returns a line for the user, how to load what it holds, FOLDER
+    standing for the folder. check: raises ValueError where packages are missing.
     """
-    from safer_fast.runs.exporters.onnx import check_packages
+
+    write: Callable[[ExportConfig, LoadedRun, Path], str]
+    check: Callable[[], None] = lambda: None
+
+
+EXPORTERS = {
+    "timm": Exporter(write_timm),
+    "hub": Exporter(write_hub),
+    "robustbench": Exporter(write_robustbench),
+    "onnx": Exporter(write_onnx, check_packages),
+}
+"""By the name that `--format` knows."""
+
+
+def export(config: ExportConfig) -> Path:
+    """Write a run's model into a new folder, whole or not at all, and return the folder.
+
+    Weights are the float32 masters, whatever the run computed in. Raise ValueError for a folder
+    that is no run, an output folder in use, an unknown format, and packages that are missing.
+    """
     from safer_fast.runs.folder import check_output, load_run
 
     config = converted(config)
+    if config.format not in EXPORTERS:
+        got = shortened(repr(config.format))
+        raise ValueError(f"--format: expected one of {', '.join(EXPORTERS)}, got {got}")
     folder = Path(config.output or Path(config.run) / f"export-{config.format}")
     check_output(folder)
-    if config.format == "onnx":
-        check_packages()
+    exporter = EXPORTERS[config.format]
+    exporter.check()
     loaded = load_run(Path(config.run), config.weights, "cpu")
     loaded.model.compute_dtype = loaded.model.mean.dtype
     loaded.model.requires_grad_(False)
-    writers: dict[str, Callable[[ExportConfig, LoadedRun, Path], str]] = {
-        "timm": write_timm,
-        "hub": write_hub,
-        "robustbench": write_robustbench,
-        "onnx": write_onnx,
-    }
     folder.parent.mkdir(parents=True, exist_ok=True)
     with unfinished(folder) as temporary:
-        advice = writers[config.format](config, loaded, temporary)
+        advice = exporter.write(config, loaded, temporary)
         temporary.chmod(0o755)
         temporary.replace(folder)
     files = ", ".join(sorted(path.name for path in folder.iterdir()))

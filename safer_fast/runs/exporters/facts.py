@@ -1,4 +1,4 @@
-"""Facts about a run that its exports state: accuracies, threat model, images to compare on."""
+"""Facts about a run that exports state: accuracies, threat model; images to compare models on."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ if TYPE_CHECKING:
     from safer_fast.runs.folder import LoadedRun
 
 _NUM_COMPARED = 8
-_FIGURES = ("split", "attack", "epsilon", "accuracy", "num_images")
-_PLACE = ("split", "attack", "norm", "epsilon", "restarts", "num_images")  # what a figure hangs on
+_ROW = ("split", "attack", "epsilon", "accuracy", "num_images")
+_MEASURED_BY = ("split", "attack", "norm", "epsilon", "restarts", "num_images")
 
 
 def threat_model(loaded: LoadedRun) -> dict[str, Any]:
+    """Norm and epsilon that the run was trained against."""
     attack = loaded.config.attack
     return {"norm": attack.norm, "epsilon": float(attack.epsilon)}
 
 
 def measured_accuracies(config: ExportConfig, norm: str) -> list[dict[str, Any]]:
-    """What was measured of these weights, the newest of all that a figure depends on.
+    """Accuracies of these weights in metrics.jsonl; of equal measurements the newest.
 
-    norm: that of the run, which events of its training do not name. Attacks on other models'
-    images say nothing of how robust this one is: transfers are left out.
+    norm: the one of the run, which its own events do not name. Transferred attacks are left out:
+    images of other models say nothing of how robust this one is.
     """
     from safer_fast.runs.loggers.metrics_file import read_metrics
 
@@ -35,9 +36,9 @@ def measured_accuracies(config: ExportConfig, norm: str) -> list[dict[str, Any]]
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for event in read_metrics(file) if file.is_file() else []:
         is_ours = event.get("event") == "evaluation" and event.get("weights") == config.weights
-        is_whole = all(name in event for name in _FIGURES)
+        is_whole = all(name in event for name in _ROW)
         if is_ours and is_whole and event["num_images"] > 0 and not event.get("source"):
-            row = {name: event[name] for name in _FIGURES} | {
+            row = {name: event[name] for name in _ROW} | {
                 "of_images": event.get("of_images"),
                 "norm": None if event["attack"] == "clean" else event.get("norm") or norm,
                 "restarts": event.get("restarts") or 1,
@@ -45,12 +46,12 @@ def measured_accuracies(config: ExportConfig, norm: str) -> list[dict[str, Any]]
                 "num_zero_gradients": event.get("num_zero_gradients"),
                 "start_accuracy": event.get("start_accuracy"),
             }
-            rows[tuple(row[name] for name in _PLACE)] = row
+            rows[tuple(row[name] for name in _MEASURED_BY)] = row
     return with_verdicts(list(rows.values()))
 
 
 def comparison_images(loaded: LoadedRun) -> torch.Tensor:
-    """Images of the run's data where it can be had, else noise: what ONNX is compared on."""
+    """Images [B, C, H, W] to compare an export with: of the run's data, else noise."""
     import torch
 
     from safer_fast.data import as_pixels, load_data

@@ -1,4 +1,4 @@
-"""The model card of an exported model: what it is, how robust, under which attack, how to load."""
+"""Model card of an exported model: what it is, how robust, under which attack, how to load it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NORMS = {"linf": "Linf", "l2": "L2"}
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a card tells; texts may come from files of others."""
+    """Content of a card; texts may come from files of others."""
 
     name: str
     architecture: str
@@ -93,7 +93,7 @@ def _accuracy_table(accuracies: Sequence[Mapping[str, Any]], norm: str) -> str:
 
 
 def _accuracy_row(row: Mapping[str, Any], norm: str) -> str:
-    """A norm is named where it is another than that of the run, restarts where there are some."""
+    """A row; it names the norm where it is not the run's, and restarts where there are several."""
     accuracy, count = float(row["accuracy"]), int(row["num_images"])
     of_images = int(row.get("of_images") or 0)
     images = f"{count} of {of_images}" if count < of_images else str(count)
@@ -109,7 +109,7 @@ def _accuracy_row(row: Mapping[str, Any], norm: str) -> str:
 
 
 def _notes(row: Mapping[str, Any]) -> Iterator[str]:
-    """Sentences on what makes a figure less than it seems."""
+    """Sentences on an accuracy that is less than it seems."""
     place = f"{_plain(row['attack'])}, {_plain(row['split'])} split"
     if reasons := row.get("gradient_masking"):
         why = "; ".join(map(_plain, reasons))
@@ -144,7 +144,7 @@ def _license(license: str) -> str:
 
 
 def _plain(text: object) -> str:
-    """A text of a file in one line, without what Markdown would take for more than a text."""
+    """A text of a file in one line, without characters that mean something in Markdown."""
     return "".join(c if c not in "|`<>[]*#\\" else " " for c in printable(str(text)))[:200]
 
 
@@ -158,7 +158,7 @@ def _slug(text: str) -> str:
 
 
 def write_hub(config: ExportConfig, loaded: LoadedRun, folder: Path) -> str:
-
+    """Write the folder that timm loads and a README.md for the Hub; an `Exporter`."""
     advice = write_timm(config, loaded, folder)
     (folder / "README.md").write_text(model_card(_card(config, loaded)), encoding="utf-8")
     if config.license == "other":
@@ -166,7 +166,7 @@ def write_hub(config: ExportConfig, loaded: LoadedRun, folder: Path) -> str:
     return advice + "\nupload it: hf upload USER/NAME FOLDER"
 
 
-def _card(config: ExportConfig, loaded: LoadedRun) -> Any:
+def _card(config: ExportConfig, loaded: LoadedRun) -> ModelCard:
     from safer_fast.runs.folder import CONFIG
 
     settings, model = loaded.config, loaded.model
@@ -191,7 +191,7 @@ def _card(config: ExportConfig, loaded: LoadedRun) -> Any:
 
 
 def _without_folders(line: str) -> str:
-    """A line of run.yaml whose paths are the names of what they lead to: folders are private."""
+    """A line of run.yaml in which paths are cut to their last names: folders are private."""
     name, colon, value = line.partition(": ")
     is_path = name.strip() in ("path", "validation_path", "test_path", "checkpoint", "output")
     return f"{name}{colon}{Path(value).name}" if is_path else line

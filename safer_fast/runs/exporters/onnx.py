@@ -25,7 +25,7 @@ LARGEST_DIFFERENCE = 1e-3
 
 
 def check_packages() -> None:
-    """Raises ValueError, with the command that installs them, where packages are missing."""
+    """Raise ValueError, with the command that installs them, where packages are missing."""
     missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:
         raise ValueError(
@@ -37,15 +37,15 @@ def check_packages() -> None:
 def save_onnx(
     model: nn.Module, images: torch.Tensor, path: Path, facts: Mapping[str, Any]
 ) -> float:
-    """`path` holds the model, and `facts` as its metadata; gives the largest difference of logits.
+    """Write the model to `path`, `facts` as its metadata; return the largest difference of logits.
 
-    images: float32 [B, C, H, W], B at least 2, which both models are compared on. Raises ValueError
+    images: float32 [B, C, H, W], B at least 2, which both models are compared on. Raise ValueError
     where onnxruntime computes something else from them than the model does.
     """
     import onnx
 
     with warnings.catch_warnings():
-        # torch's exporter tells of what is deprecated in itself
+        # torch's exporter warns about its own deprecated calls
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             model,
@@ -68,7 +68,10 @@ def save_onnx(
 
 
 def _difference(model: nn.Module, images: torch.Tensor, path: Path) -> float:
-    """How far the logits of all images together, and of one alone, are from the model's."""
+    """Largest difference of logits from the model's, of all images together and of one alone.
+
+    Raise ValueError where it is above `LARGEST_DIFFERENCE`.
+    """
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -89,7 +92,7 @@ ONNX = "model.onnx"
 
 
 def write_onnx(config: ExportConfig, loaded: LoadedRun, folder: Path) -> str:
-
+    """Write model.onnx into the folder; an `Exporter`."""
     described = described_model(config, loaded)["pretrained_cfg"]
     names = ("input_size", "interpolation", "crop_pct", "crop_mode")
     facts = {

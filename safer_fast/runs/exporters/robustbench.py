@@ -1,4 +1,4 @@
-"""A model for RobustBench: plain weights, and a module of its own that builds timm around them."""
+"""RobustBench: plain weights, and a module of their own that builds the timm model for them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safer_fast.runs.exporters.timm import described_model
 if TYPE_CHECKING:
     from safer_fast.runs.folder import LoadedRun
 
-WEIGHTS, CODE = "model.pt", "robust_model.py"
+ROBUSTBENCH_WEIGHTS, CODE = "model.pt", "robust_model.py"
 
 
 def save_robustbench(
@@ -27,19 +27,19 @@ def save_robustbench(
     image_size: int,
     short_side: int,
 ) -> None:
-    """`folder` has the state dict with timm's names, and the code whose `load()` gives the model.
+    """Write the state dict with timm's names, and a module whose `load()` returns the model.
 
     arguments: of timm.create_model; plain values, which the code holds as literals. image_size,
     short_side: pixels that images were evaluated at, and were resized to before that.
     """
     weights = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
-    torch.save(weights, folder / WEIGHTS)
+    torch.save(weights, folder / ROBUSTBENCH_WEIGHTS)
     code = _MODULE.format(
         architecture=architecture,
         arguments=pformat(dict(arguments), width=90),
         mean=model.mean.flatten().tolist(),
         std=model.std.flatten().tolist(),
-        weights=WEIGHTS,
+        weights=ROBUSTBENCH_WEIGHTS,
         image_size=image_size,
         short_side=short_side,
     )
@@ -97,7 +97,7 @@ def load(file=Path(__file__).parent / {weights!r}):
 
 
 def write_robustbench(config: ExportConfig, loaded: LoadedRun, folder: Path) -> str:
-
+    """Write model.pt and robust_model.py into the folder; an `Exporter`."""
     described = described_model(config, loaded)
     sizes = loaded.image_size, loaded.short_side
     save_robustbench(

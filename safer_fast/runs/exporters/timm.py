@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 
 def write_timm(config: ExportConfig, loaded: LoadedRun, folder: Path) -> str:
+    """Write the folder that timm loads as it is; an `Exporter`."""
     from safer_fast.models.weights_file import MODEL_CONFIG, WEIGHTS, save_weights
     from safer_fast.runtime.files import save_json
 
@@ -25,7 +26,7 @@ def write_timm(config: ExportConfig, loaded: LoadedRun, folder: Path) -> str:
 
 
 def described_model(config: ExportConfig, loaded: LoadedRun) -> dict[str, Any]:
-    """config.json in timm's schema, with the license that was given."""
+    """Content of config.json in timm's schema, with the license that `--license` names."""
     from safer_fast import __version__
     from safer_fast.models.build import timm_config
     from safer_fast.runs.folder import KEY
