@@ -21,7 +21,8 @@ import torch
 
 from bench.measure import origin
 from safer_fast.config.untrusted import load_yaml
-from safer_fast.runs.loggers.metrics_file import FILE_NAME, read_metrics
+from safer_fast.runs.layout import METRICS
+from safer_fast.runs.loggers.metrics_file import read_metrics
 
 Row = dict[str, Any]
 WEIGHTS = ("start", "best", "last")
@@ -55,7 +56,7 @@ def rows_of(run: Path, name: str) -> list[Row]:
 
     Raises ValueError for a folder whose run has not ended.
     """
-    events = read_metrics(run / FILE_NAME)
+    events = read_metrics(run / METRICS)
     ends = [event for event in events if event["event"] == "end"]
     if not ends:
         raise ValueError(f"{run}: expected a finished run")

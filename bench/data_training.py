@@ -19,7 +19,8 @@ from safer_fast.config.schema import (
     Names,
     SelectionConfig,
 )
-from safer_fast.runs.loggers.metrics_file import FILE_NAME, read_metrics
+from safer_fast.runs.layout import METRICS
+from safer_fast.runs.loggers.metrics_file import read_metrics
 from safer_fast.train import train_model
 
 MOST_WAITED = 0.02
@@ -31,7 +32,7 @@ def training_row(
     """The row of one run, whose files lie in `folder`; its epochs are read from metrics.jsonl."""
     config = training_config(arguments, backend, folder)
     run = train_model(config)
-    epochs = [event for event in read_metrics(run / FILE_NAME) if event["event"] == "epoch"]
+    epochs = [event for event in read_metrics(run / METRICS) if event["event"] == "epoch"]
     return {
         "what": "data",
         "implementation": f"safer_fast {backend}",

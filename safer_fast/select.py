@@ -8,6 +8,7 @@ from pathlib import Path
 from safer_fast.config.command_line import new_parser, parse, with_underscores
 from safer_fast.config.commands import SelectConfig
 from safer_fast.config.conversion import converted
+from safer_fast.runs.layout import RunFolder
 from safer_fast.runtime.command import run
 from safer_fast.selection.comparison import compare_criteria, rank_correlations
 from safer_fast.selection.comparison_output import (
@@ -49,12 +50,13 @@ def select(config: SelectConfig) -> list[str]:
     correlations = rank_correlations(measured.scores)
     print(score_table(measured.scores, selected))
     print("\n" + correlation_table(correlations))
-    output = Path(config.output) if config.output else Path(config.run) / "selection.json"
+    folder = RunFolder(Path(config.run))
+    output = Path(config.output) if config.output else folder.selection
     save_json(comparison_content(config, chosen, measured, selected, correlations), output)
     print("\n" + comparison_conclusion(config, chosen, measured, selected))
     print(f"written to {output}")
     if config.plot is not None:
-        picture = Path(config.plot) if config.plot else Path(config.run) / "selection.svg"
+        picture = Path(config.plot) if config.plot else folder.selection_map
         save_maps(picture, measured.scores, selected)
         print(f"drawn in {picture}")
     return selected[chosen]

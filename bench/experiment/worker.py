@@ -26,7 +26,8 @@ from safer_fast.config.schema import Names
 from safer_fast.config.untrusted import load_yaml
 from safer_fast.evaluate import evaluate_run
 from safer_fast.runs.folder import load_run
-from safer_fast.runs.loggers.metrics_file import FILE_NAME, read_metrics
+from safer_fast.runs.layout import METRICS
+from safer_fast.runs.loggers.metrics_file import read_metrics
 from safer_fast.select import select
 from safer_fast.train import train_model
 
@@ -97,7 +98,7 @@ def rows_of(job: Job) -> list[Row]:
 
 def _training_row(folder: Path, num_images: int) -> Row:
     """Curves, selected layers and time of the run on `num_images` images."""
-    events = read_metrics(folder / FILE_NAME)
+    events = read_metrics(folder / METRICS)
     epochs = [event for event in events if event["event"] == "epoch"]
     settings = load_yaml((folder / "run.yaml").read_text())
     robust = [epoch["robust_accuracy"] for epoch in epochs]

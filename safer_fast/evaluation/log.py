@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safer_fast.runs.loggers.metrics_file import FILE_NAME, read_metrics
+from safer_fast.runs.layout import RunFolder
+from safer_fast.runs.loggers.metrics_file import read_metrics
 from safer_fast.runs.loggers.run_log import RunLog
 from safer_fast.runtime.ranks import Ranks
 from safer_fast.runtime.turns import turn_at
@@ -16,8 +17,8 @@ def open_log(folder: Path, ranks: Ranks) -> RunLog:
     """The log of the run; raises ValueError where its lines cannot be read."""
     if not ranks.is_first:
         return RunLog(folder, ranks)
-    with turn_at(folder / FILE_NAME):
-        read_metrics(folder / FILE_NAME)
+    with turn_at(RunFolder(folder).metrics):
+        read_metrics(RunFolder(folder).metrics)
         return RunLog(folder, ranks)
 
 
@@ -27,8 +28,8 @@ def log_rows(rows: Sequence[dict[str, Any]], folder: Path, epoch: int, log: RunL
     Evaluations that run at once take turns. Earlier versions did not say of how many images theirs
     were, nor how many were not finite.
     """
-    with turn_at(folder / FILE_NAME):
-        _append(rows, read_metrics(folder / FILE_NAME), epoch, log)
+    with turn_at(RunFolder(folder).metrics):
+        _append(rows, read_metrics(RunFolder(folder).metrics), epoch, log)
         log.close()
 
 

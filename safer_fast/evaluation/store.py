@@ -14,10 +14,10 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 from torch import Tensor
 
+from safer_fast.runs.layout import RunFolder
 from safer_fast.runtime.files import check_no_link, open_plain
 from safer_fast.runtime.turns import turn_at
 
-FOLDER = "evaluation"
 FORMAT = 4
 """To be raised where an attack computes something else under the same name, or a line changes.
 
@@ -73,7 +73,7 @@ class Store:
     def __init__(self, run: Path, facts: Mapping[str, Any], rank: int = 0) -> None:
         self._header = json.dumps({"format": FORMAT, **facts}, sort_keys=True, default=str)
         key = hashlib.blake2b(self._header.encode(), digest_size=8).hexdigest()
-        self._folder = run / FOLDER
+        self._folder = RunFolder(run).evaluation
         check_no_link(self._folder)
         self._own = self._folder / f"{key}-{rank}.jsonl"
         self._first = self._folder / f"{key}-0.jsonl"  # all ranks take turns at this one

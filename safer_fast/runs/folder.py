@@ -17,8 +17,16 @@ from safer_fast import __version__
 from safer_fast.config.command_line import parse_config
 from safer_fast.config.messages import printable
 from safer_fast.config.schema import Config, ModelConfig
+from safer_fast.runs.layout import (
+    CHECKPOINTS,
+    CONFIG,
+    LOCK,
+    METRICS,
+    WANDB,
+    WANDB_ID,
+    RunFolder,
+)
 from safer_fast.runs.lock import RunLock
-from safer_fast.runs.lock_file import LOCK
 from safer_fast.runtime.files import write_whole
 
 if TYPE_CHECKING:
@@ -27,8 +35,6 @@ if TYPE_CHECKING:
     from safer_fast.models.robust_model import RobustModel
     from safer_fast.runtime.device import Runtime
 
-CONFIG = "run.yaml"
-CHECKPOINTS = "checkpoints"
 KEY = "safer_fast"
 _MOST_PIXELS = 2**16  # along an edge, more than anybody trains on
 
@@ -59,7 +65,7 @@ def create_run_folder(config: Config, data_name: str, lock: RunLock | None = Non
     """
     today = datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = Path(config.output or printable(f"runs/{today}-{config.model.name}-{data_name}"))
-    is_begun = lock is not None and (folder / LOCK).exists()  # its lock names the owner
+    is_begun = lock is not None and RunFolder(folder).lock.exists()  # its lock names the owner
     if not is_begun:
         check_output(folder)
     try:
@@ -94,10 +100,12 @@ def clear_run_folder(folder: Path) -> None:
     the folder must be held, and stays.
     """
     is_begun = folder.is_dir() and _names(folder) <= {LOCK, f"{CONFIG}.tmp"}
-    if not is_begun and not (folder / CONFIG).is_file():
+    if not is_begun and not RunFolder(folder).config.is_file():
         return
-    own = {CONFIG, "metrics.jsonl", "best.safetensors", "best.safetensors.tmp", CHECKPOINTS}
-    own |= {"gallery.safetensors", "wandb", "wandb-id.txt", f"{CONFIG}.tmp"}
+    files = RunFolder(folder)
+    best = files.weights("best").name
+    own = {CONFIG, f"{CONFIG}.tmp", METRICS, best, f"{best}.tmp", CHECKPOINTS}
+    own |= {files.gallery.name, WANDB, WANDB_ID}
     # by its configuration the folder is known as one of ours: that goes last
     others = (path for path in folder.iterdir() if path.name != LOCK)
     found = sorted(others, key=lambda path: path.name == CONFIG)
@@ -109,7 +117,7 @@ def clear_run_folder(folder: Path) -> None:
 
 def _config_of(folder: Path) -> Config:
     """The settings of a run; raises ValueError naming the file, as no flag is at fault."""
-    file = folder / CONFIG
+    file = RunFolder(folder).config
     try:
         return parse_config(["--config", str(file)])
     except ValueError as error:
@@ -129,9 +137,10 @@ def save_config(config: Config, folder: Path) -> None:
 def save_settings(settings: Mapping[str, Any], folder: Path) -> None:
     """`run.yaml` holds these settings, as `Config.to_dict` or the JSON of it has them."""
     content = _plain(dict(settings)) | {"output": None, "resume": "never"}
-    command = shlex.quote(printable(str(folder / CONFIG)))
+    file = RunFolder(folder).config
+    command = shlex.quote(printable(str(file)))
     title = f"# safer_fast {__version__}: python -m safer_fast.train --config {command}\n"
-    write_whole(folder / CONFIG, (title + yaml.safe_dump(content, sort_keys=False)).encode())
+    write_whole(file, (title + yaml.safe_dump(content, sort_keys=False)).encode())
 
 
 def export_model(
@@ -145,12 +154,12 @@ def export_model(
 ) -> None:
     """The folder loads in timm: `timm.create_model("local-dir:FOLDER", pretrained=True)`."""
     from safer_fast.models.build import timm_config
-    from safer_fast.models.weights_file import MODEL_CONFIG, WEIGHTS, save_weights
+    from safer_fast.models.weights_file import save_weights
     from safer_fast.runtime.files import save_json
 
-    if not (folder / CONFIG).is_file():  # somebody removed it while the run went on
+    if not RunFolder(folder).config.is_file():  # somebody removed it while the run went on
         save_config(config, folder)
-    save_weights(weights, folder / WEIGHTS)
+    save_weights(weights, RunFolder(folder).weights())
     content = timm_config(model, data.image_size, data.short_side, data.class_names)
     content[KEY] = {
         "version": __version__,
@@ -162,7 +171,7 @@ def export_model(
         "validation_rows": data.validation_rows,
         "accuracies": list(accuracies),
     }
-    save_json(content, folder / MODEL_CONFIG)
+    save_json(content, RunFolder(folder).model_config)
 
 
 def load_run(
@@ -184,27 +193,25 @@ def load_run(
     """
     from safer_fast.models.attention import pin_for
     from safer_fast.models.build import freeze, prepare
-    from safer_fast.models.weights_file import BEST_WEIGHTS, MODEL_CONFIG, WEIGHTS
     from safer_fast.models.weights_source import find_source
     from safer_fast.runtime.device import prepare_runtime
     from safer_fast.runtime.files import read_json
 
-    files = {"last": WEIGHTS, "best": BEST_WEIGHTS}
-    if weights not in files:
-        raise ValueError(f"--weights: expected last or best, got {weights!r}")
-    for name in (CONFIG, MODEL_CONFIG, files[weights]):
-        if not (folder / name).is_file():
-            raise ValueError(f"RUN: expected a run folder with {name}, got {folder}")
+    files = RunFolder(folder)
+    weights_file = files.weights(weights)
+    for file in (files.config, files.model_config, weights_file):
+        if not file.is_file():
+            raise ValueError(f"RUN: expected a run folder with {file.name}, got {folder}")
     config = _config_of(folder)
     config.runtime.device = device  # type: ignore[assignment]
     config.data.backend = "auto"  # what this machine has
     if amp != "run":
         config.amp = amp
     runtime = prepare_runtime(config.runtime, config.amp, local_rank)
-    facts = _checked(read_json(folder / MODEL_CONFIG).get(KEY), folder / MODEL_CONFIG)
-    source = find_source(str(folder / files[weights]))
+    facts = _checked(read_json(files.model_config).get(KEY), files.model_config)
+    source = find_source(str(weights_file))
     if source.normalisation is None:
-        raise ValueError(f"{folder / MODEL_CONFIG}: expected mean and std of the pixels, got none")
+        raise ValueError(f"{files.model_config}: expected mean and std of the pixels, got none")
     settings = ModelConfig(**vars(config.model) | {"pretrained": False, "checkpoint": None})
     if savings is None:
         savings = config.runtime.exact_savings if is_frozen else ()
@@ -231,7 +238,7 @@ def load_run(
         facts["image_size"],
         facts["short_side"],
         runtime,
-        folder / files[weights],
+        weights_file,
         arenas,
     )
 

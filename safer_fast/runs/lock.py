@@ -11,8 +11,8 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from safer_fast.runs.layout import RunFolder
 from safer_fast.runs.lock_file import (
-    LOCK,
     Owner,
     claim,
     close_lock,
@@ -66,7 +66,7 @@ class RunLock:
 
         Raises ValueError, one line that names the owner, where another process writes it.
         """
-        path = (folder / LOCK).absolute()
+        path = RunFolder(folder).lock.absolute()
         if self._path == path:
             return
         assert self._path is None, f"{self._path} is held"

@@ -14,7 +14,8 @@ from datetime import datetime
 from pathlib import Path
 from uuid import uuid4
 
-LOCK = "run.lock"
+from safer_fast.runs.layout import LOCK
+
 _SIZE = 512
 _IS_LOCKED = (errno.EACCES, errno.EAGAIN)
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)

@@ -14,16 +14,10 @@ from safer_fast.config.command_line import parse_config
 from safer_fast.config.schema import Config
 from safer_fast.runs.checkpoints.file import Checkpoint, read_checkpoint
 from safer_fast.runs.checkpoints.folder import CheckpointFolder
-from safer_fast.runs.folder import (
-    CHECKPOINTS,
-    CONFIG,
-    check_output,
-    clear_run_folder,
-    save_settings,
-)
+from safer_fast.runs.folder import check_output, clear_run_folder, save_settings
+from safer_fast.runs.layout import CHECKPOINTS, CONFIG, METRICS
 from safer_fast.runs.lock import RunLock
 from safer_fast.runs.loggers.mending import has_ended, mend_metrics
-from safer_fast.runs.loggers.metrics_file import FILE_NAME
 from safer_fast.runs.progress import RunProgress, check_state
 from safer_fast.runtime.files import check_no_link
 from safer_fast.runtime.ranks import Ranks
@@ -81,9 +75,9 @@ def find_run(
         answer["is_finished"] = config.resume != "never" and _is_finished(folder)
         if answer["is_finished"]:
             check_settings(parse_config(["--config", str(folder / CONFIG)]).to_dict(), config)
-            mend_metrics(folder / FILE_NAME, (folder / FILE_NAME).stat().st_size, report)
+            mend_metrics(folder / METRICS, (folder / METRICS).stat().st_size, report)
         elif found := _newest(folder, config, report):
-            size = mend_metrics(folder / FILE_NAME, _metrics_size(found), report)
+            size = mend_metrics(folder / METRICS, _metrics_size(found), report)
             answer |= {"file": found.path.name, "needs": found.needs, "size": size}
     answer = ranks.share(answer)
     if answer["file"]:
@@ -143,12 +137,12 @@ def _newest(folder: Path, config: Config, report: Callable[[str], None]) -> Chec
         check_output(folder)
         return None
     check_no_link(folder / CHECKPOINTS)
-    size = (folder / FILE_NAME).stat().st_size if (folder / FILE_NAME).is_file() else 0
+    size = (folder / METRICS).stat().st_size if (folder / METRICS).is_file() else 0
 
     def refuse(checkpoint: Checkpoint) -> str | None:
         needed = None if (why := _fault_of(checkpoint)) else _metrics_size(checkpoint)
         if needed is not None and size < needed:
-            return f"it needs {needed} bytes of {FILE_NAME}, which has {size}"
+            return f"it needs {needed} bytes of {METRICS}, which has {size}"
         return why
 
     store = CheckpointFolder(folder / CHECKPOINTS, keep=config.checkpoint.keep, report=report)
@@ -168,7 +162,7 @@ def _newest(folder: Path, config: Config, report: Callable[[str], None]) -> Chec
 
 def _is_finished(folder: Path) -> bool:
     """Return true if the run has written its last line."""
-    return (folder / CONFIG).is_file() and has_ended(folder / FILE_NAME)
+    return (folder / CONFIG).is_file() and has_ended(folder / METRICS)
 
 
 def _fault_of(checkpoint: Checkpoint) -> str | None:

@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from safer_fast.config.schema import Config
-from safer_fast.models.weights_file import BEST_WEIGHTS, load_tensors
+from safer_fast.models.weights_file import load_tensors
 from safer_fast.runs.checkpoints.file import Checkpoint, fitting
 from safer_fast.runs.checkpoints.folder import CheckpointFolder
-from safer_fast.runs.folder import CHECKPOINTS
+from safer_fast.runs.layout import RunFolder
 from safer_fast.runs.loggers.run_log import RunLog
 from safer_fast.runs.progress import FORMAT, RunProgress
 from safer_fast.runtime.kept_folder import KeptFolder
@@ -38,10 +38,10 @@ class Saver:
         log: RunLog,
     ) -> None:
         self.config, self.ranks, self.numerics, self.log = config, ranks, numerics, log
-        self.folder, self.best = folder, folder / BEST_WEIGHTS
+        self.folder, self.best = folder, RunFolder(folder).weights("best")
         self._kept = KeptFolder(folder) if ranks.is_first else None
         self.store = CheckpointFolder(
-            folder / CHECKPOINTS,
+            RunFolder(folder).checkpoints,
             keep=config.checkpoint.keep,
             report=log.say,
             is_writer=ranks.is_first,

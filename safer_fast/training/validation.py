@@ -19,8 +19,8 @@ from safer_fast.data import Batch, Data, Loader, as_pixels
 from safer_fast.evaluation.accuracy import Accuracy, evaluate
 from safer_fast.evaluation.overfitting import AttackGap, count_right
 from safer_fast.runs.gallery import gallery_strip, make_gallery, write_gallery
+from safer_fast.runs.layout import RunFolder
 from safer_fast.runs.loggers.run_log import RunLog
-from safer_fast.runs.report.reading import GALLERY
 from safer_fast.runtime.seeds import derive_seed
 from safer_fast.runtime.signals import Stops
 from safer_fast.training.engine import Engine
@@ -116,7 +116,7 @@ class Validator:
         try:
             write_gallery(
                 gallery,
-                folder / GALLERY,
+                RunFolder(folder).gallery,
                 class_names=self.data.class_names,
                 attack=name,
                 epsilon=threat.epsilon,

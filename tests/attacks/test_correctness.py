@@ -19,9 +19,9 @@ from safer_fast.evaluate import main
 from safer_fast.evaluation.overfitting import count_right
 from safer_fast.export import main as export
 from safer_fast.runs.gallery import NO_CLASS, make_gallery, read_gallery, write_gallery
+from safer_fast.runs.layout import GALLERY
 from safer_fast.runs.loggers.metrics_file import read_metrics
 from safer_fast.runs.report.page import write_report
-from safer_fast.runs.report.reading import GALLERY
 from safer_fast.train import train_model
 from safer_fast.training.objectives import Targets
 from tests.support.networks import build, images_and_labels

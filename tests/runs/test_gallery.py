@@ -24,8 +24,8 @@ from safer_fast.runs.gallery import (
     read_gallery,
     write_gallery,
 )
+from safer_fast.runs.layout import GALLERY
 from safer_fast.runs.report.page import write_report
-from safer_fast.runs.report.reading import GALLERY
 from safer_fast.runtime.tensor_files import write_tensors
 from tests.support.galleries import new_gallery
 

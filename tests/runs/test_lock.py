@@ -20,8 +20,8 @@ import pytest
 
 from safer_fast.runs import lock as run_lock
 from safer_fast.runs import lock_file
+from safer_fast.runs.layout import LOCK
 from safer_fast.runs.lock import RunLock
-from safer_fast.runs.lock_file import LOCK
 from tests.support.kills import Moment, Patch, Server, State, send
 
 STEP = "safer_fast.training.step.Step.update"

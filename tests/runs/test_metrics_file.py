@@ -24,7 +24,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
 from safer_fast.runs.figures import layer_map
-from safer_fast.runs.loggers.metrics_file import FILE_NAME, read_metrics, uninterrupted
+from safer_fast.runs.layout import METRICS
+from safer_fast.runs.loggers.metrics_file import read_metrics, uninterrupted
 from safer_fast.runs.loggers.metrics_log import MetricsLog
 
 EPOCH: dict[str, Any] = {
@@ -273,7 +274,7 @@ def test_an_interrupt_while_a_line_is_written_loses_neither_it_nor_its_scalars(
 
         log._file.append = interrupted  # type: ignore[method-assign]
         log.write("step", epoch=1, step=1, loss=1.0)
-    assert [event["step"] for event in read_metrics(tmp_path / FILE_NAME)] == [1]
+    assert [event["step"] for event in read_metrics(tmp_path / METRICS)] == [1]
     assert scalars(tmp_path) == [("step/loss", 1, 1.0)]
 
 
@@ -326,7 +327,7 @@ def test_a_run_resumed_after_any_line_has_the_lines_and_scalars_of_one_never_sto
             sizes.append(log.size)
             write(log)
         sizes.append(log.size)
-    content = (tmp_path / "whole" / FILE_NAME).read_bytes()
+    content = (tmp_path / "whole" / METRICS).read_bytes()
     assert sizes == [0, *(end + 1 for end, byte in enumerate(content) if byte == ord("\n"))]
     for kept, size in enumerate(sizes):
         run = tmp_path / f"resumed-{kept}"
@@ -341,7 +342,7 @@ def test_a_run_resumed_after_any_line_has_the_lines_and_scalars_of_one_never_sto
             assert log.size == size
             for write in WRITES[kept:]:
                 write(log)
-        assert without_time(run / FILE_NAME) == without_time(tmp_path / "whole" / FILE_NAME)
+        assert without_time(run / METRICS) == without_time(tmp_path / "whole" / METRICS)
         assert scalars(run) == scalars(tmp_path / "whole")
         assert len(list(run.glob("*tfevents*"))) == 1
 
@@ -369,8 +370,8 @@ def test_scalars_of_kept_lines_lie_as_far_back_as_their_lines_do(tmp_path: Path)
         {"event": "step", "epoch": 1, "step": step, "time_s": time_s, "loss": 1.0}
         for step, time_s in enumerate((0.5, 60.5, 100.5))
     ]
-    (tmp_path / FILE_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    size = (tmp_path / FILE_NAME).stat().st_size
+    (tmp_path / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    size = (tmp_path / METRICS).stat().st_size
     before = time.time()
     MetricsLog(tmp_path, resume_at=size).close()
     (path,) = tmp_path.glob("*tfevents*")
@@ -393,13 +394,13 @@ def test_a_run_cannot_be_resumed_where_no_line_ends(tmp_path: Path) -> None:
     with MetricsLog(tmp_path) as log:
         for write in WRITES[:3]:
             write(log)
-    content = (tmp_path / FILE_NAME).read_bytes()
+    content = (tmp_path / METRICS).read_bytes()
     events = scalars(tmp_path)
     ends = {0, *(end + 1 for end, byte in enumerate(content) if byte == ord("\n"))}
     for size in set(range(len(content))) - ends:
         with pytest.raises(ValueError, match=rf"metrics\.jsonl: .* end at byte {size}, got '{{"):
             MetricsLog(tmp_path, resume_at=size)
-    assert (tmp_path / FILE_NAME).read_bytes() == content
+    assert (tmp_path / METRICS).read_bytes() == content
     assert scalars(tmp_path) == events
 
 
@@ -407,14 +408,14 @@ def test_a_run_cannot_be_resumed_from_a_file_that_is_shorter_or_not_there(tmp_pa
     with pytest.raises(ValueError, match=r"metrics\.jsonl: expected the 9 bytes .* got no file"):
         MetricsLog(tmp_path / "run", resume_at=9)
     assert not (tmp_path / "run").exists()
-    (tmp_path / FILE_NAME).write_text('{"a": 1}\n')
+    (tmp_path / METRICS).write_text('{"a": 1}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl: expected the 10 bytes .* got 9"):
         MetricsLog(tmp_path, resume_at=10)
-    assert (tmp_path / FILE_NAME).read_text() == '{"a": 1}\n'
+    assert (tmp_path / METRICS).read_text() == '{"a": 1}\n'
 
 
 def test_a_run_cannot_be_resumed_from_damaged_lines(tmp_path: Path) -> None:
-    (tmp_path / FILE_NAME).write_text("nonsense\n")
+    (tmp_path / METRICS).write_text("nonsense\n")
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1: expected a JSON object"):
         MetricsLog(tmp_path, resume_at=9)
 
@@ -422,13 +423,13 @@ def test_a_run_cannot_be_resumed_from_damaged_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize("is_resumed", [True, False])
 def test_time_goes_on_from_that_of_the_last_line(tmp_path: Path, is_resumed: bool) -> None:
     line = {"event": "step", "epoch": 1, "step": 1, "time_s": 1000.123}
-    (tmp_path / FILE_NAME).write_text(json.dumps(line) + "\n")
-    size = (tmp_path / FILE_NAME).stat().st_size if is_resumed else None
+    (tmp_path / METRICS).write_text(json.dumps(line) + "\n")
+    size = (tmp_path / METRICS).stat().st_size if is_resumed else None
     with MetricsLog(tmp_path, resume_at=size) as log:
         log.write("step", epoch=1, step=2)
         time.sleep(0.01)
         log.write("step", epoch=1, step=3)
-    _, second, third = (event["time_s"] for event in read_metrics(tmp_path / FILE_NAME))
+    _, second, third = (event["time_s"] for event in read_metrics(tmp_path / METRICS))
     assert 1000.123 <= second < 1010
     assert second + 0.01 <= third + 1e-9
 
@@ -436,7 +437,8 @@ def test_time_goes_on_from_that_of_the_last_line(tmp_path: Path, is_resumed: boo
 FULL_DISK = """
     import json, resource, sys
     from pathlib import Path
-    from safer_fast.runs.loggers.metrics_file import FILE_NAME, read_metrics
+    from safer_fast.runs.layout import METRICS
+    from safer_fast.runs.loggers.metrics_file import read_metrics
     from safer_fast.runs.loggers.metrics_log import MetricsLog
 
     def limit(num_bytes):
@@ -444,7 +446,7 @@ FULL_DISK = """
 
     folder = Path(sys.argv[1])
     write = lambda log, step: log.write("step", epoch=1, step=step, loss=1.0)
-    steps = lambda run: [event["step"] for event in read_metrics(run / FILE_NAME)]
+    steps = lambda run: [event["step"] for event in read_metrics(run / METRICS)]
 """
 
 
@@ -481,7 +483,7 @@ def test_lines_that_find_the_disk_full_are_written_once_and_in_order_when_there_
             os.truncate = truncate if can_cut else no_truncate
             for step in range(2, 7):
                 write(log, step)
-            content = (run / FILE_NAME).read_bytes()
+            content = (run / METRICS).read_bytes()
             written = content.count(b"\\n")
             assert steps(run)[:written] == [1, 2, 3][:written]
             assert content.endswith(b"\\n") or not can_cut
@@ -493,7 +495,7 @@ def test_lines_that_find_the_disk_full_are_written_once_and_in_order_when_there_
             write(log, 8)
             log.close()
             assert steps(run) == [1, 2, 3, 4, 5, 6, 7, 8]
-            assert (run / FILE_NAME).stat().st_size == log.size
+            assert (run / METRICS).stat().st_size == log.size
             assert reports == [
                 "metrics.jsonl cannot be written: File too large; lines are kept and written later",
                 f"metrics.jsonl can be written again; lines written late: {8 - written}",
@@ -587,9 +589,9 @@ def test_a_run_folder_that_is_removed_is_made_anew_without_its_event_file(tmp_pa
         log.write("step", epoch=1, step=step, loss=1.0)
     log.sync()
     log.close()
-    assert [event["step"] for event in read_metrics(tmp_path / "run" / FILE_NAME)] == [2, 3]
-    assert log.size == (tmp_path / "run" / FILE_NAME).stat().st_size
-    assert os.listdir(tmp_path / "run") == [FILE_NAME]
+    assert [event["step"] for event in read_metrics(tmp_path / "run" / METRICS)] == [2, 3]
+    assert log.size == (tmp_path / "run" / METRICS).stat().st_size
+    assert os.listdir(tmp_path / "run") == [METRICS]
     assert reports == [
         f"metrics.jsonl was removed or cut short: {size} bytes that were written are gone; "
         "it goes on from here",
@@ -602,7 +604,7 @@ def test_sync_does_not_vouch_for_lines_that_somebody_cut_off(tmp_path: Path) -> 
     reports: list[str] = []
     log = MetricsLog(tmp_path, report=reports.append)
     log.write("step", epoch=1, step=1)
-    (tmp_path / FILE_NAME).write_text("")
+    (tmp_path / METRICS).write_text("")
     with pytest.raises(OSError, match=r"metrics\.jsonl: lines that were written are gone"):
         log.sync()
     log.write("step", epoch=1, step=2)
@@ -614,11 +616,11 @@ def test_an_event_file_that_cannot_take_the_place_of_old_ones_is_done_without(
     tmp_path: Path,
 ) -> None:
     reports: list[str] = []
-    (tmp_path / FILE_NAME).touch()
+    (tmp_path / METRICS).touch()
     (tmp_path / "events.out.tfevents.0").mkdir()  # even root cannot unlink it
     with MetricsLog(tmp_path, resume_at=0, report=reports.append) as log:
         log.write("step", epoch=1, step=1, loss=1.0)
-    assert len(read_metrics(tmp_path / FILE_NAME)) == 1
+    assert len(read_metrics(tmp_path / METRICS)) == 1
     (line,) = reports
     assert line.startswith("TensorBoard's event file cannot be written: ")
 
@@ -636,7 +638,7 @@ def test_lines_wait_while_their_disk_is_away(tmp_path: Path) -> None:
     assert not disk.exists()
     away.rename(disk)
     log.sync()
-    assert [event["step"] for event in read_metrics(disk / "run" / FILE_NAME)] == [1, 2, 3]
+    assert [event["step"] for event in read_metrics(disk / "run" / METRICS)] == [1, 2, 3]
     assert reports[-1] == "metrics.jsonl can be written again; lines written late: 2"
     assert len([line for line in reports if "metrics.jsonl" in line]) == 2
 
@@ -661,7 +663,7 @@ def test_an_interrupt_while_a_log_is_closed_comes_when_it_is_closed(tmp_path: Pa
 
 
 def test_what_others_append_or_leave_unfinished_meanwhile_is_respected(tmp_path: Path) -> None:
-    path = tmp_path / FILE_NAME
+    path = tmp_path / METRICS
     with MetricsLog(tmp_path) as log:
         log.write("step", epoch=1, step=1)
         with MetricsLog(tmp_path) as other:
@@ -692,7 +694,7 @@ def test_another_thread_can_sync_while_lines_are_written(tmp_path: Path) -> None
     is_done.set()
     thread.join()
     assert errors == []
-    assert [event["step"] for event in read_metrics(tmp_path / FILE_NAME)] == list(range(300))
+    assert [event["step"] for event in read_metrics(tmp_path / METRICS)] == list(range(300))
 
 
 def test_sync_brings_all_lines_to_the_disk_and_writing_does_not_wait_for_it(
@@ -718,7 +720,7 @@ def test_sync_brings_all_lines_to_the_disk_and_writing_does_not_wait_for_it(
     assert thread.is_alive()
     is_on_disk.set()
     thread.join()
-    assert synced == [((tmp_path / FILE_NAME).stat().st_ino, size)]
+    assert synced == [((tmp_path / METRICS).stat().st_ino, size)]
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("bad disk")))
     with pytest.raises(OSError, match="bad disk"):
         log.sync()

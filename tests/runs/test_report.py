@@ -18,8 +18,8 @@ import pytest
 
 from safer_fast.report import main
 from safer_fast.runs.gallery import write_gallery
+from safer_fast.runs.layout import GALLERY
 from safer_fast.runs.report.page import write_report
-from safer_fast.runs.report.reading import GALLERY
 from tests.support.galleries import new_gallery
 
 KINDS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")

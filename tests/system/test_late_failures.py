@@ -12,8 +12,8 @@ import torch
 from safer_fast.config.command_line import parse_config
 from safer_fast.runs.folder import create_run_folder
 from safer_fast.runs.gallery import Gallery, write_gallery
+from safer_fast.runs.layout import GALLERY
 from safer_fast.runs.loggers.metrics_file import read_metrics
-from safer_fast.runs.report.reading import GALLERY
 from safer_fast.train import main
 from safer_fast.training.trainer import Trainer
 

@@ -13,6 +13,7 @@ from safer_fast.runs.exporters.model_card import write_hub
 from safer_fast.runs.exporters.onnx import check_packages, write_onnx
 from safer_fast.runs.exporters.robustbench import write_robustbench
 from safer_fast.runs.exporters.timm import write_timm
+from safer_fast.runs.layout import RunFolder
 from safer_fast.runtime.kept_folder import unfinished
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def export(config: ExportConfig) -> Path:
     if config.format not in EXPORTERS:
         got = shortened(repr(config.format))
         raise ValueError(f"--format: expected one of {', '.join(EXPORTERS)}, got {got}")
-    folder = Path(config.output or Path(config.run) / f"export-{config.format}")
+    folder = Path(config.output or RunFolder(Path(config.run)).export(config.format))
     check_output(folder)
     exporter = EXPORTERS[config.format]
     exporter.check()

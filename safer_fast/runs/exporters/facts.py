@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from safer_fast.attacks.masking import with_verdicts
 from safer_fast.config.commands import ExportConfig
+from safer_fast.runs.layout import RunFolder
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +33,7 @@ def measured_accuracies(config: ExportConfig, norm: str) -> list[dict[str, Any]]
     """
     from safer_fast.runs.loggers.metrics_file import read_metrics
 
-    file = Path(config.run) / "metrics.jsonl"
+    file = RunFolder(Path(config.run)).metrics
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for event in read_metrics(file) if file.is_file() else []:
         is_ours = event.get("event") == "evaluation" and event.get("weights") == config.weights

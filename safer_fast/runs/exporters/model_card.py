@@ -15,6 +15,7 @@ from safer_fast.config.messages import printable
 from safer_fast.runs.accuracies import interval
 from safer_fast.runs.exporters.facts import measured_accuracies
 from safer_fast.runs.exporters.timm import write_timm
+from safer_fast.runs.layout import RunFolder
 
 if TYPE_CHECKING:
     from safer_fast.runs.folder import LoadedRun
@@ -167,11 +168,9 @@ def write_hub(config: ExportConfig, loaded: LoadedRun, folder: Path) -> str:
 
 
 def _card(config: ExportConfig, loaded: LoadedRun) -> ModelCard:
-    from safer_fast.runs.folder import CONFIG
-
     settings, model = loaded.config, loaded.model
     data = Path(settings.data.path).stem if settings.data.path else "digits"
-    lines = (Path(config.run) / CONFIG).read_text(encoding="utf-8").splitlines()
+    lines = RunFolder(Path(config.run)).config.read_text(encoding="utf-8").splitlines()
     return ModelCard(
         name=config.name or Path(config.run).resolve().name,
         architecture=settings.model.name,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from safer_fast.config.commands import ExportConfig
 from safer_fast.runs.exporters.facts import measured_accuracies, threat_model
+from safer_fast.runs.layout import RunFolder
 
 if TYPE_CHECKING:
     from safer_fast.runs.folder import LoadedRun
@@ -14,14 +15,15 @@ if TYPE_CHECKING:
 
 def write_timm(config: ExportConfig, loaded: LoadedRun, folder: Path) -> str:
     """Write the folder that timm loads as it is; an `Exporter`."""
-    from safer_fast.models.weights_file import MODEL_CONFIG, WEIGHTS, save_weights
+    from safer_fast.models.weights_file import save_weights
     from safer_fast.runtime.files import save_json
 
-    save_weights(loaded.model.network.state_dict(), folder / WEIGHTS)
-    save_json(described_model(config, loaded), folder / MODEL_CONFIG)
+    files = RunFolder(folder)
+    save_weights(loaded.model.network.state_dict(), files.weights())
+    save_json(described_model(config, loaded), files.model_config)
     return (
         'load it: timm.create_model("local-dir:FOLDER", pretrained=True); it takes normalised '
-        f"images, mean and std in {MODEL_CONFIG}"
+        f"images, mean and std in {files.model_config.name}"
     )
 
 

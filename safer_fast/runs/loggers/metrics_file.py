@@ -14,11 +14,11 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any, Literal, NoReturn
 
+from safer_fast.runs.layout import METRICS
 from safer_fast.runtime.files import open_plain
 
 Event = Literal["run", "step", "epoch", "selection", "evaluation", "end"]
 
-FILE_NAME = "metrics.jsonl"
 MOST_LINE = 2**24  # bytes; an evaluation of 20,000 classes takes a thirtieth
 
 
@@ -70,7 +70,7 @@ class MetricsFile:
         with self._lock:
             if self._waiting and (error := self._try_to_write()):
                 lost = f"lines lost: {len(self._waiting)}"
-                self._report(f"{FILE_NAME} could not be written: {_reason(error)}; {lost}")
+                self._report(f"{METRICS} could not be written: {_reason(error)}; {lost}")
                 self._waiting.clear()
 
     def _try_to_write(self) -> OSError | None:
@@ -80,12 +80,12 @@ class MetricsFile:
             self._write()
         except OSError as error:
             if not self._is_failing:
-                problem = f"{FILE_NAME} cannot be written: {_reason(error)}"
+                problem = f"{METRICS} cannot be written: {_reason(error)}"
                 self._report(f"{problem}; lines are kept and written later")
             self._is_failing = True
             return error
         if self._is_failing:
-            self._report(f"{FILE_NAME} can be written again; lines written late: {num_lines}")
+            self._report(f"{METRICS} can be written again; lines written late: {num_lines}")
         self._is_failing = False
         return None
 
@@ -114,7 +114,7 @@ class MetricsFile:
         size = self._size_on_disk()
         if size < self._end:
             gone = f"{self._end - size} bytes that were written are gone"
-            self._report(f"{FILE_NAME} was removed or cut short: {gone}; it goes on from here")
+            self._report(f"{METRICS} was removed or cut short: {gone}; it goes on from here")
         self._end = size
 
     def _remove_part(self) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from safer_fast.config.schema import LogConfig
+from safer_fast.runs.layout import RunFolder
 from safer_fast.runs.loggers import asked_loggers
 from safer_fast.runs.loggers.logger import LoggedRun
 from safer_fast.runs.loggers.metrics_file import (
-    FILE_NAME,
     Event,
     MetricsFile,
     last_time_s,
@@ -60,7 +60,7 @@ class MetricsLog:
         config: LogConfig | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        path = run / FILE_NAME
+        path = RunFolder(run).metrics
         kept = None if resume_at is None else truncate_to(path, resume_at)
         run.mkdir(parents=True, exist_ok=True)
         self._file = MetricsFile(path, report)

@@ -9,11 +9,10 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
+from safer_fast.runs.layout import RunFolder
 from safer_fast.runs.loggers.logger import Line, LoggedRun, layer_map, plotted
 from safer_fast.runtime.files import check_no_link, write_whole
 
-IDENTITY = "wandb-id.txt"
-FOLDER = "wandb"
 PROJECT = "safer_fast"
 _LEFT_OUT = ("event", "step")
 
@@ -52,8 +51,8 @@ class WandbRun:
     def _begin(self, run: LoggedRun) -> None:
         import wandb
 
-        identity = run.folder / IDENTITY
-        check_no_link(run.folder / FOLDER)
+        identity = RunFolder(run.folder).wandb_id
+        check_no_link(RunFolder(run.folder).wandb)
         if not identity.is_file():
             write_whole(identity, f"{secrets.token_hex(4)}\n".encode())
         self._run = wandb.init(

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from safer_fast.runs.report.reading import GALLERY, ReportedRun
+from safer_fast.runs.layout import RunFolder
+from safer_fast.runs.report.reading import ReportedRun
 from safer_fast.runs.report.tables import radius
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def galleries(runs: Sequence[ReportedRun]) -> list[GallerySection]:
     """The galleries of those runs that have one; raises ValueError naming a bad file."""
     sections = []
     for run in runs:
-        path = run.folder / GALLERY
+        path = RunFolder(run.folder).gallery
         if path.exists():
             from safer_fast.runs.gallery import read_gallery
 

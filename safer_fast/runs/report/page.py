@@ -8,6 +8,7 @@ from typing import Any
 
 from safer_fast.runs.figures import layer_map
 from safer_fast.runs.figures.canvas import RUN_COLOURS, as_svg
+from safer_fast.runs.layout import RunFolder
 from safer_fast.runs.report import evaluations, health, tables, training
 from safer_fast.runs.report.gallery import galleries
 from safer_fast.runs.report.reading import ReportedRun, read_runs
@@ -58,7 +59,7 @@ def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
         drawing=Markup,
     )
     if output is None:
-        output = runs[0] / "report.html" if len(read) == 1 else Path("comparison.html")
+        output = RunFolder(runs[0]).report if len(read) == 1 else Path("comparison.html")
         # a link that came with the folder would lead elsewhere
         write_whole(output, page.lstrip().encode())
     else:

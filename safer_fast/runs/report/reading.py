@@ -11,9 +11,9 @@ from typing import Any
 
 from safer_fast.config.messages import printable
 from safer_fast.config.untrusted import MOST_JSON, MOST_LEVELS, MOST_YAML, load_yaml, read_text
-from safer_fast.runs.loggers.metrics_file import FILE_NAME, read_metrics
+from safer_fast.runs.layout import METRICS, RunFolder
+from safer_fast.runs.loggers.metrics_file import read_metrics
 
-GALLERY = "gallery.safetensors"  # in a run folder, if there is one
 _EVENT_KEYS = ("event", "epoch", "step", "time_s")
 _NUMBERS = (
     "time_s",
@@ -108,17 +108,18 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _read_run(folder: Path, name: str) -> ReportedRun:
-    if not (folder / FILE_NAME).is_file():
+    files = RunFolder(folder)
+    if not files.metrics.is_file():
         what = "a folder without it" if folder.is_dir() else "no such folder"
-        raise ValueError(f"{folder}: expected a run folder with {FILE_NAME}, got {what}")
-    events = [_checked(event, folder / FILE_NAME) for event in read_metrics(folder / FILE_NAME)]
+        raise ValueError(f"{folder}: expected a run folder with {METRICS}, got {what}")
+    events = [_checked(event, files.metrics) for event in read_metrics(files.metrics)]
     environment: dict[str, Any] = {}
     for event in _of_kind(events, "run"):
         environment |= {key: event[key] for key in event if key not in _EVENT_KEYS}
     return ReportedRun(
         name=name,
-        config=_read_mapping(folder / "run.yaml"),
-        model=_read_mapping(folder / "config.json"),
+        config=_read_mapping(files.config),
+        model=_read_mapping(files.model_config),
         environment=environment,
         epochs=_last_per_epoch(_of_kind(events, "epoch")),
         selections=_last_per_epoch(_of_kind(events, "selection")),

@@ -1,0 +1,96 @@
+"""Layout of a run folder: where each file of a run lies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+CONFIG = "run.yaml"
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+GALLERY = "gallery.safetensors"
+LOCK = "run.lock"
+WANDB = "wandb"
+WANDB_ID = "wandb-id.txt"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of the files of a run; none of them need exist."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / CONFIG
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object for each event of the run."""
+        return self.path / METRICS
+
+    def weights(self, name: str = "last") -> Path:
+        """Weights with timm's names: `last` or `best`; raise ValueError for others."""
+        from safer_fast.models.weights_file import BEST_WEIGHTS, WEIGHTS
+
+        files = {"last": WEIGHTS, "best": BEST_WEIGHTS}
+        if name not in files:
+            raise ValueError(f"--weights: expected last or best, got {name!r}")
+        return self.path / files[name]
+
+    @property
+    def model_config(self) -> Path:
+        """The model as timm describes it, with facts of the run."""
+        from safer_fast.models.weights_file import MODEL_CONFIG
+
+        return self.path / MODEL_CONFIG
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints to resume from."""
+        return self.path / CHECKPOINTS
+
+    @property
+    def lock(self) -> Path:
+        """The file that keeps the folder to one process."""
+        return self.path / LOCK
+
+    @property
+    def gallery(self) -> Path:
+        """A few images before and after an attack, if the run has made them."""
+        return self.path / GALLERY
+
+    @property
+    def evaluation(self) -> Path:
+        """The folder of outcomes of each image, from which evaluations are resumed."""
+        return self.path / "evaluation"
+
+    @property
+    def selection(self) -> Path:
+        """Scores that `safer_fast.select` writes."""
+        return self.path / "selection.json"
+
+    @property
+    def selection_map(self) -> Path:
+        """The drawing of these scores."""
+        return self.path / "selection.svg"
+
+    @property
+    def report(self) -> Path:
+        """The page about the run."""
+        return self.path / "report.html"
+
+    @property
+    def wandb(self) -> Path:
+        """The folder that Weights & Biases writes."""
+        return self.path / WANDB
+
+    @property
+    def wandb_id(self) -> Path:
+        """The name of the run at Weights & Biases."""
+        return self.path / WANDB_ID
+
+    def export(self, form: str) -> Path:
+        """The folder of an export where `--output` names no other."""
+        return self.path / f"export-{form}"
