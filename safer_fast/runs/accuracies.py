@@ -1,4 +1,4 @@
-"""What an evaluation prints: a table of all attacks, what to mistrust in it, a table by class."""
+"""Text of an evaluation: a table of all attacks, warnings about it, a table by class."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from math import sqrt
 from typing import Any
 
 from safer_fast.config.messages import printable
+from safer_fast.runtime.tables import aligned
 
 MOST_CLASSES = 20
-"""Classes that a table names, the ones on which the last attack leaves least."""
+"""Classes that a table names: the ones with the lowest accuracy under the last attack."""
 
 
 def accuracy_table(accuracies: Sequence[Mapping[str, Any]]) -> str:
@@ -21,18 +22,12 @@ def accuracy_table(accuracies: Sequence[Mapping[str, Any]]) -> str:
     titles += ["no gradient", "s"]
     cells = [_cells(row) for row in accuracies]
     used = [index for index in range(len(titles)) if any(row[index] for row in cells)]
-    widths = [max(len(row[index]) for row in [titles, *cells]) for index in used]
-    return "\n".join(
-        "  ".join(
-            row[index].ljust(width) if index < 4 else row[index].rjust(width)
-            for index, width in zip(used, widths, strict=True)
-        ).rstrip()
-        for row in [titles, *cells]
-    )
+    rows = [[row[index] for index in used] for row in [titles, *cells]]
+    return aligned(rows, num_left=sum(index < 4 for index in used))
 
 
 def notes(accuracies: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines that say what makes the figures of a table less than they seem."""
+    """Warnings about accuracies of a table that are less than they seem."""
     lines = []
     for row in accuracies:
         place = f"{row['weights']}, {printable(row['split'])}, {row['attack']}"
@@ -52,23 +47,15 @@ def notes(accuracies: Sequence[Mapping[str, Any]]) -> list[str]:
 def class_table(accuracies: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> str:
     """Lines of text, one for each class that has images, under each attack.
 
-    Of many classes those are named on which the last attack leaves least.
+    Of many classes, the ones with the lowest accuracy under the last attack.
     """
     columns = [row["per_class_accuracy"] for row in accuracies]
     present = [index for index, value in enumerate(columns[-1]) if value is not None]
     shown = sorted(sorted(present, key=lambda index: columns[-1][index])[:MOST_CLASSES])
     names = {index: printable(str(class_names[index]))[:24] for index in shown}
-    width = max(5, *map(len, names.values()))
     title = "class" if len(shown) == len(present) else "worst"
-    titles = [row["attack"] for row in accuracies]
-    lines = ["  ".join([title.ljust(width), *(f"{name:>8}" for name in titles)])]
-    for index in shown:
-        figures = (
-            f"{column[index]:.4f}".rjust(max(8, len(name)))
-            for column, name in zip(columns, titles, strict=True)
-        )
-        lines.append("  ".join([names[index].ljust(width), *figures]))
-    return "\n".join(lines)
+    rows = [[names[index], *(f"{column[index]:.4f}" for column in columns)] for index in shown]
+    return aligned([[title, *(row["attack"] for row in accuracies)], *rows], least=(5, 8))
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
@@ -89,12 +76,12 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def _images(row: Mapping[str, Any]) -> str:
-    """The number of images of a figure, and of how many they are a subset."""
+    """The number of images, and of how many they are a subset."""
     num_images, of_images = row["num_images"], row.get("of_images") or 0
     return f"{num_images} of {of_images}" if num_images < of_images else str(num_images)
 
 
-_Z = 1.959964  # of a normal distribution, 95 % lie within so many standard deviations
+_Z = 1.959964  # standard deviations to each side that hold 95 % of a normal distribution
 
 
 def interval(share: float, count: int) -> tuple[float, float]:

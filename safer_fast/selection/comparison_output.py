@@ -1,4 +1,4 @@
-"""What select prints: a row for each layer, a column for each criterion, and how they agree."""
+"""Output of select: a row for each layer, a column for each criterion, and how they agree."""
 
 from __future__ import annotations
 
@@ -13,50 +13,49 @@ from safer_fast.config.checks import check_file, check_ranges
 from safer_fast.config.commands import SelectConfig
 from safer_fast.config.messages import shortened
 from safer_fast.runtime.files import write_whole
+from safer_fast.runtime.tables import aligned
 from safer_fast.selection.comparison import CriteriaScores, Scores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_COLUMN = 19
-
 
 def score_table(scores: Mapping[str, Scores], selected: Mapping[str, Sequence[str]]) -> str:
-    """Scores with their places, the first criterion's highest on top; * marks what is selected."""
-    places = {name: _places(by_layer) for name, by_layer in scores.items()}
-    order = next(iter(places.values()))
-    width = max(len(layer) for layer in order) + 1
-    lines = [" " * width + "".join(f"{name:>{_COLUMN}}" for name in scores)]
+    """Scores with their ranks, the first criterion's highest on top; * marks selected layers."""
+    ranks = {name: _ranks(by_layer) for name, by_layer in scores.items()}
+    order = next(iter(ranks.values()))
+    rows = [["", *scores]]
     for layer in order:
         cells = (
-            f"{by_layer[layer]:.3e} {places[name][layer]:>4}"
+            f"{by_layer[layer]:.3e} {ranks[name][layer]:>4}"
             f"{'*' if layer in selected[name] else ' '}"
             for name, by_layer in scores.items()
         )
-        lines.append(f"{layer:<{width}}" + "".join(f"{cell:>{_COLUMN}}" for cell in cells))
-    return "\n".join(line.rstrip() for line in lines)
+        rows.append([f"{layer} ", *cells])
+    return aligned(rows, gap=1, least=(0, 18))
 
 
 def correlation_table(correlations: Mapping[str, Mapping[str, float | None]]) -> str:
-    """Spearman's rank correlation of each criterion with each; - where one ranks nothing."""
-    width = max(len(name) for name in correlations) + 1
-    lines = ["rank correlation (Spearman)", " " * width + "".join(f"{n:>20}" for n in correlations)]
+    """Spearman's rank correlation of each criterion with each; - where all scores are equal."""
+    rows = [["", *correlations]]
     for name, row in correlations.items():
-        values = ("-" if value is None else f"{value:.3f}" for value in row.values())
-        lines.append(f"{name:<{width}}" + "".join(f"{value:>20}" for value in values))
-    return "\n".join(lines)
+        rows.append(
+            [f"{name} ", *("-" if value is None else f"{value:.3f}" for value in row.values())]
+        )
+    return "rank correlation (Spearman)\n" + aligned(rows, gap=1, least=(0, 19))
 
 
-def _places(scores: Scores) -> dict[str, int]:
-    """The place of each layer, 1 for the highest score; equal scores are ordered by name."""
+def _ranks(scores: Scores) -> dict[str, int]:
+    """The rank of each layer, 1 for the highest score; equal scores are ordered by name."""
     ranked = sorted(scores, key=lambda name: (-scores[name], name))
     return {name: place for place, name in enumerate(ranked, start=1)}
 
 
-_LEFT_OUT = "random measures nothing and least-sharp is sharpness turned round: neither is compared"
+_LEFT_OUT = "random measures nothing and least-sharp is sharpness reversed: neither is compared"
 
 
 def check_settings(config: SelectConfig) -> None:
+    """Raise ValueError naming the first flag with a value that means nothing."""
     from safer_fast.selection.criteria import CRITERIA, check_criterion, compared_criteria
 
     check_ranges(config, ranges.SELECT)
@@ -81,6 +80,7 @@ def comparison_content(
     selected: dict[str, list[str]],
     correlations: dict[str, dict[str, float | None]],
 ) -> dict[str, Any]:
+    """Content of selection.json."""
     scores = measured.scores[chosen]
     return {
         "criterion": config.criterion,
@@ -101,6 +101,7 @@ def comparison_content(
 def comparison_conclusion(
     config: SelectConfig, chosen: str, measured: CriteriaScores, selected: dict[str, list[str]]
 ) -> str:
+    """Lines on the selected layers and the circumstances of the measurement."""
     facts, names = measured.facts, selected[chosen]
     lines = [f"{name} would select {', '.join(layers)}" for name, layers in selected.items()]
     lines[0] = (
@@ -114,7 +115,7 @@ def comparison_conclusion(
     return "\n".join([*lines, circumstances, _LEFT_OUT])
 
 
-# the page of the report has these as CSS variables, which other programs do not know
+# CSS variables of the report's page, which other programs do not know
 _COLOURS = {"ink": "#1a1a1a", "muted": "#555555", "grid": "#cccccc", "page": "#ffffff"}
 _VIEW_BOX = re.compile(r'viewBox="0 0 (?P<width>[\d.]+) (?P<height>[\d.]+)"')
 _PER_ROW = 2
@@ -124,7 +125,7 @@ FORMATS = (".svg", ".png")
 def save_maps(
     path: Path, scores: Mapping[str, Scores], selected: Mapping[str, Sequence[str]]
 ) -> None:
-    """`path`, .svg or .png, shows a map for each criterion, two side by side, none half written."""
+    """Draw a map for each criterion, two side by side, into `path`, .svg or .png, written whole."""
     from safer_fast.runs.figures.layer_map import draw_layer_map, score_limits
 
     figures = {
