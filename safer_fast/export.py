@@ -1,4 +1,4 @@
-"""A run's model for timm, the hub, RobustBench, ONNX: `python -m safer_fast.export RUN`."""
+"""Export of a model for timm, the hub, RobustBench, ONNX: `python -m safer_fast.export RUN`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safer_fast.runtime.command import run
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`python -m safer_fast.export RUN [flags]`: writes a folder, says how to load it."""
+    """`python -m safer_fast.export RUN [flags]`: write a folder, print how to load it."""
     parser = new_parser("export", "Write a run's model in a format that others load.")
     parser.add_class_arguments(ExportConfig, None, skip={"run"})
     parser.add_argument("run", type=str, metavar="RUN", help="run folder")

@@ -1,4 +1,4 @@
-"""Runs as one HTML page that needs nothing else: `python -m safer_fast.report RUN [RUN ...]`."""
+"""Report: runs as one self-contained HTML page, `python -m safer_fast.report RUN [RUN ...]`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class _Arguments:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Writes the report that the words of the command line ask for and says where it is."""
+    """Write the report that the command line asks for, and print where it is."""
     parser = new_parser("report", "Write one HTML page about one run or comparing several.")
     parser.add_argument("runs", nargs="+", type=str, metavar="RUN", help="a run folder")
     parser.add_argument(

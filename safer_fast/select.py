@@ -1,4 +1,4 @@
-"""The layers by every criterion: `python -m safer_fast.select RUN`; writes selection.json."""
+"""Layers ranked by every criterion: `python -m safer_fast.select RUN`, selection.json."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from safer_fast.selection.comparison_output import (
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`python -m safer_fast.select RUN [flags]`: prints the ranked layers, writes them as JSON."""
+    """`python -m safer_fast.select RUN [flags]`: print the ranked layers, write them as JSON."""
     parser = new_parser("select", "Score the layers of a trained model by every criterion.")
     parser.add_class_arguments(SelectConfig, None, skip={"run"})
     parser.add_argument("run", type=str, metavar="RUN", help="run folder")
@@ -31,9 +31,9 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def select(config: SelectConfig) -> list[str]:
-    """Scores the layers of a run's model; prints the tables, writes them, gives the selected names.
+    """Score the layers of a run's model; print and write the tables; return the selected names.
 
-    The names are those that `criterion` selects; the other criteria stand beside it. Raises
+    The names are those that `criterion` selects; the other criteria stand beside it. Raise
     ValueError for settings that mean nothing, and for a folder that is no run.
     """
     from safer_fast.runtime.files import save_json

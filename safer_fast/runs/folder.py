@@ -1,4 +1,4 @@
-"""The folder of a run: its configuration, and weights that timm loads as they stand."""
+"""Run folder: created, cleared, saved into, and loaded as a model again."""
 
 from __future__ import annotations
 
@@ -41,10 +41,11 @@ _MOST_PIXELS = 2**16  # along an edge, more than anybody trains on
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A run read back: its configuration, its model on the device in eval mode, its classes.
+    """A loaded run: its configuration, its model on the device in eval mode, its classes.
 
-    short_side: what the short side of an image is resized to before the centre is kept. weights:
-    the file that the model's are from. arenas: of its parameters, if it was loaded frozen.
+    short_side: pixels that the short side of an image is resized to before the centre is kept.
+    weights: the file that the weights were loaded from. arenas: of its parameters, if it was loaded
+    frozen.
     """
 
     config: Config
@@ -59,7 +60,7 @@ class LoadedRun:
 
 
 def create_run_folder(config: Config, data_name: str, lock: RunLock | None = None) -> Path:
-    """A new or empty folder for the run; raises ValueError for one that is in use.
+    """Create the run's folder, or take an empty one; raise ValueError for one that is in use.
 
     lock: keeps the folder to this process.
     """
@@ -69,7 +70,7 @@ def create_run_folder(config: Config, data_name: str, lock: RunLock | None = Non
     if not is_begun:
         check_output(folder)
     try:
-        # a link to a folder that another run makes in the same moment is no file in its way
+        # a link to a folder that another run makes at the same moment is not in the way
         Path(os.path.realpath(folder)).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(
@@ -82,8 +83,7 @@ def create_run_folder(config: Config, data_name: str, lock: RunLock | None = Non
 
 
 def check_output(folder: Path) -> None:
-    """Raises ValueError unless `folder` does not exist, or holds nothing but a lock, and its name
-    can be shown."""
+    """Raise ValueError unless `folder` is missing or holds nothing but a lock, and is printable."""
     if printable(str(folder)) != str(folder):
         raise ValueError(
             "--output: expected a path without line breaks and control characters, got "
@@ -94,10 +94,9 @@ def check_output(folder: Path) -> None:
 
 
 def clear_run_folder(folder: Path) -> None:
-    """What a run wrote before its first checkpoint is gone, so that it can begin again.
+    """Remove the files that a run wrote before its first checkpoint, so that it can begin again.
 
-    Only a folder that holds nothing but that is cleared; others are left as they are. The lock of
-    the folder must be held, and stays.
+    A folder with any other file is left as it is. The lock of the folder must be held, and stays.
     """
     is_begun = folder.is_dir() and _names(folder) <= {LOCK, f"{CONFIG}.tmp"}
     if not is_begun and not RunFolder(folder).config.is_file():
@@ -106,7 +105,7 @@ def clear_run_folder(folder: Path) -> None:
     best = files.weights("best").name
     own = {CONFIG, f"{CONFIG}.tmp", METRICS, best, f"{best}.tmp", CHECKPOINTS}
     own |= {files.gallery.name, WANDB, WANDB_ID}
-    # by its configuration the folder is known as one of ours: that goes last
+    # the configuration marks the folder as one of ours: it is removed last
     others = (path for path in folder.iterdir() if path.name != LOCK)
     found = sorted(others, key=lambda path: path.name == CONFIG)
     if all(path.name in own or path.name.startswith("events.out.tfevents.") for path in found):
@@ -116,7 +115,7 @@ def clear_run_folder(folder: Path) -> None:
 
 
 def _config_of(folder: Path) -> Config:
-    """The settings of a run; raises ValueError naming the file, as no flag is at fault."""
+    """The settings of a run; raise ValueError naming the file, as no flag is at fault."""
     file = RunFolder(folder).config
     try:
         return parse_config(["--config", str(file)])
@@ -130,12 +129,12 @@ def _names(folder: Path) -> set[str]:
 
 
 def save_config(config: Config, folder: Path) -> None:
-    """`run.yaml` holds the resolved configuration; `--config` on it repeats the run."""
+    """Write the resolved configuration to `run.yaml`; `--config` on it repeats the run."""
     save_settings(config.to_dict(), folder)
 
 
 def save_settings(settings: Mapping[str, Any], folder: Path) -> None:
-    """`run.yaml` holds these settings, as `Config.to_dict` or the JSON of it has them."""
+    """Write settings, as `Config.to_dict` returns them or JSON holds them, to `run.yaml`."""
     content = _plain(dict(settings)) | {"output": None, "resume": "never"}
     file = RunFolder(folder).config
     command = shlex.quote(printable(str(file)))
@@ -152,12 +151,12 @@ def export_model(
     data: Data,
     accuracies: Sequence[dict[str, Any]] = (),
 ) -> None:
-    """The folder loads in timm: `timm.create_model("local-dir:FOLDER", pretrained=True)`."""
+    """Write a folder that timm loads: `timm.create_model("local-dir:FOLDER", pretrained=True)`."""
     from safer_fast.models.build import timm_config
     from safer_fast.models.weights_file import save_weights
     from safer_fast.runtime.files import save_json
 
-    if not RunFolder(folder).config.is_file():  # somebody removed it while the run went on
+    if not RunFolder(folder).config.is_file():  # somebody removed it during the run
         save_config(config, folder)
     save_weights(weights, RunFolder(folder).weights())
     content = timm_config(model, data.image_size, data.short_side, data.class_names)
@@ -184,11 +183,11 @@ def load_run(
     is_frozen: bool = False,
     savings: Collection[str] | None = None,
 ) -> LoadedRun:
-    """A finished or stopped run, with its last or best weights, on GPU `local_rank` if on a GPU.
+    """Load a finished or stopped run with its last or best weights, on GPU `local_rank` if on one.
 
-    amp: its precision; run: that of training. is_frozen: no parameter requires gradients, all lie
+    amp: its precision; run: the one of training. is_frozen: no parameter requires gradients, all lie
     in arenas, and exact savings are enabled. savings: exact savings, default: those of the run if
-    `is_frozen`. Raises ValueError, one line, for a folder that is no run, damaged files and unknown
+    `is_frozen`. Raise ValueError, one line, for a folder that is no run, damaged files and unknown
     weights.
     """
     from safer_fast.models.attention import pin_for
@@ -244,7 +243,7 @@ def load_run(
 
 
 def _checked(facts: Any, file: Path) -> dict[str, Any]:
-    """What `export_model` wrote of a run, or would have once; raises ValueError naming the file."""
+    """Facts of a run in config.json, checked; raise ValueError naming the file."""
     from safer_fast.data.images import short_side
 
     expected = {"class_names": list, "num_channels": int, "image_size": int}
@@ -253,7 +252,7 @@ def _checked(facts: Any, file: Path) -> dict[str, Any]:
         is_sane = type(value) is kind and (bool(value) if kind is list else _is_size(value))
         if not is_sane:
             raise ValueError(f"{file}: expected {name} of a run under {KEY}, got {value!r:.40}")
-    # runs did not write it once
+    # earlier versions did not write it
     known = facts.get("short_side", short_side(facts["image_size"]))
     if not _is_size(known) or known < facts["image_size"]:
         raise ValueError(f"{file}: expected short_side of a run under {KEY}, got {known!r:.40}")
@@ -265,7 +264,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """The value as YAML knows it: numbers and lists in place of Radius, Names and tuples."""
+    """The value in types of YAML: numbers and lists in place of Radius, Names and tuples."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

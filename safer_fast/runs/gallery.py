@@ -1,4 +1,4 @@
-"""What an attack does to a few images: kept with a run, for its report and for TensorBoard."""
+"""Gallery: a few images before and after an attack, for the report and for TensorBoard."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _TILE = 64  # pixels: smaller images are scaled up to it in a strip
 
 @dataclass(frozen=True)
 class Gallery:
-    """Images before and after an attack, and what a model made of both; all on the CPU.
+    """Images before and after an attack, and a model's predictions for both; all on the CPU.
 
     images, adversarial: float32 [n, C, H, W] in [0, 1], C being 1 or 3. labels, predicted_before,
     predicted_after: int64 [n]; `NO_CLASS` is predicted where a logit is not finite.
@@ -51,7 +51,7 @@ class Gallery:
 
     @property
     def amplifications(self) -> list[float]:
-        """By how much `perturbations` shows each perturbation larger than it is; 1: it is zero."""
+        """Factor by which `perturbations` enlarges each perturbation; 1 where it is zero."""
         largest = (self.adversarial - self.images).abs().amax(dim=(1, 2, 3))
         return [1 / (2 * size) if size > 0 else 1.0 for size in largest.tolist()]
 
@@ -64,7 +64,7 @@ class Gallery:
 
 @dataclass(frozen=True)
 class GalleryFacts:
-    """How a gallery came about. class_names: by label; epsilon: radius, pixels being in [0, 1]."""
+    """Origin of a gallery. class_names: by label; epsilon: radius, for pixels in [0, 1]."""
 
     class_names: list[str]
     attack: str
@@ -77,7 +77,7 @@ def make_gallery(model: nn.Module, images: Tensor, labels: Tensor, adversarial: 
     """The images beside their adversarial versions, with the model's predictions for both.
 
     images, adversarial: [n, C, H, W] in [0, 1]; labels: int64 [n]; on the device of the model,
-    which computes in eval mode. Raises ValueError where shapes do not fit or n is 0 or over 64.
+    which computes in eval mode. Raise ValueError where shapes do not fit or n is 0 or over 64.
     """
     count = len(images)
     if images.shape != adversarial.shape or labels.shape != (count,) or not 0 < count <= 64:
@@ -113,9 +113,9 @@ def write_gallery(
     weights: str,
     split: str,
 ) -> None:
-    """`path` holds the gallery and these facts; a reader never sees half of it.
+    """Write the gallery and these facts to `path`; a reader never sees half of it.
 
-    Raises ValueError naming the file where it cannot be written, and what `read_gallery` would
+    Raise ValueError naming the file where it cannot be written, and what `read_gallery` would
     refuse.
     """
     facts = GalleryFacts(list(class_names), attack, float(epsilon), weights, split)
@@ -132,9 +132,9 @@ def write_gallery(
 
 
 def read_gallery(path: Path) -> tuple[Gallery, GalleryFacts]:
-    """The gallery in a file that may come from anybody, and its facts with printable texts.
+    """Read a gallery from a file that may come from anybody, and its facts with printable texts.
 
-    Raises ValueError, one line that names the file, where it is damaged or not what
+    Raise ValueError, one line that names the file, where it is damaged or not what
     `write_gallery` writes. Nothing in a file is executed.
     """
     with naming(path):
@@ -209,7 +209,7 @@ def _checked_facts(facts: Mapping[str, Any]) -> GalleryFacts:
 
 
 def _checked_gallery(tensors: Mapping[str, Tensor], num_classes: int) -> Gallery:
-    """The gallery if its tensors are what its docstring says; raises ValueError naming another."""
+    """The gallery if its tensors are as documented; raise ValueError naming one that is not."""
     names = [field.name for field in fields(Gallery)]
     if sorted(tensors) != sorted(names):
         raise ValueError(f"tensors {sorted(map(printable, tensors))!r:.80}")

@@ -27,24 +27,24 @@ from safer_fast.runs.lock_file import (
 )
 
 WAIT_S = 5.0
-"""How long an owner that is about to end is waited for."""
+"""Wait for an owner that is about to end."""
 BEAT_S = 15.0
 LEASE_S = 120.0
-"""After so long without a sign of life, the owner on another machine has lost the folder."""
+"""Time without a sign of life after which an owner on another machine has lost the folder."""
 SETTLE_S = 1.0
-"""How long a claim must stand where another machine may make one at the same time."""
+"""Time that a claim must stand where another machine may make one at the same time."""
 LOOK_S = 0.1
 
 _GUARD = threading.Lock()
 
 
 class RunLock:
-    """Keeps a run folder to this process until it is left; a context manager.
+    """Keeps a run folder to this process until the block ends; a context manager.
 
-    The file `run.lock` in the folder is locked, and names its owner. The operating system gives it
-    free when the process ends, however it does. Where locks do not reach another machine, or the
-    file system has none, the owner's signs of life count: see `LEASE_S`. A process that finds its
-    folder taken over ends at once. `report` is told of waiting and of folders taken over.
+    The file `run.lock` in the folder is locked, and names its owner. The operating system releases
+    it when the process ends, however it does. Where locks do not reach another machine, or the file
+    system has none, the owner's signs of life count: see `LEASE_S`. A process that finds its folder
+    taken over ends at once. `report` gets a note when it waits or takes a folder over.
     """
 
     def __init__(self, report: Callable[[str], None] = print) -> None:
@@ -62,9 +62,9 @@ class RunLock:
         self.release()
 
     def take(self, folder: Path) -> None:
-        """The folder is this process's own; nothing happens where it is so already.
+        """Make the folder this process's own; do nothing where it is so already.
 
-        Raises ValueError, one line that names the owner, where another process writes it.
+        Raise ValueError, one line that names the owner, where another process writes it.
         """
         path = RunFolder(folder).lock.absolute()
         if self._path == path:
@@ -83,7 +83,7 @@ class RunLock:
         self._thread.start()
 
     def release(self) -> None:
-        """The folder may be another's, and there is no trace of the lock."""
+        """Release the folder and remove the lock file."""
         if self._path is None or self._pid != os.getpid():
             return
         self._ended.set()
@@ -96,7 +96,7 @@ class RunLock:
         self._path = None
 
     def _live(self) -> None:
-        """Gives signs of life; ends the process where another has taken the folder over."""
+        """Give signs of life; end the process where another has taken the folder over."""
         while not self._ended.wait(BEAT_S):
             try:
                 other = self._beat()
@@ -108,11 +108,11 @@ class RunLock:
                 with suppress(OSError, AttributeError, ValueError):
                     sys.stderr.write(f"{taken}\n")
                     sys.stderr.flush()
-                # files are written whole or not at all, and these are another's by now
+                # files are written whole or not at all, and another process owns these by now
                 os._exit(2)
 
     def _beat(self) -> Owner | None:
-        """Writes a sign of life; returns the other owner that is named in the file, if any."""
+        """Write a sign of life; return the other owner that is named in the file, if any."""
         assert self._owner is not None
         assert self._path is not None
         if not is_at(self._descriptor, self._path):  # somebody removed it
@@ -127,7 +127,7 @@ class RunLock:
         return None
 
     def _begin_again(self, path: Path) -> None:
-        """The file that somebody removed is there again, and locked unless another came first."""
+        """Make a file again that somebody removed, and lock it unless another process was first."""
         assert self._owner is not None
         with _GUARD:
             descriptor, is_new = open_lock(path)
@@ -150,7 +150,7 @@ class _Attempt:
         self._is_sure = True  # that no other machine can claim the file in the same moment
 
     def succeed(self) -> tuple[int, Owner]:
-        """Returns the descriptor that holds the lock, and its owner, this process."""
+        """Return the descriptor that holds the lock, and its owner, this process."""
         while True:
             with _GUARD:
                 descriptor = self._locked()
@@ -166,9 +166,9 @@ class _Attempt:
             raise self._refusal(other)
 
     def _locked(self) -> int | None:
-        """A descriptor with the lock, None to try again; raises ValueError where that is vain."""
+        """A descriptor with the lock, None to try again; raise ValueError where that is useless."""
         if is_held_here(self._path):
-            # to look into the file and close it would end the lock of this process
+            # opening the file and closing it again would end the lock of this process
             raise self._refusal(None)
         descriptor, is_new = open_lock(self._path)
         is_locked = try_lock(descriptor)
@@ -184,13 +184,13 @@ class _Attempt:
         return None
 
     def _is_free(self, descriptor: int, owner: Owner | None, is_locked: bool | None) -> bool:
-        """Whether the owner named in the file, if any, is gone; raises ValueError if it lives."""
+        """True where the owner named in the file, if any, is gone; raise ValueError if it lives."""
         if owner is None or (is_locked and is_of_this_machine(owner)):
             return True
         now, folder = time.monotonic(), self._path.parent
         if self._silent is None:
             age = max(0.0, time.time() - os.fstat(descriptor).st_mtime)
-            # clocks of two machines differ: it is watched for a while in any case
+            # clocks of two machines differ: the file is watched for a while in any case
             self._patience = max(1.5 * BEAT_S, LEASE_S - age)
             self._age = age + self._patience
             self._silent, self._silent_from = owner, now

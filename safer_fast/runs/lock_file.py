@@ -1,4 +1,4 @@
-"""The file that locks a run folder: opened, locked, and read for its owner."""
+"""Lock file of a run folder: opened, locked, and read for its owner."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SIZE = 512
 _IS_LOCKED = (errno.EACCES, errno.EAGAIN)
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
-# POSIX locks belong to the process: forked workers do not hold them, but a second one of the same
+# POSIX locks belong to the process: forked workers do not hold them, but a second lock of the same
 # process is granted, and closing any descriptor of the file ends them all.
 _HELD: set[tuple[int, int]] = set()
 
@@ -41,7 +41,7 @@ class Owner:
 
 
 def claim(descriptor: int) -> Owner:
-    """The file names this process as its owner."""
+    """Write this process into the file as its owner, and return the owner."""
     since = datetime.now().astimezone().isoformat(" ", "seconds")
     owner = Owner(_host(), _machine(), os.getpid(), since, uuid4().hex)
     write_owner(descriptor, owner)
@@ -49,9 +49,9 @@ def claim(descriptor: int) -> Owner:
 
 
 def open_lock(path: Path) -> tuple[int, bool]:
-    """Opens the file; returns its descriptor, and whether it was made.
+    """Open the file; return its descriptor, and True where it was made.
 
-    Raises OSError for a link and for what is no plain file.
+    Raise OSError for a link and for what is no plain file.
     """
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK
     with suppress(FileExistsError):
@@ -64,7 +64,7 @@ def open_lock(path: Path) -> tuple[int, bool]:
 
 
 def try_lock(descriptor: int) -> bool | None:
-    """Whether the file is locked by this process now; None where there are no locks."""
+    """Lock the file: False where another process has; None where the file system has no locks."""
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -77,7 +77,7 @@ def try_lock(descriptor: int) -> bool | None:
 
 
 def read_owner(descriptor: int) -> Owner | None:
-    """The owner that the file names, None where it names none."""
+    """Owner that the file names, None where it names none."""
     try:
         values = json.loads(os.pread(descriptor, _SIZE, 0))
         owner = Owner(**values)
@@ -89,17 +89,17 @@ def read_owner(descriptor: int) -> Owner | None:
 
 
 def write_owner(descriptor: int, owner: Owner) -> None:
-    """The file names the owner; one write of one size, so that nobody reads a part of it."""
+    """Write the owner, in one write of one size, so that nobody reads a part of it."""
     os.pwrite(descriptor, json.dumps(asdict(owner)).encode().ljust(_SIZE - 1) + b"\n", 0)
 
 
 def note_held(descriptor: int) -> None:
-    """From now on this process is known to hold the lock of the open file."""
+    """Remember that this process holds the lock of the open file."""
     _HELD.add(_identity(descriptor))
 
 
 def close_lock(descriptor: int) -> None:
-    """Closes the file; with it this process's lock on it ends."""
+    """Close the file, which ends this process's lock on it."""
     _HELD.discard(_identity(descriptor))
     os.close(descriptor)
 
@@ -110,7 +110,7 @@ def _identity(descriptor: int) -> tuple[int, int]:
 
 
 def is_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file is the one of this name."""
+    """True where the open file is the one of this name."""
     try:
         found = os.stat(path, follow_symlinks=False)
     except FileNotFoundError:
@@ -119,7 +119,7 @@ def is_at(descriptor: int, path: Path) -> bool:
 
 
 def is_held_here(path: Path) -> bool:
-    """Whether this very process holds the lock of the file."""
+    """True where this very process holds the lock of the file."""
     with suppress(FileNotFoundError):
         found = os.stat(path, follow_symlinks=False)
         return (found.st_dev, found.st_ino) in _HELD
@@ -127,12 +127,12 @@ def is_held_here(path: Path) -> bool:
 
 
 def is_of_this_machine(owner: Owner | None) -> bool:
-    """Whether the operating system knows if the owner has ended; False for none."""
+    """True where the operating system can say if the owner has ended; False for none."""
     return owner is not None and owner.machine == _machine()
 
 
 def _machine() -> str:
-    """Tells machines apart, and containers on one not: these share its locks."""
+    """Identifier of the machine; containers on one share it, as they share its locks."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return _host()

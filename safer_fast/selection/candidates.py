@@ -14,7 +14,7 @@ from safer_fast.models.robust_model import RobustModel, find_layers
 def match_layers(
     patterns: Sequence[str], names: Iterable[str], setting: str = "selection.layers"
 ) -> list[str]:
-    """The layers that a name or shell-style pattern fits; ValueError for a pattern without any."""
+    """Layers that a name or shell-style pattern fits; raise ValueError where one fits none."""
     names = list(names)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -28,9 +28,9 @@ def match_layers(
 def candidates(
     model: RobustModel, from_block: int, patterns: Sequence[str] | None = None
 ) -> list[str]:
-    """The layers of block `from_block` and above, and of the head, that a pattern fits, if any.
+    """Layers of block `from_block` and above, and of the head, that a pattern fits, if given.
 
-    Raises ValueError for a block beyond the last, a pattern that fits no layer, and where nothing
+    Raise ValueError for a block beyond the last, a pattern that fits no layer, and where nothing
     is left.
     """
     if from_block and from_block >= max(model.num_blocks, 1):

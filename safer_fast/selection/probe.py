@@ -1,4 +1,4 @@
-"""Training images that the run looks at in between: to score layers, to notice overfitting."""
+"""Probe: training images to score layers on, and to notice overfitting on, with an attack."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Watched = Callable[[Iterable[Any]], Iterator[Any]]
 class Probe:
     """At most `num_images` training images, unaugmented, and the training attack on them.
 
-    Which they are, and where the attack starts, depends on the seed, `number` and their places
-    alone. watch: what the batches go through.
+    The images, and the start of the attack, depend on the seed, `number` and their positions
+    alone. watch: passes the batches through.
     """
 
     def __init__(
@@ -40,14 +40,14 @@ class Probe:
             yield as_pixels(batch.images), batch.labels
 
     def start(self, images: Tensor) -> Tensor:
-        """Where the attack on the images of the batch given last starts."""
+        """Start of the attack on the images of the last batch."""
         epsilon = torch.full((), float(self.config.attack.epsilon), device=images.device)
         seed_of = partial(derive_seed, self.config.seed, "probe attack", self.number)
         norm = self.config.attack.norm
         return placed_start(images, epsilon, norm, position=self._position, seed_of=seed_of)
 
     def attack(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        """The images of the batch given last after the training attack at its full strength."""
+        """The images of the last batch after the training attack at its full strength."""
         config = self.config.attack
         if config.steps == 0:
             return images

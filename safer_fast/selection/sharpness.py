@@ -33,7 +33,7 @@ def sharpness_scores(
 def gradient_norm_scores(
     inputs: ScoringInputs, measures: Sequence[ScoredBy]
 ) -> dict[ScoredBy, dict[str, float]]:
-    """Rho ||g_l|| of each layer, times ||w_l|| with a relative radius."""
+    """First-order estimate of S_l: rho ||g_l||, times ||w_l|| with a relative radius."""
     scores = {}
     for measure in measures:
         norms = []

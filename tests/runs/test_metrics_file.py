@@ -594,7 +594,7 @@ def test_a_run_folder_that_is_removed_is_made_anew_without_its_event_file(tmp_pa
     assert os.listdir(tmp_path / "run") == [METRICS]
     assert reports == [
         f"metrics.jsonl was removed or cut short: {size} bytes that were written are gone; "
-        "it goes on from here",
+        "it continues from here",
         "TensorBoard's event file cannot be written: No such file or directory; "
         "it is left as it is",
     ]

@@ -1,4 +1,4 @@
-"""The hand that draws the report: colours, empty axes, and drawings as SVG or PNG.
+"""Canvas of the report: colours, empty axes, and drawings as SVG or PNG.
 
 matplotlib draws with stand-in colours; they become CSS variables of the page, so that one drawing
 serves light, dark and paper. It is imported on first use and never touches pyplot.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.ticker import Locator
 
-# Okabe and Ito's colours, told apart by colour-blind readers; the page defines --run-0 to --run-6.
+# Okabe and Ito's colours, distinct for colour-blind readers; the page defines --run-0 to --run-6.
 RUN_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c8d")
 INK, MUTED, GRID, PAGE, ALARM = "#010203", "#040506", "#070809", "#fdfcfb", "#c00102"
 _VARIABLES = {colour: f"--run-{index}" for index, colour in enumerate(RUN_COLOURS)} | {
@@ -35,7 +35,7 @@ _DPI = 150
 
 
 def new_axes(height: float) -> tuple[Figure, Axes]:
-    """A figure of this height, in inches, and its axes, with no more ink than they need."""
+    """A figure of this height, in inches, and its axes, with little ink."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
@@ -86,7 +86,7 @@ def as_png(figure: Figure) -> tuple[bytes, int, int]:
 
 @contextmanager
 def _plain_text(salt: str = "") -> Iterator[None]:
-    """Texts are texts, no formulas, and a letter that matplotlib's font lacks is no warning."""
+    """Draw texts as texts, not formulas, and without a warning for letters the font lacks."""
     import matplotlib
 
     with (

@@ -1,4 +1,4 @@
-"""The drawings of the report: curves over epochs or steps, and where the time of a step goes."""
+"""Drawings of the report: curves over epochs or steps, and the time of a step by its parts."""
 
 from __future__ import annotations
 

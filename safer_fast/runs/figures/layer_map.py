@@ -1,4 +1,4 @@
-"""The map of a model's layers: by depth and kind, coloured by score, with those selected marked."""
+"""Map of a model's layers: by depth and kind, coloured by score, selected ones marked."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ class MetricsFile:
         size = self._size_on_disk()
         if size < self._end:
             gone = f"{self._end - size} bytes that were written are gone"
-            self._report(f"{METRICS} was removed or cut short: {gone}; it goes on from here")
+            self._report(f"{METRICS} was removed or cut short: {gone}; it continues from here")
         self._end = size
 
     def _remove_part(self) -> None:

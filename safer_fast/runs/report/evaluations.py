@@ -1,4 +1,4 @@
-"""The tables of final accuracies: in short, in full, and class by class.
+"""Tables of final accuracies: in short, in full, and class by class.
 
 A figure stands beside others only with what it depends on: attack, norm, radius, number of images,
 and the model whose images they are. What a whole column shares its heading says, else each cell.
@@ -24,7 +24,7 @@ _HEADLINE = {"clean": "clean", "pgd": "PGD", "autoattack": "AutoAttack"}
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One figure and, compared, what it depends on."""
+    """An accuracy; equality compares everything it depends on."""
 
     weights: str
     split: str
@@ -82,7 +82,7 @@ def headline(runs: Sequence[ReportedRun]) -> Table:
 
 
 def all_evaluations(runs: Sequence[ReportedRun]) -> Table:
-    """Every figure: a row for all that it depends on; a column for each run, or for its weights."""
+    """All accuracies: a row for each attack and setting; a column for each run, or its weights."""
     is_alone = len(runs) == 1
     columns = _columns_of_weights(runs[0]) if is_alone else [(r.name, _by_key(r)) for r in runs]
     keys = sorted({key for _, column in columns for key in column}, key=_order)
@@ -96,7 +96,7 @@ def all_evaluations(runs: Sequence[ReportedRun]) -> Table:
 
 
 def per_class(runs: Sequence[ReportedRun]) -> list[tuple[str, Table]]:
-    """For each run that measured it, accuracy by class under each attack; the lowest is marked."""
+    """Accuracy by class under each attack, of runs that measured it; the lowest is marked."""
     tables = []
     for run in runs:
         columns = sorted((one for one in _evaluations(run) if one.per_class), key=_order)
@@ -106,7 +106,7 @@ def per_class(runs: Sequence[ReportedRun]) -> list[tuple[str, Table]]:
 
 
 def alarms(runs: Sequence[ReportedRun]) -> list[str]:
-    """A sentence for each run some of whose figures are suspected to be too high."""
+    """Warnings, one for each run with accuracies that are suspected to be too high."""
     sentences = []
     for run in runs:
         if found := sorted((one for one in _evaluations(run) if one.gradient_masking), key=_order):
@@ -122,7 +122,7 @@ def alarms(runs: Sequence[ReportedRun]) -> list[str]:
 
 
 def _evaluations(run: ReportedRun) -> list[Evaluation]:
-    """The last figure for all that it depends on, with its signs of gradient masking."""
+    """The newest accuracy of each attack and setting, with its signs of gradient masking."""
     return list(_by_key(run).values())
 
 
@@ -139,7 +139,7 @@ def _by_key(run: ReportedRun) -> dict[Evaluation, Evaluation]:
 
 
 def _columns_of_weights(run: ReportedRun) -> list[tuple[str, dict[Evaluation, Evaluation]]]:
-    """The figures by all that they depend on but the weights, for each weights."""
+    """Accuracies by everything that they depend on except the weights, for each weights."""
     columns: dict[str, dict[Evaluation, Evaluation]] = {}
     for one in sorted(_evaluations(run), key=_order):
         columns.setdefault(one.weights, {})[replace(one, weights="")] = one
@@ -147,7 +147,7 @@ def _columns_of_weights(run: ReportedRun) -> list[tuple[str, dict[Evaluation, Ev
 
 
 def _evaluation(event: Mapping[str, Any], run: ReportedRun) -> Evaluation:
-    """Where an event does not say the norm, it is that of the run."""
+    """The accuracy in an event; where it names no norm, with the norm of the run."""
     attack = str(event.get("attack"))
     own = run.setting("attack.norm")
     norm = event.get("norm") or (own if isinstance(own, str) else "")
@@ -174,7 +174,7 @@ def _evaluation(event: Mapping[str, Any], run: ReportedRun) -> Evaluation:
 def _strongest(
     run: ReportedRun, evaluations: Sequence[Evaluation], kind: str, weights: str, split: str
 ) -> Evaluation | None:
-    """Of a kind of attack on the model itself: in the ball of training, with most steps, newest."""
+    """The hardest test by a kind of attack: on the model itself, in training's ball, most steps."""
     own = run.setting("attack.norm"), run.number("attack.epsilon") or 0.0
 
     def strength(one: Evaluation) -> tuple[Any, ...]:
@@ -191,7 +191,7 @@ def _strongest(
 
 
 def _column(title: str, column: Sequence[Evaluation | None]) -> tuple[str, list[Cell]]:
-    """Its heading with what all its figures share, and its cells with what they do not."""
+    """Heading of a column with facts that its accuracies share, and its cells with the others."""
     facts = [_headline_facts(one) for one in column if one is not None]
     first = facts[0] if facts else {}
     shared = [name for name in first if all(other.get(name) == first[name] for other in facts)]
@@ -205,7 +205,7 @@ def _column(title: str, column: Sequence[Evaluation | None]) -> tuple[str, list[
 
 
 def _headline_facts(one: Evaluation) -> dict[str, str]:
-    """What must not be mixed; figures of two seeds differ by less than their intervals say."""
+    """Facts that a column must not mix; seeds may: they differ by less than the intervals say."""
     facts = _facts(replace(one, seed=None))
     return {"attack": _HEADLINE.get(one.kind, one.kind) + _steps_note(one)} | facts
 
@@ -215,7 +215,7 @@ def _steps_note(one: Evaluation) -> str:
 
 
 def _facts(one: Evaluation) -> dict[str, str]:
-    """What a figure depends on besides weights, split and attack, in words."""
+    """Facts that an accuracy depends on besides weights, split and attack, in words."""
     facts = {}
     if one.epsilon > 0:
         norm = _NORMS.get(one.norm, one.norm)

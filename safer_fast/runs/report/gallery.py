@@ -1,4 +1,4 @@
-"""The gallery of the report: images, what an attack adds to them, and what the model then sees."""
+"""Gallery of the report: images, their perturbations, and predictions before and after."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SMALL = 96  # pixels along a side, up to which the pixels themselves are worth 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as a data URI, with its text for those who cannot see it."""
+    """A picture as a data URI, with its alternative text."""
 
     uri: str
     alternative: str
@@ -32,7 +32,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class ImageCard:
-    """One image: three pictures, its label, predictions before and after, and how it ended."""
+    """One image: three pictures, its label, predictions before and after, and the verdict."""
 
     pictures: list[Picture]
     label: str
@@ -43,7 +43,7 @@ class ImageCard:
 
 @dataclass(frozen=True)
 class GallerySection:
-    """The gallery of a run with what to see in it."""
+    """The gallery of a run with its caption."""
 
     title: str
     cards: list[ImageCard]
@@ -52,7 +52,7 @@ class GallerySection:
 
 
 def galleries(runs: Sequence[ReportedRun]) -> list[GallerySection]:
-    """The galleries of those runs that have one; raises ValueError naming a bad file."""
+    """Galleries of the runs that have one; raise ValueError naming a bad file."""
     sections = []
     for run in runs:
         path = RunFolder(run.folder).gallery

@@ -1,4 +1,4 @@
-"""The drawings of the report that tell whether a run is in good health, and where its time goes."""
+"""Drawings of the report on a run's health and its speed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MOST_LINES = 5  # epochs of one run in the drawing of the attack
 
 
 def health_figures(runs: Sequence[ReportedRun]) -> list[Figure]:
-    """Whether the attack attacks and SAM looks where the loss is higher."""
+    """Success of the attack, and the rise of the loss where SAM looks."""
     drawn = [
         _attack_figure(runs),
         curve_figure(
@@ -47,7 +47,7 @@ def health_figures(runs: Sequence[ReportedRun]) -> list[Figure]:
 
 
 def speed_figures(runs: Sequence[ReportedRun]) -> list[Figure]:
-    """How fast the runs trained, and what took the time."""
+    """Speed of the runs, and the time of each part of a step."""
     speed = curve_figure(
         runs,
         "images_per_second",
@@ -60,7 +60,7 @@ def speed_figures(runs: Sequence[ReportedRun]) -> list[Figure]:
 
 
 def _attack_figure(runs: Sequence[ReportedRun]) -> Figure | None:
-    """Success of the attack by its steps: of the last epoch of each run, or of some of one run."""
+    """Success of the attack by its steps: in the last epoch of each run, or in some of one run."""
     curves, legend = [], []
     for index, run in enumerate(runs):
         measured = [event for event in run.epochs if event.get("attack_success")]
@@ -97,7 +97,7 @@ def _thinned(run: ReportedRun, measured: list[dict[str, Any]]) -> list[dict[str,
 
 
 def _only_with_sam(run: ReportedRun) -> ReportedRun:
-    """The run without the rises of its epochs without SAM, which are 0 and say nothing."""
+    """The run without the rises of its epochs without SAM, which are 0."""
     epochs = [
         event | {"loss_rise": None} if event.get("gradient_cosine") is None else event
         for event in run.epochs
@@ -106,7 +106,7 @@ def _only_with_sam(run: ReportedRun) -> ReportedRun:
 
 
 def _stage_figure(runs: Sequence[ReportedRun]) -> Figure | None:
-    """Where the time of a step goes: over the epochs of one run, or in the end of each run."""
+    """Time of a step by its parts: over the epochs of one run, or in the end of each run."""
     found = {name for run in runs for event in run.epochs for name in event.get("stage_ms") or {}}
     known = [name for name in _STAGES if name in found]
     names = [*known, *sorted(found - set(known))][: len(RUN_COLOURS)]

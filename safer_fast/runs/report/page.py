@@ -17,15 +17,15 @@ from safer_fast.runtime.files import write_whole
 
 _TEMPLATES = Path(__file__).parent
 _MOST_LAYERS = 40  # that one drawing of selections has rows for
-_MAX_MAPS = 12  # maps of one run; more selections are thinned out evenly
+_MAX_MAPS = 12  # maps of one run; of more selections, an even sample
 
 
 def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
-    """The page about these run folders is written to `output`, which is returned.
+    """Write the page about these run folders to `output`, and return it.
 
-    Default: report.html in the folder of one run, which tells of it alone; comparison.html in the
-    current folder for several. A run that is not finished is reported as far as it came. Raises
-    ValueError naming a folder without metrics.jsonl or a damaged file.
+    Default: report.html in the folder of one run; comparison.html in the current folder for
+    several. A run that is not finished is reported as far as it came. Raise ValueError naming a
+    folder without metrics.jsonl or a damaged file.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -60,7 +60,7 @@ def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
     )
     if output is None:
         output = RunFolder(runs[0]).report if len(read) == 1 else Path("comparison.html")
-        # a link that came with the folder would lead elsewhere
+        # a link in the folder might lead out of it
         write_whole(output, page.lstrip().encode())
     else:
         output.write_text(page.lstrip(), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A finished or running run as the report sees it: its files, read and put in order."""
+"""Files of a finished or running run, read and put in order for the report."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _LARGEST = 1e100  # what is larger has no square
 
 @dataclass(frozen=True)
 class ReportedRun:
-    """One run folder; events of an epoch that was trained again after a resume count once."""
+    """A run folder; events of an epoch that was trained again after a resume count once."""
 
     name: str
     config: dict[str, Any]
@@ -75,7 +75,7 @@ class ReportedRun:
         return None if value is None or not _is_number(value) else float(value)
 
     def first_epoch_at_full_epsilon(self) -> float:
-        """From here on accuracies in training and validation compare; infinity: not reached."""
+        """First epoch at full epsilon, where training and validation compare; infinity: none."""
         reached = {event["epoch"]: event.get("epsilon") or 0.0 for event in self.epochs}
         full = self.number("attack.epsilon") or max(reached.values(), default=0.0)
         # The log may have rounded: a millionth of the radius does not matter.
@@ -84,7 +84,7 @@ class ReportedRun:
 
 
 def read_runs(folders: Sequence[Path]) -> list[ReportedRun]:
-    """The runs in the order given, each once; raises ValueError naming a folder that is none."""
+    """Read the runs in the order given, each once; raise ValueError naming one that is no run."""
     if not folders:
         raise ValueError("expected at least one run folder, got none")
     folders = list({folder.resolve(): folder for folder in folders}.values())
@@ -131,7 +131,7 @@ def _read_run(folder: Path, name: str) -> ReportedRun:
 
 
 def _checked(event: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The event as the report can use it; raises ValueError naming the file where it cannot."""
+    """The event with checked values; raise ValueError naming the file where one is wrong."""
     if event.get("event") not in ("run", "epoch", "selection", "evaluation"):
         return event
     event = _plain(event, path)
@@ -162,14 +162,14 @@ def _checked(event: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether one can compute with it, or it was not measured."""
+    """True for a finite number, and for None, which was not measured."""
     if value is None:
         return True
     return isinstance(value, int | float) and type(value) is not bool and abs(value) < _LARGEST
 
 
 def _is_list_of_shares(values: Any) -> bool:
-    """Whether it is a list of shares in [0, 1], some of which may not be known."""
+    """True for a list of shares in [0, 1], some of which may be None."""
     if not isinstance(values, list):
         return values is None
     shares = [value for value in values if value is not None]
@@ -178,7 +178,7 @@ def _is_list_of_shares(values: Any) -> bool:
 
 
 def _is_times(values: Any) -> bool:
-    """Whether it is a dictionary of times, some of which may not be known."""
+    """True for a dictionary of times, some of which may be None."""
     if not isinstance(values, dict):
         return values is None
     times = [time for time in values.values() if time is not None]
@@ -186,9 +186,9 @@ def _is_times(values: Any) -> bool:
 
 
 def _plain(value: Any, path: Path, levels: int = MOST_LEVELS) -> Any:
-    """The value with printable texts, and None for numbers beyond all measure.
+    """The value with printable texts, and None for numbers too large to draw.
 
-    Raises ValueError naming the file where values are nested too deeply.
+    Raise ValueError naming the file where values are nested too deeply.
     """
     if not levels:
         raise ValueError(f"{path}: expected values, got more than {MOST_LEVELS} levels of them")
@@ -211,13 +211,13 @@ def _last_per_epoch(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _is_finished(events: Sequence[dict[str, Any]]) -> bool:
-    """The run ended and was not taken up again; evaluations may have followed."""
+    """True where the run ended and was not resumed; evaluations may have followed."""
     kinds = [event["event"] for event in events if event.get("event") in ("epoch", "end")]
     return kinds[-1:] == ["end"]
 
 
 def _time_s(events: Sequence[dict[str, Any]]) -> float:
-    """Seconds of training; where the clock starts at 0 again, as it once did, sessions add up."""
+    """Seconds of training; sessions add up where the clock starts at 0 again, as in old runs."""
     total, previous = 0.0, 0.0
     for event in events:
         if event.get("event") not in ("step", "epoch", "selection"):

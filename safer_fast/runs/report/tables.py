@@ -1,4 +1,4 @@
-"""The tables of the report: what was reached, what was selected, how it was set up."""
+"""Tables of the report: results, selected layers, settings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NUM_SHOWN = 12  # entries of a long list that are shown
 
 @dataclass(frozen=True)
 class Cell:
-    """What a table shows in one place, and a note in small print below it."""
+    """Text of a cell, and a note in small print below it."""
 
     text: str
     note: str = ""
@@ -32,7 +32,7 @@ class Table:
 
 
 def overview(runs: Sequence[ReportedRun]) -> Table:
-    """A run in a dozen lines: what it is, how far it came, what it reached, how fast."""
+    """Each run in a dozen lines: model and data, progress, accuracies, speed."""
     columns = [_overview(run) for run in runs]
     rows = [[Cell(name), *(column[name] for column in columns)] for name in columns[0]]
     return Table(["", *_columns(runs, "")], rows)
@@ -61,7 +61,7 @@ def settings(runs: Sequence[ReportedRun]) -> Table:
 
 
 def environment(runs: Sequence[ReportedRun]) -> Table:
-    """What the runs ran on, and what their models' config.json says about the method."""
+    """Machine and versions of the runs, and facts of the method from their config.json."""
     columns = []
     for run in runs:
         about = {key: run.model.get(key, "") for key in ("architecture", "safer_fast")}
@@ -100,7 +100,7 @@ def percent(share: float) -> str:
 
 
 def _is_table(value: Any) -> bool:
-    """A list of dictionaries, such as the accuracies: they have their own place."""
+    """True for a list of dictionaries, such as the accuracies: it has a table of its own."""
     return isinstance(value, list) and any(isinstance(item, dict) for item in value)
 
 
@@ -140,7 +140,7 @@ def _overview(run: ReportedRun) -> dict[str, Cell]:
 
 
 def _best_and_last(run: ReportedRun) -> tuple[Cell, Cell]:
-    """Robust accuracy on the validation split while training, and what was lost in the end."""
+    """Best and last robust accuracy on the validation split during training."""
     robust = _measured(run, "robust_accuracy")
     if not robust:
         return Cell(NOTHING), Cell(NOTHING)
@@ -154,7 +154,7 @@ def _best_and_last(run: ReportedRun) -> tuple[Cell, Cell]:
 
 
 def validation_attack(run: ReportedRun) -> str:
-    """What accuracies on the validation split hang on, as far as it is known."""
+    """Facts that accuracies on the validation split depend on, as far as they are known."""
     facts = ["validation"]
     steps, epsilon = run.number("evaluation.steps"), run.number("attack.epsilon")
     if steps is not None:
@@ -167,7 +167,7 @@ def validation_attack(run: ReportedRun) -> str:
 
 
 def caution(runs: Sequence[ReportedRun]) -> str:
-    """A sentence where accuracies on the validation splits of runs do not compare; else none."""
+    """Warning where validation accuracies of the runs do not compare, else an empty text."""
     ways = {run.name: validation_attack(run) for run in runs}
     ways = {
         name: f"{way}, {shown(run.setting('data.path'))}"
@@ -175,12 +175,12 @@ def caution(runs: Sequence[ReportedRun]) -> str:
     }
     if len(set(ways.values())) < 2:
         return ""
-    told = "; ".join(f"{name}: {way}" for name, way in ways.items())
-    return f"Accuracies during training do not compare between these runs ({told})."
+    named = "; ".join(f"{name}: {way}" for name, way in ways.items())
+    return f"Accuracies during training do not compare between these runs ({named})."
 
 
 def _speed(run: ReportedRun) -> Cell:
-    """The median since the last selection, because each selection changes the work of a step."""
+    """Median speed since the last selection: each selection changes the work of a step."""
     since = run.selections[-1].get("epoch", 0) if run.selections else 0
     speeds = _measured(run, "images_per_second")
     recent = [value for epoch, value in speeds.items() if epoch >= since]

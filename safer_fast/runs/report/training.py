@@ -1,4 +1,4 @@
-"""The curves of the report over the epochs of training, and what to see in each of them."""
+"""Curves of the report over the epochs of training, each with a caption."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CATASTROPHE = "catastrophic_overfitting"
 
 @dataclass(frozen=True)
 class LegendEntry:
-    """What a kind of line or area stands for; without a colour it stands for all runs."""
+    """Legend entry of a kind of line or area; without a colour it stands for all runs."""
 
     name: str
     colour: int | None = None
@@ -25,7 +25,7 @@ class LegendEntry:
 
 @dataclass(frozen=True)
 class Figure:
-    """Drawings that belong together, with what they show and what to see in them."""
+    """Drawings that belong together, with a title and a caption."""
 
     title: str
     drawings: list[str]
@@ -67,7 +67,7 @@ def curve_figure(
 
 
 def alarms(runs: Sequence[ReportedRun]) -> list[str]:
-    """A sentence for each run that overfitted catastrophically."""
+    """Warnings, one for each run that overfitted catastrophically."""
     sentences = []
     for run in runs:
         if found := _catastrophes(run):
@@ -173,13 +173,13 @@ def _loss_figure(runs: Sequence[ReportedRun]) -> Figure | None:
 
 
 def _is_cross_entropy(run: ReportedRun) -> bool:
-    """Whether the loss in training is of the kind that is measured in validation."""
+    """True where the loss in training is of the kind that validation measures."""
     is_smoothed = run.setting("objective.label_smoothing") not in (None, 0, 0.0)
     return run.setting("objective.name") in (None, "pgd-at") and not is_smoothed
 
 
 def _gap(run: ReportedRun, training: str, validation: str, index: int) -> Gap:
-    """The curves of both splits, training above; what is between them counts at full epsilon."""
+    """Curves of both splits, training above; the gap between them is shaded at full epsilon."""
     epochs = run.series("epoch")
     return Gap(
         upper=Curve(epochs, run.series(training), index, is_dashed=True),
@@ -198,7 +198,7 @@ def _selection_marks(runs: Sequence[ReportedRun]) -> list[int]:
 
 
 def _epsilon_figure(runs: Sequence[ReportedRun]) -> Figure | None:
-    """Small radii are drawn in 255ths of the pixel range, the unit they are written in."""
+    """Radius of the training attack; in 255ths of the pixel range where it is small."""
     largest = max((value for run in runs for value in run.series("epsilon") if value), default=0.0)
     is_in_255ths = 0 < largest < 0.2
     return curve_figure(
