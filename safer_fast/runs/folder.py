@@ -185,7 +185,7 @@ def load_run(
 ) -> LoadedRun:
     """Load a finished or stopped run with its last or best weights, on GPU `local_rank` if on one.
 
-    amp: its precision; run: the one of training. is_frozen: no parameter requires gradients, all lie
+    amp: its precision; run: as in training. is_frozen: no parameter requires gradients, all lie
     in arenas, and exact savings are enabled. savings: exact savings, default: those of the run if
     `is_frozen`. Raise ValueError, one line, for a folder that is no run, damaged files and unknown
     weights.
