@@ -13,6 +13,7 @@ from safer_fast.config.command_line import RECIPES, parse_config
 from safer_fast.config.schema import Config
 from safer_fast.runs.folder import save_config
 from tests.support.commands import refused
+from tests.support.kills import Server
 
 
 def command(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -239,12 +240,13 @@ def test_a_run_folder_in_use_is_refused_and_kept(
 
 
 @pytest.mark.parametrize("name", ["evaluate", "select", "report", "export"])
-def test_commands_refuse_what_is_no_run(name: str, tmp_path: Path) -> None:
-    result = command(name, str(tmp_path))
-    assert result.returncode == 2
-    assert result.stderr.count("\n") == 1
-    assert "expected a run folder" in result.stderr
-    assert list(tmp_path.iterdir()) == []
+def test_commands_refuse_what_is_no_run(name: str, server: Server, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    ending = server.command(name, folder)
+    assert (ending.status, ending.errors.count("\n")) == (2, 1), ending.errors
+    assert "expected a run folder" in ending.errors
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.alone
