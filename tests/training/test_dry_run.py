@@ -37,6 +37,7 @@ NO_CUT = ["--model.name=xcit_nano_12_p8_224", "--model.patch_size=8", "--data.im
 NO_CUT += ["--model.arguments={depth: 1, cls_attn_layers: 1}"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -106,6 +107,7 @@ def test_a_loss_that_reads_clean_images_needs_them_in_every_phase(tmp_path: Path
     assert trades.operations["sam"] == 2 * plain.operations["sam"]
 
 
+@pytest.mark.slow
 def test_compiled_code_needs_the_same_operations() -> None:
     flags = [*TWO_STAGES, "--batch-size=1", "--data.max_images=40", "--model.arguments.depth=2"]
     eager = dry_run(parse_config(flags)).stages
@@ -131,6 +133,7 @@ def test_steps_run_under_the_full_attack(
     assert all(epsilon == pytest.approx(0.1) and steps == 3 for epsilon, steps in seen)
 
 
+@pytest.mark.slow
 def test_evaluations_are_counted_as_a_run_makes_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +176,7 @@ def test_the_flag_needs_no_value_and_takes_one(flag: list[str]) -> None:
     assert not parse_config(["--dry-run", "false", "--epochs=80"]).dry_run
 
 
+@pytest.mark.slow
 def test_the_command_prints_both_stages_and_writes_nothing(tmp_path: Path) -> None:
     result = command(tmp_path, *FLAGS, "--epochs=80", "--dry-run")
     assert result.returncode == 0, result.stderr
@@ -203,6 +207,7 @@ def test_training_itself_refuses_to_pass_for_a_dry_run(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_slow_steps_end_with_the_time_and_the_table_says_how_many_there_were(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

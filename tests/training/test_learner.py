@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from safer_fast.config.command_line import parse_config
@@ -22,6 +23,7 @@ FLAGS = [
 ]
 
 
+@pytest.mark.slow
 def test_a_loaded_state_is_trained_on_bit_for_bit(tmp_path: Path) -> None:
     trainers = [
         Trainer(parse_config([*FLAGS, f"--output={tmp_path / name}"]))

@@ -233,6 +233,7 @@ def is_real_tensor(found: object) -> bool:
     return issubclass(type(found), Tensor) and not issubclass(type(found), FakeTensor)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_stable_over_two_hundred_steps() -> None:
     step, _ = make_step(

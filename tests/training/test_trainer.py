@@ -99,6 +99,7 @@ def test_timm_loads_the_run_folder_without_our_package(finished: Path) -> None:
     assert {row["weights"] for row in facts["accuracies"]} == {"start", "best", "last"}
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run_bit_for_bit(finished: Path, tmp_path: Path) -> None:
     again = run(tmp_path / "again", "--amp=bf16")
     other = run(tmp_path / "other", "--amp=bf16", "--seed=1")
@@ -114,6 +115,7 @@ def test_a_set_on_the_device_gives_the_same_run_bit_for_bit(finished: Path, tmp_
     assert all(torch.equal(tensor, first[name]) for name, tensor in weights(again).items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ema", [[], ["--optim.ema_decay=0.8"]], ids=["raw", "averaged"])
 def test_what_is_never_selected_stays_bit_identical(ema: list[str], tmp_path: Path) -> None:
     config = parse_config([*SMALL, *ema, "--amp=bf16", "--output", str(tmp_path / "run")])
@@ -135,6 +137,7 @@ def test_what_is_never_selected_stays_bit_identical(ema: list[str], tmp_path: Pa
     assert len(selected) < 18
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -203,6 +206,7 @@ def test_evaluating_takes_any_data_that_fits(finished: Path, tmp_path: Path) -> 
     assert results[0].num_images == 40
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_without_a_traceback(tmp_path: Path) -> None:
     import signal
     import time
