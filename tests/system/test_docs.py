@@ -329,6 +329,25 @@ def test_every_name_on_the_page_on_architecture_is_in_the_code() -> None:
             assert word in defined or is_setting or (PACKAGE / word).exists(), word
 
 
+def test_every_table_of_parts_is_where_the_page_on_extending_says() -> None:
+    page = (ROOT / "docs" / "extending.md").read_text()
+    rows = re.findall(r"^\| [a-z ]+ \| `(\w+)` in `([\w/.]+)` \|", page, re.MULTILINE)
+    assert len(rows) == 7
+    for name, file in rows:
+        tree = ast.parse((PACKAGE / file).read_text())
+        assert name in names_assigned_in(tree) | set(names_defined_in(tree)), (name, file)
+
+
+def names_assigned_in(tree: ast.Module) -> set[str]:
+    """Constants of a module."""
+    targets = [
+        node.targets if isinstance(node, ast.Assign) else [node.target]
+        for node in tree.body
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+    ]
+    return {target.id for each in targets for target in each if isinstance(target, ast.Name)}
+
+
 def names_defined_in(tree: ast.Module) -> Iterator[str]:
     """Functions, classes, and methods as Class.method."""
     for node in tree.body:
