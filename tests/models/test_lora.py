@@ -279,6 +279,7 @@ def test_a_network_that_reads_weights_past_their_modules_is_refused() -> None:
     lora.check_called(model, list(model.layers), images)
 
 
+@pytest.mark.slow
 def test_peft_is_imported_only_where_factors_are_trained() -> None:
     program = "import sys, safer_fast.training.trainer; assert 'peft' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)

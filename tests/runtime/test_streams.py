@@ -54,12 +54,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_without_streams_is_whole(run: Path) -> None:
     assert [event["event"] for event in read_metrics(run / "metrics.jsonl")][-1] == "end"
     assert (run / "report.html").is_file()
     assert load_run(run, device="cpu").weights == run / "model.safetensors"
 
 
+@pytest.mark.slow
 def test_training_and_evaluation_go_on_without_a_reader(run: Path, tmp_path: Path) -> None:
     words = [*FLAGS, f"--output={tmp_path / 'run'}"]
     assert command("train", *words, lost="stdout stderr") == (0, "")
@@ -73,6 +75,7 @@ def test_training_and_evaluation_go_on_without_a_reader(run: Path, tmp_path: Pat
     assert (clean["attack"], fgsm["attack"]) == ("clean", "fgsm")
 
 
+@pytest.mark.slow
 def test_what_only_prints_ends_without_a_word_as_by_sigpipe(run: Path) -> None:
     assert command("export", str(run), lost="stdout") == (141, "")
     assert (run / "export-timm" / "model.safetensors").is_file()
@@ -80,8 +83,10 @@ def test_what_only_prints_ends_without_a_word_as_by_sigpipe(run: Path) -> None:
 
 
 def test_mistakes_keep_their_status(tmp_path: Path) -> None:
+    assert command("export", str(tmp_path), closed="2>&-") == (2, "")
+    # report refuses a folder before it imports anything large
     for words in ({"closed": "2>&-"}, {"lost": "stderr"}, {"lost": "stdout stderr"}):
-        assert command("export", str(tmp_path), **words) == (2, "")
-    status, said = command("export", str(tmp_path), lost="stdout")
+        assert command("report", str(tmp_path), **words) == (2, "")
+    status, said = command("report", str(tmp_path), lost="stdout")
     assert status == 2
-    assert said.startswith("error: RUN: expected a run folder")
+    assert said.startswith(f"error: {tmp_path}: expected a run folder")
