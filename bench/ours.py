@@ -13,7 +13,7 @@ from bench.measure import Run
 from safer_fast.attacks.replayed import ReplayedAttack
 from safer_fast.config.schema import ModelConfig, ObjectiveConfig, OptimConfig, SAMConfig
 from safer_fast.models.arenas import ParameterArenas
-from safer_fast.models.build import build_model
+from safer_fast.models.build import freeze, prepare
 from safer_fast.models.flops import ideal_flops
 from safer_fast.models.robust_model import RobustModel, compile_blocks
 from safer_fast.runtime.cuda_graphs import Buffers, Phase, Recorder, Replays
@@ -51,16 +51,15 @@ def build_robust_model(
 ) -> tuple[RobustModel, ParameterArenas]:
     """The model on the device as a run has it, with the savings asked for."""
     savings = arguments.savings.split(",")
-    model = build_model(
+    model, _ = prepare(
         ModelConfig(name=arguments.model, patch_size=arguments.patch_size),
+        runtime.device,
+        savings=savings,
         num_classes=NUM_CLASSES,
         image_size=arguments.image_size,
         compute_dtype=runtime.compute_dtype,
     )
-    model.enable_savings(savings, arguments.image_size)
-    model.to(runtime.device)
-    stored = runtime.compute_dtype if "stored-bf16" in savings else torch.float32
-    return model, ParameterArenas(model.network, model.layers, stored)
+    return model, freeze(model, savings)
 
 
 def batch(batch_size: int, image_size: int, device: torch.device) -> tuple[Tensor, ...]:
