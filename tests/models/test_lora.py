@@ -214,7 +214,7 @@ def test_evaluated_is_what_is_exported(finished: Path) -> None:
     assert [result.accuracy for result in results] == logged
 
 
-def test_a_killed_run_goes_on_bit_for_bit(finished: Path, tmp_path: Path) -> None:
+def test_a_killed_run_is_resumed_bit_for_bit(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     for path in sorted((folder / "checkpoints").glob("step-*"))[-2:]:

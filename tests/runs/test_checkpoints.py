@@ -793,7 +793,7 @@ def test_lost_permission_is_reported_and_harms_nothing(
         (MemoryError(), "MemoryError:"),
     ],
 )
-def test_whatever_goes_wrong_before_a_write_is_reported_and_the_thread_goes_on(
+def test_whatever_goes_wrong_before_a_write_is_reported_and_the_thread_continues(
     make: Make, reports: list[str], tmp_path: Path, error: Exception, reason: str
 ) -> None:
     def before() -> None:

@@ -75,7 +75,7 @@ def test_a_row_of_values_is_summed_up_place_by_place() -> None:
         sums.add(loss=torch.zeros(2, 2))
 
 
-def test_loaded_sums_go_on_where_they_were() -> None:
+def test_loaded_sums_continue_where_they_were() -> None:
     sums, resumed = DeviceSums(), DeviceSums()
     for value in (1 / 3, 1 / 7):
         sums.add(loss=torch.tensor(value), images=torch.tensor(2), right=torch.tensor([1, value]))
