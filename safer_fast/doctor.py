@@ -12,7 +12,6 @@ from safer_fast.config import ranges
 from safer_fast.config.checks import check_ranges
 from safer_fast.config.command_line import new_parser, parse, with_underscores
 from safer_fast.config.commands import DoctorConfig
-from safer_fast.data.trial import check_dali, check_data
 from safer_fast.runtime.command import run
 from safer_fast.runtime.diagnosis import as_block, as_json, without_home
 from safer_fast.runtime.fast_paths import check_disk, diagnose
@@ -27,6 +26,9 @@ def main(arguments: Sequence[str]) -> None:
     words = with_underscores(arguments)
     config = parse(parser, words, DoctorConfig)
     check_ranges(config, ranges.DOCTOR)
+    # --help does not wait for torch
+    from safer_fast.data.trial import check_dali, check_data
+
     checks = [*diagnose(), check_dali(), check_disk(config.output)]
     if config.data.path is not None:
         checks += check_data(config.data, config.batch_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import TYPE_CHECKING
 
 from safer_fast.config import ranges
 from safer_fast.config.attack_names import LIBRARY_ATTACKS, check_attack_name
@@ -12,8 +13,10 @@ from safer_fast.config.command_line import new_parser, parse, with_underscores
 from safer_fast.config.commands import EvaluateConfig
 from safer_fast.config.conversion import converted
 from safer_fast.config.messages import shortened
-from safer_fast.evaluation.accuracy import Accuracy
 from safer_fast.runtime.command import run
+
+if TYPE_CHECKING:  # --help does not wait for torch
+    from safer_fast.evaluation.accuracy import Accuracy
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -38,6 +41,7 @@ def evaluate_run(config: EvaluateConfig) -> list[Accuracy]:
     """
     config = converted(config)
     _check(config)
+    from safer_fast.evaluation.accuracy import Accuracy
     from safer_fast.evaluation.run import evaluate_folder
 
     rows = evaluate_folder(config)

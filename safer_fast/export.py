@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from safer_fast.config.command_line import new_parser, parse, with_underscores
 from safer_fast.config.commands import ExportConfig
-from safer_fast.runs.exporters import export
 from safer_fast.runtime.command import run
 
 
@@ -15,7 +14,11 @@ def main(arguments: Sequence[str]) -> None:
     parser = new_parser("export", "Write a run's model in a format that others load.")
     parser.add_class_arguments(ExportConfig, None, skip={"run"})
     parser.add_argument("run", type=str, metavar="RUN", help="run folder")
-    export(parse(parser, with_underscores(arguments), ExportConfig))
+    config = parse(parser, with_underscores(arguments), ExportConfig)
+    # --help does not wait for torch
+    from safer_fast.runs.exporters import export
+
+    export(config)
 
 
 if __name__ == "__main__":
