@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from safer_fast.config import ranges
 from safer_fast.config.checks import check_ranges
 from safer_fast.config.command_line import new_parser, parse, with_underscores
 from safer_fast.config.commands import DoctorConfig
@@ -25,7 +24,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     words = with_underscores(arguments)
     config = parse(parser, words, DoctorConfig)
-    check_ranges(config, ranges.DOCTOR)
+    check_ranges(config)
     # --help does not wait for torch
     from safer_fast.data.trial import check_dali, check_data
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from safer_fast.config import ranges
 from safer_fast.config.attack_names import LIBRARY_ATTACKS, check_attack_name
 from safer_fast.config.checks import check_ranges
 from safer_fast.config.command_line import new_parser, parse, with_underscores
@@ -55,7 +54,7 @@ def _check(config: EvaluateConfig) -> None:
         raise ValueError("--attacks: expected at least one attack, got none")
     for name in config.attacks:
         check_attack_name(name, "--attacks", LIBRARY_ATTACKS)
-    check_ranges(config, ranges.EVALUATE)
+    check_ranges(config)
     if config.source is None and config.source_weights != "last":
         raise ValueError(
             "--source-weights: expected --source beside it, "

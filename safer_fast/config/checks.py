@@ -13,7 +13,6 @@ import yaml
 from safer_fast.config import ranges
 from safer_fast.config.attack_names import check_attack_name
 from safer_fast.config.messages import shortened, typed
-from safer_fast.config.ranges import Range
 from safer_fast.config.schema import SAVINGS, Config
 
 HINT = "pixels are in [0, 1]; write 8/255, not 8"
@@ -21,14 +20,14 @@ HINT = "pixels are in [0, 1]; write 8/255, not 8"
 
 def check_config(config: Config) -> None:
     """Every setting is within its range; raises ValueError with the first flag that is not."""
-    check_ranges(config, ranges.TRAIN)
+    check_ranges(config)
     _check_arguments(config.model.arguments)
     _check_together(config)
 
 
-def check_ranges(config: Any, known: Mapping[str, Range]) -> None:
-    """Raises ValueError with the first flag of `known` whose number in `config` is out of range."""
-    for flag, limits in known.items():
+def check_ranges(config: Any) -> None:
+    """Raise ValueError with the first flag of `config` whose number is out of its range."""
+    for flag, limits in ranges.find_ranges(config).items():
         value = _value(config, flag)
         if value is None or value == "auto":
             continue

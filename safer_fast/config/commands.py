@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from safer_fast.config import ranges
+from safer_fast.config.ranges import above_zero, at_least, ranged
 from safer_fast.config.schema import DataConfig, Names, Radius
 
 
@@ -19,9 +21,9 @@ class EvaluateConfig:
     autoattack; docs/evaluation.md."""
     norm: Literal["linf", "l2"] | None = None
     """Norm of the ball; default: the run's."""
-    epsilon: Radius | None = None
+    epsilon: Radius | None = ranged(None, ranges.EPSILON)
     """Radius of the ball; default: the run's."""
-    restarts: int = 1
+    restarts: int = ranged(1, at_least(1, ranges.ITERATIONS))
     """Random starts of pgd and cw; an image that one of them fools is not right."""
     weights: str = "last"
     """last or best."""
@@ -35,11 +37,11 @@ class EvaluateConfig:
     """Column of images in parquet files, with --data.path; default: the run's."""
     label_column: str | None = None
     """Column of labels in parquet files, with --data.path; default: the run's."""
-    num_images: int | None = None
+    num_images: int | None = ranged(None, at_least(1, ranges.IMAGES))
     """Use only so many images, a fixed subset stratified by class; default: all."""
-    batch_size: int = 256
+    batch_size: int = ranged(256, at_least(1, ranges.IMAGES))
     """Images per batch, at most; an evaluation that was stopped goes on at the next batch."""
-    seed: int = 0
+    seed: int = ranged(0, ranges.SEED)
     """Seed of all that attacks draw."""
     amp: Literal["run", "off", "bf16"] = "run"
     """Precision; run: the one that RUN was trained in."""
@@ -65,25 +67,25 @@ class SelectConfig:
     )
     """What it is compared with, comma-separated: sharpness-absolute, sharpness-relative,
     gradient-norm, criticality, or those of your own; fewer take less time."""
-    fraction: float = 0.05
+    fraction: float = ranged(0.05, ranges.FRACTION)
     """Share of the layers that is selected, in (0, 1]; at least one layer."""
-    rho: float = 0.05
+    rho: float = ranged(0.05, above_zero(ranges.FACTOR))
     """Radius of the perturbation that measures sharpness."""
     radius: Literal["absolute", "relative"] = "absolute"
     """absolute: rho; relative: rho times the norm of the layer's weights."""
-    from_block: int = 0
+    from_block: int = ranged(0, at_least(0, ranges.EDGE))
     """Only layers of this block and above (and the head) are candidates."""
     candidates: Names | None = None
     """Only layers of these names or patterns, such as `blocks.*`, are candidates; default: all."""
-    epsilon: Radius | None = None
+    epsilon: Radius | None = ranged(None, ranges.EPSILON)
     """Radius of the attack; default: the run's."""
-    steps: int | None = None
+    steps: int | None = ranged(None, at_least(0, ranges.ITERATIONS))
     """Steps of the attack, 0 for none; default: the run's."""
-    num_images: int = 512
+    num_images: int = ranged(512, at_least(1, ranges.IMAGES))
     """Training images that the scores are measured on."""
     weights: str = "last"
     """last or best."""
-    seed: int = 0
+    seed: int = ranged(0, ranges.SEED)
     """Seed of the images, the attack and the random criterion."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is a GPU."""
@@ -121,7 +123,7 @@ class DoctorConfig:
 
     output: str | None = None
     """Folder that a run would write to, for its disk; default: the current folder."""
-    batch_size: int = 64
+    batch_size: int = ranged(64, at_least(1, ranges.IMAGES))
     """Images per batch that the data, if there is any, is tried with."""
     data: DataConfig = field(default_factory=DataConfig)
     json: bool = False

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from safer_fast.config import ranges
+from safer_fast.config.ranges import above_zero, at_least, between, ranged
+
 SAVINGS = ("patch-order", "class-token", "prefix", "stored-bf16")
 """patch-order: pixels lie in patches during a step, the patch embedding is a matrix product.
 class-token: the last block computes only the tokens that the head reads.
@@ -32,9 +35,9 @@ class ModelConfig:
     """Start from these weights, in the network that they were trained in: a run folder, a folder of
     the Hugging Face hub or hf-hub:NAME, or a file with timm's names (.safetensors, .pth, .bin).
     What does not fit the data is made to fit: docs/fine-tuning.md."""
-    patch_size: int | None = None
+    patch_size: int | None = ranged(None, at_least(1, ranges.EDGE))
     """Edge of a patch in pixels; default: the model's own."""
-    drop_path_rate: float = 0.0
+    drop_path_rate: float = ranged(0.0, between(0, 0.99))
     """Stochastic depth rate in [0, 1)."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments for timm.create_model, e.g. {depth: 4, embed_dim: 64}."""
@@ -53,9 +56,9 @@ class DataConfig:
     test_path: str | None = None
     """Test data for the final figures, in the same formats; default: found with the training data,
     or none."""
-    validation_fraction: float = 0.1
+    validation_fraction: float = ranged(0.1, between(0.001, 0.9))
     """Share of training rows cut off as validation split where the data has none, in (0, 1)."""
-    max_images: int | None = None
+    max_images: int | None = ranged(None, at_least(1, ranges.IMAGES))
     """Use at most this many training images, drawn with the seed, of every class there is room for;
     default: all."""
     image_column: str | None = None
@@ -63,19 +66,19 @@ class DataConfig:
     label_column: str | None = None
     """Column of labels in parquet files, integers or text, such as fine_label; default: label, or
     the only one that metadata or name calls labels."""
-    image_size: int | None = None
+    image_size: int | None = ranged(None, at_least(2, ranges.EDGE))
     """Edge in pixels that images are brought to; default: their own, which must then be one for
     all."""
     augmentation: Literal["auto", "none", "shift", "crop", "random-resized-crop"] = "auto"
     """auto: none up to 16 pixels, crop (pad 4, crop, flip) up to 64, random-resized-crop (and
     flip) above."""
-    randaugment: int = 0
+    randaugment: int = ranged(0, between(0, 30, "a magnitude"))
     """Magnitude of RandAugment, 0 to 30, two operations for each training image; 0: none."""
-    random_erasing: float = 0.0
+    random_erasing: float = ranged(0.0, between(0, 1))
     """Probability that a rectangle of a training image is painted over."""
-    mixup: float = 0.0
+    mixup: float = ranged(0.0, at_least(0, ranges.FACTOR))
     """Alpha of Mixup, which blends pairs of training images and their labels; 0: none."""
-    cutmix: float = 0.0
+    cutmix: float = ranged(0.0, at_least(0, ranges.FACTOR))
     """Alpha of CutMix, which pastes a rectangle of another image; with mixup, every other batch on
     average; 0: none."""
     backend: Literal["auto", "dali", "torch", "device"] = "auto"
@@ -83,10 +86,10 @@ class DataConfig:
     device, and are shuffled, cropped and flipped there. dali: NVIDIA DALI, on the GPU or on the
     CPU. torch: worker processes. auto: device where the set fits, else dali where it is installed,
     else torch."""
-    num_workers: int = 2
+    num_workers: int = ranged(2, at_least(0, 1024))
     """Worker processes, or threads of dali, that decode images: all along, or once at the start for
     sets on the device; 0: none."""
-    prefetch: int = 2
+    prefetch: int = ranged(2, at_least(1, 1024))
     """Batches that are prepared ahead, by dali or by each worker process."""
     bad_images: Literal["error", "skip"] = "error"
     """What happens to images that cannot be read. error: the run ends and names the first. skip:
@@ -99,29 +102,29 @@ class AttackConfig:
 
     norm: Literal["linf", "l2"] = "linf"
     """Shape of the ball around each image."""
-    epsilon: Radius = field(default_factory=lambda: Radius(8 / 255))
+    epsilon: Radius = ranged(Radius(8 / 255), ranges.EPSILON)
     """Radius of the ball; pixels are in [0, 1]."""
-    steps: int = 10
+    steps: int = ranged(10, at_least(0, ranges.ITERATIONS))
     """Iterations of PGD; 1 is FGSM-RS, 0 is clean training."""
-    step_size: Radius | None = None
+    step_size: Radius | None = ranged(None, ranges.STEP_SIZE)
     """Length of one step; default: 1.25 epsilon for one step, 2.5 epsilon / steps for more."""
-    clean_epochs: int = 0
+    clean_epochs: int = ranged(0, at_least(0, ranges.EPOCHS))
     """Epochs at epsilon 0 before the ramp."""
-    epsilon_warmup_epochs: int = 0
+    epsilon_warmup_epochs: int = ranged(0, at_least(0, ranges.EPOCHS))
     """Epochs over which epsilon (and step_size with it) rises linearly from 0, after the clean
     ones."""
     precision: Literal["amp", "bf16", "fp8"] = "amp"
     """amp: that of --amp. bf16: features between blocks too, which amp keeps in fp32. fp8: as bf16,
     and the large matrices of the blocks are multiplied in FP8; for GPUs that have it (Hopper, Ada),
     simulated on a CPU. In the attack of training, nowhere else."""
-    fp8_from: int | Literal["auto"] = "auto"
+    fp8_from: int | Literal["auto"] = ranged("auto", at_least(0, 2**40))
     """Matrices of fewer elements stay in bf16 with fp8; auto: on a GPU those that were timed, once,
     and not found faster; on a CPU those of less than 2^21."""
-    audit_every: int = 100
+    audit_every: int = ranged(100, at_least(1, ranges.STEPS))
     """Steps between two audits of bf16 or fp8, which attack a few images in amp too."""
-    audit_images: int = 64
+    audit_images: int = ranged(64, at_least(1, ranges.IMAGES))
     """Images of an audit, on each rank."""
-    audit_ratio: float = 0.98
+    audit_ratio: float = ranged(0.98, between(0, 1))
     """The attack falls back to amp where the loss after it is less than this share of that after
     one in amp; 0: never."""
 
@@ -133,9 +136,9 @@ class ObjectiveConfig:
     name: str = "pgd-at"
     """pgd-at: cross-entropy; trades, mart: with a regulariser towards the clean prediction; or the
     name of one of your own (docs/extending.md)."""
-    beta: float = 6.0
+    beta: float = ranged(6.0, at_least(0, ranges.FACTOR))
     """Weight of the TRADES or MART regulariser."""
-    label_smoothing: float = 0.0
+    label_smoothing: float = ranged(0.0, between(0, 0.99))
     """Label smoothing of the cross-entropy, in [0, 1)."""
 
 
@@ -146,11 +149,11 @@ class SelectionConfig:
     criterion: str = "sharpness"
     """Score that ranks the layers: sharpness, gradient-norm, criticality, random, least-sharp; all:
     every parameter, norms and embeddings too; or one of your own (docs/extending.md)."""
-    fraction: float = 0.05
+    fraction: float = ranged(0.05, ranges.FRACTION)
     """Share of the layers that is selected, in (0, 1]; at least one layer."""
-    every_epochs: int = 10
+    every_epochs: int = ranged(10, at_least(0, ranges.EPOCHS))
     """Epochs between two selections; 0: select once."""
-    warmup_epochs: int = 0
+    warmup_epochs: int = ranged(0, at_least(0, ranges.EPOCHS))
     """Epochs of ordinary adversarial training of all parameters before SAFER; part of --epochs."""
     layers: Names | None = None
     """Explicit layer names or patterns (`blocks.1?.attn.*`) in place of a ranking."""
@@ -158,18 +161,18 @@ class SelectionConfig:
     """Select with each layer the norms right before it."""
     radius: Literal["absolute", "relative"] = "absolute"
     """absolute: a layer is perturbed by rho; relative: by rho times the norm of its weights."""
-    rho: float | None = None
+    rho: float | None = ranged(None, above_zero(ranges.FACTOR))
     """Radius of the perturbation that measures sharpness; default: sam.rho, or 0.05 where that
     is 0."""
-    from_block: int = 0
+    from_block: int = ranged(0, at_least(0, ranges.EDGE))
     """Only layers of this block and above (and the head) are candidates; above 0 a prefix is left
     to skip."""
     candidates: Names | None = None
     """Only layers of these names or patterns are candidates: `blocks.*` leaves out patch embedding
     and head; default: all."""
-    num_images: int = 512
+    num_images: int = ranged(512, at_least(1, ranges.IMAGES))
     """Training images that the scores are measured on."""
-    lora_rank: int = 0
+    lora_rank: int = ranged(0, at_least(0, ranges.EDGE))
     """Train low-rank factors of this rank beside the selected layers (LoRA, by PEFT) in place of
     their weights; they are added to the weights at the next selection and at the end; 0: train the
     weights themselves."""
@@ -184,7 +187,7 @@ class SelectionConfig:
 class SAMConfig:
     """Sharpness-aware minimization over the selected layers."""
 
-    rho: float = 0.05
+    rho: float = ranged(0.05, at_least(0, ranges.FACTOR))
     """Radius of the weight perturbation; 0: no second pass."""
     adaptive: bool = False
     """ASAM: perturbation in proportion to each weight's size."""
@@ -202,29 +205,29 @@ class OptimConfig:
 
     name: Literal["adamw", "sgd", "apex-adam", "apex-sgd", "apex-lamb"] = "adamw"
     """torch's fused AdamW or SGD, or NVIDIA apex's fused optimizers where apex is built."""
-    learning_rate: float = 1e-3
+    learning_rate: float = ranged(1e-3, above_zero(ranges.FACTOR))
     """Peak learning rate."""
-    safer_learning_rate: float | None = None
+    safer_learning_rate: float | None = ranged(None, above_zero(ranges.FACTOR))
     """Peak learning rate of the SAFER stage; default: learning_rate."""
-    weight_decay: float = 0.05
+    weight_decay: float = ranged(0.05, at_least(0, ranges.FACTOR))
     """Decay of weight matrices; norms, biases and embeddings are not decayed."""
-    momentum: float = 0.9
+    momentum: float = ranged(0.9, between(0, 0.9999))
     """Momentum of SGD, in [0, 1)."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Running-average coefficients of Adam and LAMB."""
     schedule: Literal["cosine", "step", "constant"] = "cosine"
     """Shape of the learning rate after its warm-up."""
-    warmup_epochs: float = 0.0
+    warmup_epochs: float = ranged(0.0, at_least(0, ranges.EPOCHS))
     """Epochs over which the learning rate of a stage rises linearly from 0."""
     milestones: tuple[float, ...] = (0.875, 0.95)
     """step: shares of the stage after which the learning rate is multiplied by decay."""
-    decay: float = 0.1
+    decay: float = ranged(0.1, between(0, 1, "a factor"))
     """step: factor at each milestone."""
-    min_learning_rate: float = 0.0
+    min_learning_rate: float = ranged(0.0, at_least(0, ranges.FACTOR))
     """cosine: learning rate at the end."""
-    clip_norm: float | None = None
+    clip_norm: float | None = ranged(None, above_zero(10**9))
     """Clip the gradient to this norm; default: no clipping."""
-    ema_decay: float | None = None
+    ema_decay: float | None = ranged(None, between(0, 0.999999))
     """Average the weights with this decay per step, evaluate and export the average; default: no
     average."""
 
@@ -245,20 +248,18 @@ class RuntimeConfig:
     """Attention kernel; auto: the fastest for the run's shape, measured once and kept."""
     deterministic: bool = True
     """Use only kernels that give the same bits each time."""
-    attack_micro_batch: int | Literal["auto"] = "auto"
+    attack_micro_batch: int | Literal["auto"] = ranged("auto", at_least(1, ranges.IMAGES))
     """Images attacked at a time; auto: all of a batch, fewer where memory ends."""
-    train_micro_batch: int | Literal["auto"] = "auto"
+    train_micro_batch: int | Literal["auto"] = ranged("auto", at_least(1, ranges.IMAGES))
     """Images at a time in the two SAM passes, whose gradients add up to those of the batch; auto:
     all of a batch, fewer where memory ends."""
-    exact_savings: Names = field(
-        default_factory=lambda: Names(["patch-order", "class-token", "prefix", "stored-bf16"])
-    )
+    exact_savings: Names = field(default_factory=lambda: Names(SAVINGS))
     """Work that is left out without changing results beyond rounding: docs/performance.md."""
-    num_threads: int | None = None
+    num_threads: int | None = ranged(None, at_least(1, 4096))
     """CPU threads of torch; default: torch's own choice."""
-    log_every_steps: int = 50
+    log_every_steps: int = ranged(50, at_least(1, ranges.STEPS))
     """Steps between two step lines in metrics.jsonl."""
-    max_skipped_steps: int = 10
+    max_skipped_steps: int = ranged(10, at_least(1, ranges.STEPS))
     """Stop after this many steps in a row were skipped for a loss or gradient that is not
     finite."""
 
@@ -267,13 +268,13 @@ class RuntimeConfig:
 class CheckpointConfig:
     """What a run that was stopped or killed goes on from; none of it changes what is computed."""
 
-    every_steps: int | None = None
+    every_steps: int | None = ranged(None, at_least(1, ranges.STEPS))
     """Steps between two checkpoints; default: every_minutes decides alone."""
-    every_minutes: float | None = 10.0
+    every_minutes: float | None = ranged(10.0, above_zero(10**7, smallest=1e-9))
     """Minutes between two checkpoints; null: every_steps decides alone."""
-    keep: int = 2
+    keep: int = ranged(2, at_least(1, 10**6))
     """Checkpoints that are kept, the newest."""
-    grace_s: float = 25.0
+    grace_s: float = ranged(25.0, above_zero(10**7, smallest=1e-3))
     """Seconds from the first SIGINT or SIGTERM after which the run ends even without a checkpoint;
     torchrun and most schedulers kill after 30."""
 
@@ -282,19 +283,19 @@ class CheckpointConfig:
 class EvaluationConfig:
     """How accuracy is measured during and after training."""
 
-    every_epochs: int = 1
+    every_epochs: int = ranged(1, at_least(1, ranges.EPOCHS))
     """Epochs between two evaluations on the validation split; the last epoch always has one."""
-    steps: int = 10
+    steps: int = ranged(10, at_least(1, ranges.ITERATIONS))
     """PGD steps of the evaluation during training."""
-    max_images: int | None = 1000
+    max_images: int | None = ranged(1000, at_least(1, ranges.IMAGES))
     """Validation images of the evaluation during training, the same at each, stratified by class;
     null: all."""
     attacks: Names = field(default_factory=lambda: Names(["clean", "pgd-20"]))
     """Final figures: clean, fgsm, pgd-K, cw or cw-K, at attack.epsilon."""
-    patience: int | None = None
+    patience: int | None = ranged(None, at_least(1, ranges.EPOCHS))
     """End the run after this many evaluations at full epsilon without a better robust accuracy, in
     its last stage; default: never."""
-    sentinel_images: int = 128
+    sentinel_images: int = ranged(128, at_least(0, ranges.IMAGES))
     """Training images on which every evaluation compares the training attack with PGD-20, to notice
     catastrophic overfitting; 0: none."""
 
@@ -314,11 +315,11 @@ class Config:
 
     amp: Literal["off", "bf16"] = "off"
     """bf16: matrices are stored and multiplied in bfloat16, masters and sums kept in float32."""
-    seed: int = 0
+    seed: int = ranged(0, ranges.SEED)
     """Seed of everything random."""
-    epochs: int = 40
+    epochs: int = ranged(40, at_least(1, ranges.EPOCHS))
     """All epochs, selection.warmup_epochs among them."""
-    batch_size: int = 64
+    batch_size: int = ranged(64, at_least(1, ranges.IMAGES))
     """Images per step, at most: an epoch is cut into the fewest equal batches."""
     output: str | None = None
     """Run folder; default: runs/<date>-<model>-<data>; an existing non-empty one is refused unless

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safer_fast.config import ranges
 from safer_fast.config.checks import check_file, check_ranges
 from safer_fast.config.commands import SelectConfig
 from safer_fast.config.messages import shortened
@@ -58,7 +57,7 @@ def check_settings(config: SelectConfig) -> None:
     """Raise ValueError naming the first flag with a value that means nothing."""
     from safer_fast.selection.criteria import CRITERIA, check_criterion, compared_criteria
 
-    check_ranges(config, ranges.SELECT)
+    check_ranges(config)
     if config.plot and not config.plot.endswith(FORMATS):
         raise ValueError(f"--plot: expected a .svg or .png file, got {shortened(config.plot)}")
     check_file(config.output, "--output")

@@ -12,11 +12,11 @@ import pytest
 from torch import Tensor, nn
 
 from safer_fast import evaluate, register_criterion, select, train, train_model
-from safer_fast.config import ranges
 from safer_fast.config.command_line import parse_config
-from safer_fast.config.commands import EvaluateConfig, SelectConfig
+from safer_fast.config.commands import DoctorConfig, EvaluateConfig, SelectConfig
 from safer_fast.config.conversion import checked
 from safer_fast.config.messages import as_line, shortened, suggested
+from safer_fast.config.ranges import find_ranges
 from safer_fast.config.schema import (
     AttackConfig,
     Config,
@@ -253,20 +253,29 @@ def test_criteria_of_ones_own_are_known_to_select(
     assert "by-place would select head" in capsys.readouterr().out
 
 
-def test_every_number_among_the_settings_has_its_range() -> None:
+@pytest.mark.parametrize(
+    "config",
+    [Config(), EvaluateConfig("run"), SelectConfig("run"), DoctorConfig()],
+    ids=lambda config: type(config).__name__,
+)
+def test_every_number_among_the_settings_has_its_range(config: Any) -> None:
     numbers = set()
-    for item in fields(Config):
+    for item in fields(config):
         group = item.default_factory
         prefix = f"{item.name}." if is_dataclass(group) else ""
-        hints = get_type_hints(group) if prefix else {item.name: get_type_hints(Config)[item.name]}
+        hints = (
+            get_type_hints(group)
+            if prefix
+            else {item.name: get_type_hints(type(config))[item.name]}
+        )
         for name, kind in hints.items():
             if {int, float, Radius} & {kind, *get_args(kind)} and get_origin(kind) is not tuple:
                 numbers.add(prefix + name)
-    assert numbers == set(ranges.TRAIN)
+    assert numbers == set(find_ranges(config))
 
 
 def test_usual_names_of_other_projects_lead_to_ours() -> None:
-    known = [*ranges.TRAIN, "output", "data.path", "amp", "model.name"]
+    known = [*find_ranges(Config()), "output", "data.path", "amp", "model.name"]
     expected = {
         "optim.lr": "optim.learning_rate",
         "wd": "optim.weight_decay",
