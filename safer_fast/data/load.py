@@ -22,7 +22,7 @@ from safer_fast.data.classes import (
     relabel,
 )
 from safer_fast.data.fingerprint import fingerprint
-from safer_fast.data.formats import Beside, Columns, Source, open_splits
+from safer_fast.data.formats import Beside, Columns, Source, names_of, open_splits
 from safer_fast.data.formats.synthetic import SIZE as SYNTHETIC_SIZE
 from safer_fast.data.formats.synthetic import SyntheticSource
 from safer_fast.data.images import ImageFormat, find_num_channels, find_sizes, short_side
@@ -322,7 +322,7 @@ def _augmentation(config: DataConfig, image_size: int) -> str:
 
 
 def _name(path: str | None) -> str:
-    if path is None or path in ("digits", "synthetic"):
+    if path is None or path in names_of("word"):
         return path or "digits"
     location = Path(path).expanduser().resolve()
     name = location.name if location.is_dir() else location.stem

@@ -5,8 +5,11 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import sys
 from collections.abc import Iterable, Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,8 +19,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from safer_fast.config.schema import DataConfig
-from safer_fast.data import Data, load_data, load_evaluation_data
-from safer_fast.data.formats import check_labels, empty_classes, open_splits
+from safer_fast.data import Data, formats, load_data, load_evaluation_data
+from safer_fast.data.formats import (
+    FORMATS,
+    Format,
+    OpenRequest,
+    Source,
+    check_labels,
+    empty_classes,
+    open_splits,
+)
 from safer_fast.data.formats.synthetic import SIZE, SyntheticSource
 from tests.support.sets import encode, write_parquet, write_tar
 
@@ -338,3 +349,45 @@ def test_rows_come_in_the_order_of_names_in_whatever_order_a_disk_lists_them(
         listed.append((pixels, source.labels.tolist(), source.class_names))
     assert len(listed[0][0]) == 12
     assert all(each == listed[0] for each in listed)
+
+
+def test_a_format_is_one_module_and_one_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Lines(Source):
+        def __init__(self, files: list[Path], flag: str) -> None:
+            self.lines = [line for file in files for line in file.read_text().split()]
+            self.labels = np.array([int(line) for line in self.lines])
+            self.flag, self.class_names = flag, None
+
+        def read(self, index: int) -> Image.Image:
+            return Image.new("RGB", (8, 8), (index, 0, 0))
+
+        def describe(self, index: int) -> str:
+            return f"line {index}"
+
+    def open_lines(splits: dict[str, list[Path]], request: OpenRequest) -> dict[str, Source]:
+        return {split: Lines(files, request.flag) for split, files in splits.items()}
+
+    module = ModuleType("lines")
+    vars(module)["open_lines"] = open_lines
+    monkeypatch.setitem(sys.modules, "safer_fast.data.formats.lines", module)
+    row = Format("files", ".lines", "lines.open_lines")
+    monkeypatch.setattr(formats, "FORMATS", (*FORMATS, row))
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val").mkdir()
+    for name in ("train/a-0.lines", "train/a-1.LINES", "val/b.lines"):
+        (tmp_path / name).write_text("0\n1\n")
+    nums_rows = {split: len(source) for split, source in open_splits(str(tmp_path), "flag").items()}
+    assert nums_rows == {"train": 4, "validation": 2}
+    assert len(open_splits(str(tmp_path / "train" / "a-0.lines"), "flag")["all"]) == 2
+    with pytest.raises(
+        ValueError, match=r"expected a \.parquet or \.tar or \.lines file, a folder"
+    ):
+        open_splits(str(tmp_path / "none"), "flag")
+
+
+@pytest.mark.parametrize("item", FORMATS, ids=lambda item: item.name)
+def test_the_function_of_every_format_is_there(item: Format) -> None:
+    module, function = item.opener.split(".")
+    assert callable(getattr(import_module(f"safer_fast.data.formats.{module}"), function))

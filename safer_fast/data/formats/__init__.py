@@ -1,9 +1,12 @@
-"""The data formats: one function that opens a path, and one module per format."""
+"""Data formats: a table of them, a function that opens a path, and a module for each format."""
 
 from __future__ import annotations
 
 import stat
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from safer_fast.config.messages import printable
 from safer_fast.data.bad_images import BadImages
@@ -11,12 +14,12 @@ from safer_fast.data.formats.beside import CLASS_NAMES, Beside, visible_folders
 from safer_fast.data.formats.source import (
     Columns,
     EncodedSource,
+    OpenRequest,
     Source,
     check_labels,
     empty_classes,
 )
 from safer_fast.data.formats.splits import (
-    KINDS,
     expand_pattern,
     files_of,
     find_split_folders,
@@ -26,19 +29,54 @@ from safer_fast.data.formats.splits import (
 from safer_fast.runtime.machine_errors import machine_error
 
 __all__ = [
+    "FORMATS",
     "Beside",
     "Columns",
     "EncodedSource",
+    "Format",
+    "OpenRequest",
     "Source",
     "check_labels",
     "empty_classes",
+    "names_of",
     "open_splits",
 ]
 
-EXPECTED = (
-    "a .parquet or .tar file, a folder or pattern (train-{000..099}.tar) of them, "
-    "a folder of images (train/CLASS/*.jpg), an .npz file, digits or synthetic"
+
+class Format(NamedTuple):
+    """How a format of data is recognised, and where the function is that opens it.
+
+    kind: how a path is recognised. word: it is the name; files: one or more files of this ending
+    for each split, given as a file, a folder or a pattern; file: one file of this ending that holds
+    all splits; folders: images in folders of classes. opener: MODULE.FUNCTION in this folder, which
+    is imported when it is used; it takes the paths of each split and an `OpenRequest`, and returns
+    a source for each split. is_archive: a folder of such files that also holds folders of splits is
+    read from these folders.
+    """
+
+    kind: Literal["word", "files", "file", "folders"]
+    name: str
+    opener: str
+    is_archive: bool = False
+
+    def open(self, splits: dict[str, list[Path]], request: OpenRequest) -> dict[str, Source]:
+        """Call the opener, whose module and libraries are imported now."""
+        module, function = self.opener.split(".")
+        found: dict[str, Source] = getattr(import_module(f"{__name__}.{module}"), function)(
+            splits, request
+        )
+        return found
+
+
+FORMATS = (
+    Format("word", "digits", "arrays.open_digits"),
+    Format("word", "synthetic", "synthetic.open_synthetic"),
+    Format("files", ".parquet", "parquet.open_parquet"),
+    Format("files", ".tar", "tar.open_tar", is_archive=True),
+    Format("file", ".npz", "arrays.open_npz"),
+    Format("folders", "train/CLASS/*.jpg", "folder.open_folders"),
 )
+"""All formats of data, in the order in which a path is compared with them."""
 # A larger label is no class but a number of another kind.
 MOST_UNNAMED_CLASSES = 2**20
 
@@ -50,112 +88,114 @@ def open_splits(
     beside: Beside | None = None,
     columns: Columns | None = None,
 ) -> dict[str, Source]:
-    """The splits that a path holds: train, validation and test, or `all` where it names none.
+    """Open the splits that a path holds: train, validation and test, or `all` where it names none.
 
-    path: None and "digits" are the built-in digits, "synthetic" is noise; files of these names are
-    reached as ./digits. flag: the setting named in errors. bad: told of damaged shards and of
-    samples without image; default: they are errors. beside: told of what is not read.
-    columns: of parquet files.
+    path: a word of `FORMATS` ("digits", also for None), a file, a folder or a pattern; files with
+    the name of a word are reached as ./digits. flag: the setting named in errors. bad: receives
+    damaged shards and samples without image; default: they are errors. beside: counts what is not
+    read. columns: of parquet files.
     Raises ValueError when the path, its format, columns, arrays, classes or labels are not usable,
     or the machine cannot read them.
     """
-    if path is None or path == "digits":
-        from safer_fast.data.formats.arrays import open_digits
-
-        return open_digits(flag)
-    if path == "synthetic":
-        from safer_fast.data.formats.synthetic import open_synthetic
-
-        return open_synthetic(flag)
+    request = OpenRequest(flag, bad or BadImages("error"), beside or Beside(), columns or Columns())
+    if path is None or path in names_of("word"):
+        return _find("word", path or "digits").open({}, request)
     location = Path(path).expanduser()
     try:
-        splits = _open(
-            location,
-            flag,
-            bad or BadImages("error"),
-            beside or Beside(),
-            columns or Columns(),
-        )
+        splits = _open(location, request)
     except (OSError, MemoryError) as error:
         place = str(getattr(error, "filename", None) or path)
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise machine_error(error, flag, place) or ValueError(
-            f"{flag}: expected {EXPECTED}, got {place} ({reason})"
+            f"{flag}: expected {_expected()}, got {place} ({reason})"
         ) from error
     for source in splits.values():
         _check(source, location)
     return splits
 
 
-def _open(
-    path: Path, flag: str, bad: BadImages, beside: Beside, columns: Columns
-) -> dict[str, Source]:
-    """Format by what is there; each format's libraries are imported only when it is used."""
+def names_of(kind: str) -> list[str]:
+    """The words or endings of the formats of a kind, in their order."""
+    return [item.name for item in FORMATS if item.kind == kind]
+
+
+def _find(kind: str, name: str) -> Format:
+    return next(item for item in FORMATS if (item.kind, item.name) == (kind, name))
+
+
+def _expected() -> str:
+    """The words for all formats, for messages."""
+    return (
+        f"a {' or '.join(names_of('files'))} file, a folder or pattern (train-{{000..099}}.tar) of "
+        f"them, a folder of images ({', '.join(names_of('folders'))}), "
+        f"an {' or '.join(names_of('file'))} file, {' or '.join(names_of('word'))}"
+    )
+
+
+def _open(path: Path, request: OpenRequest) -> dict[str, Source]:
     if is_pattern(path):
-        return _open_files({"all": expand_pattern(path, flag)}, flag, bad, beside, columns)
+        return _open_files({"all": expand_pattern(path, request.flag)}, request)
     if path.is_dir():
-        return _open_folder(path, flag, bad, beside, columns)
-    _refuse_special(path, flag)
-    if path.suffix.lower() == ".npz":
-        from safer_fast.data.formats.arrays import open_npz
-
-        return open_npz(path, flag, beside)
-    return _open_files({"all": [path]}, flag, bad, beside, columns)
+        return _open_folder(path, request)
+    if (ending := path.suffix.lower()) in names_of("file"):
+        _refuse_special(path, request.flag)
+        return _find("file", ending).open({"all": [path]}, request)
+    return _open_files({"all": [path]}, request)
 
 
-def _open_folder(
-    path: Path, flag: str, bad: BadImages, beside: Beside, columns: Columns
-) -> dict[str, Source]:
-    from safer_fast.data.formats.folder import open_folders
+def _open_folder(path: Path, request: OpenRequest) -> dict[str, Source]:
+    """Open the files of one format in a folder, or its folders of splits or of classes.
 
+    Archives come after folders of splits: these may have been unpacked from them.
+    """
+    flag, beside = request.flag, request.beside
+    archives = [item.name for item in FORMATS if item.is_archive]
+    others = [ending for ending in names_of("files") if ending not in archives]
     splits: dict[str, Path] = {}
-    # Image folders often lie beside the .tar files that they were unpacked from.
-    if not (files := files_of(path, ".parquet")):
-        splits = find_split_folders(path, flag, beside)
-        files = [] if splits else files_of(path, ".tar")
+    if not (files := _first_files(path, others)):
+        splits = find_split_folders(path, names_of("files"), flag, beside)
+        files = [] if splits else _first_files(path, archives)
     if files:
         beside.pass_over_rest(path, [*files, path / CLASS_NAMES])
-        return _open_files(group_by_split(files, flag), flag, bad, beside, columns)
+        return _open_files(group_by_split(files, flag), request)
     if groups := _files_of_splits(splits, flag, beside):
-        return _open_files(groups, flag, bad, beside, columns)
-    return open_folders(splits or {"all": path}, flag, beside)
+        return _open_files(groups, request)
+    folders = {split: [folder] for split, folder in splits.items()} or {"all": [path]}
+    return _find("folders", *names_of("folders")).open(folders, request)
+
+
+def _first_files(folder: Path, endings: Sequence[str]) -> list[Path]:
+    """The files of the first ending that any file in the folder has."""
+    return next(filter(None, (files_of(folder, ending) for ending in endings)), [])
 
 
 def _files_of_splits(splits: dict[str, Path], flag: str, beside: Beside) -> dict[str, list[Path]]:
     """The files in the folders of splits; none where these hold folders of classes."""
     if any(map(visible_folders, splits.values())):
         return {}
-    for kind in KINDS:
-        groups = {split: files_of(folder, kind) for split, folder in splits.items()}
+    for ending in names_of("files"):
+        groups = {split: files_of(folder, ending) for split, folder in splits.items()}
         if not any(groups.values()):
             continue
         for split, folder in splits.items():
             if not groups[split]:
                 raise ValueError(
-                    f"{flag}: expected {kind} files in every split, got none in {folder}"
+                    f"{flag}: expected {ending} files in every split, got none in {folder}"
                 )
             beside.pass_over_rest(folder, [*groups[split], folder / CLASS_NAMES])
         return groups
     return {}
 
 
-def _open_files(
-    groups: dict[str, list[Path]], flag: str, bad: BadImages, beside: Beside, columns: Columns
-) -> dict[str, Source]:
+def _open_files(groups: dict[str, list[Path]], request: OpenRequest) -> dict[str, Source]:
     """One source for each split of files of one format."""
     first = next(file for files in groups.values() for file in files)
     for files in groups.values():
         for file in files:
-            _refuse_special(file, flag)
-    if first.suffix.lower() == ".parquet":
-        from safer_fast.data.formats.parquet import open_parquet
-
-        return open_parquet(groups, flag, columns)
-    if first.suffix.lower() == ".tar":
-        from safer_fast.data.formats.tar import open_tar
-
-        return open_tar(groups, flag, bad, beside)
-    raise ValueError(f"{flag}: expected {EXPECTED}, got {first}")
+            _refuse_special(file, request.flag)
+    if (ending := first.suffix.lower()) in names_of("files"):
+        return _find("files", ending).open(groups, request)
+    raise ValueError(f"{request.flag}: expected {_expected()}, got {first}")
 
 
 def _refuse_special(file: Path, flag: str) -> None:
@@ -164,7 +204,7 @@ def _refuse_special(file: Path, flag: str) -> None:
     Raises OSError that says why a file is not there, or may not be read.
     """
     if not stat.S_ISREG(file.stat().st_mode):
-        raise ValueError(f"{flag}: expected {EXPECTED}, got {file}, which is no file")
+        raise ValueError(f"{flag}: expected {_expected()}, got {file}, which is no file")
 
 
 def _check(source: Source, path: Path) -> None:

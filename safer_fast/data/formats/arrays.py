@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from safer_fast.config.messages import printable
-from safer_fast.data.formats.beside import Beside
-from safer_fast.data.formats.source import Source
+from safer_fast.data.formats.source import OpenRequest, Source
 from safer_fast.data.formats.splits import split_of, tells_split
 from safer_fast.runtime.machine_errors import machine_error, physical_memory
 
@@ -44,7 +43,7 @@ class ArraySource(Source):
         return f"row {index} of {self.name}"
 
 
-def open_digits(flag: str) -> dict[str, Source]:
+def open_digits(_: dict[str, list[Path]], request: OpenRequest) -> dict[str, Source]:
     """scikit-learn's 1797 grey 8x8 digits, values 0..16 scaled to 0..255, in a fixed split.
 
     train: the first 1000 rows of a fixed permutation; test: the other 797.
@@ -58,13 +57,14 @@ def open_digits(flag: str) -> dict[str, Source]:
     names = [str(name) for name in digits.target_names]
     halves = {"train": slice(NUM_TRAINING_DIGITS), "test": slice(NUM_TRAINING_DIGITS, None)}
     return {
-        split: ArraySource(images[rows], labels[rows], flag, f"digits ({split})", names)
+        split: ArraySource(images[rows], labels[rows], request.flag, f"digits ({split})", names)
         for split, rows in halves.items()
     }
 
 
-def open_npz(path: Path, flag: str, beside: Beside) -> dict[str, Source]:
-    """Arrays of images and labels, of all data or of splits by their names."""
+def open_npz(paths: dict[str, list[Path]], request: OpenRequest) -> dict[str, Source]:
+    """Arrays of images and labels in one file, of all data or of splits by their names."""
+    (path,), flag, beside = paths["all"], request.flag, request.beside
     # Opened here: numpy leaves a file open that it finds to be damaged.
     with path.open("rb") as file, _open_archive(file, path, flag) as archive:
         found = _find_arrays(archive.files, path, flag)

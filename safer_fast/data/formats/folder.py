@@ -10,7 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safer_fast.data.formats.beside import Beside, find_dead_links, is_hidden, visible_folders
-from safer_fast.data.formats.source import EncodedSource, Source, image_endings, is_image
+from safer_fast.data.formats.source import (
+    EncodedSource,
+    OpenRequest,
+    Source,
+    image_endings,
+    is_image,
+)
 from safer_fast.runtime.machine_errors import missing
 
 # What notes on images end in. Such files are not opened: there may be one beside every image.
@@ -107,6 +113,9 @@ def _is_taken(entry: os.DirEntry[str]) -> bool:
     return ending not in TEXT_ENDINGS and is_image(entry.path)
 
 
-def open_folders(folders: dict[str, Path], flag: str, beside: Beside) -> dict[str, Source]:
+def open_folders(folders: dict[str, list[Path]], request: OpenRequest) -> dict[str, Source]:
     """The images of each split's folder."""
-    return {split: FolderSource(path, flag, beside) for split, path in folders.items()}
+    return {
+        split: FolderSource(folder, request.flag, request.beside)
+        for split, (folder,) in folders.items()
+    }

@@ -18,7 +18,7 @@ from safer_fast.data.formats.parquet_images import (
     read_beside,
     read_column,
 )
-from safer_fast.data.formats.source import Columns, EncodedSource, Source, renumbered
+from safer_fast.data.formats.source import Columns, EncodedSource, OpenRequest, Source, renumbered
 from safer_fast.runtime.machine_errors import memory_limit
 
 # Encoded images of all splits together; more are copied to a file that is read as it is needed.
@@ -97,12 +97,13 @@ class _Facts:
     num_bytes: int
 
 
-def open_parquet(groups: dict[str, list[Path]], flag: str, columns: Columns) -> dict[str, Source]:
+def open_parquet(groups: dict[str, list[Path]], request: OpenRequest) -> dict[str, Source]:
     """A source for each split's files, whose images are held in memory where they are few.
 
     Raises ValueError for files that are damaged or in another schema, and where there is no room
     for copies.
     """
+    flag, columns = request.flag, request.columns
     facts = {file: _look(file, columns, flag) for files in groups.values() for file in files}
     num_bytes = sum(fact.num_bytes for fact in facts.values())
     most_bytes = min(LARGEST_IN_MEMORY, memory_limit() // SHARE_OF_MEMORY)

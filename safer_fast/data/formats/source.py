@@ -11,6 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from safer_fast.data.bad_images import BadImages
+from safer_fast.data.formats.beside import Beside
+
 # Not all that PIL knows: it would have Ghostscript run what an EPS file says.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "PPM", "BMP", "GIF", "TIFF", "JPEG2000", "AVIF")
 
@@ -21,6 +24,20 @@ class Columns:
 
     image: str | None = None
     label: str | None = None
+
+
+@dataclass(frozen=True)
+class OpenRequest:
+    """How data is to be opened, the same for all its splits.
+
+    flag: the setting that names the data, for messages. bad: receives damaged shards and samples
+    without image. beside: counts what is not read. columns: of formats that have any.
+    """
+
+    flag: str
+    bad: BadImages
+    beside: Beside
+    columns: Columns
 
 
 class Source(ABC):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from safer_fast.data.formats.beside import Beside, find_dead_links, is_hidden, visible_folders
@@ -17,7 +17,6 @@ SPLIT = re.compile(
 # Of these, some mean validation data and some test data.
 UNCLEAR = re.compile(r"(?<![a-z])(?:eval(?:uation)?|(?:hold|held)[-_ ]?out)(?:set|data)?(?![a-z])")
 CAPITAL_WITHIN = re.compile(r"(?<=[a-z])(?=[A-Z])")
-KINDS = (".parquet", ".tar")
 ADVICE = "name it train, val or test, or give each split by a path of its own"
 
 
@@ -51,12 +50,12 @@ def tells_split(name: str) -> bool:
     return split_of(name) is not None or UNCLEAR.search(_words(name)) is not None
 
 
-def files_of(folder: Path, kind: str) -> list[Path]:
-    """The files of a kind in a folder, by name; endings count in whatever case."""
+def files_of(folder: Path, ending: str) -> list[Path]:
+    """The files of an ending, in any case, in a folder, sorted by name."""
     return sorted(
         entry
         for entry in folder.iterdir()
-        if entry.suffix.lower() == kind and not is_hidden(entry.name)
+        if entry.suffix.lower() == ending and not is_hidden(entry.name)
     )
 
 
@@ -73,12 +72,14 @@ def group_by_split(files: list[Path], flag: str) -> dict[str, list[Path]]:
     return dict(groups)
 
 
-def find_split_folders(path: Path, flag: str, beside: Beside) -> dict[str, Path]:
+def find_split_folders(
+    path: Path, endings: Sequence[str], flag: str, beside: Beside
+) -> dict[str, Path]:
     """The folders below `path` that are splits by their names; none where they are classes.
 
     A folder is a split whose name is a word for one, and one whose name has such a word among
     others if it holds folders. Raises ValueError for two folders of one split, and for one that
-    looks like a split and is not used.
+    looks like a split and is not used. endings: of the files that splits may hold.
     """
     if dead := [name for name in find_dead_links(path) if tells_split(name)]:
         raise ValueError(f"{flag}: expected a folder, got a link to nowhere: {path / dead[0]}")
@@ -91,7 +92,7 @@ def find_split_folders(path: Path, flag: str, beside: Beside) -> dict[str, Path]
                 f"{flag}: expected folders of classes, or of train, val and test data, "
                 f"got {folder}; {ADVICE}"
             )
-    if others and not any(map(_holds_data, found.values())):
+    if others and not any(_holds_data(folder, endings) for folder in found.values()):
         found = _as_classes(path, found, others[0], flag)
     if found:
         beside.pass_over_rest(path, found.values())
@@ -127,9 +128,9 @@ def _splits_among(folders: list[Path], flag: str) -> dict[str, Path]:
     return found
 
 
-def _holds_data(folder: Path) -> bool:
+def _holds_data(folder: Path, endings: Sequence[str]) -> bool:
     """Whether the folder of a split holds folders of classes, or files other than images."""
-    return bool(visible_folders(folder)) or any(files_of(folder, kind) for kind in KINDS)
+    return bool(visible_folders(folder)) or any(files_of(folder, ending) for ending in endings)
 
 
 def _as_classes(path: Path, found: dict[str, Path], other: Path, flag: str) -> dict[str, Path]:

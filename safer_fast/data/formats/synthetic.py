@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from PIL import Image
 
-from safer_fast.data.formats.source import Source
+from safer_fast.data.formats.source import OpenRequest, Source
 
 SIZE = 224
 NUM_CLASSES = 1000
@@ -27,6 +29,6 @@ class SyntheticSource(Source):
         return f"row {index} of synthetic ({self.split})"
 
 
-def open_synthetic(flag: str) -> dict[str, Source]:
+def open_synthetic(_: dict[str, list[Path]], request: OpenRequest) -> dict[str, Source]:
     """As many images and classes as ImageNet's training and validation data."""
-    return {split: SyntheticSource(split, flag) for split in NUM_IMAGES}
+    return {split: SyntheticSource(split, request.flag) for split in NUM_IMAGES}

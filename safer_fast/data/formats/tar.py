@@ -16,7 +16,7 @@ from tqdm import tqdm
 from safer_fast.data.bad_images import BadImages
 from safer_fast.data.formats.beside import CLASS_NAMES, Beside
 from safer_fast.data.formats.parts import FileParts
-from safer_fast.data.formats.source import EncodedSource, Source
+from safer_fast.data.formats.source import EncodedSource, OpenRequest, Source
 from safer_fast.data.formats.tar_index import ShardIndex, index_shard
 from safer_fast.runtime.machine_errors import MachineError
 
@@ -61,15 +61,15 @@ class TarSource(EncodedSource):
         return f"sample {key} of {self.shards[self.shard_numbers[index]]}"
 
 
-def open_tar(
-    groups: dict[str, list[Path]], flag: str, bad: BadImages, beside: Beside
-) -> dict[str, Source]:
-    """A source for each split's shards; what they lack is told to `bad`, what else they have to
-    `beside`.
+def open_tar(groups: dict[str, list[Path]], request: OpenRequest) -> dict[str, Source]:
+    """A source for each split's shards; samples without image are bad images.
 
     Raises ValueError for labels that are missing or no integers, and where there are no samples.
     """
-    return {split: TarSource(shards, flag, bad, beside) for split, shards in groups.items()}
+    return {
+        split: TarSource(shards, request.flag, request.bad, request.beside)
+        for split, shards in groups.items()
+    }
 
 
 def _index_all(shards: list[Path], flag: str) -> Iterator[ShardIndex]:
