@@ -16,7 +16,7 @@ import torch
 
 from safer_fast.config.schema import DataConfig
 from safer_fast.data import Data, trial
-from safer_fast.data.trial import check_data
+from safer_fast.data.trial import check_dali, check_data
 from safer_fast.doctor import main
 from safer_fast.runtime import attention, fast_paths, machine
 from safer_fast.runtime.diagnosis import table, without_home
@@ -35,7 +35,6 @@ NAMES = [
     "cuda graphs",
     "attention",
     "bf16",
-    "dali",
     "apex",
     "cpu threads",
     *OPTIONAL,
@@ -57,8 +56,8 @@ def check(name: str) -> Check:
 
 
 def test_every_check_has_its_place_and_everything_off_a_remedy() -> None:
-    checks = diagnose()
-    assert [item.name for item in checks] == NAMES
+    checks = [*diagnose(), check_dali()]
+    assert [item.name for item in checks] == [*NAMES, "dali"]
     assert [item.name for item in checks if not item.detail] == []
     assert [item.name for item in checks if not item.is_live and not item.remedy] == []
 
@@ -76,7 +75,7 @@ def test_the_text_is_aligned_with_remedies_below() -> None:
 def test_json_has_the_machine_and_the_same_checks(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--json"])
     printed = json.loads(capsys.readouterr().out)
-    assert [item["name"] for item in printed["checks"]] == [*NAMES, "disk"]
+    assert [item["name"] for item in printed["checks"]] == [*NAMES, "dali", "disk"]
     assert set(printed["checks"][0]) == {"name", "is_live", "detail", "remedy"}
     assert printed["machine"]["packages"]["torch"] == version("torch")
     assert set(printed["machine"]) == set(describe_machine())
