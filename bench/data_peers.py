@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from safer_fast.config.schema import DataConfig
-from safer_fast.data import ahead, load_data
+from safer_fast.data import load_data, prefetch_to_device
 
 SIZE, SHORT_SIDE = 224, 256
 SMALL_SIZE, PADDING = 32, 4
@@ -71,7 +71,7 @@ def ours(
     loader = data.train if is_training else data.validation
 
     def epoch(number: int) -> Iterator[Tensor]:
-        batches = ahead(loader.epoch(number), setting.device)
+        batches = prefetch_to_device(loader.epoch(number), setting.device)
         return (batch.images[: batch.num_images] for batch in batches)
 
     return Pipeline(

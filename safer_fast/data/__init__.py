@@ -1,9 +1,9 @@
-"""Data: `load_data` opens, checks and decodes; loaders give batches of uint8 images."""
+"""Data loading: `load_data` opens and checks data sets; loaders yield batches of uint8 images."""
 
 from safer_fast.data.batch import Batch, Loader, as_pixels
 from safer_fast.data.load import Data, load_data, load_evaluation_data
 from safer_fast.data.mixing import Mixing
-from safer_fast.data.prefetch import ahead
+from safer_fast.data.prefetch import prefetch_to_device
 from safer_fast.data.subset import describe_subset
 
 __all__ = [
@@ -11,9 +11,9 @@ __all__ = [
     "Data",
     "Loader",
     "Mixing",
-    "ahead",
     "as_pixels",
     "describe_subset",
     "load_data",
     "load_evaluation_data",
+    "prefetch_to_device",
 ]

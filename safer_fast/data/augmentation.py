@@ -1,4 +1,4 @@
-"""Crops and flips of small images, a whole batch at a time, from draws made once per epoch."""
+"""Random crops and flips, drawn per epoch (small images) or per image (random resized crops)."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from torch import Tensor
 from safer_fast.runtime.seeds import make_generator
 
 PADDING = {"shift": 1, "crop": 4}
-"""Pixels of zeros around each image from which it is cut again, by kind of augmentation."""
+"""Pixels of zero padding around each image before it is cropped, by kind of augmentation."""
 
 
 @dataclass(frozen=True)
 class Draws:
-    """One epoch's random offsets and flips, drawn for every image ahead.
+    """Random offsets and flips of all images for one epoch.
 
-    So what happens to an image depends neither on the batch that it is in nor on who reads it.
-    top, left: int64 [N] in 0..2*padding, the corner of the part that is kept. flip: bool [N].
+    They are drawn in advance, so that the augmentation of an image depends neither on its batch nor
+    on the process that reads it.
+    top, left: int64 [N] in 0..2*padding, the corner of the crop. flip: bool [N].
     """
 
     padding: int
@@ -32,7 +33,7 @@ class Draws:
 
 
 def draw(name: str, num_images: int, seed: int, epoch: int) -> Draws:
-    """Draws an epoch of `shift` (by up to one pixel) or `crop` (pad 4, crop, flip every other)."""
+    """Draw an epoch of `shift` (by up to one pixel) or `crop` (pad 4, crop, flip half of them)."""
     generator = make_generator(seed, "augmentation", epoch)
     padding = PADDING[name]
     top, left = torch.randint(2 * padding + 1, (2, num_images), generator=generator).numpy()
@@ -41,7 +42,7 @@ def draw(name: str, num_images: int, seed: int, epoch: int) -> Draws:
 
 
 def pad(images: NDArray[np.uint8], padding: int) -> NDArray[np.uint8]:
-    """Images [N, C, H, W] within margins of zeros."""
+    """Images [N, C, H, W] with zero padding on all sides."""
     margin = (padding, padding)
     return np.pad(images, [(0, 0), (0, 0), margin, margin])
 
@@ -49,10 +50,10 @@ def pad(images: NDArray[np.uint8], padding: int) -> NDArray[np.uint8]:
 def augment(
     padded: NDArray[np.uint8], rows: NDArray[np.int64], draws: Draws, indices: NDArray[np.int64]
 ) -> NDArray[np.uint8]:
-    """The images that lie in `rows` [B] of `padded` [N, C, H, W], as drawn for `indices` [B].
+    """Crop and flip the images in `rows` [B] of `padded` [N, C, H, W], as drawn for `indices` [B].
 
-    Image by image with Python's own numbers, because that is the fastest (measured: indexed copies
-    take twice as long, and torch would wake its threads for a fraction of a millisecond).
+    A loop over images with plain Python numbers is the fastest way (measured: indexed copies take
+    twice as long, and torch would wake its threads for a fraction of a millisecond).
     """
     channels, height, width = padded.shape[1:]
     height, width = height - 2 * draws.padding, width - 2 * draws.padding
@@ -66,7 +67,7 @@ def augment(
 
 
 class DeviceDraws:
-    """The same crops and flips, by the same draws, for images on a device; nothing waits for it."""
+    """The crops and flips of `augment`, for images on a device; the host never waits for it."""
 
     def __init__(self, draws: Draws, device: torch.device) -> None:
         self.padding = draws.padding
@@ -95,7 +96,7 @@ NUM_TRIES = 10
 
 @dataclass(frozen=True)
 class Crop:
-    """A part of an image, in pixels of the image, and whether it is mirrored."""
+    """A rectangle of an image, in its pixels, and whether it is mirrored."""
 
     top: int
     left: int
@@ -105,14 +106,14 @@ class Crop:
 
 
 def draw_crop(width: int, height: int, seed: int, index: int) -> Crop:
-    """The random resized crop of the image `index`; the same seed and index give the same crop.
+    """Draw the random resized crop of image `index`; the same seed and index give the same crop.
 
     The Inception crop (Szegedy et al., 2015) as torchvision and timm draw it: 8 to 100 % of the
     area, aspect ratio 3/4 to 4/3, uniform in its logarithm, ten tries before the largest centred
-    crop of an allowed ratio. Every other one is mirrored. index must be less than 2**64.
+    crop of an allowed ratio. Half of the crops are mirrored. index must be less than 2**64.
     """
-    # Python promises that these numbers stay the same; a generator of torch or numpy for each
-    # image takes twice as long to set up.
+    # Python guarantees that these numbers stay the same across versions; a torch or numpy
+    # generator for each image takes twice as long to set up.
     draw = random.Random((seed << 64) | index).random
     is_flipped = draw() < 0.5
     for _ in range(NUM_TRIES):

@@ -1,4 +1,4 @@
-"""Which backend loads a split, and why not another."""
+"""Choice of the backend that loads a split: device, dali or torch."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from safer_fast.data.order import Ordering
 from safer_fast.data.reading import decode_all
 from safer_fast.data.subset import Indices
 
-# Sets up to this many decoded bytes lie on the device.
+# Data sets of up to this many decoded bytes are held on the device.
 MEMORY_LIMIT = 2**30
 
 
 @dataclass
 class Backends:
-    """Makes the loaders of a run, which share a device, bad images and DALI's one pipeline.
+    """Makes the loaders of a run; they share the device, the bad images and one DALI pipeline.
 
-    num_classes: of the data. notes: a line for what `auto` would take and cannot.
+    num_classes: of the data. notes: a line for each backend that `auto` prefers and cannot use.
     """
 
     config: DataConfig
@@ -46,10 +46,10 @@ class Backends:
         )
 
     def loader(self, source: Source, rows: Indices, ordering: Ordering) -> Loader:
-        """A loader of these rows by the backend that `data.backend` names.
+        """Make a loader of these rows with the backend that `data.backend` names.
 
-        auto takes the first that can load them of device, dali and torch. Raises ValueError where
-        the one named cannot.
+        auto: the first of device, dali and torch that can load them. Raises ValueError if the
+        named backend cannot.
         """
         wanted = self.config.backend
         if wanted == "auto" and isinstance(source, SyntheticSource):
@@ -90,7 +90,7 @@ class Backends:
         return GpuSetLoader(images, labels, ordering, self.device)
 
     def _why_not_device(self, source: Source, rows: Indices, ordering: Ordering) -> str:
-        """Images above 64 pixels that have to be resized would take long to decode beforehand."""
+        """Reason against holding this set decoded on the device; empty if there is none."""
         size, is_training = self.image_format.size, ordering.augmentation is not None
         if ordering.augmentation == "random-resized-crop":
             return "random-resized-crop needs images in their own size"

@@ -1,4 +1,4 @@
-"""Images that cannot be used: an error, or left out, counted and reported."""
+"""Images that cannot be used: they raise an error, or are left out, counted and reported."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ MOST_REPORTED = 10
 
 
 class BadImages:
-    """What is done about images that cannot be used, for all splits of a run.
+    """Handles images that cannot be used, for all splits of a run.
 
-    policy: error raises at the first one; skip leaves them out. report: told of every image that is
-    left out, once, up to ten of them.
+    policy: error raises at the first one; skip leaves them out. report: receives a line for each
+    image that is left out, once, for up to ten of them.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class BadImages:
         self._said: set[str] = set()
 
     def refuse(self, message: str) -> None:
-        """Leaves out what `message` names, or raises it as ValueError, with what would help."""
+        """Count and report a bad image, or raise `message` as ValueError with a remedy."""
         if self.policy == "error":
             raise ValueError(f"{message}; --data.bad_images skip leaves such images out")
         self._count += 1
@@ -41,17 +41,17 @@ class BadImages:
             self.report("left out: more images, which are counted and no longer named")
 
     def say_once(self, message: str) -> None:
-        """Reports what is no image but comes again with every epoch."""
+        """Report a message that would recur every epoch, the first time only."""
         if message not in self._said:
             self._said.add(message)
             self.report(message)
 
     def take(self) -> int:
-        """How many times an image was left out since this was last asked."""
+        """Return how often an image was left out since the previous call, and reset the count."""
         count, self._count = self._count, 0
         return count
 
     @property
     def num_different(self) -> int:
-        """How many different images were left out so far."""
+        """Number of different images left out so far."""
         return len(self._known)

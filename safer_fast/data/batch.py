@@ -1,4 +1,4 @@
-"""What every loader gives and what a loader is: the contract between data and training."""
+"""Batch and Loader: the contract between data and training."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from safer_fast.runtime.micro_batch import fill_
 
 @dataclass
 class Batch:
-    """Images with their labels, filled up to a size that is the same for all batches of a split.
+    """Images with their labels, padded to the size that all batches of a split share.
 
     images: uint8 in 0..255 or float32 in [0, 1], [B, C, H, W]. labels: int64 [B], or probabilities
-    float32 [B, K] of mixed images. num_padding: the last images that are there only to fill the
-    batch up, and count for nothing. position: where the first image stands among all images of the
-    epoch, or of the probe, of all ranks together, counted from 0: image k has position k whatever
-    the number of ranks, as long as none before it is left out of its part of the batch.
+    float32 [B, K] of mixed images. num_padding: number of images at the end that only fill the
+    batch up and count for nothing. position: place of the first image in the epoch or probe, over
+    all ranks, from 0: image k has position k whatever the number of ranks, as long as no image
+    before it is left out of its part of the batch.
     """
 
     images: Tensor
@@ -30,17 +30,17 @@ class Batch:
 
     @property
     def num_images(self) -> int:
-        """Images that count; they come first."""
+        """Number of images that count; they come first."""
         return len(self.labels) - self.num_padding
 
     def weights(self) -> Tensor:
-        """What each image counts for in a mean, float32 [B] on the batch's device; sum 1, or 0
-        where no image counts."""
+        """Weight of each image in a mean, float32 [B] on the batch's device; their sum is 1, or 0
+        if no image counts."""
         rows = torch.arange(len(self.labels), device=self.labels.device)
         return (rows < self.num_images).float() / max(self.num_images, 1)
 
     def padded(self, size: int) -> Batch:
-        """The batch with copies of its images up to `size`, see `fill_`."""
+        """The batch, filled up to `size` with copies of its images (see `fill_`)."""
         missing = size - len(self.labels)
         if missing <= 0:
             return self
@@ -64,7 +64,7 @@ class Batch:
 
 
 def as_pixels(images: Tensor) -> Tensor:
-    """Pixels as float32 in [0, 1]: bytes are divided by 255, floats are taken to be pixels already.
+    """Convert images to float32 pixels in [0, 1]: bytes are divided by 255, floats are kept.
 
     images: uint8 or floating point, any shape. The range of floats is not checked.
     """
@@ -73,48 +73,45 @@ def as_pixels(images: Tensor) -> Tensor:
 
 
 class Loader(Protocol):
-    """Batches of one split, in an order that depends on the seed and the epoch and nothing else.
+    """Batches of one split, in an order that depends only on the seed and the epoch.
 
-    Of several ranks each has its own loader, which gives its part of every batch.
+    Each rank has its own loader, which yields its part of every batch.
     """
 
     @property
     def num_images(self) -> int:
-        """Images in the split, of all ranks together."""
+        """Number of images in the split, over all ranks."""
 
     @property
     def digest(self) -> str:
-        """Sixteen hexadecimal digits that are the same for the same number of images of the same
-        classes in the same order."""
+        """Hash of the number of images and their classes in order, sixteen hexadecimal digits."""
 
     @property
     def batch_size(self) -> int:
-        """Images of every batch of an epoch, padding included."""
+        """Number of images in every batch of an epoch, including padding."""
 
     @property
     def backend(self) -> str:
-        """What prepares the batches: dali, torch or device."""
+        """Name of the backend that prepares the batches: dali, torch or device."""
 
     def __len__(self) -> int:
-        """Batches per epoch."""
+        """Number of batches per epoch."""
 
     def epoch(self, number: int, start: int = 0, limit: int | None = None) -> Iterator[Batch]:
-        """The batches of epoch `number`, counted from 1, from batch `start` on, counted from 0.
+        """Yield the batches of epoch `number` (from 1), starting at batch `start` (from 0).
 
-        Every image comes exactly once; what comes from `start` on is what would have come there
-        anyway. A training loader shuffles and augments, the others give every image in order and
-        unaugmented, whatever the number. limit: only so many images count, of all ranks together;
-        the others are not read, and batches of none but them do not come. A training loader takes
-        the first of its order; the others take a stratified subset that depends on the labels
-        alone, in an order of its own: a larger subset begins with a smaller one. Every rank has as
-        many batches, some perhaps of nothing but padding.
-        Raises ValueError that names the file when an image cannot be read and is not to be skipped.
+        Every image comes exactly once; batches from `start` on are the same as in a whole epoch. A
+        training loader shuffles and augments; the others yield every image in order and unaugmented
+        for every number. limit: number of images that are read, over all ranks; batches without any
+        of them are left out. A training loader takes the first images of its order; the others take
+        a stratified subset that depends only on the labels: a larger subset begins with a smaller
+        one. All ranks yield the same number of batches, some of them possibly all padding.
+        Raises ValueError naming the file if an image cannot be read and is not to be skipped.
         """
 
     def probe(self, num_images: int, number: int) -> Iterator[Batch]:
-        """At most `num_images` different images, unaugmented, drawn with the seed and `number`.
+        """Yield up to `num_images` different unaugmented images, drawn with seed and `number`.
 
-        They hold as many classes as they have room for.
-        The last batch may be smaller than the others, and a rank's part of it empty; every rank
-        has as many batches.
+        They cover as many classes as there is room for. The last batch may be smaller than the
+        others, and a rank's part of it empty; all ranks yield the same number of batches.
         """

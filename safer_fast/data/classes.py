@@ -1,4 +1,4 @@
-"""Classes: the same in all splits, at least two to train on, and found again by their names."""
+"""Classes of a data set: the same in all splits, at least two of them, matched by name."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ NUM_NAMED = 3
 
 
 def agree_on_classes(train: Source, others: list[Source]) -> list[str]:
-    """The training data's class names, else its label numbers; other splits may not differ.
+    """Return the class names of the training data, or its label numbers as text if it has none.
 
-    Raises ValueError where they do, and for training data of a single class.
+    Raises ValueError if another split differs, and for training data of a single class.
     """
     names = train.class_names or [str(number) for number in range(int(train.labels.max()) + 1)]
     check_several(train, np.arange(len(train)), names)
@@ -25,7 +25,7 @@ def agree_on_classes(train: Source, others: list[Source]) -> list[str]:
 
 
 def check_classes(source: Source, names: list[str] | None, num_classes: int) -> None:
-    """Raises ValueError unless class names, where both are known, and labels are those."""
+    """Raise ValueError if class names (where both are known) or labels do not fit."""
     if names is not None:
         source.adopt(names)
     given = source.class_names
@@ -38,8 +38,7 @@ def check_classes(source: Source, names: list[str] | None, num_classes: int) -> 
 
 
 def check_several(source: Source, rows: Indices, names: list[str], flag: str | None = None) -> None:
-    """Raises ValueError that names the class where these rows have only one: anything that is
-    trained on them is right about all images.
+    """Raise ValueError if these rows have a single class, on which any model would be right.
 
     flag: the setting that chose the rows; default: the one that named the data.
     """
@@ -52,7 +51,7 @@ def check_several(source: Source, rows: Indices, names: list[str], flag: str | N
 
 
 def relabel(source: Source, names: list[str]) -> None:
-    """Gives a source that has some of these classes the labels that they have among all of them."""
+    """Renumber the labels of a source that has only some of these classes, matched by name."""
     own = source.class_names
     if own is not None and set(own) < set(names):
         numbers = np.array([names.index(name) for name in own])
@@ -60,7 +59,7 @@ def relabel(source: Source, names: list[str]) -> None:
 
 
 def notes_on_classes(source: Source, rows: Indices, names: list[str]) -> list[str]:
-    """A line on classes that have no image to learn from among these rows."""
+    """A note on classes without any image among these rows, as a list of at most one line."""
     empty = [names[number] for number in empty_classes(source.labels[rows], len(names))]
     if not empty:
         return []

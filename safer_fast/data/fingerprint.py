@@ -1,4 +1,4 @@
-"""By what a run that goes on knows that it has its own data before it."""
+"""A short hash of the data set, so that a resumed run can check it got the same data."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def fingerprint(
     class_names: list[str],
     image_format: ImageFormat,
 ) -> str:
-    """Sixteen hexadecimal digits that are the same for the same data wherever it lies.
+    """Hash the data set to sixteen hexadecimal digits that do not depend on where it is stored.
 
-    They depend on the rows of each split, their labels, the images of its loader, the names of the
-    classes, and the size and channels of the images. Pixels are not looked at.
+    It covers the rows of each split, their labels, the number of images of its loader, the class
+    names, and the size and channels of the images, but no pixels.
     rows, loaders: by the names of the splits.
     """
     facts = {

@@ -1,4 +1,4 @@
-"""From a row of a source to a decoded image of the wanted channels and size."""
+"""Decoding: from a row of a source to an image of the wanted channels and size."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HEAD_BYTES = 2**16
 # Larger images are resized to 256/224 of the wanted size before the centre is cropped.
 LARGEST_UNCROPPED_SIZE = 64
 ImageOrTensor = TypeVar("ImageOrTensor", bound=Any)
-"""A PIL image or a tensor uint8 [C, H, W], whichever a decoder gives."""
+"""A PIL image or a tensor uint8 [C, H, W], depending on the decoder."""
 
 
 class BadImageError(ValueError):
@@ -34,10 +34,10 @@ class BadImageError(ValueError):
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """What every image of a set is brought to.
+    """Size and channels that all images of a data set are converted to.
 
-    size: edge in pixels. num_channels: 1 or 3. example: describes an image of the size that all
-    others must have; None where they are resized instead.
+    size: edge in pixels. num_channels: 1 or 3. example: describes an image whose size all others
+    must have; None if images are resized.
     """
 
     size: int
@@ -46,7 +46,7 @@ class ImageFormat:
 
 
 def find_sizes(sources: Iterable[Source]) -> dict[tuple[int, int], str]:
-    """Sizes (width, height) among a few evenly spaced images, each with where one such image is."""
+    """Sizes (width, height) of up to 64 evenly spaced images per source, each with an example."""
     sizes: dict[tuple[int, int], str] = {}
     for source in sources:
         for index, image in _readable(source, _spread(source)):
@@ -57,7 +57,7 @@ def find_sizes(sources: Iterable[Source]) -> dict[tuple[int, int], str]:
 
 
 def find_num_channels(source: Source) -> int:
-    """1 if every image is grey, else 3; all of them are opened only where the first looks are."""
+    """1 if every image is grey, else 3; all are opened only if a sample of them is grey."""
     for rows in (_spread(source), range(len(source))):
         if any(image.mode not in GREY_MODES for _, image in _readable(source, rows)):
             return 3
@@ -65,7 +65,7 @@ def find_num_channels(source: Source) -> int:
 
 
 def _readable(source: Source, rows: Iterable[int]) -> Iterator[tuple[int, Image.Image]]:
-    """The images that can be opened; the others are found, and named, when they are decoded."""
+    """Yield the images that can be opened; the others are reported when they are decoded."""
     for index in rows:
         with suppress(BadImageError):
             yield index, open_image(source, index)
@@ -77,11 +77,10 @@ def _spread(source: Source) -> list[int]:
 
 
 def decode(source: Source, index: int, image_format: ImageFormat) -> Image.Image:
-    """One image in mode L or RGB, in its own size.
+    """Decode one image, in mode L or RGB and in its own size.
 
-    Raises BadImageError that names the image when it is unreadable or not of 8 bits, ValueError
-    when it is not of the size that the format asks for, and MachineError where the machine is to
-    blame.
+    Raises BadImageError naming the image if it is unreadable or does not have 8 bits per channel,
+    ValueError if it does not have the required size, and MachineError if the machine is to blame.
     """
     image = open_image(source, index)
     try:
@@ -91,14 +90,14 @@ def decode(source: Source, index: int, image_format: ImageFormat) -> Image.Image
     check_size(image, source, index, image_format)
     mode = "L" if image_format.num_channels == 1 else "RGB"
     if image.mode == "P" and "transparency" in image.info:
-        # In one step PIL would warn and guess.
+        # converting in one step, PIL would warn and guess
         image = image.convert("RGBA")
     return image if image.mode == mode else image.convert(mode)
 
 
 def open_image(source: Source, index: int) -> Image.Image:
-    """One image, its head read and its pixels not yet; raises BadImageError as `decode` does."""
-    # PIL's decoders raise whatever they stumble over, not only OSError.
+    """Open one image without reading its pixels; raises BadImageError as `decode` does."""
+    # PIL's decoders raise any exception on damaged files, not only OSError.
     try:
         image = source.read(index)
     except Exception as error:
@@ -107,7 +106,7 @@ def open_image(source: Source, index: int) -> Image.Image:
 
 
 def open_encoded(source: EncodedSource, index: int) -> tuple[NDArray[np.uint8], Image.Image]:
-    """The bytes of an image file and the image, opened from its first bytes if they suffice.
+    """Read an image file and open the image, from its first bytes if they suffice.
 
     Raises BadImageError as `decode` does.
     """
@@ -123,8 +122,8 @@ def open_encoded(source: EncodedSource, index: int) -> tuple[NDArray[np.uint8], 
 
 
 def read_encoded(source: EncodedSource, index: int) -> NDArray[np.uint8]:
-    """The bytes of an image file; raises BadImageError where they cannot be read, MachineError
-    where the machine is to blame."""
+    """Read the bytes of an image file; raises BadImageError if that fails, MachineError if the
+    machine is to blame."""
     try:
         return source.encoded(index)
     except Exception as error:
@@ -141,7 +140,7 @@ def _of_eight_bits(image: Image.Image, source: Source, index: int) -> Image.Imag
 
 
 def check_size(image: Image.Image, source: Source, index: int, image_format: ImageFormat) -> None:
-    """Raises ValueError unless the image has the size that the format asks for, if it does."""
+    """Raise ValueError if the format requires one size for all images and this one has another."""
     size = image_format.size
     if image_format.example is not None and image.size != (size, size):
         raise ValueError(
@@ -152,7 +151,7 @@ def check_size(image: Image.Image, source: Source, index: int, image_format: Ima
 
 
 def fit(image: ImageOrTensor, size: int) -> ImageOrTensor:
-    """The image at size x size: itself, or resized on its short side and cropped to the centre.
+    """The image at size x size: unchanged, or its short side resized and its centre cropped.
 
     Above 64 pixels the short side becomes size * 256 / 224, as is usual for ImageNet.
     """
@@ -169,8 +168,8 @@ def short_side(size: int) -> int:
 
 
 def centre(size: tuple[int, int], wanted: int) -> tuple[int, int, int, int]:
-    """What `fit` makes of an image of this width and height: the width and height it is resized to,
-    and top and left of the part that is kept of that."""
+    """Geometry of `fit` for an image of this width and height: resized width and height, then top
+    and left of the crop."""
     width, height = size
     if width == height == wanted:
         return width, height, 0, 0
@@ -182,7 +181,7 @@ def centre(size: tuple[int, int], wanted: int) -> tuple[int, int, int, int]:
 
 
 def crop_to(image: ImageOrTensor, crop: Crop, size: int) -> ImageOrTensor:
-    """The crop of the image at size x size, mirrored if it says so."""
+    """Crop the image, resize the crop to size x size, and mirror it if the crop is flipped."""
     place = (crop.top, crop.left, crop.height, crop.width)
     resized = functional.resized_crop(image, *place, [size, size], antialias=True)
     flipped: ImageOrTensor = functional.horizontal_flip(resized) if crop.is_flipped else resized
@@ -190,7 +189,7 @@ def crop_to(image: ImageOrTensor, crop: Crop, size: int) -> ImageOrTensor:
 
 
 def _unreadable(source: Source, index: int, error: Exception) -> ValueError:
-    """The line on an image that cannot be read, or on a machine that cannot read it."""
+    """The error for an image that cannot be read, or for a machine that cannot read it."""
     return machine_error(error, source.flag, source.describe(index)) or BadImageError(
         f"{source.flag}: expected an image, got an unreadable one: {source.describe(index)}"
     )

@@ -1,4 +1,4 @@
-"""From settings to loaders: open the splits, agree on classes and images, cut, load."""
+"""Loading: open the splits, agree on classes and image format, divide the rows, make loaders."""
 
 from __future__ import annotations
 
@@ -36,15 +36,14 @@ LARGEST_CROP_SIZE = 64
 
 @dataclass
 class Data:
-    """The loaders of a run, and what its model must know of the data.
+    """The loaders of a run, and the facts about the data that its model needs.
 
-    name: "digits" or the stem of the path. test: None where there is no test data.
+    name: "digits" or the stem of the path. test: None if there is no test data.
     num_channels: 1 for grey images, else 3. image_size: edge in pixels of the images that the
-    loaders give. short_side: what the short side of an image is resized to, where the centre is
-    evaluated. validation_rows: rows of the training data that were cut off as validation
-    split, sorted; None where the data has its own. fingerprint: the same for the same data wherever
-    it lies, see fingerprint.py. bad: knows of the images left out. notes: lines on what a user may
-    not expect.
+    loaders yield. short_side: size that the short side of an image is resized to before its centre
+    is evaluated. validation_rows: rows of the training data that form the validation split, sorted;
+    None if the data has its own. fingerprint: hash of the data set, see fingerprint.py. bad: counts
+    images that are left out. notes: lines on what a user may not expect.
     """
 
     name: str
@@ -69,7 +68,7 @@ class _Splits:
     test: Source | None
 
     def all(self) -> list[Source]:
-        """Those that are there, training data first."""
+        """All sources, training data first."""
         return [source for source in (self.train, self.validation, self.test) if source is not None]
 
 
@@ -84,15 +83,15 @@ def load_data(
     num_ranks: int = 1,
     report: Callable[[str], None] = print,
 ) -> Data:
-    """Loaders for training, validation and test, decoded already where they lie on the device.
+    """Make loaders for training, validation and test; sets held on the device are decoded now.
 
-    Batches are uint8; they lie on `device` where the backend prepares them there, else on the CPU.
-    The validation split, where it is cut from the training data, and the `max_images` training
-    images are drawn with `seed`. batch_size: the most images of a training batch, of all ranks
-    together. evaluation_batch_size: of validation and test; default: batch_size. rank, num_ranks:
-    which part of every batch these loaders give. report: told of images that are left out.
-    Raises ValueError, one line that names the setting and the file, for data that is missing,
-    damaged, or does not fit together.
+    Batches are uint8, on `device` if the backend prepares them there, else on the CPU. A validation
+    split taken from the training data and the `max_images` training images are drawn with `seed`.
+    batch_size: most images of a training batch, over all ranks. evaluation_batch_size: the same for
+    validation and test; default: batch_size. rank, num_ranks: the part of every batch that these
+    loaders yield. report: receives a line for each image that is left out.
+    Raises ValueError, one line naming the setting and the file, for data that is missing, damaged,
+    or does not fit together.
     """
     _check_settings(config)
     bad = BadImages(config.bad_images, report)
@@ -151,14 +150,14 @@ def load_evaluation_data(
     rank: int = 0,
     num_ranks: int = 1,
 ) -> Loader:
-    """A loader of other data for a trained model: the test split at `path`, else its validation
-    split, else all of it where it has no splits.
+    """Make a loader of other data for a trained model.
 
-    config: how it is loaded. Images are brought to `image_size`. class_names: those of the model,
-    by which the data's classes, all or some of them, are found where it has names; default: not
-    compared. A line that rank 0 prints counts what was passed over.
+    It has the test split at `path`, else the validation split, else all data without splits.
+    config: how the data is loaded. Images are resized to `image_size`. class_names: of the model;
+    the data may have all or some of them, matched by name where it has names; default: not
+    compared. Rank 0 prints a line that counts files that were passed over.
     Raises ValueError as `load_data` does, also for labels and channels that the model does not
-    know.
+    have.
     """
     bad, beside = BadImages(config.bad_images), Beside()
     found = open_splits(path, "data.path", bad, beside, _columns(config))
@@ -180,7 +179,7 @@ def load_evaluation_data(
 
 
 def find_image_size(config: DataConfig) -> int:
-    """Edge in pixels of the images that `load_data` will give; raises ValueError as it does."""
+    """Edge in pixels of the images that `load_data` will yield; raises ValueError as it does."""
     if config.image_size is not None:
         return config.image_size
     train = _open(config, BadImages(config.bad_images, lambda _: None), Beside()).train
@@ -191,7 +190,7 @@ def find_image_size(config: DataConfig) -> int:
 
 
 def _batch_notes(train: Loader, batch_size: int) -> list[str]:
-    """A line on a batch size that the training images do not fill."""
+    """A note on a batch size that the training images do not fill, as a list."""
     if train.num_images >= batch_size:
         return []
     return [f"batch_size: all {train.num_images} training images are one batch, not {batch_size}"]
@@ -212,7 +211,7 @@ def _check_settings(config: DataConfig) -> None:
 
 
 def _open(config: DataConfig, bad: BadImages, beside: Beside) -> _Splits:
-    """Splits named explicitly go before those found beside the training data."""
+    """Open all splits; explicitly named ones take precedence over those found with the data."""
     columns = _columns(config)
     found = open_splits(config.path, "data.path", bad, beside, columns)
     train = found.get("train") or found.get("all")
@@ -252,7 +251,7 @@ def _open_one(config: DataConfig, split: str, bad: BadImages, beside: Beside) ->
 
 
 def _agree_on_images(splits: _Splits, image_size: int | None) -> ImageFormat:
-    """One size and one number of channels for all splits."""
+    """Return the size and number of channels shared by all splits; raises ValueError otherwise."""
     train, *others = splits.all()
     num_channels = find_num_channels(train)
     for source in others:
@@ -272,7 +271,7 @@ def _agree_on_images(splits: _Splits, image_size: int | None) -> ImageFormat:
 
 
 def _short_side(splits: _Splits, image_format: ImageFormat) -> int:
-    """Images that all have the size already are evaluated whole."""
+    """Size of the short side before the centre crop; images of the right size are not resized."""
     size, short = image_format.size, short_side(image_format.size)
     if image_format.example is not None or short == size:
         return size
@@ -290,7 +289,7 @@ def _check_channels(source: Source, num_channels: int) -> None:
 
 
 def _divide(splits: _Splits, config: DataConfig, seed: int) -> dict[str, tuple[Source, Indices]]:
-    """Source and sorted rows of each split; for training at most max_images."""
+    """Source and sorted rows of each split, at most max_images for training."""
     generator = np.random.default_rng(derive_seed(seed, "split"))
     num_rows = len(splits.train)
     order = generator.permutation(num_rows)

@@ -1,4 +1,4 @@
-"""The loaders: sets that lie on the device, images decoded as they are needed, and noise."""
+"""Loaders: data sets held on the device, images decoded on demand, and noise."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from safer_fast.runtime.seeds import derive_seed, make_generator
 
 
 class SetLoader(OrderedLoader):
-    """A set that lies decoded in memory, within margins from which it is cut again.
+    """A decoded data set in memory, padded for random crops.
 
     images: uint8 [N, C, S, S]; labels: int64 [N]. augmentation: any but random-resized-crop.
     """
@@ -41,12 +41,12 @@ class SetLoader(OrderedLoader):
         return draw(self.augmentation, self.num_images, self.seed, epoch)
 
     def _kept(self) -> slice:
-        """The rows or columns of an image within its margins."""
+        """Rows or columns of an image without its padding."""
         return slice(self.margin, self.padded.shape[2] - self.margin)
 
 
 class CpuSetLoader(SetLoader):
-    """A set in the memory of the CPU, augmented by numpy: torch's threads would only wait."""
+    """A data set in CPU memory, augmented with numpy: the work is too small for torch's threads."""
 
     def _read(self, batches: Sequence[Indices], epoch: int | None, size: int) -> Iterator[Batch]:
         draws, kept = self._draws(epoch), self._kept()
@@ -61,10 +61,10 @@ class CpuSetLoader(SetLoader):
 
 
 class GpuSetLoader(SetLoader):
-    """A set in the memory of a GPU: the same batches bit for bit, cut out there.
+    """A data set in GPU memory; batches are bit-identical to those of `CpuSetLoader`.
 
-    An epoch's order and draws are copied once; a batch costs a few small operations, and nothing
-    waits for the device.
+    An epoch's order and draws are copied once; a batch costs a few small operations, and the host
+    never waits for the device.
     """
 
     def __init__(
@@ -97,12 +97,12 @@ class GpuSetLoader(SetLoader):
 
 
 def _filled(indices: Indices, size: int) -> Indices:
-    """The indices, from the start again up to `size` of them; none stay none."""
+    """The indices, repeated up to `size` of them; an empty array stays empty."""
     return np.resize(indices, size) if 0 < len(indices) < size else indices
 
 
 class StreamLoader(OrderedLoader):
-    """Decodes images in worker processes; what they give does not depend on how many there are.
+    """Decodes images in worker processes; batches do not depend on the number of workers.
 
     randaugment: magnitude, 0 for none.
     """
@@ -156,9 +156,9 @@ class StreamLoader(OrderedLoader):
 
 
 class SyntheticLoader(OrderedLoader):
-    """One batch of noise that lies on the device, again and again: what a step costs without data.
+    """Yields the same noise on the device again and again, to time steps without data loading.
 
-    Every batch has the images and labels of the first; all of it depends on the seed alone.
+    The noise depends only on the seed.
     """
 
     backend = "device"
@@ -173,7 +173,7 @@ class SyntheticLoader(OrderedLoader):
     ) -> None:
         super().__init__(num_images, ordering)
         size, num_channels = image_format.size, image_format.num_channels
-        # a probe's batches may be larger than an epoch's, and those larger by what fills them up
+        # a probe's batches may be larger than an epoch's, and an epoch's are padded
         most = self.ordering.batch_size
         (largest,) = self._parts([np.arange(most)])
         num_rows = max(most, largest.position + self.batch_size)
@@ -189,7 +189,7 @@ class SyntheticLoader(OrderedLoader):
         self.batch = Batch(images, labels).to(device)
 
     def _parts(self, batches: Sequence[Indices], limit: int | None = None) -> list[RankShare]:
-        """Rows of the noise in place of the images that they stand for."""
+        """Rows of the noise in place of indices of images."""
         return super()._parts([np.arange(len(batch)) for batch in batches], limit)
 
     def _read(self, batches: Sequence[Indices], epoch: int | None, size: int) -> Iterator[Batch]:

@@ -1,4 +1,4 @@
-"""What happens to training batches on the device: random erasing, Mixup, CutMix."""
+"""Batch augmentations on the device: random erasing, Mixup, CutMix."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ POSITIONS_PER_DRAW = 1024
 class Mixing:
     """The batch augmentations of a run.
 
-    What is erased depends on the seed, the epoch and the image's position in it. Mixup and CutMix
-    draw once for a batch, by seed, epoch and `index`, the same on all ranks; each rank mixes the
-    images of its own part, so that which are mixed with which depends on the number of ranks.
+    Erased rectangles depend on the seed, the epoch and the image's position in it. Mixup and CutMix
+    draw once for a batch, from seed, epoch and `index`, the same on all ranks; each rank mixes the
+    images of its own part, so that the pairs depend on the number of ranks.
     """
 
     def __init__(self, config: DataConfig, num_classes: int, seed: int) -> None:
@@ -39,22 +39,22 @@ class Mixing:
             )
 
     def __call__(self, batch: Batch, epoch: int, index: int) -> Batch:
-        """The batch with float32 pixels in [0, 1], augmented; probabilities [B, K] as labels where
-        images are mixed. Nothing waits for the device."""
+        """Augment a batch: float32 pixels in [0, 1], and labels as probabilities [B, K] if images
+        are mixed. The host does not wait for the device."""
         images = as_pixels(batch.images)
         if self.erasing:
             images = erase(images, self.erasing, self._draws(batch, epoch))
         if self.mixup is None:
             return replace(batch, images=images)
-        # in place, so not on images that are somebody else's
+        # Mixup works in place: the caller's images must not change
         own = images.clone() if images is batch.images else images
         seed = derive_seed(self.seed, "mixup", epoch, index) % 2**32
         images, labels = _drawing_from(seed, self.mixup, own, batch.labels)
         return replace(batch, images=images, labels=labels)
 
     def _draws(self, batch: Batch, epoch: int) -> Tensor:
-        """What `erase` is told. Positions draw in groups of one size, whatever the batches: so none
-        depends on who has the others."""
+        """Random numbers for `erase`, drawn for groups of positions of a fixed size, so that they
+        depend neither on batches nor on ranks."""
         num_images, num_numbers = len(batch.labels), 5 + batch.images.shape[1]
         first, skipped = divmod(batch.position, POSITIONS_PER_DRAW)
         last = (batch.position + max(num_images, 1) - 1) // POSITIONS_PER_DRAW
@@ -71,7 +71,7 @@ class Mixing:
 
 
 def erase(images: Tensor, probability: float, draws: Tensor) -> Tensor:
-    """Float images [B, C, H, W] in [0, 1], some with a rectangle of one random colour.
+    """Paint a rectangle of one random colour over some images, float [B, C, H, W] in [0, 1].
 
     Random erasing (Zhong et al., 2020): 2 to 33 % of the area, aspect ratio 0.3 to 3.3, uniform in
     its logarithm. A rectangle that does not fit is cut off at the image's size, not drawn again.
@@ -103,7 +103,7 @@ def _between(low: float, high: float, share: Tensor) -> Tensor:
 
 
 def _drawing_from(seed: int, function: Any, *arguments: Any) -> Any:
-    """What the function gives while numpy's global generator is lent to it, seeded."""
+    """Call a function that draws from numpy's global generator: seeded for it, then restored."""
     state = np.random.get_state()
     np.random.seed(seed)
     try:

@@ -1,4 +1,4 @@
-"""Which images come in which batch of which rank: decided by the seed and the epoch alone."""
+"""Order of images: the batches of each rank, determined by the seed and the epoch."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from safer_fast.runtime.seeds import make_permutation
 
 @dataclass(frozen=True)
 class Ordering:
-    """How a loader goes through its images.
+    """Settings of the order in which a loader yields its images.
 
-    batch_size: the most images of a batch, of all ranks together. augmentation: none, shift, crop
-    or random-resized-crop; None makes an evaluation loader. multiple: every rank's part of a
-    training batch is filled up to a multiple of this.
+    batch_size: most images of a batch, over all ranks. augmentation: none, shift, crop or
+    random-resized-crop; None makes an evaluation loader. multiple: the part of a training batch of
+    every rank is filled up to a multiple of this.
     """
 
     batch_size: int
@@ -34,9 +34,9 @@ class Ordering:
 
 
 class RankShare(NamedTuple):
-    """What a rank reads of one batch.
+    """The part of one batch that a rank reads.
 
-    position: where the first of `indices` stands in the order of all ranks together.
+    position: place of the first of `indices` in the order over all ranks.
     """
 
     position: int
@@ -44,14 +44,13 @@ class RankShare(NamedTuple):
 
 
 class OrderedLoader(ABC):
-    """The order of images; subclasses read them. Satisfies `Loader`.
+    """Base of all loaders: determines the order of images, which subclasses read.
 
-    An epoch is cut into the fewest batches of at most `batch_size` images, equal to within one
-    image: none is dropped, none weighs much more than another, and filling all up to one size costs
-    next to nothing. Ranks take consecutive parts of each batch, so that a batch is the same
-    whatever their number. Images that do not fill a batch are one batch. Raises ValueError when
-    there is no image. labels: the class of each image, by which a part of them is drawn; None where
-    images have none of their own.
+    An epoch is divided into the fewest batches of at most `batch_size` images, equal to within one
+    image: no image is dropped, all weigh about the same, and padding to one size costs next to
+    nothing. Ranks take consecutive parts of each batch, so that a batch does not depend on their
+    number. Raises ValueError if there is no image. labels: the class of each image, for stratified
+    subsets; None if images have none.
     """
 
     backend: str
@@ -82,10 +81,10 @@ class OrderedLoader(ABC):
     def epoch(self, number: int, start: int = 0, limit: int | None = None) -> Iterator[Batch]:
         """See `Loader.epoch`."""
         is_training = self.augmentation is not None
-        order = self._permutation("order", number) if is_training else self._places(limit)
+        order = self._permutation("order", number) if is_training else self._evaluation_order(limit)
         parts = self._parts(np.array_split(order, len(self)), limit)[start:]
         batches = self._read_parts(parts, number if is_training else None, self.batch_size)
-        # what was left out, or comes from where nobody fills up
+        # images that were left out, or readers that do not fill up
         return (batch.padded(self.batch_size) for batch in batches)
 
     def probe(self, num_images: int, number: int) -> Iterator[Batch]:
@@ -100,29 +99,29 @@ class OrderedLoader(ABC):
 
     @abstractmethod
     def _read(self, batches: Sequence[Indices], epoch: int | None, size: int) -> Iterator[Batch]:
-        """The images of each index array, augmented as in `epoch` unless it is None.
+        """Yield the images of each index array, augmented for `epoch` unless it is None.
 
-        Images that cannot be read and are to be skipped are left out of their batch. Batches may be
-        filled up to `size` already, where that saves a copy.
+        Images that cannot be read and are to be skipped are left out of their batch. Batches may
+        already be filled up to `size`, if that saves a copy.
         """
 
     def _read_parts(
         self, parts: Sequence[RankShare], epoch: int | None, size: int
     ) -> Iterator[Batch]:
-        """The images of each part, which know their position."""
+        """Yield the images of each part as a batch with its position."""
         batches = self._read([part.indices for part in parts], epoch, size)
         for part, batch in zip(parts, batches, strict=True):
             yield replace(batch, position=part.position)
 
     def _parts(self, batches: Sequence[Indices], limit: int | None = None) -> list[RankShare]:
-        """This rank's part of each batch that has some of the first `limit` images."""
+        """The part of this rank of each batch that has any of the first `limit` images."""
         rank, num_ranks = self.ordering.rank, self.ordering.num_ranks
         parts, start = [], 0
         for batch in batches:
             if limit is not None and start >= limit:
                 break
             counted = batch if limit is None else batch[: limit - start]
-            # the first ranks have one image more where they do not have as many
+            # images that do not divide evenly go to the first ranks
             share, num_larger = divmod(len(counted), num_ranks)
             first = rank * share + min(rank, num_larger)
             last = first + share + (rank < num_larger)
@@ -130,14 +129,14 @@ class OrderedLoader(ABC):
             start += len(batch)
         return parts
 
-    def _places(self, limit: int | None) -> Indices:
-        """The order of evaluation: as the images lie, or a subset of all classes first."""
+    def _evaluation_order(self, limit: int | None) -> Indices:
+        """Order of evaluation: that of the data, or with a limit a stratified one."""
         if limit is None or limit >= self.num_images:
             return np.arange(self.num_images)
-        return self._subset_first
+        return self._stratified_order
 
     @cached_property
-    def _subset_first(self) -> Indices:
+    def _stratified_order(self) -> Indices:
         if self._classes is None:
             return np.arange(self.num_images)
         return fixed_order(self._classes)

@@ -1,4 +1,4 @@
-"""Copies to the device that overlap the work on the batch before."""
+"""Copies of batches to the device, overlapping with the work on the previous batch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import torch
 from safer_fast.data.batch import Batch
 
 
-def ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """The batches on the device, in order; on a GPU the next one is copied meanwhile.
+def prefetch_to_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yield the batches on the device, in order; on a GPU the next one is copied meanwhile.
 
-    The copies run on a stream of their own, from pinned memory, and are waited for on the device.
+    Copies run from pinned memory on a separate stream; the device waits for them, the host does
+    not.
     """
     if device.type != "cuda":
         for batch in batches:
@@ -21,23 +22,23 @@ def ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     previous: tuple[Batch, torch.cuda.Event] | None = None
     for batch in batches:
-        if batch.images.is_cuda:  # it was prepared there
+        if batch.images.is_cuda:  # prepared on the device
             yield batch
             continue
         with torch.cuda.stream(stream):
             copied = batch.pinned().to(device, non_blocking=True)
-            is_there = stream.record_event()
+            copied_event = stream.record_event()
         if previous is not None:
             yield _ready(*previous)
-        previous = copied, is_there
+        previous = copied, copied_event
     if previous is not None:
         yield _ready(*previous)
 
 
-def _ready(batch: Batch, is_there: torch.cuda.Event) -> Batch:
-    """The batch, for the stream that goes on from here."""
+def _ready(batch: Batch, copied_event: torch.cuda.Event) -> Batch:
+    """The batch, made safe for use on the current stream."""
     stream = torch.cuda.current_stream(batch.images.device)
-    stream.wait_event(is_there)
+    stream.wait_event(copied_event)
     batch.images.record_stream(stream)
     batch.labels.record_stream(stream)
     return batch

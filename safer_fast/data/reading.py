@@ -1,4 +1,4 @@
-"""Reading batches of images from a source, in worker processes or in this one."""
+"""Reading batches of images from a source, in worker processes or in this process."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from safer_fast.runtime.machine_errors import machine_error
 from safer_fast.runtime.micro_batch import fill_
 from safer_fast.runtime.seeds import derive_seed
 
-# Small, because what workers give back lies in shared memory, of which containers have little.
+# Small, because workers return images in shared memory, of which containers have little.
 BYTES_PER_TASK = 2**20
 TASKS_PER_WORKER = 8
 NUM_RANDOM_OPERATIONS = 2
 
 
 class Samples(NamedTuple):
-    """Images that were read, and what is wrong with those left out.
+    """Images that were read, and messages about those left out.
 
-    images: uint8 [B, C, S, S]. labels: int64 [B]. indices: int64 [N], which images the first N are;
-    the others only fill up. messages: a line for each image left out.
+    images: uint8 [B, C, S, S]. labels: int64 [B]. indices: int64 [N], the indices of the first N
+    images; the others are padding. messages: a line for each image left out.
     """
 
     images: Tensor
@@ -55,10 +55,10 @@ def read_batches(
     prefetch: int = 2,
     pin_memory: bool = False,
 ) -> Iterator[Samples]:
-    """The images of each index array, in their order.
+    """Yield the images of each index array, in order.
 
-    What `bad` does not raise is left out of its batch. Raises ValueError that names an image which
-    cannot be used, or the setting where worker processes die.
+    Bad images that `bad` does not raise are left out of their batch. Raises ValueError naming an
+    image that cannot be used, or the setting if worker processes die.
     """
     num_workers = min(num_workers, len(batches))
     lists = [indices.tolist() for indices in batches]
@@ -68,7 +68,7 @@ def read_batches(
 
 
 def usable(samples: Samples | ValueError, bad: BadImages) -> Samples:
-    """The samples, whose bad images `bad` knows of now; raises the error if it is one."""
+    """Report the bad images to `bad` and return the samples; raise them if they are an error."""
     if isinstance(samples, ValueError):
         raise samples
     for message in samples.messages:
@@ -79,9 +79,9 @@ def usable(samples: Samples | ValueError, bad: BadImages) -> Samples:
 def decode_all(
     source: Source, rows: Indices, image_format: ImageFormat, bad: BadImages, num_workers: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """All images of `rows` as one array [N, C, S, S] and their labels [N], less those left out.
+    """Decode all images of `rows` to one array [N, C, S, S] with labels [N], except those left out.
 
-    Raises ValueError that names the first image that cannot be used. Large sets are decoded by
+    Raises ValueError naming the first image that cannot be used. Large sets are decoded by
     processes: for images this small, threads wait for the interpreter more than they decode.
     """
     size = image_format.size
@@ -103,12 +103,11 @@ def decode_all(
 
 
 class Reader(Dataset[Any]):
-    """Reads whole batches, which DataLoader's workers ask for through `__getitems__`.
+    """Reads whole batches, requested by DataLoader's workers through `__getitems__`.
 
-    size: what batches are filled up to. draws: crops and flips of batches. crop_seed: random
-    resized crops and flips, drawn with this seed and the image's index; without it images are
-    fitted to their size. randaugment: magnitude, drawn with `random_seed` and the image's index; 0:
-    none.
+    size: batches are filled up to this many images. draws: crops and flips of batches. crop_seed:
+    seed of random resized crops and flips, drawn with the image's index; None: images are resized
+    by `fit`. randaugment: magnitude, drawn with `random_seed` and the image's index; 0: none.
     """
 
     def __init__(
@@ -130,9 +129,9 @@ class Reader(Dataset[Any]):
             self.randaugment = v2.RandAugment(NUM_RANDOM_OPERATIONS, randaugment, fill=grey)
 
     def __getitems__(self, indices: list[int]) -> Samples | ValueError:
-        """Images, labels and bad images, or the error that something else causes.
+        """Read images, labels and messages on bad images; any other error is returned.
 
-        An error is given back and not raised, because DataLoader would re-raise it as a page of
+        An error is returned and not raised, because DataLoader would re-raise it as a page of
         traceback.
         """
         try:
@@ -174,10 +173,10 @@ class Reader(Dataset[Any]):
         return image if self.randaugment is None else self._augmented(image, index)
 
     def _augmented(self, image: Image.Image, index: int) -> Image.Image:
-        """After RandAugment (Cubuk et al., 2020) of torchvision, which draws from torch's global
-        generator: it is lent and given back."""
+        """Apply torchvision's RandAugment (Cubuk et al., 2020), which draws from torch's global
+        generator: seeded for it, then restored."""
         assert self.randaugment is not None
-        # only the CPU's: torch.manual_seed would reseed the GPU's too
+        # only the CPU's generator: torch.manual_seed would reseed the GPU's too
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(derive_seed(self.random_seed, "image", index))
             augmented: Image.Image = self.randaugment(image)

@@ -1,4 +1,4 @@
-"""A part of a data set that stands for the whole: every class in its proportion."""
+"""Stratified subsets of a data set: every class in its proportion."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ Labels = NDArray[np.int64]
 
 
 def fixed_order(labels: Labels) -> Indices:
-    """All images in an order whose first N, for any N, are a stratified subset.
+    """Order all images so that the first N, for any N, are a stratified subset.
 
-    The order depends on the labels alone, not on the seed of a run: all ranks, commands and runs
-    see the same subset, and a larger subset begins with a smaller one.
+    The order depends only on the labels, not on the seed of a run: all ranks, commands and runs
+    use the same subset, and a larger subset begins with a smaller one.
     """
     return stratified(make_permutation(len(labels), 0, "subset"), labels)
 
 
 def describe_subset(num_images: int, of_images: int) -> str:
-    """How much of a split is looked at, in words."""
+    """The size of a subset of a split, in words."""
     return f"{num_images:,} of {of_images:,} images, stratified by class"
 
 
 def stratified(order: Indices, labels: Labels) -> Indices:
-    """The same indices, rearranged: any first N of them hold the classes in their proportions.
+    """Rearrange indices so that the first N, for any N, hold the classes in their proportions.
 
     First comes one image of each class, larger classes before smaller ones; the others follow by
     the method of Sainte-Lague, which rounds shares to whole images. Images of one class keep their
@@ -45,8 +45,8 @@ def stratified(order: Indices, labels: Labels) -> Indices:
 
 
 def draw(order: Indices, labels: Labels, num_images: int) -> Indices:
-    """The first `num_images` of a random order, or of the stratified one where those leave a class
-    out that they have room for."""
+    """The first `num_images` of a random order; of its stratified order if the former would leave
+    out a class that there is room for."""
     drawn = order[:num_images]
     room = min(num_images, len(np.unique(labels[order])))
     if len(np.unique(labels[drawn])) < room:

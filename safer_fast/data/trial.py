@@ -1,4 +1,4 @@
-"""The doctor's look at a user's own things: data that a run would read, a disk it would fill."""
+"""Checks of the doctor that involve data: DALI, and a user's own data read by each backend."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NUM_BATCHES = 8
 
 
 def check_data(config: DataConfig, batch_size: int) -> Iterator[Check]:
-    """Opens the data as training would, then decodes some batches with each backend in turn."""
+    """Open the data as training would, then decode some batches with each backend in turn."""
     try:
         data = _load(config, batch_size)
     except (ValueError, OSError) as error:
@@ -53,13 +53,13 @@ def _describe(data: Data) -> str:
 
 
 def _check_backend(config: DataConfig, batch_size: int) -> Check:
-    """Loads afresh, as a run does; what is read before the first batch has its own time."""
+    """Load the data anew and time its batches; the time to the first batch is given apart."""
     name = f"data by {config.backend}"
     started = time.monotonic()
     try:
         times, counts = _time_batches(_load(config, batch_size), batch_size)
     except Exception as error:
-        # what a library that decodes may raise is not known; that it did is what a user asks
+        # decoding libraries may raise anything; the check reports it
         remedy = f"training with --data.backend auto does without {config.backend}"
         if config.backend == "torch":
             remedy = "find the image that the line names; --data.bad_images skip leaves it out"
@@ -74,7 +74,7 @@ def _check_backend(config: DataConfig, batch_size: int) -> Check:
 
 
 def _time_batches(data: Data, batch_size: int) -> tuple[list[float], list[int]]:
-    """When each of the first batches was there, and how many images it had."""
+    """Arrival times and numbers of images of the first batches."""
     times, counts = [], []
     for batch in data.train.epoch(1, limit=_NUM_BATCHES * batch_size):
         times.append(time.monotonic())
@@ -87,7 +87,7 @@ def _line(error: BaseException) -> str:
 
 
 def check_dali() -> Check:
-    """Decodes an image on the device that runs would use."""
+    """Decode an image with DALI on the device that runs would use."""
     import torch
 
     from safer_fast.data.dali.pipeline import INSTALL, why_no_dali

@@ -1,4 +1,4 @@
-"""Worker processes: they outlive signals to all processes of a run, and never the main process."""
+"""Worker processes that survive signals sent to the whole run and end with the main process."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from safer_fast.runtime.machine_errors import machine_error
 
-# What a terminal or a scheduler sends to all processes of a run; the main one decides what follows.
+# Signals that a terminal or scheduler sends to all processes of a run; the main one reacts.
 SIGNALS = {signal.SIGINT, signal.SIGTERM}
 SECONDS_BETWEEN_LOOKS = 0.5
-# While a batch is waited for, so often in a row: then it is said, and then the run ends. Looks are
-# counted and no time, so that a run which a scheduler suspends as a whole goes on afterwards.
+# Waiting for a batch is reported after this many looks in a row, and ends the run after more. Looks
+# are counted and no time, so that a run suspended as a whole by a scheduler continues afterwards.
 LOOK_S = 5.0
 LOOKS_UNTIL_SAID, MOST_LOOKS = 12, 360
-# Where no descriptor is left for a batch: from torch, and from multiprocessing.
+# Messages of torch and multiprocessing when a limit of the process is reached.
 LIMITS = {
     "Too many open files": errno.EMFILE,
     "received 0 items of ancdata": errno.EMFILE,
@@ -50,21 +50,19 @@ def start_loader(
     pin_memory: bool,
     report: Callable[[str], None],
 ) -> Iterator[Any]:
-    """What `reader` gives for each list of indices, tuples or errors, read by `num_workers`
-    processes.
+    """Yield what `reader` returns for each list of indices, read by `num_workers` processes.
 
-    prefetch: lists that each of them reads ahead. report: told where shared memory, by which
-    tensors come from workers, has no room for them; they come more slowly then; and where none of
-    them gives anything for a minute. Workers that died raise ValueError, in up to five seconds; so
-    do those that give nothing for half an hour, and a limit of this process that they or their
-    batches meet.
+    prefetch: lists that each worker reads in advance. report: receives a line if shared memory has
+    no room for batches, which then come through pipes, more slowly, and for each minute without a
+    batch. Raises ValueError if a worker has died (within five seconds), if workers return nothing
+    for half an hour, or if a limit of this process is reached.
     """
     loader: DataLoader[Any] = DataLoader(
         reader,
         batch_sampler=batch_sampler,
         num_workers=num_workers,
         prefetch_factor=prefetch if num_workers else None,
-        collate_fn=_handed_over,
+        collate_fn=_share_tensors,
         pin_memory=pin_memory,
         worker_init_fn=_live_and_die_with_main,
         # Its own, so that loading draws nothing from the global one.
@@ -79,7 +77,7 @@ def start_loader(
 
 @dataclass(frozen=True)
 class _Piped:
-    """A tuple with arrays in place of tensors, which comes without shared memory, and why."""
+    """A tuple with arrays in place of tensors, sent without shared memory, and the reason."""
 
     values: tuple[Any, ...]
     kind: Callable[[Any], Any]
@@ -91,11 +89,10 @@ class _Piped:
         )
 
 
-def _handed_over(samples: Any) -> Any:
-    """In a worker: the samples with their tensors in shared memory, or without any of it.
+def _share_tensors(samples: Any) -> Any:
+    """Move the tensors of samples to shared memory, or to arrays if it is full; runs in a worker.
 
-    torch would move them there in a thread, whose error nobody sees: the main process would wait
-    for ever.
+    torch would move them in a thread whose errors are lost: the main process would wait for ever.
     """
     if get_worker_info() is None or not isinstance(samples, tuple):
         return samples
@@ -113,21 +110,23 @@ def _handed_over(samples: Any) -> Any:
 
 
 def _received(samples: Iterator[Any], report: Callable[[str], None]) -> Iterator[Any]:
-    """The samples as the reader gave them."""
-    is_told = False
+    """Yield the samples as the reader returned them."""
+    is_reported = False
     for sample in samples:
         if isinstance(sample, _Piped):
-            if not is_told:
+            if not is_reported:
                 report(NO_ROOM.format(sample.reason))
-            is_told, sample = True, sample.unpacked()
+            is_reported, sample = True, sample.unpacked()
         yield sample
 
 
 def _started(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The loader's iterator, whose workers' deaths show when it is asked for more, and only then:
-    torch's handler of SIGCHLD would raise wherever the main thread is, in a step for one."""
+    """Start the loader's workers; their deaths are noticed only when the next batch is read.
+
+    torch's handler of SIGCHLD would raise wherever the main thread is, for example in a step.
+    """
     handler = signal.getsignal(signal.SIGCHLD)
-    with _signals_held_back(), _no_collection():  # nor in workers, until they see to it themselves
+    with _signals_held_back(), _no_collection():  # workers undo both at their start
         samples = iter(loader)
     if threading.current_thread() is threading.main_thread() and handler is not None:
         signal.signal(signal.SIGCHLD, handler)
@@ -136,7 +135,7 @@ def _started(loader: DataLoader[Any]) -> Iterator[Any]:
 
 @contextmanager
 def _signals_held_back() -> Iterator[None]:
-    """They come to this thread afterwards."""
+    """Delay SIGINT and SIGTERM to this thread until the end of the block."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -146,7 +145,7 @@ def _signals_held_back() -> Iterator[None]:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """The garbage that this process has stays where it is."""
+    """Disable garbage collection within the block."""
     is_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -157,7 +156,7 @@ def _no_collection() -> Iterator[None]:
 
 
 def _alive(samples: Iterator[Any], report: Callable[[str], None]) -> Iterator[Any]:
-    """The samples; workers that died, or give nothing for long, raise ValueError."""
+    """Yield the samples; raise ValueError if a worker has died or returns nothing for long."""
     if not getattr(samples, "_workers", ()):
         yield from samples
         return
@@ -168,7 +167,7 @@ def _alive(samples: Iterator[Any], report: Callable[[str], None]) -> Iterator[An
                 sample = watch.next()
             except StopIteration:
                 return
-            # a worker may die while it hands over a batch: then a socket breaks
+            # a worker may die while it sends a batch: then a socket breaks
             except (RuntimeError, EOFError, OSError) as error:
                 if watch.fault is not None:
                     raise watch.fault from None
@@ -179,8 +178,8 @@ def _alive(samples: Iterator[Any], report: Callable[[str], None]) -> Iterator[An
                 reason = next(iter(str(error).splitlines()), type(error).__name__)
                 raise ValueError(
                     f"data.num_workers: expected worker processes that live, got: {reason} (is "
-                    "there enough memory? lower --data.num_workers or --data.prefetch, then go on "
-                    "with --resume)"
+                    "there enough memory? lower --data.num_workers or --data.prefetch, then "
+                    "resume with --resume)"
                 ) from None
             yield sample
     finally:
@@ -188,10 +187,10 @@ def _alive(samples: Iterator[Any], report: Callable[[str], None]) -> Iterator[An
 
 
 class _Watch:
-    """Looks at workers while a batch is waited for, in a thread: some wait in the system itself.
+    """Watches workers in a thread while the main thread waits for a batch.
 
-    fault: what the run ends with; workers that give nothing for long are killed, so that whoever
-    waits for them does so no more.
+    A thread, because the wait may be within a system call. fault: the error to end the run with;
+    workers that return nothing for long are killed, which ends the wait for them.
     """
 
     def __init__(self, samples: Any, report: Callable[[str], None]) -> None:
@@ -199,13 +198,13 @@ class _Watch:
         self._samples, self._report = samples, report
         self._is_waiting, self._num_looks = False, 0
         self._ended = threading.Event()
-        # a worker that is stopped does not end: whoever waits for it at exit would wait for ever
+        # a stopped worker does not end: waiting for it at exit would never end
         self._wake = Finalize(self, _send, (samples._workers, signal.SIGCONT), exitpriority=0)
         self._thread = threading.Thread(target=self._look, name="workers", daemon=True)
         self._thread.start()
 
     def next(self) -> Any:
-        """The next sample."""
+        """Wait for the next sample and return it."""
         self._num_looks, self._is_waiting = 0, True
         try:
             return next(self._samples)
@@ -213,7 +212,7 @@ class _Watch:
             self._is_waiting = False
 
     def close(self) -> None:
-        """Ends the thread; workers that are stopped go on, so that they can end."""
+        """End the thread; stopped workers are continued, so that they can end."""
         self._ended.set()
         self._thread.join()
         self._wake()
@@ -234,7 +233,7 @@ class _Watch:
                 _send(self._samples._workers, signal.SIGKILL)
 
     def _described(self) -> str:
-        """The workers, and which of them are stopped."""
+        """The process numbers of the workers, and of those that are stopped."""
         pids = [worker.pid for worker in self._samples._workers]
         asleep = [str(pid) for pid in pids if _is_asleep(pid)]
         words = f"worker processes {', '.join(map(str, pids))}"
@@ -244,7 +243,7 @@ class _Watch:
 
 
 def _send(workers: Sequence[Any], number: signal.Signals) -> None:
-    """Sends a signal to those that live."""
+    """Send a signal to the workers that are alive."""
     for worker in workers:
         if worker.is_alive():
             with suppress(ProcessLookupError):
@@ -252,7 +251,7 @@ def _send(workers: Sequence[Any], number: signal.Signals) -> None:
 
 
 def _is_asleep(pid: int) -> bool:
-    """True where a signal has stopped the process; False where that is not to be known."""
+    """True if a signal has stopped the process; False if that is unknown."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
     except (OSError, IndexError):
@@ -260,7 +259,7 @@ def _is_asleep(pid: int) -> bool:
 
 
 def _limit(error: Exception, where: str) -> ValueError | None:
-    """The line on a limit of this process that the error speaks of; None where it does not."""
+    """The error for a limit of this process that was reached; None for any other error."""
     for words, number in LIMITS.items():
         if words in str(error):
             error = OSError(number, os.strerror(number))
@@ -269,29 +268,29 @@ def _limit(error: Exception, where: str) -> ValueError | None:
 
 
 def _live_and_die_with_main(_: int) -> None:
-    """In a worker, at its start."""
-    # What a worker inherits is not its own to collect: the end of a pipeline of DALI waits for
-    # threads that only the main process has.
+    """Set up signals and garbage collection of a worker, at its start."""
+    # Inherited objects must not be collected: the destructor of a DALI pipeline waits for threads
+    # that only the main process has.
     gc.freeze()
     gc.enable()
     _end_in_silence()
-    if sys.platform != "linux":  # who sent a signal is not to be known
+    if sys.platform != "linux":  # the sender of a signal is unknown
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return
-    # Held back and not ignored, because ignored ones could not be waited for.
+    # Blocked and not ignored: ignored signals cannot be waited for.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     threading.Thread(target=_end_with_main, daemon=True).start()
 
 
 def _end_with_main() -> None:
-    """Ends this process when the main one has ended or sends SIGTERM itself.
+    """End this process when the main one has ended or has sent SIGTERM.
 
-    That is how torch and, at exit, multiprocessing end workers which do not by themselves; they
-    then wait for them, without end.
+    torch and, at exit, multiprocessing send SIGTERM to workers that do not end by themselves, and
+    then wait for them without limit.
     """
     main, parent = multiprocessing.parent_process(), os.getppid()
-    # The parent tells sooner, but may have ended before this was called.
+    # getppid changes sooner, but the parent may have ended before this was called
     while main is not None and main.is_alive() and os.getppid() == parent:
         came = signal.sigtimedwait({signal.SIGTERM}, SECONDS_BETWEEN_LOOKS)
         if came is not None and came.si_pid == main.pid:
@@ -300,7 +299,7 @@ def _end_with_main() -> None:
 
 
 def _end_in_silence() -> None:
-    """A main process that ends while it is handed a batch is worth no traceback."""
+    """Print no traceback if the main process ends while a batch is sent to it."""
     hook = sys.excepthook
 
     def unless_it_ended(

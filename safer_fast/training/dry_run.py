@@ -18,7 +18,7 @@ from safer_fast.attacks.radii import radii_at
 from safer_fast.config.attack_names import num_attack_steps
 from safer_fast.config.checks import check_new
 from safer_fast.config.schema import Config
-from safer_fast.data import Batch, Loader, ahead
+from safer_fast.data import Batch, Loader, prefetch_to_device
 from safer_fast.evaluation.accuracy import evaluate
 from safer_fast.evaluation.overfitting import STRONG_STEPS
 from safer_fast.models.families import STEM
@@ -244,7 +244,7 @@ def _num_fitting(times: Sequence[float], most_s: float) -> int:
 
 def _endless(trainer: Trainer, first_epoch: int) -> Iterator[Batch]:
     for epoch in count(first_epoch):
-        yield from ahead(trainer.data.train.epoch(epoch), trainer.runtime.device)
+        yield from prefetch_to_device(trainer.data.train.epoch(epoch), trainer.runtime.device)
 
 
 def _operations(trainer: Trainer) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from safer_fast.config.schema import Config
-from safer_fast.data import Batch, ahead
+from safer_fast.data import Batch, prefetch_to_device
 from safer_fast.runs.progress import ProgressChanges
 from safer_fast.runs.resume import Found
 from safer_fast.runtime.ranks import Ranks
@@ -107,7 +107,7 @@ class Trainer:
         """Train on the rest of the epoch's batches; return the epoch's training figures."""
         self.training_log.begin_epoch()
         num_batches, first = len(self.data.train), self.progress.index
-        batches = ahead(self.data.train.epoch(epoch, first), self.runtime.device)
+        batches = prefetch_to_device(self.data.train.epoch(epoch, first), self.runtime.device)
         label = f"epoch {epoch}/{self.config.epochs} {self.stage.name}"
         watched = self.training_log.watch(batches)
         for index, batch in enumerate(self.log.bar(watched, num_batches, label, first), first):

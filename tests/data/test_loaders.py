@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from safer_fast.config.schema import DataConfig
-from safer_fast.data import Batch, Data, ahead, as_pixels, backends, load_data
+from safer_fast.data import Batch, Data, as_pixels, backends, load_data, prefetch_to_device
 from safer_fast.data.augmentation import draw_crop
 from safer_fast.data.loaders import CpuSetLoader, GpuSetLoader, StreamLoader
 from safer_fast.data.order import Ordering
@@ -405,7 +405,7 @@ def test_photos_of_many_sizes_need_an_image_size() -> None:
 
 def test_batches_come_to_the_device_in_order() -> None:
     batches = [Batch(torch.full((2, 1, 3, 3), i), torch.tensor([i, i])) for i in range(5)]
-    found = list(ahead(batches, torch.device("cpu")))
+    found = list(prefetch_to_device(batches, torch.device("cpu")))
     assert [int(batch.labels[0]) for batch in found] == list(range(5))
     assert all(torch.equal(a.images, b.images) for a, b in zip(found, batches, strict=True))
 

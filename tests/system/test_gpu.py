@@ -14,7 +14,7 @@ from safer_fast.attacks.pgd import random_start
 from safer_fast.config.command_line import parse_config
 from safer_fast.config.commands import EvaluateConfig
 from safer_fast.config.schema import Names, OptimConfig
-from safer_fast.data import Batch, ahead
+from safer_fast.data import Batch, prefetch_to_device
 from safer_fast.evaluate import evaluate_run
 from safer_fast.models.arenas import ParameterArenas
 from safer_fast.models.robust_model import compile_blocks
@@ -254,7 +254,7 @@ def test_batches_are_copied_ahead_in_order_and_whole() -> None:
         )
         for index in range(20)
     ]
-    for index, batch in enumerate(ahead(batches, torch.device("cuda"))):
+    for index, batch in enumerate(prefetch_to_device(batches, torch.device("cuda"))):
         assert torch.equal(batch.images.cpu(), batches[index].images)
         assert torch.equal(batch.labels.cpu(), batches[index].labels)
     assert index == 19
