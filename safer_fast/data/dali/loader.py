@@ -1,7 +1,7 @@
-"""Batches decoded by NVIDIA DALI, in the order and with the crops of every other loader.
+"""Batches decoded by NVIDIA DALI, in the order and with the crops of the other loaders.
 
-DALI draws nothing and keeps no order here: it is told which part of which file to decode. So its
-pipeline has no state to save, and an epoch goes on at any batch.
+DALI draws no random numbers and keeps no order here: each request names the part of each file to
+decode. Its pipeline therefore has no state to save, and an epoch can start at any batch.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from safer_fast.data.reading import Reader, Samples, usable
 from safer_fast.data.subset import Indices
 from safer_fast.runtime.seeds import derive_seed
 
-# What DALI decodes to the same bits as PIL on a CPU (tested); other formats come to it as pixels.
+# Formats that DALI decodes to the same bits as PIL on a CPU (tested); others are decoded by PIL.
 FORMATS = {"JPEG", "PNG", "WEBP", "BMP", "PPM"}
 END_OF_JPEG = b"\xff\xd9"
 
 
 class DaliLoader(OrderedLoader):
-    """Decodes parts of image files with DALI. Satisfies `Loader`.
+    """Decodes parts of image files with DALI.
 
-    On a GPU DALI decodes and resizes there, with antialias. On a CPU it decodes, to the bits of
-    PIL, and torchvision resizes the tensors, to within two levels of 255 of what it makes of PIL
-    images: DALI's own resizing takes four times as long there (bench/README.md). A batch that DALI
-    cannot decode is decoded by PIL.
+    On a GPU DALI decodes and resizes, with antialias. On a CPU it decodes, bit-identical to PIL,
+    and torchvision resizes the tensors, to within two levels of 255 of its result on PIL images:
+    DALI's own resizing takes four times as long there (bench/README.md). A batch that DALI cannot
+    decode is decoded by PIL.
     """
 
     backend = "dali"
@@ -71,15 +71,15 @@ class DaliLoader(OrderedLoader):
             for position, indices in enumerate(batches):
                 try:
                     if run is None or self.slot.run is not run:
-                        # the first batch, or another loader has used the slot since the last one
+                        # at the first batch, and if another loader has used the slot since
                         run = self._start(batches[position:], crop_seed, size)
                     samples = run.next_batch()
                 except torch.OutOfMemoryError:
                     raise
                 except RuntimeError as error:
                     run = None
-                    samples = self._read_plainly(indices, crop_seed, error)
-                # only now: requests are made ahead, and made again when a pipeline starts again
+                    samples = self._read_by_pil(indices, crop_seed, error)
+                # only now: requests are made in advance, and again when a pipeline restarts
                 samples = usable(samples, self.bad)
                 batch = samples.batch()
                 yield batch if augment is None else augment(batch, samples.indices)
@@ -101,7 +101,7 @@ class DaliLoader(OrderedLoader):
         return request
 
     def _add(self, request: Request, index: int, crop_seed: int | None) -> None:
-        """Asks for one image; raises BadImageError where its head or its missing end shows that."""
+        """Add one image to a request; raises BadImageError if its header or end is damaged."""
         row = int(self.rows[index])
         size = (int(self._sizes[index, 0]), int(self._sizes[index, 1]))
         if size != (0, 0):
@@ -115,8 +115,10 @@ class DaliLoader(OrderedLoader):
         request.add(file, size, crop, index, int(self.source.labels[row]))
 
     def _look(self, index: int, row: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
-        """What DALI is given of an image, and its width and height, which are remembered where it
-        is the file as it is."""
+        """File for DALI to decode, and width and height of the image.
+
+        The size is remembered if the file is the original one; other files are decoded by PIL.
+        """
         image_format = self.slot.image_format
         file, image = open_encoded(self.source, row)
         check_size(image, self.source, row, image_format)
@@ -125,10 +127,8 @@ class DaliLoader(OrderedLoader):
         self._sizes[index] = image.size
         return file, image.size
 
-    def _read_plainly(
-        self, indices: Indices, crop_seed: int | None, error: RuntimeError
-    ) -> Samples:
-        """What PIL makes of a batch that DALI stumbled over."""
+    def _read_by_pil(self, indices: Indices, crop_seed: int | None, error: RuntimeError) -> Samples:
+        """Decode with PIL a batch that DALI failed on."""
         self.slot.clear()
         reader = Reader(self.source, self.rows, self.slot.image_format, crop_seed=crop_seed)
         samples = reader.__getitems__(indices.tolist())
@@ -139,7 +139,7 @@ class DaliLoader(OrderedLoader):
         return samples._replace(images=images, labels=labels)
 
     def _augmentation(self, epoch: int | None) -> Callable[[Batch, Indices], Batch] | None:
-        """The epoch's crops and flips of small images, where that is its augmentation."""
+        """Crops and flips of small images in an epoch; None with any other augmentation."""
         if epoch is None or self.augmentation not in PADDING:
             return None
         drawn = draw(self.augmentation, self.num_images, self.seed, epoch)
@@ -154,17 +154,17 @@ class DaliLoader(OrderedLoader):
 
 
 def _is_decoded_alike(image: Image.Image, file: NDArray[np.uint8]) -> bool:
-    """Whether DALI makes the pixels of it that PIL makes, and sees what is wrong with it."""
+    """True if DALI decodes an image to the same pixels as PIL, and notices the same damage."""
     codec, *_, layout = next(iter(getattr(image, "tile", ())), ("", ""))
-    if image.format == "JPEG":  # of four colours DALI rounds otherwise
+    if image.format == "JPEG":  # DALI rounds CMYK differently
         return image.mode != "CMYK" and file[-2:].tobytes() == END_OF_JPEG
-    if image.format == "PPM":  # any other decoder: values as text, or up to another one than 255
+    if image.format == "PPM":  # other decoders: values as text, or with another maximum than 255
         return bool(codec == "raw")
-    # of a PNG 16 bits per channel, which PIL cuts off and DALI rounds, of a BMP those per pixel
+    # PNG with 16 bits per channel, which PIL truncates and DALI rounds; BMP with 15 or 16 per pixel
     return image.format in FORMATS and not any(bits in str(layout) for bits in (";15", ";16"))
 
 
 def _unresized_centre(size: tuple[int, int], wanted: int) -> Crop | None:
-    """The centre that `fit` takes, where it needs no resizing: then nothing else is decoded."""
+    """The centre crop of `fit` if it needs no resizing, so that only it is decoded; else None."""
     *resized, top, left = centre(size, wanted)
     return Crop(top, left, wanted, wanted, False) if tuple(resized) == size else None

@@ -1,4 +1,4 @@
-"""A DALI pipeline that decodes the parts of image files it is asked for, some batches ahead."""
+"""A DALI pipeline that decodes requested parts of image files, some batches in advance."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INSTALL = "pip install nvidia-dali-cuda130"
 
 @functools.cache
 def why_no_dali(device: torch.device) -> str:
-    """Empty where DALI decodes for `device`, else the reason why it does not."""
+    """Reason why DALI does not decode for `device`; empty if it does."""
     try:
         import nvidia.dali  # noqa: F401
     except ImportError:
@@ -30,22 +30,22 @@ def why_no_dali(device: torch.device) -> str:
     try:
         slot = PipelineSlot(device, ImageFormat(8, 3))
         slot.start(iter([Request(slot.image_format)]), 1).next_batch()
-    except Exception as error:  # a driver that is too old, a library that is missing
+    except Exception as error:  # for example an old driver or a missing library
         return _reason(error)
     return ""
 
 
 def _reason(error: Exception) -> str:
-    """The line of an error of DALI that says what is wrong, which comes before its last ones."""
+    """The line of a DALI error with the reason, the last one before its closing lines."""
     lines = [line for line in str(error).splitlines() if line.strip() and END_OF_ERROR not in line]
     return lines[-1].strip() if lines else type(error).__name__
 
 
 class PipelineSlot:
-    """Holds the one pipeline that is alive at a time: memory of several would add up.
+    """Holds the only live pipeline of a run: the memory of several would add up.
 
-    image_format: of all batches. num_threads: threads that decode. prefetch: batches that are
-    decoded ahead. report: told when DALI fails.
+    image_format: of all batches. num_threads: threads that decode. prefetch: batches decoded in
+    advance. report: receives a line when DALI fails.
     """
 
     def __init__(
@@ -62,26 +62,26 @@ class PipelineSlot:
         self._has_failed = False
 
     def report_failure(self, error: RuntimeError) -> None:
-        """Says once that DALI could not decode a batch."""
+        """Report, the first time only, that DALI could not decode a batch."""
         if not self._has_failed:
             self.report(f"note:       DALI failed on a batch, PIL decoded it ({_reason(error)})")
         self._has_failed = True
 
     def start(self, requests: Iterator[Request], batch_size: int) -> DecodingRun:
-        """A pipeline for requests of at most `batch_size` images, after the end of the last one."""
+        """End the current pipeline and start one for requests of at most `batch_size` images."""
         self.clear()
         self.run = DecodingRun(requests, batch_size, self)
         return self.run
 
     def clear(self) -> None:
-        """Ends the pipeline, if there is one."""
+        """End the pipeline, if there is one."""
         if self.run is not None:
             self.run.pipeline = None
         self.run = None
 
 
 class DecodingRun:
-    """A pipeline working through requests, some batches ahead."""
+    """A pipeline that works through requests, some batches in advance."""
 
     def __init__(self, requests: Iterator[Request], batch_size: int, slot: PipelineSlot) -> None:
         self.device = slot.device
@@ -97,16 +97,16 @@ class DecodingRun:
         self.pipeline: Any = _build(inputs(), batch_size, slot)
 
     def next_batch(self) -> Samples:
-        """The images of the next request, on the device.
+        """Return the images of the next request, on the device.
 
-        Raises RuntimeError where DALI cannot decode it.
+        Raises RuntimeError if DALI cannot decode it.
         """
         stream = None
         if self.device.type == "cuda":
             stream = torch.cuda.current_stream(self.device)
         (output,) = self.pipeline.run(stream)
         request = self._waiting.popleft()
-        # DALI reads bytes where they lie, on a GPU perhaps until now: they stay for one batch more
+        # DALI reads the files in place, on a GPU possibly until now: keep them for one more batch
         self._last = request
         labels = torch.tensor(request.labels, dtype=torch.int64)
         indices = np.array(request.indices, dtype=np.int64)
@@ -120,7 +120,7 @@ class DecodingRun:
 
 
 def _build(inputs: Iterator[tuple[Any, ...]], batch_size: int, slot: PipelineSlot) -> Any:
-    """A pipeline that gives uint8 [B, C, S, S] on a GPU, on a CPU the decoded boxes [H, W, C]."""
+    """Build a pipeline; its output is uint8 [B, C, S, S] on a GPU, boxes [H, W, C] on a CPU."""
     from nvidia.dali import Pipeline, fn, types
 
     is_cuda, index = slot.device.type == "cuda", slot.device.index
@@ -141,7 +141,7 @@ def _build(inputs: Iterator[tuple[Any, ...]], batch_size: int, slot: PipelineSlo
             shape=extent,
             axis_names="HW",
             output_type=types.GRAY if num_channels == 1 else types.RGB,
-            # as PIL does, whose sizes the boxes were drawn for
+            # as PIL, whose image sizes the boxes refer to
             adjust_orientation=False,
             device="mixed" if is_cuda else "cpu",
         )
@@ -162,7 +162,7 @@ def _build(inputs: Iterator[tuple[Any, ...]], batch_size: int, slot: PipelineSlo
 
 
 def _copied(output: Any, stream: torch.cuda.Stream) -> Tensor:
-    """DALI's images on the GPU, in memory of torch."""
+    """Copy DALI's images on the GPU to memory of torch."""
     from nvidia.dali.plugin.pytorch import feed_ndarray
 
     images = output.as_tensor()

@@ -1,4 +1,4 @@
-"""Which parts of which files DALI is asked to decode, and what becomes of them on a CPU."""
+"""Requests to DALI: parts of files to decode, and their resizing on a CPU."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from safer_fast.runtime.micro_batch import fill_
 
 @dataclass
 class Request:
-    """Which parts of which files one batch is made of.
+    """Parts of image files that make one batch.
 
-    files: encoded images. sizes: width and height of each in pixels. crops: what is taken of each;
-    None takes the centre, as `fit` does. indices: which images of the split they are.
-    messages: a line for each image left out. batch_size: what the batch is filled up to.
+    files: encoded images. sizes: width and height of each in pixels. crops: the part of each; None:
+    the centre, as `fit` takes it. indices: of the images in the split. messages: a line for each
+    image left out. batch_size: the batch is filled up to this many images.
     """
 
     image_format: ImageFormat
@@ -46,7 +46,7 @@ class Request:
         index: int,
         label: int,
     ) -> None:
-        """Asks for one more image."""
+        """Add one more image."""
         self.files.append(file)
         self.sizes.append(size)
         self.crops.append(crop)
@@ -54,9 +54,9 @@ class Request:
         self.labels.append(label)
 
     def boxes(self) -> tuple[Any, ...]:
-        """Files, and corner and size of the box that is decoded of each, int32 [B, 2].
+        """Files, and corner and size of the box to decode of each, int32 [B, 2] each.
 
-        DALI takes no empty batch: it is told of one pixel where nothing is asked for.
+        DALI accepts no empty batch: an empty request decodes one pixel.
         """
         if not self.files:
             return self._of_one_pixel().boxes()
@@ -65,8 +65,8 @@ class Request:
         return (self.files, np.ascontiguousarray(boxes[:, :2]), np.ascontiguousarray(boxes[:, 2:]))
 
     def regions(self) -> tuple[Any, ...]:
-        """Corners of the region of each box that becomes the image, float32 [B, 2], and whether it
-        is mirrored, int32 [B]."""
+        """Corners of the region of each box that becomes the image, float32 [B, 2] each, and 1 for
+        a mirrored image, int32 [B]."""
         if not self.files:
             return self._of_one_pixel().regions()
         pairs = zip(self.sizes, self.crops, strict=True)
@@ -85,7 +85,7 @@ class Request:
         return request
 
     def finish(self, parts: Any) -> Tensor:
-        """Images uint8 [B, C, S, S] of decoded parts uint8 [H, W, C] on the CPU, filled up."""
+        """Resize decoded parts uint8 [H, W, C] on the CPU to uint8 [B, C, S, S], filled up."""
         num_channels, size = self.image_format.num_channels, self.image_format.size
         num_slots = max(self.batch_size, len(self.files))
         images = torch.empty(num_slots, num_channels, size, size, dtype=torch.uint8)
@@ -101,7 +101,7 @@ class Request:
 
 
 def _resized(pixels: Tensor, size: int) -> Tensor:
-    """uint8 [C, H, W] at size x size, as torchvision resizes tensors, without its many checks."""
+    """Resize uint8 [C, H, W] to size x size as torchvision does, without its many checks."""
     if pixels.shape[1:] == (size, size):
         return pixels
     return functional.interpolate(pixels[None], (size, size), mode="bilinear", antialias=True)[0]
@@ -109,8 +109,10 @@ def _resized(pixels: Tensor, size: int) -> Tensor:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Torch's threads would wait for each other, and DALI's for them, longer than they resize:
-    17 times as long on two cores."""
+    """Use one torch thread within the block.
+
+    More of them, and DALI's, wait for each other: resizing takes 17 times as long on two cores.
+    """
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -120,14 +122,14 @@ def one_thread() -> Iterator[None]:
 
 
 def as_file(image: Image.Image) -> NDArray[np.uint8]:
-    """The image in a format without compression."""
+    """Encode an image in a format without compression (PPM)."""
     buffer = io.BytesIO()
     image.save(buffer, "PPM")
     return np.frombuffer(buffer.getvalue(), dtype=np.uint8)
 
 
 def _box(size: tuple[int, int], crop: Crop | None) -> tuple[int, int, int, int]:
-    """Top, left, height and width of what is decoded of an image of this width and height."""
+    """Top, left, height and width of the box to decode of an image of this width and height."""
     if crop is None:
         return (0, 0, size[1], size[0])
     return (crop.top, crop.left, crop.height, crop.width)
@@ -136,8 +138,10 @@ def _box(size: tuple[int, int], crop: Crop | None) -> tuple[int, int, int, int]:
 def _region(
     size: tuple[int, int], crop: Crop | None, wanted: int
 ) -> tuple[float, float, float, float]:
-    """Top, left, bottom and right of what is resized of the decoded box: the part that `fit` keeps
-    of an image of this width and height, or all of a crop."""
+    """Top, left, bottom and right of the region of the decoded box that is resized.
+
+    It is the part that `fit` keeps of an image of this width and height, or all of a crop.
+    """
     if crop is not None:
         return (0.0, 0.0, float(crop.height), float(crop.width))
     width, height = size

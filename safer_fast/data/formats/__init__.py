@@ -77,7 +77,7 @@ FORMATS = (
     Format("folders", "train/CLASS/*.jpg", "folder.open_folders"),
 )
 """All formats of data, in the order in which a path is compared with them."""
-# A larger label is no class but a number of another kind.
+# Without class names, a larger label is not taken for a class.
 MOST_UNNAMED_CLASSES = 2**20
 
 
@@ -199,9 +199,9 @@ def _open_files(groups: dict[str, list[Path]], request: OpenRequest) -> dict[str
 
 
 def _refuse_special(file: Path, flag: str) -> None:
-    """Raises ValueError for pipes and devices, which could be read for ever, and for folders.
+    """Raise ValueError for pipes, devices and folders: reading them might never end.
 
-    Raises OSError that says why a file is not there, or may not be read.
+    Raises OSError with the reason if a file is missing or may not be read.
     """
     if not stat.S_ISREG(file.stat().st_mode):
         raise ValueError(f"{flag}: expected {_expected()}, got {file}, which is no file")

@@ -1,4 +1,4 @@
-"""Images in arrays: scikit-learn's digits and .npz files."""
+"""Images in arrays: scikit-learn's digits, and .npz files."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from PIL import Image
 
 from safer_fast.config.messages import printable
 from safer_fast.data.formats.source import OpenRequest, Source
-from safer_fast.data.formats.splits import split_of, tells_split
+from safer_fast.data.formats.splits import names_split, split_of
 from safer_fast.runtime.machine_errors import machine_error, physical_memory
 
 NUM_TRAINING_DIGITS = 1000
-# What arrays are named, in whatever case, alone or with a word for a split: x_train, val_labels.
+# Names of arrays, in any case, alone or with a word for a split: x_train, val_labels.
 PAIRS = (("images", "labels"), ("image", "label"), ("x", "y"))
 
 
@@ -63,9 +63,9 @@ def open_digits(_: dict[str, list[Path]], request: OpenRequest) -> dict[str, Sou
 
 
 def open_npz(paths: dict[str, list[Path]], request: OpenRequest) -> dict[str, Source]:
-    """Arrays of images and labels in one file, of all data or of splits by their names."""
+    """Open one .npz file with arrays of images and labels, of all data or of each split."""
     (path,), flag, beside = paths["all"], request.flag, request.beside
-    # Opened here: numpy leaves a file open that it finds to be damaged.
+    # opened here, because numpy does not close a file that is damaged
     with path.open("rb") as file, _open_archive(file, path, flag) as archive:
         found = _find_arrays(archive.files, path, flag)
         wanted = [key for keys in found.values() for key in keys]
@@ -81,9 +81,9 @@ def open_npz(paths: dict[str, list[Path]], request: OpenRequest) -> dict[str, So
 
 
 def _find_arrays(names: list[str], path: Path, flag: str) -> dict[str, tuple[str, str]]:
-    """The names of the arrays of images and of labels, by split.
+    """Find the names of the arrays of images and of labels, by split.
 
-    Raises ValueError unless there are both, for all data or for every split that is named.
+    Raises ValueError unless both exist, for all data or for every split that is named.
     """
     by_split: dict[str, dict[str, str]] = defaultdict(dict)
     for name in names:
@@ -103,10 +103,10 @@ def _find_arrays(names: list[str], path: Path, flag: str) -> dict[str, tuple[str
 
 
 def _word_of(name: str) -> str | None:
-    """The word for images or labels in a name that has none besides it but one for a split."""
+    """The word for images or labels in a name with no other word except one for a split."""
     words = set(re.split(r"[^a-z0-9]+", name.lower()))
     known = words.intersection(word for pair in PAIRS for word in pair)
-    is_alone = len(words) == 1 or (len(words) == 2 and tells_split(name))
+    is_alone = len(words) == 1 or (len(words) == 2 and names_split(name))
     return known.pop() if known and is_alone else None
 
 
@@ -114,7 +114,7 @@ def _open_archive(file: BinaryIO, path: Path, flag: str) -> NpzFile:
     try:
         archive = np.load(file, allow_pickle=False)
     except Exception as error:
-        # Crafted bytes make numpy and zipfile raise whatever they stumble over.
+        # on crafted bytes numpy and zipfile raise any exception
         raise machine_error(error, flag, str(path)) or ValueError(
             f"{flag}: expected a readable .npz file, got {path}"
         ) from error
@@ -124,7 +124,7 @@ def _open_archive(file: BinaryIO, path: Path, flag: str) -> NpzFile:
 
 
 def _check_memory(archive: NpzFile, wanted: list[str], path: Path, flag: str) -> None:
-    """Before anything is read: a small file can hold zeros without end."""
+    """Raise ValueError, before reading, if arrays do not fit in memory: zeros compress well."""
     members = archive.zip.infolist() if archive.zip is not None else []
     num_bytes = sum(
         member.file_size for member in members if member.filename.removesuffix(".npy") in wanted
@@ -137,24 +137,24 @@ def _check_memory(archive: NpzFile, wanted: list[str], path: Path, flag: str) ->
 
 
 def _load(archive: NpzFile, key: str, path: Path, flag: str) -> NDArray[Any]:
-    """One array; numpy refuses those that it would have to unpickle."""
+    """Read one array; numpy refuses arrays that it would have to unpickle."""
     try:
         array = archive[key]
         if not isinstance(array, np.ndarray):
             raise TypeError("numpy gives the bytes of what is no array")
     except Exception as error:
-        raise _blame(error, archive, key, path, flag) or ValueError(
+        raise _machine_error(error, archive, key, path, flag) or ValueError(
             f"{flag}: expected a readable array without Python objects, got {key} in {path}"
         ) from error
     return array
 
 
-def _blame(
+def _machine_error(
     error: Exception, archive: NpzFile, key: str, path: Path, flag: str
 ) -> ValueError | None:
-    """The line on an error of the machine; None where the array is damaged.
+    """The error for a failure of the machine; None if the array is damaged.
 
-    A damaged head asks for more memory than its array has bytes: those are tried.
+    A damaged header asks for more memory than its array has bytes: whether those fit is tried.
     """
     if isinstance(error, MemoryError) and archive.zip is not None:
         try:
@@ -183,7 +183,7 @@ def _source(images: NDArray[Any], labels: NDArray[Any], path: Path, flag: str) -
 
 
 def _channels_last(images: NDArray[Any], path: Path, flag: str) -> NDArray[Any]:
-    """[N, H, W] for grey images, else [N, H, W, C]."""
+    """Images as [N, H, W] if they are grey, else as [N, H, W, C]."""
     shape = list(images.shape)
     if images.ndim == 4 and images.shape[3] not in (1, 3, 4):
         images = np.moveaxis(images, 1, 3)
@@ -199,14 +199,14 @@ def _channels_last(images: NDArray[Any], path: Path, flag: str) -> NDArray[Any]:
 
 
 def _as_bytes(images: NDArray[Any], path: Path, flag: str) -> NDArray[np.uint8]:
-    """uint8 as they are; floats in [0, 1] rounded to the 256 levels of a byte."""
+    """Images as uint8; floats in [0, 1] are rounded to the 256 levels of a byte."""
     if images.dtype == np.uint8:
         return images
     if not np.issubdtype(images.dtype, np.floating):
         raise ValueError(
             f"{flag}: expected uint8 images or floats in [0, 1], got {images.dtype} in {path}"
         )
-    # Written so that NaN fails too.
+    # NaN fails this comparison too
     if images.size and not (images.min() >= 0 and images.max() <= 1):
         raise ValueError(
             f"{flag}: expected float images in [0, 1], "

@@ -1,4 +1,4 @@
-"""What lies beside the data and is not read: hidden and system files, and what is no image."""
+"""Files beside the data that are not read: hidden and system files, and files without images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from safer_fast.config.messages import printable
 
 # Names of classes, one on a line, beside shards.
 CLASS_NAMES = "classnames.txt"
-# As macOS, Windows, Linux, Synology and Python leave them in any folder.
+# Files and folders that macOS, Windows, Linux, Synology and Python create in any folder.
 SYSTEM_NAMES = {
     "__macosx",
     "__pycache__",
@@ -24,14 +24,14 @@ SYSTEM_NAMES = {
 
 
 class Beside:
-    """Counts what is not read as data, for one line on it, and folders below those of classes."""
+    """Counts files and folders that are not read as data, and folders below those of classes."""
 
     def __init__(self) -> None:
         self._num_files = self._num_folders = self._num_deep = 0
         self._example = self._hidden_example = self._deep_example = ""
 
     def pass_over(self, path: str, is_folder: bool = False) -> None:
-        """This file or folder is not read."""
+        """Count a file or folder that is not read."""
         self._num_folders += is_folder
         self._num_files += not is_folder
         if is_hidden(os.path.basename(path)):
@@ -40,7 +40,7 @@ class Beside:
             self._example = self._example or path
 
     def pass_over_rest(self, folder: Path, used: Iterable[Path]) -> None:
-        """Nothing in this folder is read but what is used."""
+        """Count everything in a folder except the paths that are used."""
         names = {path.name for path in used}
         with os.scandir(folder) as entries:
             rest = sorted(
@@ -50,12 +50,12 @@ class Beside:
             self.pass_over(path, is_folder)
 
     def take_from_below(self, folder: str) -> None:
-        """The images in this folder, below that of a class, are of the class."""
+        """Count a folder below that of a class, whose images belong to the class."""
         self._num_deep += 1
         self._deep_example = self._deep_example or folder
 
     def add(self, other: Beside) -> None:
-        """What another one counts counts here too."""
+        """Add the counts of another object."""
         self._num_files += other._num_files
         self._num_folders += other._num_folders
         self._num_deep += other._num_deep
@@ -64,7 +64,7 @@ class Beside:
         self._deep_example = self._deep_example or other._deep_example
 
     def lines(self) -> list[str]:
-        """A line on what was passed over and one on deeper folders, where there are any."""
+        """Notes on files that were passed over and on deeper folders, if there are any."""
         found = []
         if counts := [*_count(self._num_files, "file"), *_count(self._num_folders, "folder")]:
             example = printable(self._example or self._hidden_example)
@@ -76,12 +76,12 @@ class Beside:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a system or a tool made this file or folder for itself."""
+    """True for hidden names and for files that systems and tools create for themselves."""
     return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 
 def visible_folders(path: str | Path) -> list[str]:
-    """The names of the folders in a folder, sorted, without hidden ones and those of systems."""
+    """Names of the folders in a folder, sorted, without hidden and system folders."""
     with os.scandir(path) as entries:
         return sorted(
             entry.name for entry in entries if not is_hidden(entry.name) and entry.is_dir()
@@ -89,7 +89,7 @@ def visible_folders(path: str | Path) -> list[str]:
 
 
 def find_dead_links(path: str | Path) -> list[str]:
-    """The names of links in a folder that lead nowhere, sorted, without hidden ones."""
+    """Names of broken links in a folder, sorted, without hidden ones."""
     with os.scandir(path) as entries:
         links = [entry.name for entry in entries if entry.is_symlink()]
     dead = [name for name in links if not os.path.exists(os.path.join(path, name))]

@@ -19,13 +19,16 @@ from safer_fast.data.formats.source import (
 )
 from safer_fast.runtime.machine_errors import missing
 
-# What notes on images end in. Such files are not opened: there may be one beside every image.
+# Endings of metadata files, which are not opened: there may be one beside every image.
 TEXT_ENDINGS = {".csv", ".json", ".txt", ".xml", ".yaml"}
 
 
 class FolderSource(EncodedSource):
-    """DIR/CLASS/*.jpg with the classes and files of torchvision's ImageFolder, sorted by name, but
-    without hidden ones, and with images whose ending does not tell that they are."""
+    """Images in DIR/CLASS/*.jpg, sorted by name.
+
+    Classes and files are those of torchvision's ImageFolder, but without hidden ones, and with
+    images whose ending is not that of an image.
+    """
 
     def __init__(self, path: Path, flag: str, beside: Beside) -> None:
         if dead := find_dead_links(path):
@@ -38,8 +41,8 @@ class FolderSource(EncodedSource):
         files = [_find_images(os.path.join(path, name), flag, beside) for name in names]
         self.flag, self.class_names = flag, names
         self.labels = np.repeat(np.arange(len(names)), [len(found) for found in files])
-        # One buffer: worker processes would copy a list of strings page by page as they count
-        # references in it.
+        # one buffer: counting references, worker processes would copy a list of strings page by
+        # page
         encoded = [os.fsencode(file) for found in files for file in found]
         self.files = np.array(encoded, dtype=np.bytes_)
 
@@ -48,7 +51,7 @@ class FolderSource(EncodedSource):
         try:
             return np.frombuffer(Path(file).read_bytes(), dtype=np.uint8)
         except FileNotFoundError:
-            if os.path.lexists(file):  # a link that leads nowhere
+            if os.path.lexists(file):  # a broken link
                 raise
             raise missing(self.flag, file) from None
 
@@ -57,9 +60,9 @@ class FolderSource(EncodedSource):
 
 
 def _find_images(folder: str, flag: str, beside: Beside) -> list[str]:
-    """The image files below the folder of a class, at least one, by folder and name.
+    """Find the image files below the folder of a class, at least one, sorted by folder and name.
 
-    Links are followed, but no folder is entered twice: links may form circles.
+    Links are followed, but no folder is entered twice: links may form cycles.
     """
     found, waiting, seen = [], [folder], set()
     while waiting:
@@ -83,9 +86,9 @@ def _find_images(folder: str, flag: str, beside: Beside) -> list[str]:
 def _sort_out(
     entries: Iterable[os.DirEntry[str]], flag: str, beside: Beside
 ) -> tuple[list[str], list[str]]:
-    """The paths of folders and the names of images, links that lead nowhere among them.
+    """Return the paths of folders and the names of images, including broken links.
 
-    Raises ValueError for pipes and devices, which could be read for ever.
+    Raises ValueError for pipes and devices, from which reading might never end.
     """
     folders, images = [], []
     for entry in entries:
@@ -98,15 +101,15 @@ def _sort_out(
             raise ValueError(
                 f"{flag}: expected files of images, got a pipe or device: {entry.path}"
             )
-        elif _is_taken(entry):
+        elif _is_image_file(entry):
             images.append(entry.name)
         else:
             beside.pass_over(entry.path)
     return folders, images
 
 
-def _is_taken(entry: os.DirEntry[str]) -> bool:
-    """Whether a file is an image, by its ending where that tells, else by its first bytes."""
+def _is_image_file(entry: os.DirEntry[str]) -> bool:
+    """True for an image, recognised by its ending, or else by its first bytes."""
     ending = os.path.splitext(entry.name)[1].lower()
     if ending in image_endings():
         return True
@@ -114,7 +117,7 @@ def _is_taken(entry: os.DirEntry[str]) -> bool:
 
 
 def open_folders(folders: dict[str, list[Path]], request: OpenRequest) -> dict[str, Source]:
-    """The images of each split's folder."""
+    """Open the folder of each split."""
     return {
         split: FolderSource(folder, request.flag, request.beside)
         for split, (folder,) in folders.items()

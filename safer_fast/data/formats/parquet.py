@@ -21,17 +21,19 @@ from safer_fast.data.formats.parquet_images import (
 from safer_fast.data.formats.source import Columns, EncodedSource, OpenRequest, Source, renumbered
 from safer_fast.runtime.machine_errors import memory_limit
 
-# Encoded images of all splits together; more are copied to a file that is read as it is needed.
+# Bytes of encoded images of all splits; larger sets are copied to a file that is read on demand.
 LARGEST_IN_MEMORY = 4 * 2**30
-# The network, and the processes of other ranks, take memory too.
+# Images may take 1/8 of the memory: the network and other ranks need memory too.
 SHARE_OF_MEMORY = 8
 # What is known of a row besides takes eight times as much as its label.
 SHARE_OF_LABELS = 64
 
 
 class ParquetSource(EncodedSource):
-    """Rows of one or more files: a column of encoded images as bytes or as struct{bytes, path}, and
-    a column of labels; class names from the schema metadata, or the texts that are labels, sorted.
+    """Rows of one or more parquet files with a column of images and a column of labels.
+
+    Images are encoded, as bytes or as struct{bytes, path}. Class names come from the schema
+    metadata, or are the sorted texts if labels are texts.
     """
 
     has_columns = True
@@ -67,14 +69,14 @@ class ParquetSource(EncodedSource):
         return f"row {row} of {self.files[file]}"
 
     def _place(self, index: int) -> tuple[int, int]:
-        """The number of the file, and the row in it."""
+        """Index of the file, and the row in it."""
         file = int(np.searchsorted(self.ends, index, side="right"))
         return file, index - (int(self.ends[file - 1]) if file else 0)
 
     def _numbers(
         self, file: Path, labels: NDArray[np.int64], names: list[str] | None, found: Found
     ) -> NDArray[np.int64]:
-        """The labels of a file as numbers of the classes; raises ValueError for other classes."""
+        """Labels of a file as class numbers; raises ValueError if its classes differ."""
         if names is not None and self.class_names is not None:
             return renumbered(labels, names, self.class_names)
         if self.has_text_labels:
@@ -91,16 +93,16 @@ class ParquetSource(EncodedSource):
 
 @dataclass(frozen=True)
 class _Facts:
-    """num_bytes: of the column of images, not compressed."""
+    """Metadata of a file; num_bytes: of the column of images, uncompressed."""
 
     columns: Found
     num_bytes: int
 
 
 def open_parquet(groups: dict[str, list[Path]], request: OpenRequest) -> dict[str, Source]:
-    """A source for each split's files, whose images are held in memory where they are few.
+    """Open the files of each split; their images are held in memory if they are small.
 
-    Raises ValueError for files that are damaged or in another schema, and where there is no room
+    Raises ValueError for files that are damaged or have another schema, and if there is no room
     for copies.
     """
     flag, columns = request.flag, request.columns
@@ -123,7 +125,7 @@ def open_parquet(groups: dict[str, list[Path]], request: OpenRequest) -> dict[st
 
 
 def _look(file: Path, columns: Columns, flag: str) -> _Facts:
-    """Reads the end of a file, which tells of all of it."""
+    """Read the metadata at the end of a file."""
     with one_line_errors(file, flag):
         metadata = pq.read_metadata(file)
         schema = metadata.schema.to_arrow_schema()

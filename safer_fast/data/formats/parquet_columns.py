@@ -1,4 +1,4 @@
-"""Which columns of a parquet file are images and labels, and what the labels stand for."""
+"""The columns of images and labels in a parquet file, and the class names of the labels."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from safer_fast.data.formats.source import Columns
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMN = "label"
-# What a column of labels may be called where none is called label and no metadata tells.
+# Words in names of label columns, if none is named label and the metadata name none.
 LABEL_WORDS = ("label", "class", "target", "category")
 Column: TypeAlias = "pa.ChunkedArray[Any]"
 
 
 @dataclass(frozen=True)
 class Found:
-    """The names of both columns, and those of the classes where the metadata has them."""
+    """Names of both columns, and of the classes if the metadata have them."""
 
     image: str
     label: str
@@ -32,10 +32,10 @@ class Found:
 
 
 def find_columns(schema: pa.Schema, wanted: Columns, file: Path, flag: str) -> Found:
-    """The columns that `wanted` names, else those whose names and types leave no choice.
+    """Find the columns that `wanted` names, or else the only ones with a fitting name and type.
 
-    Raises ValueError that lists the columns where one is missing, leaves a choice, or has no type
-    of images or labels.
+    Raises ValueError listing the columns if one is missing, ambiguous, or of another type than
+    images or labels.
     """
     features = _features(schema)
     image = _named(wanted.image, "image", schema, file) or _one(
@@ -60,7 +60,7 @@ def find_columns(schema: pa.Schema, wanted: Columns, file: Path, flag: str) -> F
 
 
 def is_image(kind: pa.DataType) -> bool:
-    """Whether it is the type of encoded images: bytes, or a struct of bytes and path."""
+    """True for a type of encoded images: bytes, or a struct of bytes and path."""
     if pa.types.is_struct(kind):
         place = kind.get_field_index("bytes")
         return place >= 0 and is_image(kind.field(place).type)
@@ -68,7 +68,7 @@ def is_image(kind: pa.DataType) -> bool:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether it is the type of texts, in a dictionary or not."""
+    """True for a type of texts, dictionary-encoded or not."""
     if pa.types.is_dictionary(kind):
         return is_text(kind.value_type)
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
@@ -77,7 +77,7 @@ def is_text(kind: pa.DataType) -> bool:
 def read_labels(
     column: Column, name: str, file: Path, flag: str
 ) -> tuple[NDArray[np.int64], list[str] | None]:
-    """Labels [N]; of a column of texts their places in the sorted texts, and these.
+    """Read labels [N]; for texts, their indices in the sorted texts, and the sorted texts.
 
     Raises ValueError for a row without a label.
     """
@@ -96,10 +96,10 @@ def read_labels(
 
 
 def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
-    """What the metadata key `huggingface` says of the columns."""
+    """Features of the columns according to the metadata key `huggingface`."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return {name: told for name, told in features.items() if isinstance(told, dict)}
+        return {name: item for name, item in features.items() if isinstance(item, dict)}
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         return {}
 
@@ -108,8 +108,8 @@ def _image_candidates(schema: pa.Schema, features: dict[str, dict[str, Any]]) ->
     for name in IMAGE_COLUMNS:
         if name in schema.names:
             return [name]
-    told = [name for name in schema.names if features.get(name, {}).get("_type") == "Image"]
-    return told or [field.name for field in schema if is_image(field.type)]
+    declared = [name for name in schema.names if features.get(name, {}).get("_type") == "Image"]
+    return declared or [field.name for field in schema if is_image(field.type)]
 
 
 def _label_candidates(
@@ -117,8 +117,10 @@ def _label_candidates(
 ) -> list[str]:
     if LABEL_COLUMN in schema.names:
         return [LABEL_COLUMN]
-    told = [name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"]
-    return told or [
+    declared = [
+        name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"
+    ]
+    return declared or [
         field.name
         for field in schema
         if (pa.types.is_integer(field.type) or is_text(field.type))
@@ -128,7 +130,7 @@ def _label_candidates(
 
 
 def _named(name: str | None, role: str, schema: pa.Schema, file: Path) -> str | None:
-    """The column that the setting names."""
+    """Check the column that the setting names; None if it names none."""
     if name is not None and schema.names.count(name) != 1:
         raise ValueError(
             f"data.{role}_column: expected one column of {file} ({_list(schema.names)}), "
@@ -140,7 +142,7 @@ def _named(name: str | None, role: str, schema: pa.Schema, file: Path) -> str | 
 def _one(
     candidates: list[str], usual: str, role: str, schema: pa.Schema, file: Path, flag: str
 ) -> str:
-    """The only candidate."""
+    """The only candidate; raises ValueError if there is not exactly one."""
     if len(candidates) == 1 and schema.names.count(candidates[0]) == 1:
         return candidates[0]
     shown = [name for name in schema.names if name in candidates] or schema.names
@@ -155,5 +157,5 @@ def _list(names: list[str]) -> str:
 
 
 def _flag(name: str | None, role: str, flag: str) -> str:
-    """The setting that a column comes from."""
+    """The setting that determined a column."""
     return flag if name is None else f"data.{role}_column"

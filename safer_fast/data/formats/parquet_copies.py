@@ -1,7 +1,7 @@
-"""Images of parquet files too large for memory: copied once to where each can be read by itself.
+"""Images of parquet files too large for memory, copied once to a file with random access.
 
-Within a parquet file images are compressed by the hundred, so that a shuffled epoch would
-decompress each of them a hundred times.
+Parquet files compress images in groups of a hundred and more, and a shuffled epoch would decompress
+each group a hundred times.
 """
 
 from __future__ import annotations
@@ -34,16 +34,15 @@ from safer_fast.runtime.timing_cache import cache_file
 
 FOLDER = "parquet"
 VERSION = 1
-# Of images that are decompressed at a time; pyarrow holds the page that they lie in besides, which
-# is up to 1,024 rows as it is usually written.
+# Bytes of images decompressed at a time; pyarrow also holds their page, usually up to 1,024 rows.
 BATCH_BYTES = 2**23
 BUFFER_BYTES = 2**20
 
 
 class CopiedImages:
-    """Images that lie one after another in a file of the user's cache for each parquet file.
+    """Images in files of the user's cache, one for each parquet file.
 
-    indices: of each file, int64 [N, 3]: offset, size, and 1 for the path of an image, else 0.
+    indices: for each file, int64 [N, 3]: offset, size, and 1 for the path of an image, else 0.
     """
 
     def __init__(self, copies: list[Path], indices: list[NDArray[np.int64]], flag: str) -> None:
@@ -61,10 +60,10 @@ def copy_images(
     sizes: Sequence[int],
     flag: str,
 ) -> CopiedImages:
-    """The images of the files; those that are not in the cache yet are copied to it.
+    """Open the images of the files; those that are not in the cache yet are copied to it.
 
-    sizes: bytes of each file's images. A line on standard error says what is copied and where to.
-    Other processes wait for the one that copies. Raises ValueError where there is no room.
+    sizes: bytes of each file's images. A line on standard error names the number of files and the
+    folder. Other processes wait for the one that copies. Raises ValueError if there is no room.
     """
     copies = [_copy_of(file, column) for file, column in zip(files, columns, strict=True)]
     try:
@@ -84,7 +83,7 @@ def copy_images(
 
 
 def _copy_of(file: Path, column: str) -> Path:
-    """Where the images of a file are copied to; its name tells the file and its state apart."""
+    """Path of the copy of a file's images; its name depends on the file's path and state."""
     state, place = file.stat(), f"{file.absolute()}\0{column}"
     words = place, f"{VERSION} {state.st_size} {state.st_mtime_ns}"
     names = [hashlib.blake2b(os.fsencode(word), digest_size=8).hexdigest() for word in words]
@@ -92,7 +91,7 @@ def _copy_of(file: Path, column: str) -> Path:
 
 
 def _index(copy: Path) -> NDArray[np.int64] | None:
-    """The index of a copy; None where the copy is not there, or not all of it."""
+    """Index of a copy; None if the copy is missing or incomplete."""
     try:
         index: NDArray[np.int64] = np.load(_index_file(copy), allow_pickle=False)
         end = int(index[-1, :2].sum()) if len(index) else 0
@@ -107,7 +106,7 @@ def _index_file(copy: Path) -> Path:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """No other process copies meanwhile, where the file system knows locks."""
+    """Let one process copy at a time, if the file system has locks."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("wb") as lock:
         try:
@@ -117,7 +116,7 @@ def _alone(folder: Path) -> Iterator[None]:
                 _say(f"waiting for another process that copies images to {folder}")
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:
-            pass  # copies are complete or not there: at worst one is made twice
+            pass  # copies are complete or missing: at worst one is made twice
         yield
 
 
@@ -148,12 +147,12 @@ def _copy_missing(
 
 
 def _say(line: str) -> None:
-    """Whoever asked for the images: what fills a disk is never silent."""
+    """Print a line on standard error: filling a disk is never silent."""
     tqdm.write(line, file=sys.stderr)
 
 
 def _copy(file: Path, column: str, num_bytes: int, copy: Path, flag: str) -> None:
-    """The copy is there, and those of other states of the file are not."""
+    """Make the copy, and remove those of earlier states of the file."""
     part, index_part = (copy.with_suffix(f".{os.getpid()}.{n}.tmp") for n in range(2))
     try:
         with part.open("wb") as images:
@@ -181,7 +180,7 @@ def _copy(file: Path, column: str, num_bytes: int, copy: Path, flag: str) -> Non
 def _contents(
     file: Path, column: str, num_bytes: int, flag: str
 ) -> Iterator[tuple[NDArray[np.uint8], bool]]:
-    """What the rows have, read with little memory; see `Images.read`."""
+    """Yield the images or paths of all rows, using little memory; see `Images.read`."""
     with one_line_errors(file, flag):
         parquet = pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
         rows = max(1, parquet.metadata.num_rows * BATCH_BYTES // max(num_bytes, 1))

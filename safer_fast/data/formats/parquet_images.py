@@ -1,4 +1,4 @@
-"""Encoded images of parquet files, held in memory, and files that rows name instead."""
+"""Encoded images of parquet files, held in memory, and image files that rows refer to."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Images(Protocol):
     """The image column of several files."""
 
     def read(self, file: int, row: int) -> tuple[NDArray[np.uint8], bool]:
-        """What a row of a file has: an image file, [num_bytes], or, if true, the path of one."""
+        """Bytes of the encoded image of a row, or, with True, of the path of an image file."""
 
 
 class HeldImages:
@@ -53,9 +53,9 @@ class HeldImages:
 
 
 def split_column(column: Array, first: int, file: Path, flag: str) -> tuple[Array, Array | None]:
-    """Images (large_binary) and, where images are missing, paths (large_binary) of image files.
+    """Split a column into images (large_binary) and paths of image files where images are missing.
 
-    Raises ValueError for a path that leads out of the folder of the file. first: the row in the
+    Raises ValueError for a path that leads out of the folder of the file. first: row number in the
     file of the first row.
     """
     if not pa.types.is_struct(column.type):
@@ -73,7 +73,7 @@ def split_column(column: Array, first: int, file: Path, flag: str) -> tuple[Arra
 
 
 def one_of(encoded: Array, paths: Array | None, row: int) -> tuple[NDArray[np.uint8], bool]:
-    """The image of a row, or the path of one; nothing where there is neither."""
+    """The image of a row, or its path and True; an empty array if it has neither."""
     if encoded[row].is_valid:
         return np.frombuffer(encoded[row].as_buffer(), dtype=np.uint8), False
     if paths is not None and paths[row].is_valid:
@@ -82,27 +82,27 @@ def one_of(encoded: Array, paths: Array | None, row: int) -> tuple[NDArray[np.ui
 
 
 def read_beside(file: Path, name: NDArray[np.uint8], flag: str) -> NDArray[np.uint8]:
-    """The image file that a row names, below the folder that the parquet file is in."""
+    """Read the image file that a row refers to, below the folder of the parquet file."""
     path = file.parent / name.tobytes().decode()
-    if not path.is_file():  # nor a pipe, which would be read for ever
+    if not path.is_file():  # or is a pipe, from which reading might never end
         raise FileNotFoundError(path)
     return np.frombuffer(path.read_bytes(), dtype=np.uint8)
 
 
 @contextmanager
 def one_line_errors(file: Path, flag: str) -> Iterator[None]:
-    """Whatever is wrong with the file becomes ValueError that names it."""
+    """Turn any exception about the file into a ValueError that names it."""
     try:
         yield
     except Exception as error:
-        # Crafted bytes make pyarrow raise whatever it stumbles over.
+        # on crafted bytes pyarrow raises any exception
         raise machine_error(error, flag, str(file)) or ValueError(
             f"{flag}: expected a readable parquet file, got {file}"
         ) from error
 
 
 def _check_path(name: str, row: int, file: Path, flag: str) -> None:
-    """A data set from elsewhere reads no file of this machine that is not its own."""
+    """Raise ValueError for a path outside of the data set's folder: data may be untrusted."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name or not path.parts:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Parts of large files, read where they lie, with few files open at a time."""
+"""Random access to parts of large files, with few files open at a time."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from numpy.typing import NDArray
 from safer_fast.runtime.machine_errors import MachineError, machine_error, missing
 
 MOST_OPEN = 256
-# Of the files that this process may have open; three splits may be read in turns.
+# Share 1/16 of the files that this process may open; three splits may be read in turns.
 SHARE_OPEN = 16
 
 
 class FileParts:
-    """Reads parts of files into memory of their own, so that no descriptor waits for a batch.
+    """Reads parts of files into arrays that own their memory.
 
-    Not mapped into memory: a map that an image still needs keeps its file open, and a disk that
-    fails would end the process without a word. flag: the setting named in errors. Every process
-    opens files of its own; not for several threads.
+    Files are not mapped into memory: a map keeps its file open while any image needs it, and a disk
+    failure would kill the process without a message. flag: the setting named in errors. Every
+    process opens files of its own. Not thread-safe.
     """
 
     def __init__(self, files: Sequence[Path], flag: str) -> None:
@@ -39,9 +39,9 @@ class FileParts:
         self.close()
 
     def read(self, number: int, offset: int, size: int) -> NDArray[np.uint8]:
-        """The bytes of a part of file `number`, [size], read-only.
+        """Read a part of file `number`, [size] bytes, read-only.
 
-        Raises MachineError where they cannot be read: no image of many is to blame for its file.
+        Raises MachineError if that fails: a single image is not to blame for its file.
         """
         file = self.files[number]
         part = np.empty(size, dtype=np.uint8)
@@ -62,12 +62,12 @@ class FileParts:
         return part
 
     def close(self) -> None:
-        """Closes all files; they are opened again when they are needed."""
+        """Close all files; they are reopened on demand."""
         while self._open:
             os.close(self._open.popitem()[1])
 
     def _descriptor(self, number: int) -> int:
-        """That of an open file; the files read last stay open."""
+        """Descriptor of a file, opened if necessary; the most recently read files stay open."""
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
@@ -92,7 +92,7 @@ def _most_open() -> int:
 
 
 def _read_into(part: NDArray[np.uint8], descriptor: int, offset: int) -> int:
-    """Fills the array with what lies at `offset`; gives the number of bytes that there are."""
+    """Fill the array with the bytes at `offset`; returns the number of bytes read."""
     view, num_read = part.data, 0
     while num_read < len(part):
         count = os.preadv(descriptor, [view[num_read:]], offset + num_read)

@@ -1,4 +1,4 @@
-"""What a data format gives: labels, class names, and images by row."""
+"""Source: labelled images of a data format, by row."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from PIL import Image, UnidentifiedImageError
 from safer_fast.data.bad_images import BadImages
 from safer_fast.data.formats.beside import Beside
 
-# Not all that PIL knows: it would have Ghostscript run what an EPS file says.
+# Not all formats of PIL: for an EPS file it would run Ghostscript on untrusted code.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "PPM", "BMP", "GIF", "TIFF", "JPEG2000", "AVIF")
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of images and labels that the settings name; None: those that leave no choice."""
+    """Names of the columns of images and labels in the settings; None: to be found."""
 
     image: str | None = None
     label: str | None = None
@@ -43,9 +43,9 @@ class OpenRequest:
 class Source(ABC):
     """Labelled images on disk or in memory; picklable, for worker processes.
 
-    flag: the setting that named the data, for error messages.
-    labels: int64 [N]. class_names: None where the format has no names. has_columns: whether
-    `Columns` choose what is read. has_text_labels: class names are the labels that were read.
+    flag: the setting that names the data, for messages.
+    labels: int64 [N]. class_names: None if the format has no names. has_columns: True if `Columns`
+    apply. has_text_labels: True if class names were read as labels.
     """
 
     has_columns = False
@@ -58,9 +58,9 @@ class Source(ABC):
         return len(self.labels)
 
     def adopt(self, class_names: list[str]) -> None:
-        """Counts classes as `class_names` does, where labels are texts and all of them are there.
+        """Renumber labels that are texts by `class_names`, if these contain all of them.
 
-        Other labels are numbers already, and stay.
+        Labels that are numbers stay as they are.
         """
         names = self.class_names
         if self.has_text_labels and names is not None and set(names) <= set(class_names):
@@ -68,21 +68,21 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, index: int) -> Image.Image:
-        """The image of a row, opened but not necessarily decoded; raises anything if damaged."""
+        """Open the image of a row, not necessarily decoded; raises any exception if damaged."""
 
     @abstractmethod
     def describe(self, index: int) -> str:
-        """Where a row comes from: its file, or its row (counted from 0) and file."""
+        """Origin of a row for messages: its file, or its row number (from 0) and file."""
 
 
 class EncodedSource(Source):
-    """A source of image files, in bytes, of any of `IMAGE_FORMATS`."""
+    """A source of encoded images, each in one of `IMAGE_FORMATS`."""
 
     @abstractmethod
     def encoded(self, index: int) -> NDArray[np.uint8]:
-        """The bytes of a row's image file, [num_bytes], read-only; a view where they lie in memory.
+        """Bytes of a row's encoded image, [num_bytes], read-only; a view if they are in memory.
 
-        Raises anything if they cannot be read.
+        Raises any exception if they cannot be read.
         """
 
     def read(self, index: int) -> Image.Image:
@@ -91,13 +91,13 @@ class EncodedSource(Source):
 
 @functools.cache
 def image_endings() -> frozenset[str]:
-    """The endings of names by which images of `IMAGE_FORMATS` are known: .jpg, .png and so on."""
+    """File name endings of `IMAGE_FORMATS`: .jpg, .png and so on."""
     endings = Image.registered_extensions()
     return frozenset(ending for ending, name in endings.items() if name in IMAGE_FORMATS)
 
 
 def is_image(file: str) -> bool:
-    """Whether a file begins as images of `IMAGE_FORMATS` do; raises OSError as `open` does."""
+    """True if a file begins like an image of `IMAGE_FORMATS`; raises OSError as `open` does."""
     try:
         Image.open(file, formats=IMAGE_FORMATS).close()
     except UnidentifiedImageError:
@@ -105,18 +105,18 @@ def is_image(file: str) -> bool:
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # it cannot be opened
-        # PIL stumbles over it: what is wrong is said, with its name, when it is decoded
+        # PIL cannot parse it: decoding will report the file and the reason
     return True
 
 
 def renumbered(labels: NDArray[np.int64], names: list[str], wanted: list[str]) -> NDArray[np.int64]:
-    """Labels that count `wanted`, which has all of `names`, in place of `names`."""
+    """Labels that index `names`, changed to index `wanted`, which contains all of `names`."""
     places = {name: place for place, name in enumerate(wanted)}
     return np.array([places[name] for name in names], dtype=np.int64)[labels]
 
 
 def check_labels(source: Source, num_classes: int) -> None:
-    """Raises ValueError that names the first row whose label is not in 0..num_classes-1."""
+    """Raise ValueError naming the first row whose label is not in 0..num_classes-1."""
     bad = np.flatnonzero((source.labels < 0) | (source.labels >= num_classes))
     if len(bad):
         raise ValueError(
@@ -126,6 +126,6 @@ def check_labels(source: Source, num_classes: int) -> None:
 
 
 def empty_classes(labels: NDArray[np.int64], num_classes: int) -> list[int]:
-    """The class numbers without any row; labels are in 0..num_classes-1."""
+    """Class numbers without any row; labels must be in 0..num_classes-1."""
     counts = np.bincount(labels, minlength=num_classes)
     return [int(number) for number in np.flatnonzero(counts == 0)]

@@ -1,4 +1,4 @@
-"""Which files and folders make which split: brace patterns, and what names tell."""
+"""Files and folders of each split, recognised by their names, and brace patterns."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ SPLIT = re.compile(
     r"(?<![a-z])(?:(?P<train>train(?:ing)?)|(?P<validation>val(?:id(?:ation)?)?|dev)|"
     r"(?P<test>test(?:ing)?))(?:set|data)?(?![a-z])"
 )
-# Of these, some mean validation data and some test data.
+# Words that mean validation data to some and test data to others.
 UNCLEAR = re.compile(r"(?<![a-z])(?:eval(?:uation)?|(?:hold|held)[-_ ]?out)(?:set|data)?(?![a-z])")
 CAPITAL_WITHIN = re.compile(r"(?<=[a-z])(?=[A-Z])")
 ADVICE = "name it train, val or test, or give each split by a path of its own"
 
 
 def is_pattern(path: Path) -> bool:
-    """Whether a path names many files, as in train-{000..099}.tar."""
+    """True for a path that names several files, such as train-{000..099}.tar."""
     return RANGE.search(str(path)) is not None
 
 
 def expand_pattern(pattern: Path, flag: str) -> list[Path]:
-    """The files that a brace pattern names, the last range the fastest; padded as in a shell.
+    """Return the files that a brace pattern names, in the order and with the padding of a shell.
 
-    Raises ValueError for a range that counts down and for the first file that is not there.
+    Raises ValueError for a range that counts down and for the first missing file.
     """
     files = []
     for name in _expand(str(pattern), flag):
@@ -40,13 +40,13 @@ def expand_pattern(pattern: Path, flag: str) -> list[Path]:
 
 
 def split_of(name: str) -> str | None:
-    """The split that a name tells, by a word of it in whatever case; None where none does."""
+    """The split named by a word of a file or folder name, in any case; None if there is none."""
     match = SPLIT.search(_words(name))
     return match.lastgroup if match else None
 
 
-def tells_split(name: str) -> bool:
-    """Whether a name has a word for a split, be it clear for which or not."""
+def names_split(name: str) -> bool:
+    """True if a name has a word for a split, including ambiguous words."""
     return split_of(name) is not None or UNCLEAR.search(_words(name)) is not None
 
 
@@ -60,7 +60,7 @@ def files_of(folder: Path, ending: str) -> list[Path]:
 
 
 def group_by_split(files: list[Path], flag: str) -> dict[str, list[Path]]:
-    """The splits that the file names tell, or all of it where no name tells one."""
+    """Group files by the split in their names; under `all` if no name has one."""
     groups: dict[str, list[Path]] = defaultdict(list)
     for file in files:
         groups[split_of(file.stem) or "all"].append(file)
@@ -75,13 +75,13 @@ def group_by_split(files: list[Path], flag: str) -> dict[str, list[Path]]:
 def find_split_folders(
     path: Path, endings: Sequence[str], flag: str, beside: Beside
 ) -> dict[str, Path]:
-    """The folders below `path` that are splits by their names; none where they are classes.
+    """Find the folders below `path` that are splits by their names; none if they are classes.
 
-    A folder is a split whose name is a word for one, and one whose name has such a word among
-    others if it holds folders. Raises ValueError for two folders of one split, and for one that
-    looks like a split and is not used. endings: of the files that splits may hold.
+    A folder is a split if its name is a word for one, or contains such a word and the folder holds
+    folders. Raises ValueError for two folders of one split, and for a folder that looks like a
+    split and is not used. endings: of the files that splits may hold.
     """
-    if dead := [name for name in find_dead_links(path) if tells_split(name)]:
+    if dead := [name for name in find_dead_links(path) if names_split(name)]:
         raise ValueError(f"{flag}: expected a folder, got a link to nowhere: {path / dead[0]}")
     folders = [path / name for name in visible_folders(path)]
     found = _splits_among(folders, flag)
@@ -129,13 +129,15 @@ def _splits_among(folders: list[Path], flag: str) -> dict[str, Path]:
 
 
 def _holds_data(folder: Path, endings: Sequence[str]) -> bool:
-    """Whether the folder of a split holds folders of classes, or files other than images."""
+    """True if the folder of a split holds folders of classes, or data files."""
     return bool(visible_folders(folder)) or any(files_of(folder, ending) for ending in endings)
 
 
 def _as_classes(path: Path, found: dict[str, Path], other: Path, flag: str) -> dict[str, Path]:
-    """No splits where `path` is one itself, whose classes have such names; else raises ValueError
-    for splits without classes beside other folders."""
+    """Return no splits if `path` is itself a split, whose classes are named like splits.
+
+    Raises ValueError otherwise, for splits without classes beside other folders.
+    """
     if found and not SPLIT.fullmatch(_words(path.resolve().name)):
         folder = next(iter(found.values()))
         raise ValueError(
@@ -152,5 +154,5 @@ def _split_of_folder(folder: Path) -> str | None:
 
 
 def _words(name: str) -> str:
-    """The name in lower case, TrainImages as two words."""
+    """The name in lower case, with a space within TrainImages."""
     return CAPITAL_WITHIN.sub(" ", name).lower()

@@ -15,7 +15,7 @@ NUM_IMAGES = {"train": 1_281_167, "validation": 50_000}
 
 
 class SyntheticSource(Source):
-    """RGB noise of 224x224 pixels that depends on its index alone; labels evenly distributed."""
+    """RGB noise of 224x224 pixels that depends only on the index; labels evenly distributed."""
 
     def __init__(self, split: str, flag: str) -> None:
         self.split, self.flag, self.class_names = split, flag, None
@@ -30,5 +30,5 @@ class SyntheticSource(Source):
 
 
 def open_synthetic(_: dict[str, list[Path]], request: OpenRequest) -> dict[str, Source]:
-    """As many images and classes as ImageNet's training and validation data."""
+    """Open noise with the numbers of images and classes of ImageNet's splits."""
     return {split: SyntheticSource(split, request.flag) for split in NUM_IMAGES}

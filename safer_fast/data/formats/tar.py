@@ -20,15 +20,15 @@ from safer_fast.data.formats.source import EncodedSource, OpenRequest, Source
 from safer_fast.data.formats.tar_index import ShardIndex, index_shard
 from safer_fast.runtime.machine_errors import MachineError
 
-# More is indexed by several processes.
+# Larger sets are indexed by several processes.
 LARGEST_ALONE = 2**30
 
 
 class TarSource(EncodedSource):
-    """Samples of one or more shards: members KEY.jpg (or another image) and KEY.cls (an integer) or
-    KEY.json (with label or cls); class names from the lines of classnames.txt beside the shards.
+    """Samples of one or more webdataset shards, read in place without extracting them.
 
-    Nothing is extracted: samples are read where they lie.
+    Members of a sample are KEY.jpg (or another image) and KEY.cls (an integer) or KEY.json (with
+    label or cls); class names are the lines of classnames.txt beside the shards.
     """
 
     def __init__(self, shards: list[Path], flag: str, bad: BadImages, beside: Beside) -> None:
@@ -40,7 +40,7 @@ class TarSource(EncodedSource):
                 bad.refuse(message)
             beside.add(index.beside)
             found.append(index)
-        # Arrays, because worker processes would copy lists page by page as they count references.
+        # arrays: counting references, worker processes would copy lists page by page
         self.offsets = np.concatenate([index.offsets for index in found])
         self.sizes = np.concatenate([index.sizes for index in found])
         self.labels = np.concatenate([index.labels for index in found])
@@ -62,9 +62,9 @@ class TarSource(EncodedSource):
 
 
 def open_tar(groups: dict[str, list[Path]], request: OpenRequest) -> dict[str, Source]:
-    """A source for each split's shards; samples without image are bad images.
+    """Open the shards of each split; samples without image are bad images.
 
-    Raises ValueError for labels that are missing or no integers, and where there are no samples.
+    Raises ValueError for labels that are missing or no integers, and if there are no samples.
     """
     return {
         split: TarSource(shards, request.flag, request.bad, request.beside)
@@ -73,7 +73,7 @@ def open_tar(groups: dict[str, list[Path]], request: OpenRequest) -> dict[str, S
 
 
 def _index_all(shards: list[Path], flag: str) -> Iterator[ShardIndex]:
-    """The index of each shard, in their order."""
+    """Yield the index of each shard, in order."""
     index = functools.partial(index_shard, flag=flag)
     num_bytes = sum(shard.stat().st_size for shard in shards)
     if len(shards) == 1 or num_bytes <= LARGEST_ALONE:
@@ -89,7 +89,7 @@ def _index_all(shards: list[Path], flag: str) -> Iterator[ShardIndex]:
             "(is there enough memory?)"
         ) from error
     finally:
-        # An error in one shard does not wait for the others.
+        # an error in one shard must not wait for the others
         pool.shutdown(cancel_futures=True)
 
 

@@ -1,4 +1,4 @@
-"""Where the samples of a webdataset shard lie, found without extracting anything."""
+"""Index of a webdataset shard: offsets and labels of its samples, without extracting any."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from safer_fast.runtime.machine_errors import machine_error
 
 LABEL_EXTENSIONS = {"cls", "json"}
 INTEGER = re.compile(r"-?[0-9]{1,18}")
-# Keys are only for messages; one that is as long as a header allows would widen the whole array.
+# Keys are only for messages; a single long one would widen the whole array.
 LONGEST_KEY = 200
 LARGEST_LABEL = 2**20
 Extent: TypeAlias = tuple[int, int]
@@ -31,8 +31,8 @@ Extent: TypeAlias = tuple[int, int]
 class ShardIndex:
     """The usable samples of a shard, in its order.
 
-    offsets, sizes: of the image files, in bytes. refused: a line for each sample that has not one
-    image, and one for the shard where it is damaged. beside: what is no part of a sample.
+    offsets, sizes: of the image files, in bytes. refused: a line for each sample without exactly
+    one image, and one for the shard if it is damaged. beside: counts members of no sample.
     """
 
     offsets: NDArray[np.int64]
@@ -45,7 +45,7 @@ class ShardIndex:
 
 @dataclass(slots=True)
 class _Sample:
-    """Members that share a key: where the image files and the labels, by extension, lie."""
+    """Members that share a key: extents of image files, and of labels by extension."""
 
     key: str
     images: list[Extent] = field(default_factory=list)
@@ -53,10 +53,10 @@ class _Sample:
 
 
 def index_shard(shard: Path, flag: str) -> ShardIndex:
-    """Headers and labels have been read; of a damaged shard, those before the damage.
+    """Read the headers and labels of a shard; of a damaged one, those before the damage.
 
-    Raises ValueError that names the first sample whose label is missing or no integer, and OSError
-    where the file cannot be opened.
+    Raises ValueError naming the first sample whose label is missing or no integer, and OSError if
+    the file cannot be opened.
     """
     rows: list[tuple[int, int, int]] = []
     keys: list[bytes] = []
@@ -70,7 +70,7 @@ def index_shard(shard: Path, flag: str) -> ShardIndex:
                 rows.append((*sample.images[0], label))
                 keys.append(sample.key.encode()[:LONGEST_KEY])
             elif damaged_at is not None and sample is samples[-1]:
-                continue  # what is missing lies behind the damage, which is refused below
+                continue  # the rest of it is behind the damage, which is reported below
             elif len(sample.images) != 1:
                 refused.append(_describe_images(sample, shard, flag))
             else:
@@ -85,9 +85,9 @@ def index_shard(shard: Path, flag: str) -> ShardIndex:
 
 
 def _walk(file: BinaryIO, flag: str, beside: Beside) -> tuple[list[_Sample], int | None]:
-    """The samples, and the byte at which the file is damaged; None where it is whole.
+    """Return the samples, and the byte at which the file is damaged; None if it is whole.
 
-    Raises MachineError where the machine cannot read it.
+    Raises MachineError if the machine cannot read it.
     """
     samples: list[_Sample] = []
     num_bytes = os.fstat(file.fileno()).st_size
@@ -96,16 +96,16 @@ def _walk(file: BinaryIO, flag: str, beside: Beside) -> tuple[list[_Sample], int
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 is_whole = 0 <= member.size <= num_bytes - member.offset_data
-                # A crafted size may lead back to where the walk comes from, which would never end.
+                # a crafted size may lead back to an earlier member: the loop would never end
                 if tar.offset <= member.offset or not (is_whole or member.issparse()):
                     return samples, member.offset_data
                 if not _add(member, samples) and not member.isdir():
                     beside.pass_over(f"{file.name}/{member.name}")
                 end = tar.offset
-                # Kept for random access, which would cost a kilobyte for each member.
+                # tarfile keeps a kilobyte for each member
                 tar.members.clear()  # type: ignore[attr-defined]
     except Exception as error:
-        # A crafted header makes tarfile raise whatever it stumbles over.
+        # on a crafted header tarfile raises any exception
         if (stopped := machine_error(error, flag, file.name)) is not None:
             raise stopped from error
         return samples, end
@@ -114,10 +114,10 @@ def _walk(file: BinaryIO, flag: str, beside: Beside) -> tuple[list[_Sample], int
 
 
 def _add(member: tarfile.TarInfo, samples: list[_Sample]) -> bool:
-    """To the last sample or, with another key, to a new one; as webdataset names and groups them.
+    """Add a member to the last sample or, with another key, to a new one, as webdataset does.
 
-    False for what is left out: what is no file with all its bytes in one place, names without key
-    or extension, and what is hidden or in a hidden folder.
+    Returns False for members that are left out: anything but a plain file, sparse files, names
+    without key or extension, and hidden names or folders.
     """
     folder, slash, name = member.name.rpartition("/")
     stem, _, extension = name.partition(".")
@@ -137,7 +137,7 @@ def _add(member: tarfile.TarInfo, samples: list[_Sample]) -> bool:
 
 
 def _find_label(sample: _Sample, file: BinaryIO) -> int | str | None:
-    """The class number; a description of what stands in its place, or None where nothing does."""
+    """The class number; a description of any other value, or None if there is no label."""
     if extent := sample.labels.get("cls"):
         text = _read(file, extent).decode("ascii", "replace").strip()
         return int(text) if INTEGER.fullmatch(text) else reprlib.repr(text)
@@ -159,7 +159,7 @@ def _read(file: BinaryIO, extent: Extent) -> bytes:
 
 
 def _is_label(value: object) -> bool:
-    """Whether it is an integer of 64 bits; True and False are none."""
+    """True for an integer of 64 bits; bools are none."""
     return type(value) is int and -(2**63) <= value < 2**63
 
 
