@@ -1,4 +1,4 @@
-"""Which fast paths are live on this machine, and what to do about the others.
+"""Report of the fast paths that are live on this machine, with remedies for the others.
 
 `python -m safer_fast.doctor [--json] [--data.path PATH] [--output DIR]` prints the machine and the
 checks, ready to be pasted into an issue.
@@ -18,7 +18,7 @@ from safer_fast.runtime.machine import describe_machine
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Prints machine and checks as a block for an issue, or as JSON."""
+    """Print machine and checks as a block for an issue, or as JSON."""
     parser = new_parser("doctor", "Say which fast paths are live here, and why not.")
     parser.add_class_arguments(DoctorConfig, None, skip={"json"})
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -66,4 +66,4 @@ def _check(config: EvaluateConfig) -> None:
 
 
 if __name__ == "__main__":
-    run(main, goes_on=True)
+    run(main, outlives_reader=True)

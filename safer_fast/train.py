@@ -74,4 +74,4 @@ def train_model(config: Config, notes: Iterable[str] = ()) -> Path:
 
 
 if __name__ == "__main__":
-    run(main, goes_on=True)
+    run(main, outlives_reader=True)

@@ -1,4 +1,4 @@
-"""Which kernel computes attention: the fastest for the model's shape, measured once, then kept."""
+"""Choice of the attention kernel: the fastest for the model's shape, timed once and cached."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-"""Torch's kernels by name, in order of preference: a later one must be faster by `MARGIN`."""
+"""torch's kernels by name, in order of preference: a later one must be faster by `MARGIN`."""
 MARGIN = 1.1
 SECONDS = 0.5
-# As many images are timed as have about this many scores: more only take longer.
+# Number of images is limited to about this many scores: more would only take longer.
 MOST_SCORES = {"cpu": 4_000_000, "cuda": 200_000_000}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Attention of one image: `windows` times `heads` attend over `tokens` of `width` numbers.
+    """Shape of attention for one image: `windows` times `heads` over `tokens` of `width` numbers.
 
-    Masked: something, such as a bias for relative positions, is added to the scores.
+    is_masked: a bias, such as that of relative positions, is added to the scores.
     """
 
     windows: int
@@ -46,21 +46,21 @@ class Shape:
 
 
 class KernelTimings(NamedTuple):
-    """Milliseconds of the kernels that work for a shape, reasons against the others."""
+    """Milliseconds of the kernels that work for a shape, and reasons against the others."""
 
     times_ms: dict[str, float]
     refused: dict[str, str]
 
     @classmethod
     def parse(cls, stored: Any) -> KernelTimings:
-        """Of what JSON has."""
+        """Convert a JSON value; raises ValueError, TypeError or AttributeError."""
         times, refused = stored
         return cls({name: float(ms) for name, ms in times.items()}, dict(refused))
 
 
 @dataclass(frozen=True)
 class Pinned:
-    """The kernel in use, milliseconds of those that were timed, reasons against the others."""
+    """The kernel in use, times of all that were timed, and reasons against the others."""
 
     backend: str
     times_ms: Mapping[str, float]
@@ -76,12 +76,13 @@ def pin_attention(
     device: torch.device,
     cache: Path | None = None,
 ) -> Pinned:
-    """From now on the process computes attention with the kernel that is wanted, if it can.
+    """Make the process compute attention with the wanted kernel, if it works for this shape.
 
-    auto: the fastest, forward and backward, for a batch of this shape; it is measured once on a
-    machine and remembered in `cache` (default: attention.json in the user's cache folder), so that
-    a repeated run is the same run. Under deterministic algorithms only kernels that give the same
-    bits twice count. Plain products (math) stay allowed for shapes that the kernel does not take.
+    auto: the fastest, forward and backward, for a batch of this shape; it is timed once on a
+    machine and stored in `cache` (default: attention.json in the user's cache folder), so that a
+    repeated run computes the same bits. With deterministic algorithms only kernels that give the
+    same bits twice are used. Plain products (math) stay enabled for shapes that the kernel does not
+    support.
     """
     case = (shape, batch_size, dtype, device)
     backend: str = wanted
@@ -103,7 +104,7 @@ def pin_attention(
 def usable_backends(
     shape: Shape, batch_size: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[list[str], dict[str, str]]:
-    """Backends that work for a batch of this shape, and why the others do not."""
+    """Backends that work for a batch of this shape, and reasons why the others do not."""
     inputs = random_inputs(shape, batch_size, dtype, device)
     reasons = {name: _refusal(name, inputs) for name in BACKENDS}
     refused = {name: reason for name, reason in reasons.items() if reason is not None}
@@ -113,7 +114,7 @@ def usable_backends(
 def fastest(times_ms: Mapping[str, float]) -> str:
     """The backend with the least time; an earlier one of `BACKENDS` wins unless it is 10 % slower.
 
-    Noise of the clock is no reason for other bits. Plain products where nothing was measured.
+    The margin keeps noise of the clock from changing bits. math if nothing was timed.
     """
     best, *others = [name for name in BACKENDS if name in times_ms] or ["math"]
     for name in others:
@@ -123,13 +124,13 @@ def fastest(times_ms: Mapping[str, float]) -> str:
 
 
 def time_backends(names: Sequence[str], inputs: tuple[Tensor, ...]) -> dict[str, float]:
-    """Least milliseconds of forward and backward with each backend, measured in turn.
+    """Least milliseconds of forward and backward with each backend, timed in turns.
 
-    The least, not the middle: whatever else the machine does only ever adds.
+    The minimum and not the median: other load on the machine can only add time.
     """
     times: dict[str, list[float]] = {name: [] for name in names}
     started, least_rounds = time.perf_counter(), 2
-    with warnings.catch_warnings():  # whatever a kernel tells, it works: `usable_backends`
+    with warnings.catch_warnings():  # these kernels work, see `usable_backends`
         warnings.simplefilter("ignore")
         while least_rounds > 0 or time.perf_counter() - started < SECONDS:
             least_rounds -= 1
@@ -142,9 +143,9 @@ def time_backends(names: Sequence[str], inputs: tuple[Tensor, ...]) -> dict[str,
 def random_inputs(
     shape: Shape, batch_size: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, ...]:
-    """Queries, keys, values and the gradient of what comes out, and a mask where there is one.
+    """Random queries, keys, values, gradient of the output, and a mask if the shape has one.
 
-    They lie in memory as in a ViT, heads within tokens: what kernels have to copy first costs time.
+    Their memory layout is that of a ViT, heads within tokens: copies by kernels count.
     """
     most = MOST_SCORES[device.type] // (shape.windows * shape.heads * shape.tokens**2)
     generator = torch.Generator(device).manual_seed(0)
@@ -157,7 +158,7 @@ def random_inputs(
 
 
 def run_backend(name: str, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """What attention gives, and the gradients of queries, keys and values."""
+    """Compute attention and the gradients of queries, keys and values with one backend."""
     q, k, v, gradient, *masks = inputs
     with sdpa_kernel(BACKENDS[name]):
         out = functional.scaled_dot_product_attention(q, k, v, masks[0] if masks else None)
@@ -173,23 +174,23 @@ def _measure(
 
 
 def _refusal(name: str, inputs: tuple[Tensor, ...]) -> str | None:
-    """Why the backend cannot be used; None if it can."""
+    """Reason why the backend cannot be used; None if it can."""
     if inputs[0].device.type == "cpu" and name not in ("flash", "math"):
         return "needs a GPU"
-    with warnings.catch_warnings(record=True) as told:  # torch warns before it refuses
+    with warnings.catch_warnings(record=True) as caught:  # torch warns before it refuses
         warnings.simplefilter("always")
         try:
             first, second = run_backend(name, inputs), run_backend(name, inputs)
         except RuntimeError as error:
-            return _reason(error, [str(warning.message) for warning in told])
+            return _reason(error, [str(warning.message) for warning in caught])
     if not torch.are_deterministic_algorithms_enabled() or all(map(torch.equal, first, second)):
         return None
     return "does not give the same bits twice"
 
 
-def _reason(error: RuntimeError, told: Sequence[str]) -> str:
-    """Torch goes through all backends and says of most that they are switched off, as asked."""
-    lines = (text.partition(" (Triggered internally")[0] for text in told)
+def _reason(error: RuntimeError, warned: Sequence[str]) -> str:
+    """The line of torch's warnings that is about this backend; most are about disabled ones."""
+    lines = (text.partition(" (Triggered internally")[0] for text in warned)
     reasons = [line for line in lines if not line.endswith(("because:", "runtime disabled."))]
     is_named = bool(reasons) and str(error).startswith("No available kernel")
     return reasons[-1] if is_named else str(error).splitlines()[0]
@@ -205,6 +206,6 @@ def _note(wanted: str, backend: str, refused: Mapping[str, str]) -> str | None:
 
 
 def _key(shape: Shape, batch_size: int, dtype: torch.dtype, device: torch.device) -> str:
-    """All that the fastest kernel depends on."""
+    """Key of the cache: everything that the fastest kernel depends on."""
     words = [machine(device), dtype, *asdict(shape).values(), batch_size]
     return " ".join(map(str, [*words, torch.are_deterministic_algorithms_enabled()]))

@@ -1,4 +1,4 @@
-"""Commands: run with one clear line and an exit status for a user's mistake."""
+"""Running a command: a user's mistake ends it with one clear line and an exit status."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from safer_fast.runtime.ranks import is_quiet
 from safer_fast.runtime.streams import secure_streams
 
 
-def run(main: Callable[[Sequence[str]], None], *, goes_on: bool = False) -> None:
-    """Runs a command; a user's mistake (ValueError, OSError) ends it with one line, status 2.
+def run(main: Callable[[Sequence[str]], None], *, outlives_reader: bool = False) -> None:
+    """Run a command; a user's mistake (ValueError, OSError) ends it with one line and status 2.
 
-    goes_on: also when nobody reads what it prints any more.
+    outlives_reader: continue when the reader of standard output is gone.
     """
-    secure_streams(goes_on)
+    secure_streams(outlives_reader)
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
@@ -26,7 +26,7 @@ def run(main: Callable[[Sequence[str]], None], *, goes_on: bool = False) -> None
 
 
 def fail(message: str) -> None:
-    """Prints one line on standard error, once for ranks that all see it; exits with status 2."""
+    """Print one line on standard error, once for all ranks, and exit with status 2."""
     if not is_quiet():
         print("error: " + as_line(message), file=sys.stderr)
     sys.exit(2)

@@ -1,4 +1,4 @@
-"""Phases of a step recorded as CUDA graphs: Python runs once, its kernels as often as needed."""
+"""Phases of a step recorded as CUDA graphs: Python runs once, its kernels are replayed."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ import torch
 from torch import Tensor
 
 Phase = Callable[[], None]
-"""Work on tensors that stay where they are; nothing else about it may change between calls."""
+"""Work on tensors with fixed addresses; nothing but their values may change between calls."""
 Key = tuple[Hashable, ...]
-"""Name of a phase, and all that it depends on but the values of tensors."""
+"""Name of a phase, and everything it depends on except the values of tensors."""
 WARM_UP = 3
-"""Calls that run as written before one is recorded: libraries and compilers set themselves up."""
+"""Eager calls before one is recorded: libraries and compilers initialise in them."""
 
 
 class Recorder(Protocol):
-    """What makes a recording of a phase."""
+    """Warms up and records phases."""
 
     def warm_up(self, phase: Phase) -> None:
-        """Runs the phase under the conditions of a recording."""
+        """Run the phase under the conditions of a recording."""
 
     def record(self, phase: Phase) -> Phase:
-        """Calls the phase without executing it; what is returned does its work on each call."""
+        """Record the phase without executing it; returns a function that replays it."""
 
 
 class Replays:
-    """Calls phases: the first times as written, then from a recording, if there is a recorder.
+    """Calls phases: eagerly at first, then from a recording, if there is a recorder.
 
-    A phase that cannot be recorded runs as written for good, and `report` is told why.
+    A phase that cannot be recorded stays eager; `report` receives a line with the reason.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Replays:
         self._refused: set[Hashable] = set()
 
     def __call__(self, key: Key, phase: Phase) -> None:
-        """Does the work of `phase`, which is the same as in every other call with this key."""
+        """Do the work of `phase`, which must be the same in every call with this key."""
         if key in self._recordings:
             self._recordings[key]()
         elif self._recorder is None or key[0] in self._refused:
@@ -54,7 +54,7 @@ class Replays:
             self._record(self._recorder, key, phase)
 
     def forget(self, *names: str) -> None:
-        """Drops all recordings of these phases, of all phases if none is named."""
+        """Drop the recordings of these phases, or of all phases if none is named."""
         for key in [key for key in self._num_calls if not names or key[0] in names]:
             del self._num_calls[key]
             self._recordings.pop(key, None)
@@ -66,7 +66,7 @@ class Replays:
 
     @property
     def recorded(self) -> list[Key]:
-        """The keys of the phases that are replayed by now."""
+        """Keys of the phases that are replayed."""
         return list(self._recordings)
 
     def _record(self, recorder: Recorder, key: Key, phase: Phase) -> None:
@@ -103,8 +103,8 @@ class CudaRecorder:
         waiting.wait_stream(self._stream)
 
     def record(self, phase: Phase) -> Phase:
-        """See `Recorder.record`; threads of loaders may call CUDA meanwhile."""
-        if not self._live:  # a pool ends with the last graph in it
+        """See `Recorder.record`; threads of loaders may call CUDA during it."""
+        if not self._live:  # a memory pool is freed with its last graph
             self._pool = torch.cuda.graph_pool_handle()
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._stream.device)
         try:
@@ -112,7 +112,7 @@ class CudaRecorder:
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             ):
                 phase()
-        finally:  # a capture that ends in an error leaves its own stream behind
+        finally:  # a failed capture does not restore the stream
             torch.cuda.set_stream(stream)
         self._live.add(graph)
         replay: Phase = graph.replay
@@ -120,25 +120,25 @@ class CudaRecorder:
 
 
 class Buffers:
-    """Tensors that stay where they are, by name and shape: what recordings read and write."""
+    """Tensors with fixed addresses, by name and shape, that recordings read and write."""
 
     def __init__(self) -> None:
         self._tensors: dict[Key, Tensor] = {}
 
     def hold(self, name: str, value: Tensor) -> Tensor:
-        """The buffer of this name for tensors like `value`, now holding it."""
+        """Copy a value to the buffer of this name, shape and dtype, and return the buffer."""
         key = (name, value.shape, value.dtype, value.device)
         if key not in self._tensors:
             self._tensors[key] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
         return self._tensors[key].copy_(value)
 
     def hold_all(self, name: str, values: Iterable[Tensor]) -> list[Tensor]:
-        """Buffers for values that come one after the other, each now in its own."""
+        """Copy several values to a buffer each, and return the buffers."""
         return [self.hold(f"{name} {index}", value) for index, value in enumerate(values)]
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether running out of memory is the error, or what it came from."""
+    """True if the error, or one that caused it, is an out-of-memory error."""
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError):
             return True

@@ -1,4 +1,4 @@
-"""The machine: device, precision, determinism, compilation, graphs, and what of it is live."""
+"""Runtime of a process: device, precision, determinism, compilation and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from safer_fast import kernels
 from safer_fast.config.schema import RuntimeConfig
 from safer_fast.runtime.cuda_graphs import CudaRecorder, Replays
 
-# Runs of fewer operations would not win back the time of compiling, or of capturing. Measured on a
-# CPU, where compiled blocks gain a fifth in bf16 and nothing in fp32; estimated for a GPU
+# Operations of the shortest run that wins back the time of compiling, or of capturing. Measured on
+# a CPU, where compiled blocks gain a fifth in bf16 and nothing in fp32; estimated for a GPU
 # (docs/performance.md).
 COMPILING_PAYS_FROM = {
     ("cpu", torch.float32): inf,
@@ -31,7 +31,7 @@ _MALLOC = {"M_TRIM_THRESHOLD": (-1, -1), "M_TOP_PAD": (-2, 64 * 2**20), "M_MMAP_
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and in which precision a run computes; `notes` say what is not live, and why."""
+    """Device and precision of a run; `notes`: lines on fast paths that are off, and why."""
 
     device: torch.device
     compute_dtype: torch.dtype
@@ -40,26 +40,25 @@ class Runtime:
     notes: tuple[str, ...]
 
     def generator(self, seed: int) -> torch.Generator:
-        """A generator on the device, seeded."""
+        """A seeded generator on the device."""
         return torch.Generator(self.device).manual_seed(seed)
 
     def replays(self, report: Callable[[str], None] = print) -> Replays:
-        """What runs the phases of a step here: as CUDA graphs, or as they are written."""
+        """An object that runs the phases of a step, as CUDA graphs or eagerly."""
         return Replays(CudaRecorder(self.device) if self.is_captured else None, report)
 
     def peak_memory_mib(self) -> float:
-        """The most memory the run has held so far: of the GPU, or resident on the CPU."""
+        """Peak memory of the run so far: allocated on the GPU, or resident on the CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def prepare_runtime(config: RuntimeConfig, amp: str = "off", local_rank: int = 0) -> Runtime:
-    """The process computes on the device that is asked for, each time with the same result.
+    """Set up the process for the configured device, with deterministic results.
 
-    local_rank: number of the GPU on this machine.
-    What is left to `auto` is off until `plan` decides. Raises ValueError for CUDA on a machine
-    without a GPU.
+    local_rank: number of the GPU on this machine. Settings of `auto` stay off until `decide_auto`.
+    Raises ValueError for CUDA on a machine without a GPU.
     """
     has_gpu = torch.cuda.is_available()
     if config.device == "cuda" and not has_gpu:
@@ -88,9 +87,9 @@ def prepare_runtime(config: RuntimeConfig, amp: str = "off", local_rank: int = 0
 
 
 def decide_auto(runtime: Runtime, config: RuntimeConfig, num_operations: float) -> Runtime:
-    """The runtime with `auto` decided for a run of so many floating-point operations.
+    """Return the runtime with `auto` decided for a run of this many floating-point operations.
 
-    The decision depends on nothing that is measured: the same run is the same run each time.
+    The decision depends on no measurement: a repeated run computes the same bits.
     """
     kind = runtime.device.type
     notes = list(runtime.notes)
@@ -109,10 +108,10 @@ def decide_auto(runtime: Runtime, config: RuntimeConfig, num_operations: float) 
 
 
 def allow_recompiling() -> None:
-    """The same code is compiled for every shape and every choice of weights that want gradients.
+    """Allow compiling the same code again for each shape and each set of weights with gradients.
 
-    Past its limit torch silently runs eagerly. torch 2.11 takes code whose weights wanted none
-    (https://github.com/pytorch/pytorch/pull/177158).
+    Past its limit torch silently runs eagerly. torch before 2.12 reuses code compiled for weights
+    without gradients (https://github.com/pytorch/pytorch/pull/177158).
     """
     torch._dynamo.config.recompile_limit = 64
     if torch.__version__ < "2.12":  # a TorchVersion, not compared as text
@@ -120,10 +119,10 @@ def allow_recompiling() -> None:
 
 
 def keep_memory() -> bool:
-    """Memory that a step of the CPU frees stays with the process, ready for the next step.
+    """Keep memory that a step on the CPU frees in the process, ready for the next step.
 
-    glibc would give large blocks back to the system at once, which has to clear them again. Gives
-    whether it was told; other C libraries are left alone.
+    glibc would return large blocks to the system at once, which has to clear them again. Returns
+    False with other C libraries, which are left alone.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -144,7 +143,7 @@ def _reason(name: str, setting: str, pays_from: float) -> str:
 
 
 def _kernel_notes(device: torch.device) -> list[str]:
-    """One line for kernels of ours that are not live."""
+    """A note if the package's own kernels are off, as a list."""
     status = kernels.native_status()
     if device.type == "cpu" and status.library is None:
         return [f"native kernels: off, plain PyTorch runs instead ({status.library_reason})"]

@@ -20,13 +20,13 @@ def as_block(machine: Facts, checks: Sequence[Check]) -> str:
 
 
 def as_json(machine: Facts, checks: Sequence[Check]) -> str:
-    """The same as one JSON object."""
+    """The facts and the checks as one JSON object."""
     content = {"machine": machine, "checks": [asdict(check) for check in checks]}
     return json.dumps(content, indent=2)
 
 
 def table(checks: Sequence[Check]) -> str:
-    """The checks as lines of aligned columns, remedies below what they are for."""
+    """The checks as lines of aligned columns, each remedy below its check."""
     width = max(len(check.name) for check in checks) + 2
     lines = []
     for check in checks:
@@ -46,7 +46,7 @@ def table(checks: Sequence[Check]) -> str:
 
 
 def without_home(text: str) -> str:
-    """The text with ~ for the user's own folder, whose name is nobody's business."""
+    """The text with ~ in place of the home folder, which names the user."""
     home = str(Path.home())
     return text.replace(home, "~") if len(home) > 1 else text
 
@@ -57,7 +57,7 @@ def _lines(machine: Facts) -> list[str]:
 
 
 def _texts(value: Any) -> list[str]:
-    """A fact in one line, or in one for each of several."""
+    """A fact as lines, one for each item of a list."""
     if isinstance(value, dict):
         return [", ".join(f"{name} {item}" for name, item in value.items())]
     return (value or ["none"]) if isinstance(value, list) else [str(value)]

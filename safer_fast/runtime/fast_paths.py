@@ -1,4 +1,4 @@
-"""The checks of the doctor: each fast path is tried, and says what would make it live."""
+"""Checks of the doctor: each tries a fast path, and names a remedy if it is off."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 _INSTALL = "make install"
-# What the compiled code of a block includes: a compiler without one of them is of no use to it.
+# Headers included by compiled code of a block: torch.compile needs a compiler that finds them all.
 _PROBE = "#include <Python.h>\n#include <omp.h>\n#include <vector>\nint main() { return 0; }\n"
 OPTIONAL = {
     "pyautoattack": "evaluate --attacks autoattack",
@@ -26,12 +26,12 @@ OPTIONAL = {
     "wandb": "metrics at Weights & Biases",
     "torchattacks": "bench.peers and the tests against it",
 }
-"""Packages that not every user needs, and what for."""
+"""Optional packages, and their purpose."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One fast path: whether it is live, what was found, and what would make it live."""
+    """Result of one check: the state of a fast path, details, and a remedy if it is off."""
 
     name: str
     is_live: bool
@@ -40,7 +40,7 @@ class Check:
 
 
 def diagnose() -> list[Check]:
-    """All checks, in the order in which one would repair a machine. Nothing is changed."""
+    """Run all checks, in the order in which one would repair a machine; nothing is changed."""
     return [
         Check("python", True, platform.python_version()),
         _torch(),
@@ -84,7 +84,7 @@ def _gpu() -> Check:
 
 
 def _gpu_remedy() -> str:
-    """Where there is a driver, the mistake is one of versions or of visibility."""
+    """Remedy for a missing GPU; with a driver the cause is a version or visibility."""
     if shutil.which("nvidia-smi") is None:
         return "use a machine with an NVIDIA GPU and its driver; the CPU is for small runs"
     return (
@@ -101,7 +101,7 @@ def _package(name: str, consequence: str) -> Check:
 
 
 def _optional(name: str, purpose: str) -> Check:
-    """The version alone is asked for: to import all of them would take seconds."""
+    """Check an optional package by its version: importing all of them would take seconds."""
     try:
         return Check(name, True, f"{version(name)}, for {purpose}")
     except PackageNotFoundError:
@@ -135,7 +135,7 @@ def _triton() -> Check:
 
 
 def _compile() -> Check:
-    """torch.compile needs a compiler that finds Python's, OpenMP's and the language's headers."""
+    """Check for a compiler that finds the headers of Python, OpenMP and C++."""
     import torch
 
     if torch.cuda.is_available() and not _triton().is_live:
@@ -170,7 +170,7 @@ def _graphs() -> Check:
 
 
 def _attention() -> Check:
-    """Torch's kernels, tried on 2 images of a ViT-S in bf16."""
+    """Try torch's attention kernels on 2 images of a ViT-S in bf16."""
     import torch
 
     from safer_fast.runtime.attention import Shape, usable_backends
@@ -188,7 +188,7 @@ def _attention() -> Check:
 
 
 def _compiler_problem(compiler: str) -> str:
-    """The first complaint of the compiler about a program such as torch.compile writes."""
+    """First error of the compiler on a program like those of torch.compile; empty if none."""
     words = [*compiler.split(), "-x", "c++", "-fsyntax-only", "-fopenmp"]
     words += [f"-I{sysconfig.get_paths()['include']}", "-"]
     try:
@@ -218,7 +218,7 @@ def _bf16() -> Check:
 
 
 def _cpu_flags() -> set[str]:
-    """What Linux says the processor can do; empty elsewhere."""
+    """Instruction set flags of the processor on Linux; empty elsewhere."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     words = (line.partition(":")[2] for line in lines if line.lower().startswith(("flags", "feat")))
@@ -226,7 +226,7 @@ def _cpu_flags() -> set[str]:
 
 
 def _apex() -> Check:
-    """The extension is what counts: the package of that name on PyPI is another project."""
+    """Check for NVIDIA apex by its extension: the PyPI package `apex` is another project."""
     remedy = (
         "only for optim.name=apex-...: build it from source (https://github.com/NVIDIA/apex); "
         "torch's fused optimizers are the default"
@@ -248,7 +248,7 @@ def _threads() -> Check:
 
     threads, cores = torch.get_num_threads(), num_usable_cores()
     detail = f"{threads} of {cores} usable cores"
-    # Two hardware threads share a core: half the count is torch's own choice there.
+    # with two hardware threads per core, torch chooses half of their number
     if 2 * threads >= cores:
         return Check("cpu threads", True, detail)
     remedy = "unset OMP_NUM_THREADS or give --runtime.num_threads"
@@ -256,7 +256,7 @@ def _threads() -> Check:
 
 
 def num_usable_cores() -> int:
-    """Cores that this process may run on."""
+    """Number of cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -268,7 +268,7 @@ _WRITTEN_MIB = 64
 
 
 def check_disk(output: str | None) -> Check:
-    """Whether the disk that `output`, or else the current folder, is on has room and speed."""
+    """Check free space and write speed of the disk of `output`, or of the current folder."""
     folder = Path(output or ".").absolute()
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
@@ -291,7 +291,7 @@ def check_disk(output: str | None) -> Check:
 
 
 def _write_speed(folder: Path) -> float:
-    """MiB/s with which a file reaches the disk; it is gone afterwards."""
+    """Write speed of a temporary file to the disk, in MiB/s."""
     block = os.urandom(2**20)
     with tempfile.TemporaryFile(dir=folder) as file:
         started = time.monotonic()

@@ -1,4 +1,4 @@
-"""Files of a run folder: written whole or not at all, and never through a link."""
+"""Files written whole or not at all, never through a link, and read with clear errors."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ class NotPlainError(OSError):
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """`path` holds the content, on the disk; a reader never sees half of it.
+    """Write a file atomically and durably: a reader never sees half of it.
 
-    A link of that name is replaced, and what it leads to stays as it is.
+    A link of that name is replaced, and its target stays as it is.
     """
     replace(path, partial(write_new, chunks=[content]))
 
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """`path` is what `write` made of a temporary name beside it; a reader never sees half of it.
+    """Write a file by `write` under a temporary name beside it, then rename it to `path`.
 
-    `write` must make a new file: see `write_new`.
+    `write` must create the file: see `write_new`.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -52,7 +52,7 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_new(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    """A new file holds the chunks, on the disk; raises FileExistsError where the name is taken."""
+    """Create a file of these chunks, synced to disk; raises FileExistsError if it exists."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     with os.fdopen(os.open(path, flags, 0o666), "wb") as file:
         for chunk in chunks:
@@ -62,7 +62,7 @@ def write_new(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
 
 
 def open_plain(path: Path, flags: int) -> IO[bytes]:
-    """The file; raises NotPlainError for a link, a pipe and the like.
+    """Open a plain file; raises NotPlainError for a link, a pipe and the like.
 
     flags: such as os.O_RDWR | os.O_CREAT.
     """
@@ -80,13 +80,13 @@ def open_plain(path: Path, flags: int) -> IO[bytes]:
 
 
 def check_no_link(folder: Path) -> None:
-    """Raises ValueError where the folder is a link: what is written in it would lie elsewhere."""
+    """Raise ValueError if the folder is a link: files written in it would be elsewhere."""
     if folder.is_symlink():
         raise ValueError(f"{folder}: expected a folder of the run, got a link")
 
 
 def sync_folder(folder: Path) -> None:
-    """The names in the folder survive a loss of power."""
+    """Sync a folder to disk, so that the names in it survive a loss of power."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -95,12 +95,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def save_json(content: Mapping[str, Any], path: Path) -> None:
-    """`path` holds this JSON object; a reader never sees half of it."""
+    """Write a JSON object to a file, atomically."""
     write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; raises ValueError naming the file if it is none."""
+    """Read a JSON object from a file; raises ValueError naming the file if it is none."""
     try:
         content = json.loads(read_text(path, MOST_JSON))
     except (OSError, ValueError, RecursionError) as error:
@@ -111,7 +111,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def link_or_copy(path: Path, other: Path) -> None:
-    """`other` is another name of the file or, where there are no hard links, a copy of it."""
+    """Make `other` a hard link to the file, or a copy where the file system has no hard links."""
     try:
         os.link(path, other)
     except OSError:
@@ -121,15 +121,15 @@ def link_or_copy(path: Path, other: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Whatever goes wrong becomes a ValueError of one line that names the path."""
+    """Turn any exception into a ValueError of one line that names the path."""
     try:
         yield
-    except Exception as error:  # what a planted file makes a reader raise is no closed list
+    except Exception as error:  # on crafted files readers raise any exception
         raise ValueError(f"{path}: {reason(error)}") from None
 
 
 def reason(error: Exception) -> str:
-    """What went wrong, in one line."""
+    """The message of an exception in one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error)
@@ -139,7 +139,7 @@ def reason(error: Exception) -> str:
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """The JSON object in a text; raises ValueError if it is none."""
+    """Parse a JSON object; raises ValueError if the text is none."""
     content = json.loads(text)
     if not isinstance(content, dict):
         raise ValueError(f"expected a JSON object, got {type(content).__name__}")

@@ -1,4 +1,4 @@
-"""Folders that belong to a process: known to be there still, or known to be left over."""
+"""Folders of a process: watched for removal by others, or temporary and cleaned up."""
 
 from __future__ import annotations
 
@@ -16,32 +16,31 @@ _LEFTOVER = re.compile(rf"\..+-[a-z0-9_]{{8}}{re.escape(_UNFINISHED)}")
 
 
 class KeptFolder:
-    """A folder that was there when this was made, and that others may delete or move."""
+    """An existing folder that others may delete or move."""
 
     def __init__(self, path: Path) -> None:
         self._path = path.absolute()
-        self._descriptor = _opened(
-            self._path.resolve()
-        )  # while it is open no other folder is taken for it
+        # while it is open no other folder has its inode
+        self._descriptor = _opened(self._path.resolve())
 
     def is_there(self) -> bool:
-        """Whether the folder is where it was; also where the file system does not tell."""
+        """True if the folder is still at its path, or if the file system raises an error."""
         try:
             return _is_at(self._descriptor, self._path)
         except OSError:
             return True
 
     def close(self) -> None:
-        """Whether it is there is of no interest any more."""
+        """Stop watching the folder."""
         os.close(self._descriptor)
 
 
 @contextmanager
 def unfinished(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, which is gone afterwards unless it was renamed.
+    """Make a temporary folder beside `folder`, removed at the end unless it was renamed.
 
-    Such folders of processes that were killed are removed first. Each is locked by its process, so
-    that none of a living one is; where the file system has no locks, all stay.
+    Those left over by killed processes are removed first. Each is locked by its process, so that
+    those of running processes stay; without locks in the file system, all stay.
     """
     for path in folder.parent.iterdir():
         if _LEFTOVER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
@@ -55,11 +54,11 @@ def unfinished(folder: Path) -> Iterator[Path]:
 
 
 def _made(folder: Path) -> tuple[Path, int]:
-    """A folder that is locked, and its descriptor."""
+    """Make and lock a temporary folder; returns its path and descriptor."""
     while True:
         prefix = f".{folder.name}-"
         path = Path(tempfile.mkdtemp(_UNFINISHED, prefix, folder.parent))
-        with suppress(FileNotFoundError):  # another export took it for left over: once more
+        with suppress(FileNotFoundError):  # another process took it for left over: try again
             descriptor = _opened(path)
             with suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX)

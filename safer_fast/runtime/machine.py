@@ -1,4 +1,4 @@
-"""What a machine is: system, processor, memory, GPUs and their driver, versions of what runs."""
+"""Description of a machine: system, processor, memory, GPUs, driver, versions of packages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Facts = dict[str, Any]
 
 
 def describe_machine() -> Facts:
-    """Facts for an issue, by name; no names of users, hosts or folders among them."""
+    """Collect facts for an issue, by name, without names of users, hosts or folders."""
     return {
         "safer_fast": __version__ + _commit(),
         "system": _system(),
@@ -30,7 +30,7 @@ def describe_machine() -> Facts:
 
 
 def _commit() -> str:
-    """The commit of the checkout that this is, and whether files in it have been changed."""
+    """Commit of this checkout, and a mark if files in it are changed; empty if it is none."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return ""
@@ -59,7 +59,7 @@ def _cpu() -> str:
 
 
 def _memory() -> str:
-    """What Linux says of the memory; empty elsewhere."""
+    """Total and available memory on Linux; `unknown` elsewhere."""
     path = Path("/proc/meminfo")
     lines = path.read_text().splitlines() if path.is_file() else []
     sizes = {line.partition(":")[0]: line.split()[1] for line in lines if len(line.split()) > 1}
@@ -78,7 +78,7 @@ def _cuda() -> str:
 
 
 def _gpus() -> list[str]:
-    """Each GPU that torch sees: name, memory, compute capability."""
+    """Name, memory and compute capability of each GPU that torch can use."""
     import torch
 
     if not torch.cuda.is_available():
@@ -107,7 +107,7 @@ def _version(name: str) -> str:
 
 
 def _output(*words: str) -> str:
-    """What a program prints; nothing where there is no such program, or it fails."""
+    """Output of a program; empty if it is missing, fails or hangs."""
     if shutil.which(words[0]) is None:
         return ""
     try:

@@ -1,4 +1,4 @@
-"""Errors of the machine - descriptors, memory, disks - which are never taken for bad data."""
+"""Errors of the machine (descriptors, memory, disks), told apart from errors of bad data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-# Of one file: it may be left out. Any other error number speaks of the machine.
+# Error numbers about a single file, which may be left out; all others are about the machine.
 ABOUT_ONE_FILE = {
     errno.ENOENT,
     errno.EACCES,
@@ -23,13 +23,13 @@ FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class MachineError(ValueError):
-    """Data that may be sound could not be read or held; one line that names limit and remedy."""
+    """The machine failed to read or hold data; one line that names the limit and a remedy."""
 
 
 def machine_error(error: BaseException, flag: str, where: str) -> MachineError | None:
-    """The line that a run ends with; None for an error that the data is to blame for.
+    """The error to end a run with; None for an error of the data.
 
-    flag: the setting that names the data. where: the image or file that was read.
+    flag: the setting that names the data. where: the image or file that was being read.
     """
     for cause in _causes(error):
         if isinstance(cause, MachineError):
@@ -45,7 +45,7 @@ def machine_error(error: BaseException, flag: str, where: str) -> MachineError |
 
 
 def missing(flag: str, file: str) -> MachineError:
-    """The line on a file that was there when the data was opened."""
+    """The error for a file that has disappeared since the data was opened."""
     return MachineError(
         f"{flag}: expected the files that were there at the start, got none: {file} "
         "(was it moved, or is its disk no longer mounted?)"
@@ -53,13 +53,12 @@ def missing(flag: str, file: str) -> MachineError:
 
 
 def physical_memory() -> int:
-    """The memory of this machine in bytes."""
+    """Memory of this machine in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def memory_limit() -> int:
-    """The memory that this process may take in bytes: less than the machine's by ulimit -v or -d,
-    or in a container."""
+    """Memory in bytes that this process may use: that of the machine, ulimit or container."""
     limits = [resource.getrlimit(which)[0] for which in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with suppress(OSError, ValueError):
@@ -69,7 +68,7 @@ def memory_limit() -> int:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and those that it came of: libraries hide what the system said behind their own."""
+    """The error and its causes: libraries wrap errors of the system in their own."""
     seen: set[int] = set()
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen:
@@ -86,7 +85,7 @@ def _line(flag: str, number: int, where: str) -> MachineError:
 
 
 def _advice(number: int) -> str:
-    """The limit that was met, and what helps."""
+    """The limit that was reached, and a remedy."""
     if number == errno.EMFILE:
         most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         return (
@@ -106,4 +105,4 @@ def _advice(number: int) -> str:
         )
     if number in FULL:
         return "no room is left on a disk or in /dev/shm: make room"
-    return "no image is left out for this: see to the disk or network, then go on with --resume"
+    return "no image is left out for this: repair the disk or network, then resume with --resume"

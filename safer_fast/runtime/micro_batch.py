@@ -1,4 +1,4 @@
-"""How many images go through the network at a time: as many as asked for, or as memory holds."""
+"""Micro-batches: the number of images in the network at a time, as set or as memory allows."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 class MicroBatch:
-    """The number of images that a phase takes at a time.
+    """The number of images that a phase processes at a time.
 
     Args:
-        flag: what a user sets it by, for messages.
-        size: the number; auto: all of a batch, and half as many after each out-of-memory.
-        release: called after an out-of-memory, to let go of memory that can be had again.
-        report: told of every change.
+        flag: the setting, for messages.
+        size: the number; auto: all of a batch, halved after each out-of-memory error.
+        release: called after an out-of-memory error, to free memory that can be recomputed.
+        report: receives a line for every change.
     """
 
     def __init__(
@@ -32,10 +32,10 @@ class MicroBatch:
         self._release, self._report = release, report
 
     def run(self, num_images: int, work: Callable[[int], None]) -> None:
-        """Calls `work` with the number of images to take at a time, until memory suffices.
+        """Call `work` with the number of images to process at a time, until memory suffices.
 
-        `work` must start afresh whenever it is called. Raises ValueError where the number is set,
-        or is 1, and memory does not suffice.
+        `work` must start anew whenever it is called. Raises ValueError if memory does not suffice
+        and the number is set by the user or is 1.
         """
         while True:
             size = min(self.size or num_images, num_images)
@@ -76,9 +76,9 @@ class MicroBatch:
 
 
 def fill_(values: Tensor, num_images: int) -> Tensor:
-    """Rows from `num_images` on become copies of those before, zeros where there are none.
+    """Fill the rows from `num_images` on with copies of those before, or zeros if there are none.
 
-    Copies, because statistics of batches may be taken over all of them.
+    Copies, because batch statistics may be computed over all rows.
     """
     missing = len(values) - num_images
     if missing and num_images:

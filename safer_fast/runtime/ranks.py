@@ -1,4 +1,4 @@
-"""Several processes that train one model: started by torchrun, each on its part of every batch."""
+"""Ranks: the processes started by torchrun, each working on its part of every batch."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 COLUMNS = 64
-"""What the sizes of arenas are multiples of."""
-BETWEEN_LOOKS_S = 0.02
+"""Sizes of parameter arenas are multiples of this."""
+POLL_S = 0.02
 SILENCE = re.compile("time[d-]? ?out", re.IGNORECASE)
-TELLING_S = 10.0
-"""How long others wait for the one that tells of a mistake; torchrun ends them sooner."""
+REPORTING_S = 10.0
+"""Seconds that other ranks give the one that reports a mistake; torchrun ends them sooner."""
 ANSWER_S = 1800.0
-"""How long a rank waits for the others: one that is stopped, or hangs, answers never."""
+"""Seconds that a rank waits for the others: one that is stopped, or hangs, never answers."""
 _is_alone = False
-"""True where this process has looked for the others in vain: none of them speaks for it."""
+"""True if this process could not connect to the others: none of them reports for it."""
 
 
 @dataclass
 class Ranks:
-    """What one process knows of all: its number from 0, and how many there are.
+    """Number of this process, number of all processes, and collective operations over them.
 
-    Alone, every method is what it would be over one process, and costs nothing. Raises
-    ConnectionError where another process has ended.
+    With a single process all methods work without communication. They raise ConnectionError if
+    another process has ended.
     """
 
     rank: int = 0
     num_ranks: int = 1
     local_rank: int = 0
-    _asked: tuple[Any, Tensor] | None = field(default=None, repr=False)
+    _pending: tuple[Any, Tensor] | None = field(default=None, repr=False)
 
     @property
     def is_first(self) -> bool:
-        """Whether this process is the one that writes and reports."""
+        """True for rank 0, which writes files and reports."""
         return self.rank == 0
 
     def sum_(self, values: Tensor) -> Tensor:
-        """`values` hold their sums over all ranks; on a GPU the host does not wait."""
+        """Sum `values` over all ranks, in place; on a GPU the host does not wait."""
         if self.num_ranks > 1:
             import torch.distributed as dist
 
@@ -57,7 +57,7 @@ class Ranks:
         return values
 
     def average_(self, values: Sequence[Tensor]) -> None:
-        """`values` hold their means over all ranks, by one sum of all of them."""
+        """Average `values` over all ranks, in place, with a single all-reduce."""
         if self.num_ranks == 1 or not values:
             return
         import torch
@@ -68,9 +68,9 @@ class Ranks:
             value.copy_(mean.view_as(value))
 
     def mean_weights(self, weights: Tensor) -> Tensor:
-        """What each image counts for in a mean over all ranks, of weights [B] over this one alone.
+        """Weights of images in a mean over all ranks, from those in a mean over this one, [B].
 
-        Each image counts alike, or not at all.
+        Images with weight above 0 get equal weights.
         """
         if self.num_ranks == 1:
             return weights
@@ -78,7 +78,7 @@ class Ranks:
         return counts / self.sum_(counts.sum().float()).clamp(min=1)
 
     def gather(self, values: Tensor) -> Tensor:
-        """The values [n] of all ranks, [num_ranks, n], on every rank."""
+        """Gather the values [n] of all ranks to [num_ranks, n] on every rank."""
         import torch
         import torch.distributed as dist
 
@@ -91,7 +91,7 @@ class Ranks:
         return every
 
     def share(self, value: Any) -> Any:
-        """The first rank's value, of what JSON knows, on every rank."""
+        """Broadcast a JSON value of rank 0 to all ranks."""
         if self.num_ranks == 1:
             return value
         import torch
@@ -106,35 +106,36 @@ class Ranks:
             dist.broadcast(content, 0)
         return json.loads(content.numpy().tobytes())
 
-    def agree(self, wishes: list[int]) -> list[int]:
-        """The largest of each wish over all ranks when this was last called, the same on each.
+    def agree(self, values: list[int]) -> list[int]:
+        """Element-wise maximum over ranks of the values of the previous call.
 
-        What is wished for now is sent while the work goes on, so that nobody waits for it.
+        The all-reduce of the present values overlaps with the work until the next call. With one
+        process the present values are returned.
         """
         if self.num_ranks == 1:
-            return wishes
+            return values
         import torch
         import torch.distributed as dist
 
-        answer = self.last_wishes() or [0] * len(wishes)
-        values = torch.tensor(wishes)
+        answer = self.pending_maximum() or [0] * len(values)
+        sent = torch.tensor(values)
         with self._together():
-            work = dist.all_reduce(values, dist.ReduceOp.MAX, async_op=True)
-        self._asked = work, values
+            work = dist.all_reduce(sent, dist.ReduceOp.MAX, async_op=True)
+        self._pending = work, sent
         return answer
 
-    def last_wishes(self) -> list[int] | None:
-        """What was agreed on and not yet told, None where nobody asked."""
-        if self._asked is None:
+    def pending_maximum(self) -> list[int] | None:
+        """Result of the pending all-reduce of `agree`; None if there is none."""
+        if self._pending is None:
             return None
-        (work, values), self._asked = self._asked, None
+        (work, values), self._pending = self._pending, None
         with self._together():
             work.wait()
-        agreed: list[int] = values.tolist()
-        return agreed
+        maximum: list[int] = values.tolist()
+        return maximum
 
-    def check_alike(self, weights: Tensor, when: str) -> None:
-        """Raises FloatingPointError unless all ranks hold the same bits; waits for the device."""
+    def check_same_bits(self, weights: Tensor, when: str) -> None:
+        """Raise FloatingPointError unless all ranks hold the same bits; waits for the device."""
         if self.num_ranks == 1:
             return
         sums = self.gather(_checksum(weights)[None]).flatten().tolist()
@@ -145,7 +146,7 @@ class Ranks:
             )
 
     def check_same(self, text: str, flag: str, what: str) -> None:
-        """Raises ValueError, on all ranks alike, unless all have the same ASCII text."""
+        """Raise ValueError on all ranks unless they have the same ASCII text."""
         if self.num_ranks == 1:
             return
         import torch
@@ -161,16 +162,17 @@ class Ranks:
 
     @contextmanager
     def _together(self) -> Iterator[None]:
+        """Turn the RuntimeError of a failed collective into a ConnectionError."""
         with _lost(self.rank):
             yield
 
 
 @contextmanager
 def connected(wants_gpu: bool = True) -> Iterator[Ranks]:
-    """All processes that torchrun has started, connected until the end; alone without torchrun.
+    """Connect the processes that torchrun has started; a single rank without torchrun.
 
-    wants_gpu: each takes a GPU of its machine where there is one, and sums go over NCCL; what lies
-    on the CPU goes over gloo. Raises ValueError where a machine has fewer GPUs than processes.
+    wants_gpu: each process takes a GPU of its machine, if there are any, and sums over NCCL;
+    tensors on the CPU use gloo. Raises ValueError if a machine has fewer GPUs than processes.
     """
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if num_ranks == 1:
@@ -184,25 +186,25 @@ def connected(wants_gpu: bool = True) -> Iterator[Ranks]:
     backend = "gloo"
     if wants_gpu and torch.cuda.is_available():
         num_local = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
-        if num_local > torch.cuda.device_count():  # all of the machine say so, not only the last
+        if num_local > torch.cuda.device_count():  # on all ranks of the machine
             raise ValueError(
                 f"--nproc-per-node: expected at most {torch.cuda.device_count()} processes, one "
                 f"for each GPU of the machine, got {num_local}"
             )
         torch.cuda.set_device(local_rank)
         backend = "cpu:gloo,cuda:nccl"
-        # segments that grow and registered graph memory do not go together
+        # expandable segments are incompatible with registered graph memory
         os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     most = timedelta(seconds=ANSWER_S)
     with _lost(int(os.environ.get("RANK", "0"))), _alone():
         common, rank, _ = next(rendezvous("env://", timeout=most))
-        store = _meet(common, rank, num_ranks)
+        store = _rendezvous(common, rank, num_ranks)
         dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=most)
     has_failed = False
     try:
         yield Ranks(rank, num_ranks, local_rank)
     except Exception:
-        has_failed = True  # others may be in the midst of a sum: they end when this process has
+        has_failed = True  # others may be within a collective: they end with this process
         raise
     finally:
         if not has_failed:
@@ -211,7 +213,7 @@ def connected(wants_gpu: bool = True) -> Iterator[Ranks]:
 
 @contextmanager
 def _lost(rank: int) -> Iterator[None]:
-    """Turns errors of torch where other ranks do not answer into ConnectionError of one line."""
+    """Turn an error of torch about ranks that do not answer into a ConnectionError of one line."""
     try:
         yield
     except RuntimeError as error:
@@ -220,13 +222,13 @@ def _lost(rank: int) -> Iterator[None]:
             raise ConnectionError(f"rank {rank}: another rank has ended ({reason})") from error
         raise ConnectionError(
             f"rank {rank}: expected an answer of all ranks within {ANSWER_S:g} s, got none: one is "
-            f"stopped or hangs ({reason}); end it, then go on with --resume auto"
+            f"stopped or hangs ({reason}); end it, then resume with --resume auto"
         ) from error
 
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Notes a failure to meet the others."""
+    """Record a failure to connect to the others, for `is_quiet`."""
     global _is_alone
     try:
         yield
@@ -235,11 +237,12 @@ def _alone() -> Iterator[None]:
         raise
 
 
-def _meet(store: Any, rank: int, num_ranks: int) -> Any:
-    """A part of the store that only these processes, all alive, know of.
+def _rendezvous(store: Any, rank: int, num_ranks: int) -> Any:
+    """A prefix of the store that only these processes, all alive, use.
 
-    torchrun keeps its store when it starts processes anew, with the addresses of those that have
-    ended. So the first calls, all answer, and go on once their own answer is among those it has.
+    When torchrun restarts processes, its store keeps the addresses of those that have ended.
+    Therefore rank 0 publishes a new name, every rank answers, and each continues once its own
+    answer is among those that rank 0 has read.
     """
     from torch.distributed.distributed_c10d import PrefixStore
 
@@ -256,20 +259,20 @@ def _meet(store: Any, rank: int, num_ranks: int) -> Any:
             store.set(f"{called} answer {rank}", own)
         if store.check([f"{called} met"]) and own in store.get(f"{called} met").decode().split():
             return PrefixStore(called, store)
-        time.sleep(BETWEEN_LOOKS_S)
-    raise ConnectionError(f"rank {rank}: the first rank has not called")
+        time.sleep(POLL_S)
+    raise ConnectionError(f"rank {rank}: rank 0 has not called")
 
 
 def is_under_torchrun() -> bool:
-    """Whether torchrun has started this process, and passes on to it what signals it gets."""
+    """True if torchrun has started this process and forwards its signals."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def is_quiet() -> bool:
-    """Whether another process tells what has gone wrong: of several, the first to ask this does.
+    """True if another process reports a mistake: of several ranks, the first to call this does.
 
-    Before they are connected the first of each machine does: all read the same command and files.
-    The others give it time, because torchrun ends all as soon as one has ended.
+    Before they are connected, local rank 0 of each machine reports: all read the same command and
+    files. The others give it time, because torchrun ends all as soon as one has ended.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return False
@@ -278,15 +281,15 @@ def is_quiet() -> bool:
     if not _is_connected():
         if os.environ.get("LOCAL_RANK", "0") == "0":
             return False
-        time.sleep(TELLING_S)
+        time.sleep(REPORTING_S)
         return True
     import torch.distributed as dist
 
     try:
-        told: int = dist.distributed_c10d._get_default_store().add("told", 1)
-    except RuntimeError:  # whoever kept the count has ended
+        num_calls: int = dist.distributed_c10d._get_default_store().add("reports", 1)
+    except RuntimeError:  # the process with the store has ended
         return False
-    return told > 1
+    return num_calls > 1
 
 
 def _is_connected() -> bool:
@@ -295,7 +298,7 @@ def _is_connected() -> bool:
 
 
 def _checksum(values: Tensor) -> Tensor:
-    """A number that differs where bits of float32 do, but for coincidences; 0-d int64."""
+    """A checksum of the bits of float32 values, 0-d int64."""
     import torch
 
     columns = values.view(torch.int32).view(-1, COLUMNS).sum(0)  # as int64, without a copy

@@ -1,4 +1,4 @@
-"""Independent random streams, each named by what it is for."""
+"""Independent random streams, each named by its purpose."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from numpy.typing import NDArray
 
 
 def derive_seed(seed: int, purpose: str, *numbers: int) -> int:
-    """A 64-bit seed that depends on all arguments; `numbers` must not be negative."""
+    """Derive a 64-bit seed from all arguments; `numbers` must not be negative."""
     words = [seed % 2**64, zlib.crc32(purpose.encode()), *numbers]
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
 
 
 def make_generator(seed: int, purpose: str, *numbers: int) -> torch.Generator:
-    """A CPU generator seeded by `derive_seed`."""
+    """Make a CPU generator seeded by `derive_seed`."""
     return torch.Generator().manual_seed(derive_seed(seed, purpose, *numbers))
 
 
 def make_permutation(length: int, seed: int, purpose: str, *numbers: int) -> NDArray[np.int64]:
-    """The numbers from 0 to `length - 1` in an order drawn by `make_generator`."""
+    """Draw a permutation of 0 to `length - 1` with `make_generator`."""
     generator = make_generator(seed, purpose, *numbers)
     order: NDArray[np.int64] = torch.randperm(length, generator=generator).numpy()
     return order

@@ -1,4 +1,4 @@
-"""How a run is asked to end: by signals, noticed between two steps, on all ranks at once."""
+"""SIGINT and SIGTERM: noticed between two steps, on all ranks at once."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from safer_fast.runtime.ranks import Ranks, is_under_torchrun
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SAME_S = 1.0
-"""A signal that torchrun passes on comes within so many seconds of the one sent to all."""
+"""Seconds within which torchrun forwards a signal that was also sent to all processes."""
 T = TypeVar("T")
 
 
 class Stopped(SystemExit):
-    """The run was asked to end, and does where it is safe, with the status that a shell expects."""
+    """Ends the run at a safe point after a signal, with the exit status 128 + signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -27,12 +27,12 @@ class Stopped(SystemExit):
 
 
 class Stops:
-    """Notices SIGINT and SIGTERM while it is entered, and lets what is in progress come to its end.
+    """Context in which SIGINT and SIGTERM end the run at its next `check`.
 
-    The first signal is noticed by `check`. A second one ends the process at once, as does the first
-    when `grace_s` seconds have passed since and the process is still there. Where a scheduler or a
-    terminal sends one to all processes, torchrun passes on its own too: both are the first. Signals
-    are left alone outside the main thread. ranks: all stop at the same check when one is asked to.
+    A second signal ends the process at once, as does the first if the process is still running
+    after `grace_s` seconds. If a scheduler or terminal sends a signal to all processes and torchrun
+    forwards its own, both count as the first. Signals are left alone outside the main thread.
+    ranks: all stop at the same check when one receives a signal.
     """
 
     def __init__(self, ranks: Ranks, grace_s: float) -> None:
@@ -54,10 +54,10 @@ class Stops:
             signal.signal(number, handler)
 
     def check(self, wish: bool = False) -> bool:
-        """Whether any rank wishes for something; raises Stopped where a signal was received.
+        """Return True if any rank passes `wish`; raise Stopped if any rank received a signal.
 
-        All ranks must call it equally often. With several, what it tells is what was so when it was
-        last called.
+        All ranks must call it equally often. With several ranks the answer is that of the previous
+        call, see `Ranks.agree`.
         """
         received, wished = self._ranks.agree([self._received, int(wish)])
         if received:
@@ -65,7 +65,7 @@ class Stops:
         return bool(wished)
 
     def watch(self, values: Iterable[T]) -> Iterator[T]:
-        """The values, with a check before each is given."""
+        """Yield the values, with a check before each."""
         for value in values:
             self.check()
             yield value
@@ -85,7 +85,7 @@ class Stops:
 
 
 def _end_now(number: int, reason: str) -> None:
-    """Ends the process without any clean-up: files are written whole or not at all anyway."""
+    """End the process without clean-up: files are written whole or not at all anyway."""
     if reason:
         print(f"error: {reason}", file=sys.stderr, flush=True)
     os._exit(128 + number)

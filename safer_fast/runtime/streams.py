@@ -1,4 +1,4 @@
-"""Standard output and error of a command, when they are closed or nobody reads them any more."""
+"""Standard streams that are closed, or whose reader is gone, do not end a command."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import Any
 _IS_LOST = (errno.EPIPE, errno.EIO)  # the reader of a pipe is gone, or a terminal
 
 
-def secure_streams(goes_on: bool) -> None:
-    """Nothing that is printed from now on raises OSError because nobody can read it.
+def secure_streams(outlives_reader: bool) -> None:
+    """Make printing raise no OSError when a stream is closed or its reader is gone.
 
-    Closed streams lead nowhere, so that no file of the run gets their number, and with it what
-    libraries print. goes_on: when standard output is lost the command goes on without; else it ends
-    with the status of SIGPIPE, 141, and not a word. Streams that were replaced are left alone.
+    Closed streams are opened on /dev/null, so that no file of the run gets their descriptor, and
+    with it the output of libraries. outlives_reader: continue when the reader of standard output is
+    gone; otherwise the process ends silently with the status of SIGPIPE, 141. Streams that were
+    replaced are left alone.
     """
     for number in range(3):
         _open_if_closed(number)
@@ -26,7 +27,7 @@ def secure_streams(goes_on: bool) -> None:
         if stream is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
         elif stream is getattr(sys, f"__{name}__"):
-            setattr(sys, name, _Secured(stream, goes_on or name == "stderr"))
+            setattr(sys, name, _Secured(stream, outlives_reader or name == "stderr"))
 
 
 def _open_if_closed(number: int) -> None:
@@ -40,10 +41,10 @@ def _open_if_closed(number: int) -> None:
 
 
 class _Secured:
-    """A stream that leads nowhere once its reader is gone."""
+    """A stream that is redirected to /dev/null once its reader is gone."""
 
-    def __init__(self, stream: Any, goes_on: bool) -> None:
-        self._stream, self._goes_on = stream, goes_on
+    def __init__(self, stream: Any, outlives_reader: bool) -> None:
+        self._stream, self._outlives_reader = stream, outlives_reader
 
     def write(self, text: str) -> int:
         try:
@@ -69,5 +70,5 @@ class _Secured:
         os.close(nowhere)
         with suppress(OSError):
             self._stream.flush()
-        if not self._goes_on and not sys.is_finalizing():
+        if not self._outlives_reader and not sys.is_finalizing():
             sys.exit(128 + signal.SIGPIPE)

@@ -1,4 +1,4 @@
-"""Tensors in one file of the safetensors format, written in order and verified by a digest."""
+"""Safetensors files with a digest of all their bytes: written atomically, verified when read."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from torch import Tensor
 
 from safer_fast.runtime.files import naming, replace, write_new
 
-# what a file begins with, after 8 bytes with the length of its header; its digest comes next
+# start of a file after 8 bytes with the length of its header; the digest follows
 _OPENING = b'{"__metadata__":{"sha256":"'
 _DIGEST_AT = 8 + len(_OPENING)
 _NO_DIGEST = b"0" * 64
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """`path` holds these contiguous tensors of the CPU and was read back; gives its sha256.
+    """Write contiguous CPU tensors to `path`, read the file back, and return its sha256.
 
-    The digest is that of the whole file with zeros in its own place: no byte can change unseen.
+    The digest covers the whole file, with zeros in place of itself: any changed byte is noticed.
     """
-    # The library's save_file, before its version 0.8, holds the GIL for 0.9 s per 300 MB; writing
-    # like this lets it go. And a killed save_file leaves files under names that nobody knows.
+    # Not the library's save_file: it orders metadata at random, so that equal weights would make
+    # different files, syncs nothing to disk, gives the file mode 0600, and leaves files with random
+    # names when it is killed. Before version 0.8 it also holds the GIL for 0.9 s per 300 MB.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header = _header({name: tensors[name] for name in order}, metadata)
     digest = hashlib.sha256(header)
@@ -46,19 +47,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def verify(path: Path, expected: str | None = None) -> dict[str, str]:
-    """The metadata of a file of which every byte is as it was written.
+    """Verify every byte of a file and return its metadata.
 
-    Raises ValueError, naming the file, for any other and where it has not the expected sha256.
+    Raises ValueError naming the file if it is damaged or does not have the expected sha256.
     """
     with naming(path):
-        if not path.is_file():  # to open a pipe would wait for ever
+        if not path.is_file():  # opening a pipe might wait for ever
             raise ValueError("there is no such file")
         with path.open("rb", buffering=0) as file:
             start, recorded = file.read(_DIGEST_AT), file.read(len(_NO_DIGEST))
             if start[8:] != _OPENING:
                 raise ValueError("it does not begin like a file of a checkpoint")
             digest = hashlib.sha256(start + _NO_DIGEST)
-            # each piece asks for the GIL twice: large ones let training run
+            # each piece takes the GIL twice: large ones let training run
             piece = memoryview(bytearray(8 << 20))
             while size := file.readinto(piece):
                 digest.update(piece[:size])
@@ -70,10 +71,10 @@ def verify(path: Path, expected: str | None = None) -> dict[str, str]:
 
 
 def verify_if_signed(path: Path) -> None:
-    """Raises ValueError, naming the file, if it has a sha256 that is not that of its contents.
+    """Raise ValueError naming the file if it has a sha256 and its contents do not match it.
 
-    A sha256 that stands elsewhere in the header was copied from another file, and is refused too.
-    Raises what `safe_open` does for a file that is none of safetensors.
+    A sha256 elsewhere in the header was copied from another file, and is refused too. Raises the
+    exceptions of `safe_open` for a file that is not a safetensors file.
     """
     with safe_open(path, framework="pt") as file:
         is_signed = "sha256" in (file.metadata() or {})
@@ -82,7 +83,7 @@ def verify_if_signed(path: Path) -> None:
 
 
 def is_verified(path: Path, digest: str | None) -> bool:
-    """Whether the file is whole, and has this sha256 where one is given."""
+    """True if the file is undamaged, and has this sha256 if one is given."""
     try:
         verify(path, digest)
     except ValueError:
@@ -91,22 +92,23 @@ def is_verified(path: Path, digest: str | None) -> bool:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file; raises ValueError naming it."""
+    """Read the metadata of a safetensors file; raises ValueError naming it."""
     with naming(path), safe_open(path, framework="pt") as file:
         return file.metadata() or {}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU; raises ValueError naming it."""
-    # not mapped: a page that the disk fails to read later would kill the process
+    """Read the tensors of a safetensors file to the CPU; raises ValueError naming it."""
+    # not mapped: a page that the disk later fails to read would kill the process
     with naming(path):
         return load(path.read_bytes())
 
 
 def snapshot(tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
-    """Gives the tensors as they are once all that is now queued has run, contiguous on the CPU.
+    """Return a function that copies the tensors to contiguous CPU memory.
 
-    They come from a GPU on a stream of their own, so that training does not wait for them.
+    The copies hold the values after all work that is queued now. From a GPU they are made on a
+    separate stream, so that training does not wait for them.
     """
     sources = {name: tensor.detach() for name, tensor in tensors.items()}
     devices = {tensor.device for tensor in sources.values() if tensor.is_cuda}
@@ -122,14 +124,14 @@ def snapshot(tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
             stream.wait_event(ready)
             pinned = {name: _pinned_copy(tensor) for name, tensor in sources.items()}
         stream.synchronize()
-        sources.clear()  # their memory is free again while the file is written
+        sources.clear()  # frees their memory while the file is written
         return pinned
 
     return copies
 
 
 def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """How the file begins: 8 bytes of length, JSON, and spaces up to a multiple of 8 bytes."""
+    """The header of the file: 8 bytes of length, JSON, and spaces up to a multiple of 8 bytes."""
     own = {"sha256": _NO_DIGEST.decode(), "format": "pt", **metadata}
     entries: dict[str, Mapping[str, Any]] = {"__metadata__": own}
     end = 0
@@ -143,7 +145,7 @@ def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
-    """What safetensors call it: BF16, F32, I64, U8, BOOL."""
+    """Name of a dtype in safetensors: BF16, F32, I64, U8, BOOL."""
     name = str(dtype).removeprefix("torch.").replace("float", "f").replace("int", "i")
     return name.replace("ui", "u").upper()
 

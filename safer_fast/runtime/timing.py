@@ -1,4 +1,4 @@
-"""Time as the device sees it: measured while the host goes on."""
+"""Time measured on the device, without making the host wait."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class DeviceTime:
-    """A point in time; on a GPU one of its own, so that the host need not wait for it."""
+    """A point in time; on a GPU an event on the device, so that the host does not wait."""
 
     def __init__(self, device: torch.device) -> None:
         self._host_s = time.perf_counter()
@@ -23,7 +23,7 @@ class DeviceTime:
             self._event.record()
 
     def seconds_until(self, end: DeviceTime) -> float:
-        """Waits for the device to reach `end`."""
+        """Seconds from this point to `end`; waits for the device to reach `end`."""
         if self._event is None or end._event is None:
             return end._host_s - self._host_s
         end._event.synchronize()
@@ -31,14 +31,14 @@ class DeviceTime:
 
 
 class DataWait:
-    """How long the device had nothing to do: from the end of a step until the next batch came."""
+    """Measures how long the device waits for data, from the end of a step to the next batch."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._gaps: list[tuple[DeviceTime, DeviceTime]] = []
 
     def watch(self, batches: Iterable[T]) -> Iterator[T]:
-        """The batches; what is done with one before the next is asked for is its step."""
+        """Yield the batches; the work until the next one is requested is a step."""
         end = DeviceTime(self._device)
         for batch in batches:
             self._gaps.append((end, DeviceTime(self._device)))
@@ -46,28 +46,28 @@ class DataWait:
             end = DeviceTime(self._device)
 
     def take(self) -> float:
-        """Seconds since it was last asked for; waits for the device."""
+        """Return the seconds since the previous call; waits for the device."""
         gaps, self._gaps = self._gaps, []
         return sum(end.seconds_until(start) for end, start in gaps)
 
 
 class StepTimer:
-    """How long the stages of steps take, one after the other."""
+    """Measures the time of consecutive parts of steps."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._marks: list[tuple[str | None, DeviceTime]] = []
 
     def begin(self) -> None:
-        """A step begins."""
+        """Mark the beginning of a step."""
         self._marks.append((None, DeviceTime(self._device)))
 
     def end(self, name: str) -> None:
-        """A stage ends that began where the one before it ended, or the step began."""
+        """Mark the end of a part, which began at the end of the one before it or of `begin`."""
         self._marks.append((name, DeviceTime(self._device)))
 
     def take(self) -> dict[str, float]:
-        """Seconds in each stage since it was last asked for; waits for the device."""
+        """Return the seconds in each part since the previous call; waits for the device."""
         marks, self._marks = self._marks, []
         seconds: dict[str, float] = {}
         for (_, start), (name, end) in pairwise(marks):

@@ -1,4 +1,4 @@
-"""What is timed once on a machine, then remembered: a repeated run computes as the first did."""
+"""Cache of timings on disk, so that a repeated run makes the same choices as the first."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ T = TypeVar("T")
 
 
 def cache_file(name: str) -> Path:
-    """A file in the user's cache folder; one that remembers nothing for a user without a home."""
+    """Path of a file in the user's cache folder; without a home it stores nothing."""
     folder = os.environ.get("XDG_CACHE_HOME", "")
-    if not Path(folder).is_absolute():  # the XDG specification: to be taken as unset
+    if not Path(folder).is_absolute():  # to be treated as unset, by the XDG specification
         with suppress(RuntimeError):
             return Path.home() / ".cache" / "safer_fast" / name
-        folder = os.devnull  # such a user measures each time
+        folder = os.devnull  # nothing is cached
     return Path(folder) / "safer_fast" / name
 
 
 def remembered(file: Path, parse: Callable[[Any], T]) -> dict[str, T]:
-    """What is in the file, by key: nothing where it is missing or damaged.
+    """Read the entries of a cache file by key; none if it is missing or damaged.
 
-    parse: makes an entry of what JSON has; raises ValueError, TypeError or AttributeError.
+    parse: converts a JSON value; raises ValueError, TypeError or AttributeError.
     """
     try:
         return {key: parse(value) for key, value in json.loads(file.read_text()).items()}
@@ -37,9 +37,9 @@ def remembered(file: Path, parse: Callable[[Any], T]) -> dict[str, T]:
 
 
 def remember(file: Path, key: str, value: T, parse: Callable[[Any], T]) -> T:
-    """What counts from now on: what another process wrote meanwhile comes first.
+    """Store an entry and return the valid one: an entry of another process takes precedence.
 
-    A folder that cannot be written to costs a measurement in the next run.
+    If the folder cannot be written to, the next run measures again.
     """
     entries = {key: value, **remembered(file, parse)}
     part = file.with_name(f"{file.name}.{os.getpid()}")
@@ -54,7 +54,7 @@ def remember(file: Path, key: str, value: T, parse: Callable[[Any], T]) -> T:
 
 
 def machine(device: torch.device) -> str:
-    """The hardware and software that times of a device hang on."""
+    """Name of the hardware and software that timings of a device depend on."""
     name = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -62,7 +62,7 @@ def machine(device: torch.device) -> str:
 
 
 def milliseconds(run: Callable[[], object], device: torch.device) -> float:
-    """Time of one run; of a GPU without the launches, as in a CUDA graph."""
+    """Milliseconds of one run; on a GPU without the launches, as in a CUDA graph."""
     if device.type == "cpu":
         started = time.perf_counter()
         run()

@@ -1,4 +1,4 @@
-"""Processes that write one file take turns: each locks it, and lets go when it has written."""
+"""Locks on files that several processes write: each holds the lock while it writes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
 
 @contextmanager
 def turn_at(path: Path) -> Iterator[None]:
-    """No other process has its turn at the file meanwhile; it is made where there is none.
+    """Lock a file, which is created if it is missing; other processes wait.
 
-    Others wait. The lock ends with the process, however that ends. Where the file system has no
-    locks there are no turns. Raises OSError for a link and for what is no plain file.
+    The lock ends with the process. Without locks in the file system nothing is locked. Raises
+    OSError for a link and anything else but a plain file.
     """
     while True:
         with open_plain(path, os.O_RDWR | os.O_CREAT) as file:
@@ -28,7 +28,7 @@ def turn_at(path: Path) -> Iterator[None]:
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise
-            if _is_at(file.fileno(), path):  # nobody removed or replaced it while this one waited
+            if _is_at(file.fileno(), path):  # not removed or replaced in the meantime
                 yield
                 return
 

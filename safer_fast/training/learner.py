@@ -93,7 +93,7 @@ class Learner:
                 + ("no checkpoint was written" if last_checkpoint is None else kept)
             )
         if self.engine.ranks.num_ranks > 1:
-            self.engine.ranks.check_alike(self.engine.weights(), f"at epoch {epoch}")
+            self.engine.ranks.check_same_bits(self.engine.weights(), f"at epoch {epoch}")
 
     def evaluated_weights(self) -> Tensor:
         """The weights that are evaluated, flat as the masters: the average if there is one."""

@@ -78,7 +78,7 @@ def set_up(config: Config, ranks: Ranks, found: Found) -> PreparedRun:
         check_patches(engine.model.network, data.image_size)
     numerics = numerics_of(engine, data)
     notes += check_numerics(resumed_numerics, numerics) if resumed_numerics else []
-    ranks.check_alike(engine.arenas.master, "at the start")
+    ranks.check_same_bits(engine.arenas.master, "at the start")
     described = describe_run(config, engine, data)
     described["notes"] += notes
     shown = config.to_dict() | described

@@ -148,7 +148,7 @@ def test_a_disk_that_fails_is_no_bad_image(tmp_path: Path, settings: dict[str, A
     message = fail(folder_of(tmp_path, *(f"a/{number}.png" for number in range(9))), **settings)
     assert message.startswith("data.path: expected data that this machine can read, got Input/outp")
     assert f": {tmp_path / 'a'}" in message
-    assert message.endswith("see to the disk or network, then go on with --resume)")
+    assert message.endswith("repair the disk or network, then resume with --resume)")
 
 
 FORMATS: dict[str, Callable[[Path], Path]] = {

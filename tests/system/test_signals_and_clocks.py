@@ -269,8 +269,8 @@ def fall_silent(rank: int, where: str, call: int) -> None:
 
 # rank, function, call: one after the other in the same run, which goes on each time
 SILENT = [
-    (0, "safer_fast.runtime.ranks._meet", 1),
-    (1, "safer_fast.runtime.ranks._meet", 1),
+    (0, "safer_fast.runtime.ranks._rendezvous", 1),
+    (1, "safer_fast.runtime.ranks._rendezvous", 1),
     (0, f"{TRAINER}.take_step", 6),
     (1, f"{TRAINER}.take_step", 4),
 ]
