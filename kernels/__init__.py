@@ -1,8 +1,8 @@
-"""The tensor operations that plain PyTorch does in several passes and these do in one.
+"""Fused tensor operations that plain PyTorch would do in several passes.
 
 Every operation has one schema and up to three implementations: plain PyTorch (`reference.py`), C++
 for the CPU (`cpu.cpp`) and Triton for CUDA (`cuda.py`). The PyTorch dispatcher chooses;
-`native_status` says what it can choose from.
+`native_status` lists those available here.
 """
 
 if __name__ != "safer_fast.kernels":
@@ -15,7 +15,7 @@ from ._library import NativeStatus, native_status
 from .attack import l2_step_, linf_step_
 from .sam import perturb_, restore_, sum_squares
 
-# A library that was built for another torch has to fail here, not in the middle of a run.
+# A library built for another torch must fail at import, not in the middle of a run.
 native_status()
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What the operations ask of their arguments, checked once, in the public functions."""
+"""Checks of the operations' arguments, made once, in the public functions."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ SINGLE_OR_HALF = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_same_shape_and_device(first_name: str, first: Tensor, **others: Tensor) -> None:
-    """Raises ValueError unless every tensor has the shape and the device of the first one."""
+    """Raise ValueError unless every tensor has the shape and the device of the first one."""
     for name, tensor in others.items():
         if tensor.shape != first.shape:
             raise ValueError(
@@ -23,14 +23,14 @@ def check_same_shape_and_device(first_name: str, first: Tensor, **others: Tensor
 
 
 def check_floating(**tensors: Tensor) -> None:
-    """Raises ValueError unless every tensor has a floating-point dtype."""
+    """Raise ValueError unless every tensor has a floating-point dtype."""
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
 
 
 def as_scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
-    """`value` as a 0-d fp32 tensor on the device of `like`, without a host sync."""
+    """Convert `value` to a 0-d fp32 tensor on the device of `like`, without a host sync."""
     if not isinstance(value, Tensor):
         return torch.full((), value, dtype=torch.float32, device=like.device)
     if value.dim() != 0 or value.dtype != torch.float32:
@@ -46,9 +46,9 @@ def as_scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
 def run_in_memory_order(
     kernel: Callable[..., object], first: Tensor, others: list[Tensor], scalars: list[Tensor]
 ) -> None:
-    """`kernel` has updated `first`, and saw only tensors whose memory is in one and the same order.
+    """Run a kernel that updates `first` on tensors that all have the same memory order.
 
-    Tensors that are all contiguous or all channels_last run as they are. Anything else is copied,
+    Tensors that are all contiguous or all channels_last are passed as they are. Others are copied,
     and the result is copied back.
     """
     tensors = [first, *others]
@@ -62,7 +62,7 @@ def run_in_memory_order(
 
 
 def have_one_memory_order(tensors: list[Tensor]) -> bool:
-    """Whether the n-th element in memory is the same element in every tensor."""
+    """True if the n-th element in memory is the same element in every tensor."""
     return all(tensor.is_contiguous() for tensor in tensors) or all(
         tensor.is_contiguous(memory_format=torch.channels_last) for tensor in tensors
     )

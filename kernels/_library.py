@@ -1,4 +1,4 @@
-"""Loads the native library, finds Triton, says what is live, and reads the environment."""
+"""Loading of the native library, detection of Triton, and their status."""
 
 import ctypes
 import functools
@@ -16,7 +16,7 @@ REBUILD = "make native"
 
 @dataclass(frozen=True)
 class NativeStatus:
-    """What serves the operations here; where a field is None, its `_reason` says why."""
+    """Available implementations; where a field is None, its `_reason` says why."""
 
     library: str | None
     library_reason: str
@@ -26,9 +26,9 @@ class NativeStatus:
 
 @functools.cache
 def native_status() -> NativeStatus:
-    """The native library is loaded, if there is one, and the answer says what is live.
+    """Load the native library, if there is one, and return the available implementations.
 
-    Raises ImportError when the library is there but was built for another torch or does not load.
+    Raises ImportError if the library exists but was built for another torch or does not load.
     """
     library_reason = why_no_library()
     if not library_reason:
@@ -43,7 +43,7 @@ def native_status() -> NativeStatus:
 
 
 def why_no_library() -> str:
-    """Empty when the native library is to be loaded, else the reason why not."""
+    """Reason why the native library is not loaded; empty if it is to be."""
     if os.environ.get("SAFER_FAST_NATIVE", "1") == "0":
         return "switched off by SAFER_FAST_NATIVE=0"
     if not LIBRARY.exists():
@@ -52,7 +52,7 @@ def why_no_library() -> str:
 
 
 def load_library(path: Path) -> None:
-    """The library's kernels are registered with the PyTorch dispatcher."""
+    """Load a library, whose kernels register with the PyTorch dispatcher."""
     try:
         torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
         built_for = ctypes.CDLL(str(path)).safer_fast_torch_version
@@ -60,7 +60,7 @@ def load_library(path: Path) -> None:
         raise ImportError(f"{path} does not load, rebuild it with `{REBUILD}`: {error}") from error
     built_for.restype = ctypes.c_char_p
     version = built_for().decode()
-    # Tensors may be laid out differently in another torch: running on would corrupt memory.
+    # another torch may lay out tensors differently, which would corrupt memory
     if version != torch.__version__:
         raise ImportError(
             f"{path} was built for torch {version}, this is {torch.__version__}: "
@@ -70,7 +70,7 @@ def load_library(path: Path) -> None:
 
 @functools.cache
 def find_triton() -> str | None:
-    """The version of Triton, which is not imported for this."""
+    """Version of Triton, without importing it; None if it is not installed."""
     if importlib.util.find_spec("triton") is None:
         return None
     try:

@@ -1,7 +1,7 @@
 """One step of a projected gradient attack, in place.
 
-The contract of the family: the operations as PyTorch knows them, and the public functions that
-check their arguments. Formula: Madry et al. 2018 (arXiv 1706.06083), section 2.1.
+Public functions, which check their arguments, and the operators that they dispatch to. Formula:
+Madry et al. 2018 (arXiv 1706.06083), section 2.1.
 """
 
 import torch
@@ -26,13 +26,13 @@ def linf_step_(
     step_size: Tensor | float,
     epsilon: Tensor | float,
 ) -> Tensor:
-    """`adversarial` has moved by `step_size` along the sign of `gradient`, and is back in the ball.
+    """Move `adversarial` by `step_size` along the sign of `gradient`, then project it to the ball.
 
         clamp(clamp(adversarial + step_size * sign(gradient), images -+ epsilon), 0, 1)
 
     All three tensors have one shape. `adversarial` and `images` have one dtype (fp32 is the fast
     one), `gradient` may have another; `step_size` and `epsilon`, in units of a pixel in [0, 1], are
-    floats or 0-d fp32 tensors on the same device. Where the gradient is NaN the pixel becomes NaN.
+    floats or 0-d fp32 tensors on the same device. If the gradient is NaN the pixel becomes NaN.
     Mutates and returns `adversarial`; raises ValueError for arguments that do not fit together.
     """
     scalars = check_step(adversarial, images, gradient, step_size, epsilon)
@@ -49,7 +49,7 @@ def l2_step_(
     step_size: Tensor | float,
     epsilon: Tensor | float,
 ) -> Tensor:
-    """Each image has moved by `step_size` along its gradient, and is back in the L2 ball.
+    """Move each image by `step_size` along its gradient, then project it to the L2 ball.
 
     Per image d = adversarial + step_size * gradient / ||gradient|| - images, then `clamp(images + d
     * min(1, epsilon / ||d||), 0, 1)`. An image whose gradient is zero does not move; one with a
@@ -73,7 +73,7 @@ def check_step(
     step_size: Tensor | float,
     epsilon: Tensor | float,
 ) -> list[Tensor]:
-    """The two scalars as tensors; raises ValueError unless the arguments fit together."""
+    """Check the arguments and return the two scalars as tensors; raises ValueError."""
     check_same_shape_and_device("adversarial", adversarial, images=images, gradient=gradient)
     check_floating(adversarial=adversarial, gradient=gradient)
     if images.dtype != adversarial.dtype:
@@ -87,7 +87,7 @@ def check_step(
 
 
 def is_served(adversarial: Tensor, gradient: Tensor) -> bool:
-    """Whether C++ and Triton know these dtypes; the others run the reference."""
+    """True if C++ and Triton support these dtypes; the reference runs for others."""
     return adversarial.dtype == torch.float32 and gradient.dtype in SINGLE_OR_HALF
 
 
@@ -95,7 +95,7 @@ def is_served(adversarial: Tensor, gradient: Tensor) -> bool:
 def linf_step_op(
     adversarial: Tensor, images: Tensor, gradient: Tensor, step_size: Tensor, epsilon: Tensor
 ) -> None:
-    """`linf_step_` as the dispatcher knows it, on tensors in one memory order."""
+    """Operator behind `linf_step_`, for tensors in one memory order."""
     reference.linf_step_(adversarial, images, gradient, step_size, epsilon)
 
 
@@ -103,7 +103,7 @@ def linf_step_op(
 def l2_step_op(
     adversarial: Tensor, images: Tensor, gradient: Tensor, step_size: Tensor, epsilon: Tensor
 ) -> None:
-    """`l2_step_` as the dispatcher knows it, on tensors in one memory order."""
+    """Operator behind `l2_step_`, for tensors in one memory order."""
     reference.l2_step_(adversarial, images, gradient, step_size, epsilon)
 
 
@@ -112,7 +112,7 @@ def l2_step_op(
 def fake_step(
     adversarial: Tensor, images: Tensor, gradient: Tensor, step_size: Tensor, epsilon: Tensor
 ) -> None:
-    """Nothing to allocate: the operations return nothing."""
+    """Do nothing: the operators return nothing."""
 
 
 def linf_step_cuda(

@@ -94,7 +94,7 @@ def linf_step_kernel(
     adversarial = tl.load(adversarial_ptr + offsets, mask=inside, other=0.0)
     image = tl.load(images_ptr + offsets, mask=inside, other=0.0)
     gradient = tl.load(gradient_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    # What is neither positive nor negative is zero or NaN, and stays so.
+    # neither positive nor negative: zero or NaN, which stay as they are
     direction = tl.where(gradient > 0, 1.0, tl.where(gradient < 0, -1.0, gradient))
     moved = adversarial + step_size * direction
     moved = tl.maximum(moved, image - epsilon, propagate_nan=tl.PropagateNan.ALL)

@@ -1,8 +1,8 @@
 """The steps of sharpness-aware minimisation outside the two passes: norm, perturbation, restore.
 
-The contract of the family: the operations as PyTorch knows them, and the public functions that
-check their arguments. Formulas: SAM, Foret et al. 2021 (arXiv 2010.01412), equation 2; ASAM, Kwon
-et al. 2021 (arXiv 2102.11600), equation 6 with T = |w| and without its bias exception.
+Public functions, which check their arguments, and the operators that they dispatch to. Formulas:
+SAM, Foret et al. 2021 (arXiv 2010.01412), equation 2; ASAM, Kwon et al. 2021 (arXiv 2102.11600),
+equation 6 with T = |w| and without its bias exception.
 """
 
 import torch
@@ -22,9 +22,9 @@ from . import reference
 
 @torch.no_grad()
 def sum_squares(x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """The sum of x^2, or of (x * weight)^2, as a 0-d fp32 tensor on the device of x.
+    """Return the sum of x^2, or of (x * weight)^2, as a 0-d fp32 tensor on the device of x.
 
-    Any shape; `weight` has the shape of `x` (in fp32 it is fast). The result is within 1e-5 of
+    Any shape; `weight` has the shape of `x` (fp32 is the fast one). The result is within 1e-5 of
     fp64, and bit-identical whatever the number of threads or the size of the GPU. The sum over
     nothing is 0. Raises ValueError for arguments that do not fit together.
     """
@@ -49,12 +49,12 @@ def perturb_(
     scale: Tensor | float,
     adaptive: bool = False,
 ) -> Tensor:
-    """`compute` holds `master + scale * gradient`, rounded once to its dtype; NaN stays NaN.
+    """Set `compute` to `master + scale * gradient`, rounded once to its dtype; NaN stays NaN.
 
-    `adaptive` (ASAM) makes it `master + scale * master^2 * gradient`. All three tensors have one
+    With `adaptive` (ASAM) it is `master + scale * master^2 * gradient`. All three tensors have one
     shape; `scale`, which is rho / norm, is a float or a 0-d fp32 tensor on the same device.
-    `master` in fp32 and half or single precision elsewhere is the fast way; every other mixture of
-    dtypes works too. Mutates and returns `compute`; raises ValueError for arguments that do not fit
+    `master` in fp32 and half or single precision elsewhere is fast; every other mixture of dtypes
+    works too. Mutates and returns `compute`; raises ValueError for arguments that do not fit
     together.
     """
     check_same_shape_and_device("compute", compute, master=master, gradient=gradient)
@@ -76,11 +76,11 @@ def perturb_(
 
 @torch.no_grad()
 def restore_(compute: Tensor, master: Tensor) -> Tensor:
-    """`compute` holds `master`, cast to its dtype: whatever `perturb_` added is gone, to the bit.
+    """Set `compute` to `master`, cast to its dtype, which undoes `perturb_` exactly.
 
     Rounded to the nearest, ties to even, as torch casts; NaN stays NaN. `master` in fp32, `compute`
-    in single or half precision and both in one memory order is the fast way; everything else works
-    too. Mutates and returns `compute`; raises ValueError unless both have one shape and device.
+    in single or half precision and both in one memory order is fast; everything else works too.
+    Mutates and returns `compute`; raises ValueError unless both have one shape and device.
     """
     check_same_shape_and_device("compute", compute, master=master)
     check_floating(compute=compute, master=master)
@@ -96,7 +96,7 @@ def restore_(compute: Tensor, master: Tensor) -> Tensor:
 
 @torch.library.custom_op("safer_fast::sum_squares", mutates_args=())
 def sum_squares_op(x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """`sum_squares` as the dispatcher knows it, on tensors in one memory order."""
+    """Operator behind `sum_squares`, for tensors in one memory order."""
     return reference.sum_squares(x, weight)
 
 
@@ -104,19 +104,19 @@ def sum_squares_op(x: Tensor, weight: Tensor | None = None) -> Tensor:
 def perturb_op(
     compute: Tensor, master: Tensor, gradient: Tensor, scale: Tensor, adaptive: bool
 ) -> None:
-    """`perturb_` as the dispatcher knows it, on tensors in one memory order."""
+    """Operator behind `perturb_`, for tensors in one memory order."""
     reference.perturb_(compute, master, gradient, scale, adaptive)
 
 
 @torch.library.custom_op("safer_fast::restore_", mutates_args={"compute"})
 def restore_op(compute: Tensor, master: Tensor) -> None:
-    """`restore_` as the dispatcher knows it, on tensors in one memory order."""
+    """Operator behind `restore_`, for tensors in one memory order."""
     reference.restore_(compute, master)
 
 
 @sum_squares_op.register_fake
 def fake_sum_squares(x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """A 0-d fp32 tensor where x is."""
+    """Allocate the result: a 0-d fp32 tensor on the device of x."""
     return x.new_empty((), dtype=torch.float32)
 
 
@@ -124,12 +124,12 @@ def fake_sum_squares(x: Tensor, weight: Tensor | None = None) -> Tensor:
 def fake_perturb(
     compute: Tensor, master: Tensor, gradient: Tensor, scale: Tensor, adaptive: bool
 ) -> None:
-    """Nothing to allocate: the operation returns nothing."""
+    """Do nothing: the operator returns nothing."""
 
 
 @restore_op.register_fake
 def fake_restore(compute: Tensor, master: Tensor) -> None:
-    """Nothing to allocate: the operation returns nothing."""
+    """Do nothing: the operator returns nothing."""
 
 
 def sum_squares_cuda(x: Tensor, weight: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Names of attacks as users type them: checked, and the number of steps read from them."""
+"""Names of attacks as users type them: checks, and the number of steps in a name."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ from safer_fast.config.messages import shortened
 
 CW_STEPS = 30
 LIBRARY_ATTACKS = ("apgd-ce", "apgd-dlr", "square", "autoattack")
-"""Attacks of the evaluate command alone."""
+"""Attacks that only the evaluate command has."""
 
 
 def check_attack_name(name: str, flag: str, others: Sequence[str] = ()) -> None:
-    """`name` is clean, fgsm, pgd-K, cw, cw-K or one of `others`.
-
-    Raises ValueError naming `flag` otherwise.
-    """
+    """Raise ValueError unless `name` is clean, fgsm, pgd-K, cw, cw-K or one of `others`."""
     climb = re.fullmatch(r"(?:pgd|cw)-0*([1-9][0-9]{0,8})", name)
     if name not in ("clean", "fgsm", "cw", *others) and climb is None:
         known = ", ".join(["clean", "fgsm", "pgd-K (such as pgd-20)", "cw", "cw-K", *others])
@@ -27,5 +24,5 @@ def check_attack_name(name: str, flag: str, others: Sequence[str] = ()) -> None:
 
 
 def num_attack_steps(name: str) -> int:
-    """Iterations of clean, fgsm, pgd-K, cw or cw-K; 0 for clean."""
+    """Number of iterations of clean, fgsm, pgd-K, cw or cw-K; 0 for clean."""
     return {"clean": 0, "fgsm": 1, "cw": CW_STEPS}.get(name) or int(name.partition("-")[2] or 0)

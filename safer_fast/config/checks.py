@@ -1,4 +1,4 @@
-"""Ranges that types cannot say, checked once before anything is loaded or written."""
+"""Checks of settings beyond their types, made before anything is loaded or written."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HINT = "pixels are in [0, 1]; write 8/255, not 8"
 
 
 def check_config(config: Config) -> None:
-    """Every setting is within its range; raises ValueError with the first flag that is not."""
+    """Raise ValueError naming the first setting out of its range or contradicting another."""
     check_ranges(config)
     _check_arguments(config.model.arguments)
     _check_together(config)
@@ -37,7 +37,7 @@ def check_ranges(config: Any) -> None:
 
 
 def check_number(name: str, value: Any, largest: float = math.inf) -> None:
-    """Raises ValueError for an argument of a function that is no number from 0 to `largest`."""
+    """Raise ValueError for a function's argument that is no number from 0 to `largest`."""
     is_number = isinstance(value, Real)
     if not is_number:
         raise ValueError(f"{name}: expected a number, got {shortened(repr(value))}")
@@ -54,10 +54,10 @@ def check_ball(
     shape: Sequence[int] | None = None,
     flags: tuple[str, str] = ("--attack.epsilon", "--attack.step_size"),
 ) -> None:
-    """Raises ValueError for a radius that reaches every image there is, or a step across the ball.
+    """Raise ValueError for a radius beyond all images, or a step longer than the ball's diameter.
 
-    shape: of an image [C, H, W]; None: not known yet, any image will do. flags: what the radius and
-    the step are called in messages.
+    shape: of an image [C, H, W]; None: not known yet, the largest possible is assumed. flags: names
+    of radius and step in messages.
     """
     if norm == "linf":
         largest, words = 1.0, "a radius in [0, 1] for linf"
@@ -78,10 +78,10 @@ def check_ball(
 
 
 def check_new(config: Config) -> None:
-    """Raises ValueError for settings that a run must not begin with.
+    """Raise ValueError for settings that a new run must not have.
 
-    Those are empty lists, and settings that contradict each other. Runs of the past may have them:
-    they are still read.
+    They are empty lists, and settings that contradict each other. Earlier runs may have them and
+    can still be read.
     """
     selection, model = config.selection, config.model
     if model.checkpoint is not None and model.pretrained:
@@ -111,7 +111,7 @@ def check_new(config: Config) -> None:
 
 
 def check_file(path: str | None, flag: str) -> None:
-    """Raises ValueError where no file can be written, before there is anything to lose."""
+    """Raise ValueError if no file can be written at a path, before any work is done."""
     if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
         raise ValueError(
             f"{flag}: expected a file in a folder that exists, got {shortened(repr(path))}"
@@ -119,7 +119,7 @@ def check_file(path: str | None, flag: str) -> None:
 
 
 def _check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Raises ValueError for names that no function has, and values that run.yaml cannot hold."""
+    """Raise ValueError for names that are no identifiers, and values that YAML cannot hold."""
     for name in arguments:
         if not str(name).isidentifier():
             hint = "; a space follows each colon" if ":" in str(name) else ""

@@ -1,4 +1,4 @@
-"""From words typed to a valid configuration: recipes, YAML, flags, one clear line for a mistake."""
+"""Parsing of command lines: recipes, YAML files and flags, with one clear line for a mistake."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ OPEN_FLAGS = (
     "attack.clean_epochs",
     "attack.epsilon_warmup_epochs",
 )
-"""What training chooses by the data and the weights where nobody gives it."""
+"""Settings that training chooses by data and weights if they are not given."""
 CONTROL = re.compile("[\x00-\x1f\x7f]")
 T = TypeVar("T")
 
 
 def parse_config(arguments: Sequence[str], described: Mapping[str, Any] | None = None) -> Config:
-    """The configuration that `python -m safer_fast.train` was asked for.
+    """Parse and check the arguments of `python -m safer_fast.train`.
 
     `--config` takes a YAML file or the name of a recipe; flags override it. With neither `--config`
     nor `--data.path` the recipe `digits` is the base. See also `find_open_flags`.
-    described: settings of `model` that the checkpoint was trained with; they count where
-    `model.checkpoint` is written, so that flags override them, and they override the recipe if the
-    checkpoint is a flag itself. Raises ValueError naming the flag.
+    described: settings of `model` that the checkpoint was trained with. They have the precedence of
+    `model.checkpoint`: flags override them, and they override the recipe if the checkpoint is
+    given as a flag. Raises ValueError naming the flag.
     """
     parser = _train_parser()
     words = with_underscores(arguments)
@@ -57,9 +57,9 @@ def parse_config(arguments: Sequence[str], described: Mapping[str, Any] | None =
 
 
 def find_open_flags(arguments: Sequence[str]) -> list[str]:
-    """Those of OPEN_FLAGS that training is to choose: without a recipe, and not typed.
+    """Flags of OPEN_FLAGS that training chooses: those not typed, if there is no recipe.
 
-    The name of a model is one of its patch size too.
+    The name of a model implies its patch size.
     """
     given = {word.partition("=")[0] for word in with_underscores(arguments)}
     if "--config" in given or "--data.path" not in given:
@@ -71,7 +71,7 @@ def find_open_flags(arguments: Sequence[str]) -> list[str]:
 
 
 def scaled_by_epochs(arguments: Sequence[str]) -> list[str]:
-    """A line for each setting of the default recipe that keeps its share of a typed `--epochs`."""
+    """Notes on settings of the default recipe that are scaled to a typed `--epochs`."""
     words = with_underscores(arguments)
     if {"--config", "--data.path"} & {word.partition("=")[0] for word in words}:
         return []
@@ -81,14 +81,14 @@ def scaled_by_epochs(arguments: Sequence[str]) -> list[str]:
 
 
 def new_parser(command: str, description: str) -> ArgumentParser:
-    """A parser whose types and help follow the conventions of all commands."""
+    """Make a parser whose types and help follow the conventions of all commands."""
     register_type(
         Radius, serializer=float, deserializer=_parse_radius, fail_already_registered=False
     )
     register_type(Names, serializer=list, deserializer=_parse_names, fail_already_registered=False)
     set_parsing_settings(
         docstring_parse_attribute_docstrings=True,
-        # nothing that a file names is imported, nor made
+        # files must not make jsonargparse import or instantiate anything
         import_path_denylist=["*"],
         instantiate_subclass_spec_in_any=False,
     )
@@ -110,14 +110,14 @@ def _train_parser() -> ArgumentParser:
 
 
 class _Parser(ArgumentParser):
-    """Shows flags of the top level as they are typed: --batch-size, but --group.its_name."""
+    """A parser whose help shows flags as they are typed: --batch-size, but --group.its_name."""
 
     def format_help(self, *arguments: Any, **settings: Any) -> str:
         return tidy(super().format_help(*arguments, **settings))
 
 
 def parse(parser: ArgumentParser, arguments: Sequence[str], kind: Callable[..., T]) -> T:
-    """The parsed arguments as `kind`, a dataclass; raises ValueError with one clear line."""
+    """Parse arguments to `kind`, a dataclass; raises ValueError with one clear line."""
     for before, word in pairwise(["", *arguments]):
         if ENDLESS_NUMBER.search(word):
             awaits_value = before.startswith("--") and "=" not in before
@@ -128,7 +128,7 @@ def parse(parser: ArgumentParser, arguments: Sequence[str], kind: Callable[..., 
 
 
 def parsed(parser: ArgumentParser, kind: Callable[..., T], read: Callable[[], Any]) -> T:
-    """The values that `read` gives, parsed as `kind`; raises ValueError with one line."""
+    """Convert the values that `read` returns to `kind`; raises ValueError with one line."""
     try:
         values = parser.instantiate(read())
     except ArgumentError as error:
@@ -142,9 +142,9 @@ def parsed(parser: ArgumentParser, kind: Callable[..., T], read: Callable[[], An
 
 
 def _check_values(config: Any, group: str = "") -> None:
-    """Raises ValueError for null where a setting does not take it, and for texts that name nothing.
+    """Raise ValueError for null in a setting that takes none, and for texts that can be no name.
 
-    jsonargparse lets them pass.
+    jsonargparse accepts both.
     """
     for name, kind in get_type_hints(type(config)).items():
         value = getattr(config, name)
@@ -167,7 +167,7 @@ def _settings_of(parser: ArgumentParser) -> list[str]:
 
 
 def with_underscores(arguments: Sequence[str]) -> list[str]:
-    """Flags with their dashes as underscores, `--batch-size=8` -> `--batch_size=8`; values stay."""
+    """Replace dashes within flags by underscores, `--batch-size=8` -> `--batch_size=8`."""
     return [_flag_with_underscores(word) if word.startswith("--") else word for word in arguments]
 
 
@@ -177,7 +177,7 @@ def _flag_with_underscores(word: str) -> str:
 
 
 def _with_value(flag: str, words: Sequence[str]) -> list[str]:
-    """The words with `flag` alone as `flag=true`."""
+    """Replace a `flag` without value by `flag=true`."""
     return [
         f"{word}=true" if word == flag and following.startswith("--") else word
         for word, following in pairwise([*words, "--"])
@@ -185,7 +185,7 @@ def _with_value(flag: str, words: Sequence[str]) -> list[str]:
 
 
 def _config_first(words: Sequence[str], described: Mapping[str, Any]) -> list[str]:
-    """The words with `--config FILE` in front, so that flags override it wherever they stand."""
+    """Move `--config FILE` to the front, so that flags in any place override it."""
     words, name = _without(words, "--config")
     given = {word.partition("=")[0] for word in words}
     network = _without(words, "--model.name")[1]
@@ -194,7 +194,7 @@ def _config_first(words: Sequence[str], described: Mapping[str, Any]) -> list[st
         name = DEFAULT_RECIPE
     if name is None:
         return _as_words(described, network) + words
-    if len(name.rpartition("/")[2]) > LONGEST_WORD - len(".yaml"):  # no file has such a name
+    if len(name.rpartition("/")[2]) > LONGEST_WORD - len(".yaml"):  # too long for a file name
         raise ValueError(
             f"--config: expected a YAML file or {_recipe_names()}, got {shortened(name)}"
         )
@@ -205,7 +205,7 @@ def _config_first(words: Sequence[str], described: Mapping[str, Any]) -> list[st
     if is_default:
         content = _check_mapping(file)
         first += [f"--{flag}={value}" for flag, value in scaled(content, words).items()]
-    if "--model.name" in given:  # arguments of the recipe's model mean nothing to another one
+    if "--model.name" in given:  # arguments of the recipe's model do not fit another one
         first += ["--model.arguments", "{}"]
     if "--model.checkpoint" in given:
         return first + _as_words(described, network) + words
@@ -213,17 +213,17 @@ def _config_first(words: Sequence[str], described: Mapping[str, Any]) -> list[st
 
 
 def _as_words(described: Mapping[str, Any], network: Any) -> list[str]:
-    """The flags for what a checkpoint is described by, unless another network is asked for."""
+    """Flags for the settings of a checkpoint's model; none if another model is asked for."""
     if network is not None and str(network).partition(".")[0] != described.get("name"):
-        return []  # arguments of a network mean nothing to another one
+        return []  # arguments of a network do not fit another one
     texts = {key: v if isinstance(v, str) else json.dumps(v) for key, v in described.items()}
     return [f"--model.{key}={text}" for key, text in texts.items()]
 
 
 def _check_mapping(file: Path) -> dict[str, Any]:
-    """The settings in a file; their names and types are checked later.
+    """Read the settings in a file; their names and types are checked later.
 
-    Raises ValueError for a file that holds none.
+    Raises ValueError for a file without settings.
     """
     if not file.is_file():
         raise ValueError(f"--config: expected a YAML file or {_recipe_names()}, got {str(file)!r}")
@@ -236,7 +236,7 @@ def _check_mapping(file: Path) -> dict[str, Any]:
             f"--config: expected names with values in {file}, got "
             + ("none" if content is None else shortened(repr(content)))
         )
-    # jsonargparse would read other files that these name
+    # jsonargparse would read other files named by these
     if "config" in content:
         raise ValueError("--config: unknown setting 'config'")
     for name in _group_names():
@@ -249,7 +249,7 @@ def _check_mapping(file: Path) -> dict[str, Any]:
 
 
 def _without(words: Sequence[str], flag: str) -> tuple[list[str], str | None]:
-    """The words without `flag VALUE` or `flag=VALUE`, and that value."""
+    """Remove `flag VALUE` or `flag=VALUE` from the words; returns them and the value."""
     rest, value = [], None
     remaining = iter(words)
     for word in remaining:
@@ -268,7 +268,7 @@ def _recipe_names() -> str:
 
 
 def _switches() -> list[str]:
-    """Flags that are true where they stand alone."""
+    """Flags that may be given without a value, for true."""
     flags = []
     for name, value in Config().to_dict().items():
         values = value if name in _group_names() else {"": value}

@@ -12,7 +12,7 @@ from safer_fast.config.schema import DataConfig, Names, Radius
 
 @dataclass
 class EvaluateConfig:
-    """What is evaluated."""
+    """Model, attacks and data of an evaluation."""
 
     run: str
     """Run folder."""
@@ -24,11 +24,11 @@ class EvaluateConfig:
     epsilon: Radius | None = ranged(None, ranges.EPSILON)
     """Radius of the ball; default: the run's."""
     restarts: int = ranged(1, at_least(1, ranges.ITERATIONS))
-    """Random starts of pgd and cw; an image that one of them fools is not right."""
+    """Random starts of pgd and cw; an image that any of them fools counts as wrong."""
     weights: str = "last"
     """last or best."""
     source: str | None = None
-    """Transfer: a run folder whose model the attacks are made on; default: RUN's own."""
+    """Transfer: run folder of the model that adversarial images are made with; default: RUN."""
     source_weights: str = "last"
     """last or best, of --source."""
     path: str | None = None
@@ -38,22 +38,22 @@ class EvaluateConfig:
     label_column: str | None = None
     """Column of labels in parquet files, with --data.path; default: the run's."""
     num_images: int | None = ranged(None, at_least(1, ranges.IMAGES))
-    """Use only so many images, a fixed subset stratified by class; default: all."""
+    """Use only this many images, a fixed subset stratified by class; default: all."""
     batch_size: int = ranged(256, at_least(1, ranges.IMAGES))
-    """Images per batch, at most; an evaluation that was stopped goes on at the next batch."""
+    """Images per batch, at most; an evaluation that was stopped resumes at the next batch."""
     seed: int = ranged(0, ranges.SEED)
-    """Seed of all that attacks draw."""
+    """Seed of the random numbers of attacks."""
     amp: Literal["run", "off", "bf16"] = "run"
     """Precision; run: the one that RUN was trained in."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: CUDA where there is a GPU."""
+    """auto: CUDA if there is a GPU."""
     fresh: bool = False
-    """Measure again what was measured already."""
+    """Measure again what has already been measured."""
 
 
 @dataclass
 class SelectConfig:
-    """How layers are scored."""
+    """Model, criteria and attack of a comparison of scores."""
 
     run: str
     """Run folder."""
@@ -65,7 +65,7 @@ class SelectConfig:
             ["sharpness-absolute", "sharpness-relative", "gradient-norm", "criticality"]
         )
     )
-    """What it is compared with, comma-separated: sharpness-absolute, sharpness-relative,
+    """Criteria to compare it with, comma-separated: sharpness-absolute, sharpness-relative,
     gradient-norm, criticality, or those of your own; fewer take less time."""
     fraction: float = ranged(0.05, ranges.FRACTION)
     """Share of the layers that is selected, in (0, 1]; at least one layer."""
@@ -82,13 +82,13 @@ class SelectConfig:
     steps: int | None = ranged(None, at_least(0, ranges.ITERATIONS))
     """Steps of the attack, 0 for none; default: the run's."""
     num_images: int = ranged(512, at_least(1, ranges.IMAGES))
-    """Training images that the scores are measured on."""
+    """Number of training images that the scores are measured on."""
     weights: str = "last"
     """last or best."""
     seed: int = ranged(0, ranges.SEED)
     """Seed of the images, the attack and the random criterion."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: CUDA where there is a GPU."""
+    """auto: CUDA if there is a GPU."""
     amp: Literal["run", "off", "bf16"] = "run"
     """Precision; run: the one that RUN was trained in."""
     output: str | None = None
@@ -100,7 +100,7 @@ class SelectConfig:
 
 @dataclass
 class ExportConfig:
-    """What is exported, and as what."""
+    """Model and format of an export."""
 
     run: str
     """Run folder."""
@@ -112,18 +112,18 @@ class ExportConfig:
     output: str | None = None
     """New or empty folder to write; default: export-FORMAT in the run folder."""
     license: str = "other"
-    """License of the weights that the model card names; other: none is named."""
+    """License of the weights for the model card; other: none is named."""
     name: str | None = None
     """Name in the model card; default: that of the run folder."""
 
 
 @dataclass
 class DoctorConfig:
-    """What is looked at beside the machine."""
+    """Data and disk to check besides the machine."""
 
     output: str | None = None
     """Folder that a run would write to, for its disk; default: the current folder."""
     batch_size: int = ranged(64, at_least(1, ranges.IMAGES))
-    """Images per batch that the data, if there is any, is tried with."""
+    """Images per batch in the check of the data, if a path is given."""
     data: DataConfig = field(default_factory=DataConfig)
     json: bool = False

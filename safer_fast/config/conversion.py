@@ -1,4 +1,4 @@
-"""Settings made in Python: their types and checks are those of the command line."""
+"""Settings made in Python: converted and checked like those of the command line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def checked(config: Config) -> Config:
-    """A copy of a configuration made in Python, with the types and checks of the command line."""
+    """Convert and check a configuration made in Python; returns a copy."""
     if not isinstance(config, Config):
         raise ValueError(f"config: expected Config, got {shortened(repr(config))}")
     config = converted(config)
@@ -25,10 +25,10 @@ def checked(config: Config) -> Config:
 
 
 def converted(config: T) -> T:
-    """A copy of the settings, a dataclass, with the types that the command line gives them.
+    """Convert a dataclass of settings to the types of the command line; returns a copy.
 
     Fractions and numbers may be texts, groups may be dictionaries. Raises ValueError with one clear
-    line for a value that the command line would refuse too.
+    line for a value that the command line would refuse.
     """
     kind = type(config)
     parser = new_parser("train", "")
@@ -37,7 +37,7 @@ def converted(config: T) -> T:
 
 
 def _as_given(config: Any) -> dict[str, Any]:
-    """The settings as plain values, which is how a YAML file holds them."""
+    """The settings as plain values, as in a YAML file."""
     given = {}
     known = [item.name for item in fields(config)]
     if unknown := [name for name in vars(config) if name not in known]:
@@ -56,7 +56,7 @@ def _as_given(config: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """The value with texts for paths, and Python's own numbers for those of numpy and torch."""
+    """Convert paths to texts, and numbers of numpy and torch to Python's."""
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

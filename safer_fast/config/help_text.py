@@ -1,4 +1,4 @@
-"""How `--help` reads: one line of usage, kinds of values in words, no flags that nobody types."""
+"""Format of `--help`: one line of usage, types in words, only flags that users type."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TOP_LEVEL = re.compile(r"(?<![\w.])--[a-z_]+(?![\w.])")
 
 
 class HelpFormatter(DefaultHelpFormatter):
-    """Says of each flag what it takes in a user's words."""
+    """A help formatter that shows the type of each flag in words."""
 
     def _format_usage(self, usage: Any, actions: Any, *rest: Any, **settings: Any) -> str:
         places = " ".join(str(a.metavar or a.dest) for a in actions if not a.option_strings)
@@ -30,13 +30,13 @@ class HelpFormatter(DefaultHelpFormatter):
 
     def _get_type_str(self, action: Action) -> str | None:
         text: str | None = super()._get_type_str(action)
-        # those are listed beside the flag
+        # choices are listed beside the flag
         is_listed = text is None or re.fullmatch(r"bool|Literal\[[^]]*\]", text) is not None
         return None if is_listed else in_words(str(text))
 
 
 def in_words(kind: str) -> str:
-    """A type as Python writes it, in words; choices are named one by one."""
+    """Put a type, as Python prints it, in words; choices are listed."""
     kind = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", kind)
     if kind.startswith(("tuple", "list")):
         return "numbers such as [0.9, 0.95]"
@@ -52,13 +52,13 @@ def in_words(kind: str) -> str:
 
 
 def tidy(text: str) -> str:
-    """The help without files for groups of settings, and with flags of the top level as typed."""
+    """Remove options for files of groups from the help, and dash flags of the top level."""
     text = _GROUP.sub("", text)
     return _TOP_LEVEL.sub(lambda flag: dashed(flag[0]), text)
 
 
 def dashed(flag: str) -> str:
-    """--batch_size as it is typed: --batch-size."""
+    """The flag with dashes: --batch_size -> --batch-size."""
     return "--" + flag.removeprefix("--").replace("_", "-")
 
 

@@ -1,4 +1,4 @@
-"""Clear lines for a user's mistakes: what was expected, what came, which flag was meant."""
+"""Messages for a user's mistakes: what was expected, what was given, which flag was meant."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from difflib import get_close_matches
 from safer_fast.config.help_text import dashed
 
 MOST_SHOWN = 80
-"""Characters of a value that a message shows."""
+"""Most characters of a value that a message shows."""
 LONGEST_WORD = 255
 """Characters of the longest word that a message shows whole: a file's name may have as many."""
 LONGEST_LINE = 1200
-# What steers a terminal, turns the order of letters round, or is no text at all.
+# Characters that control a terminal, change the direction of text, or are no text.
 UNPRINTABLE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-# Usual names of other projects: what they are called here, by preference.
+# Names of settings in other projects, and their names here, in order of preference.
 _USUAL: dict[str, tuple[str, ...]] = {
     "alpha": ("attack.step_size",),
     "arch": ("model.name",),
@@ -72,7 +72,7 @@ _WORDS = {
 
 
 def printable(text: str) -> str:
-    """The text with ? in place of line breaks, escape sequences and marks that turn it round."""
+    """Replace control characters and marks of text direction by ?."""
     return UNPRINTABLE.sub("?", text)
 
 
@@ -88,12 +88,12 @@ def as_line(message: str) -> str:
 
 
 def typed(flag: str) -> str:
-    """The flag as users type it: --batch-size, but --attack.step_size."""
+    """The flag of a setting as users type it: --batch-size, but --attack.step_size."""
     return f"--{flag}" if "." in flag else dashed(f"--{flag}")
 
 
 def suggested(name: str, known: Sequence[str]) -> str | None:
-    """The setting among `known` that was meant by `name`, if one is like it.
+    """The setting among `known` that `name` probably means; None if none is similar.
 
     Names that other projects use come first, then settings of the same name in another group.
     """
@@ -104,9 +104,9 @@ def suggested(name: str, known: Sequence[str]) -> str | None:
 
 
 def explained(message: str, known: Sequence[str]) -> str:
-    """Jsonargparse's message of several lines as `--flag: expected ..., got ...`.
+    """Rewrite a message of jsonargparse as `--flag: expected ..., got ...`.
 
-    known: the settings that there are.
+    known: names of all settings.
     """
     message = " ".join(message.split())
     if found := re.match(r"unrecognized arguments: (\S+)", message):

@@ -1,4 +1,4 @@
-"""Ramps of the default recipe in a run of another length: they keep their share of the epochs."""
+"""Scaling of the default recipe's ramps to a run of another number of epochs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ SCALED = (WARMUP, "attack.clean_epochs", "attack.epsilon_warmup_epochs", "optim.
 
 
 def scaled(recipe: Mapping[str, Any], words: Sequence[str]) -> dict[str, int | float]:
-    """The settings of the recipe that a typed `--epochs` changes, by flag.
+    """Settings of the recipe, scaled to a typed `--epochs`, by flag.
 
-    None where the warm-up is typed too. words: typed, with underscores.
+    Empty if the warm-up is typed too. words: arguments, with underscores.
     """
     epochs = _epochs(words)
     typed = {word.partition("=")[0] for word in words}
@@ -34,7 +34,7 @@ def scaled(recipe: Mapping[str, Any], words: Sequence[str]) -> dict[str, int | f
 
 
 def _epochs(words: Sequence[str]) -> int | None:
-    """The number that is typed for `--epochs`, the last one; None for none."""
+    """The last number typed for `--epochs`; None if there is none."""
     found = None
     for word, following in pairwise([*words, ""]):
         if word == "--epochs" or word.startswith("--epochs="):

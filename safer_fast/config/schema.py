@@ -9,7 +9,7 @@ from safer_fast.config import ranges
 from safer_fast.config.ranges import above_zero, at_least, between, ranged
 
 SAVINGS = ("patch-order", "class-token", "prefix", "stored-bf16")
-"""patch-order: pixels lie in patches during a step, the patch embedding is a matrix product.
+"""patch-order: pixels are stored in patches during a step, the patch embedding is a matrix product.
 class-token: the last block computes only the tokens that the head reads.
 prefix: blocks below the first selected layer run once for both SAM passes.
 stored-bf16: matrices are stored in bf16 in place of being cast in every forward pass."""
@@ -34,7 +34,7 @@ class ModelConfig:
     checkpoint: str | None = None
     """Start from these weights, in the network that they were trained in: a run folder, a folder of
     the Hugging Face hub or hf-hub:NAME, or a file with timm's names (.safetensors, .pth, .bin).
-    What does not fit the data is made to fit: docs/fine-tuning.md."""
+    Tensors that do not fit the data are adapted: docs/fine-tuning.md."""
     patch_size: int | None = ranged(None, at_least(1, ranges.EDGE))
     """Edge of a patch in pixels; default: the model's own."""
     drop_path_rate: float = ranged(0.0, between(0, 0.99))
@@ -52,48 +52,48 @@ class DataConfig:
     (train/CLASS/*.jpg), webdataset tar files (DIR or DIR/train-{000..099}.tar), an .npz file,
     digits or synthetic (noise that costs nothing); default: digits, those of scikit-learn."""
     validation_path: str | None = None
-    """Validation data in the same formats; default: found with the training data or cut from it."""
+    """Validation data in the same formats; default: found with the training data or split off."""
     test_path: str | None = None
     """Test data for the final figures, in the same formats; default: found with the training data,
     or none."""
     validation_fraction: float = ranged(0.1, between(0.001, 0.9))
-    """Share of training rows cut off as validation split where the data has none, in (0, 1)."""
+    """Share of training rows used as validation split if the data has none, in (0, 1)."""
     max_images: int | None = ranged(None, at_least(1, ranges.IMAGES))
-    """Use at most this many training images, drawn with the seed, of every class there is room for;
-    default: all."""
+    """Use at most this many training images, drawn with the seed, covering as many classes as
+    possible; default: all."""
     image_column: str | None = None
     """Column of images in parquet files; default: image or img, or the only one of images."""
     label_column: str | None = None
     """Column of labels in parquet files, integers or text, such as fine_label; default: label, or
     the only one that metadata or name calls labels."""
     image_size: int | None = ranged(None, at_least(2, ranges.EDGE))
-    """Edge in pixels that images are brought to; default: their own, which must then be one for
-    all."""
+    """Edge in pixels that images are resized to; default: their own, which must then be the same
+    for all."""
     augmentation: Literal["auto", "none", "shift", "crop", "random-resized-crop"] = "auto"
     """auto: none up to 16 pixels, crop (pad 4, crop, flip) up to 64, random-resized-crop (and
     flip) above."""
     randaugment: int = ranged(0, between(0, 30, "a magnitude"))
     """Magnitude of RandAugment, 0 to 30, two operations for each training image; 0: none."""
     random_erasing: float = ranged(0.0, between(0, 1))
-    """Probability that a rectangle of a training image is painted over."""
+    """Probability that a rectangle of a training image is erased."""
     mixup: float = ranged(0.0, at_least(0, ranges.FACTOR))
     """Alpha of Mixup, which blends pairs of training images and their labels; 0: none."""
     cutmix: float = ranged(0.0, at_least(0, ranges.FACTOR))
     """Alpha of CutMix, which pastes a rectangle of another image; with mixup, every other batch on
     average; 0: none."""
     backend: Literal["auto", "dali", "torch", "device"] = "auto"
-    """What prepares batches. device: sets that fit (1 GiB decoded) are decoded once, lie on the
-    device, and are shuffled, cropped and flipped there. dali: NVIDIA DALI, on the GPU or on the
-    CPU. torch: worker processes. auto: device where the set fits, else dali where it is installed,
-    else torch."""
+    """Backend that prepares batches. device: data that fits (1 GiB decoded) is decoded once, held
+    on the device, and shuffled, cropped and flipped there. dali: NVIDIA DALI, on the GPU or on the
+    CPU. torch: worker processes. auto: device if the data fits, else dali if it is installed, else
+    torch."""
     num_workers: int = ranged(2, at_least(0, 1024))
-    """Worker processes, or threads of dali, that decode images: all along, or once at the start for
-    sets on the device; 0: none."""
+    """Worker processes, or threads of dali, that decode images; 0: none. Data on the device is
+    decoded once, at the start."""
     prefetch: int = ranged(2, at_least(1, 1024))
-    """Batches that are prepared ahead, by dali or by each worker process."""
+    """Batches prepared in advance, by dali or by each worker process."""
     bad_images: Literal["error", "skip"] = "error"
-    """What happens to images that cannot be read. error: the run ends and names the first. skip:
-    they are left out, counted and reported."""
+    """Images that cannot be read. error: the run ends and names the first. skip: they are left out,
+    counted and reported."""
 
 
 @dataclass
@@ -114,24 +114,24 @@ class AttackConfig:
     """Epochs over which epsilon (and step_size with it) rises linearly from 0, after the clean
     ones."""
     precision: Literal["amp", "bf16", "fp8"] = "amp"
-    """amp: that of --amp. bf16: features between blocks too, which amp keeps in fp32. fp8: as bf16,
-    and the large matrices of the blocks are multiplied in FP8; for GPUs that have it (Hopper, Ada),
-    simulated on a CPU. In the attack of training, nowhere else."""
+    """Precision of the attack in training, nowhere else. amp: that of --amp. bf16: features between
+    blocks too, which amp keeps in fp32. fp8: as bf16, and the large matrices of the blocks are
+    multiplied in FP8; for GPUs that have it (Hopper, Ada), simulated on a CPU."""
     fp8_from: int | Literal["auto"] = ranged("auto", at_least(0, 2**40))
-    """Matrices of fewer elements stay in bf16 with fp8; auto: on a GPU those that were timed, once,
-    and not found faster; on a CPU those of less than 2^21."""
+    """With fp8, matrices of fewer elements stay in bf16; auto: on a GPU those that a timing, made
+    once, shows no faster; on a CPU those of less than 2^21."""
     audit_every: int = ranged(100, at_least(1, ranges.STEPS))
-    """Steps between two audits of bf16 or fp8, which attack a few images in amp too."""
+    """Steps between two audits of bf16 or fp8, which also attack a few images in amp."""
     audit_images: int = ranged(64, at_least(1, ranges.IMAGES))
     """Images of an audit, on each rank."""
     audit_ratio: float = ranged(0.98, between(0, 1))
-    """The attack falls back to amp where the loss after it is less than this share of that after
-    one in amp; 0: never."""
+    """The attack falls back to amp if the loss after it is less than this share of the loss after
+    an attack in amp; 0: never."""
 
 
 @dataclass
 class ObjectiveConfig:
-    """What the adversarial examples are scored with."""
+    """The loss on adversarial examples."""
 
     name: str = "pgd-at"
     """pgd-at: cross-entropy; trades, mart: with a regulariser towards the clean prediction; or the
@@ -144,7 +144,7 @@ class ObjectiveConfig:
 
 @dataclass
 class SelectionConfig:
-    """Which layers SAFER fine-tunes."""
+    """Choice of the layers that SAFER fine-tunes."""
 
     criterion: str = "sharpness"
     """Score that ranks the layers: sharpness, gradient-norm, criticality, random, least-sharp; all:
@@ -162,16 +162,16 @@ class SelectionConfig:
     radius: Literal["absolute", "relative"] = "absolute"
     """absolute: a layer is perturbed by rho; relative: by rho times the norm of its weights."""
     rho: float | None = ranged(None, above_zero(ranges.FACTOR))
-    """Radius of the perturbation that measures sharpness; default: sam.rho, or 0.05 where that
-    is 0."""
+    """Radius of the perturbation that measures sharpness; default: sam.rho, or 0.05 if that is
+    0."""
     from_block: int = ranged(0, at_least(0, ranges.EDGE))
-    """Only layers of this block and above (and the head) are candidates; above 0 a prefix is left
-    to skip."""
+    """Only layers of this block and above (and the head) are candidates; above 0 the blocks below
+    can be skipped in a SAM pass."""
     candidates: Names | None = None
     """Only layers of these names or patterns are candidates: `blocks.*` leaves out patch embedding
     and head; default: all."""
     num_images: int = ranged(512, at_least(1, ranges.IMAGES))
-    """Training images that the scores are measured on."""
+    """Number of training images that the scores are measured on."""
     lora_rank: int = ranged(0, at_least(0, ranges.EDGE))
     """Train low-rank factors of this rank beside the selected layers (LoRA, by PEFT) in place of
     their weights; they are added to the weights at the next selection and at the end; 0: train the
@@ -179,7 +179,7 @@ class SelectionConfig:
 
     @property
     def takes_all(self) -> bool:
-        """Whether nothing is selected, and every parameter trained."""
+        """True if every parameter is trained, without a selection."""
         return self.criterion == "all" and self.layers is None
 
 
@@ -194,9 +194,9 @@ class SAMConfig:
     layerwise: bool = False
     """One radius for each layer (see selection.radius) instead of one for all together."""
     sync: Literal["global", "local"] = "global"
-    """Whose gradient each rank of torchrun perturbs the weights by. global: that of the whole
-    batch, so that the number of ranks does not matter; local: that of its own part (as SAM's
-    authors do), which saves one of two all-reduces."""
+    """Gradient by which each rank of torchrun perturbs the weights. global: of the whole batch, so
+    that the number of ranks does not matter; local: of its own part of it (as SAM's authors do),
+    which saves one of two all-reduces."""
 
 
 @dataclass
@@ -204,7 +204,7 @@ class OptimConfig:
     """The optimizer and its schedule; each stage (warm-up, SAFER) runs the whole schedule."""
 
     name: Literal["adamw", "sgd", "apex-adam", "apex-sgd", "apex-lamb"] = "adamw"
-    """torch's fused AdamW or SGD, or NVIDIA apex's fused optimizers where apex is built."""
+    """torch's fused AdamW or SGD, or NVIDIA apex's fused optimizers if apex is built."""
     learning_rate: float = ranged(1e-3, above_zero(ranges.FACTOR))
     """Peak learning rate."""
     safer_learning_rate: float | None = ranged(None, above_zero(ranges.FACTOR))
@@ -234,46 +234,46 @@ class OptimConfig:
 
 @dataclass
 class RuntimeConfig:
-    """How the machine is used; none of it changes what is computed beyond rounding."""
+    """Use of the machine; no setting changes results beyond rounding."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: CUDA where there is a GPU."""
+    """auto: CUDA if there is a GPU."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the blocks; auto: where the run is long enough to win back the time of
+    """torch.compile of the blocks; auto: if the run is long enough to win back the time of
     compiling."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
-    """Capture attack iteration, SAM passes and update as CUDA graphs; auto: on CUDA, where the run
-    is long enough to win back the time of capturing."""
+    """Capture attack iteration, SAM passes and update as CUDA graphs; auto: on CUDA, if the run is
+    long enough to win back the time of capturing."""
     attention: Literal["auto", "flash", "cudnn", "math"] = "auto"
-    """Attention kernel; auto: the fastest for the run's shape, measured once and kept."""
+    """Attention kernel; auto: the fastest for the run's shape, timed once and cached."""
     deterministic: bool = True
     """Use only kernels that give the same bits each time."""
     attack_micro_batch: int | Literal["auto"] = ranged("auto", at_least(1, ranges.IMAGES))
-    """Images attacked at a time; auto: all of a batch, fewer where memory ends."""
+    """Images attacked at a time; auto: all of a batch, fewer if memory does not suffice."""
     train_micro_batch: int | Literal["auto"] = ranged("auto", at_least(1, ranges.IMAGES))
     """Images at a time in the two SAM passes, whose gradients add up to those of the batch; auto:
-    all of a batch, fewer where memory ends."""
+    all of a batch, fewer if memory does not suffice."""
     exact_savings: Names = field(default_factory=lambda: Names(SAVINGS))
-    """Work that is left out without changing results beyond rounding: docs/performance.md."""
+    """Work to skip without changing results beyond rounding: docs/performance.md."""
     num_threads: int | None = ranged(None, at_least(1, 4096))
     """CPU threads of torch; default: torch's own choice."""
     log_every_steps: int = ranged(50, at_least(1, ranges.STEPS))
     """Steps between two step lines in metrics.jsonl."""
     max_skipped_steps: int = ranged(10, at_least(1, ranges.STEPS))
-    """Stop after this many steps in a row were skipped for a loss or gradient that is not
+    """Stop after this many steps in a row were skipped because loss or gradient were not
     finite."""
 
 
 @dataclass
 class CheckpointConfig:
-    """What a run that was stopped or killed goes on from; none of it changes what is computed."""
+    """Checkpoints to resume a stopped or killed run from; they do not change what is computed."""
 
     every_steps: int | None = ranged(None, at_least(1, ranges.STEPS))
     """Steps between two checkpoints; default: every_minutes decides alone."""
     every_minutes: float | None = ranged(10.0, above_zero(10**7, smallest=1e-9))
     """Minutes between two checkpoints; null: every_steps decides alone."""
     keep: int = ranged(2, at_least(1, 10**6))
-    """Checkpoints that are kept, the newest."""
+    """Number of newest checkpoints to keep."""
     grace_s: float = ranged(25.0, above_zero(10**7, smallest=1e-3))
     """Seconds from the first SIGINT or SIGTERM after which the run ends even without a checkpoint;
     torchrun and most schedulers kill after 30."""
@@ -281,7 +281,7 @@ class CheckpointConfig:
 
 @dataclass
 class EvaluationConfig:
-    """How accuracy is measured during and after training."""
+    """Measurement of accuracy during and after training."""
 
     every_epochs: int = ranged(1, at_least(1, ranges.EPOCHS))
     """Epochs between two evaluations on the validation split; the last epoch always has one."""
@@ -302,7 +302,7 @@ class EvaluationConfig:
 
 @dataclass
 class LogConfig:
-    """Who else is told of a run; metrics.jsonl and TensorBoard's event file are always written."""
+    """Further loggers of a run; metrics.jsonl and TensorBoard's event file are always written."""
 
     wandb: bool = False
     """Send the metrics to Weights & Biases too, where it is installed (pip install wandb); its own
@@ -320,13 +320,13 @@ class Config:
     epochs: int = ranged(40, at_least(1, ranges.EPOCHS))
     """All epochs, selection.warmup_epochs among them."""
     batch_size: int = ranged(64, at_least(1, ranges.IMAGES))
-    """Images per step, at most: an epoch is cut into the fewest equal batches."""
+    """Images per step, at most: an epoch is divided into the fewest equal batches."""
     output: str | None = None
     """Run folder; default: runs/<date>-<model>-<data>; an existing non-empty one is refused unless
     resumed."""
     resume: Literal["never", "auto", "must"] = "never"
-    """Go on with the run in --output from its newest checkpoint. auto: start afresh where there is
-    none; must: that is an error."""
+    """Resume the run in --output from its newest checkpoint. auto: start a new run if there is
+    none; must: a missing checkpoint is an error."""
     dry_run: bool = False
     """Take 20 steps of each stage, a minute of them at most, print speed, memory, operations and
     the time the run would need, and write nothing."""

@@ -1,4 +1,4 @@
-"""YAML that others wrote, read without running anything and without endless nesting."""
+"""Safe loading of YAML from untrusted sources: no code, no deep nesting, no anchors."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ MOST_LEVELS = 20
 MOST_YAML = 2**18
 """Bytes of a file of settings: many times what any needs, and read in seconds."""
 ENDLESS_NUMBER = re.compile(r"\d{309}")
-"""No float has as many digits, and from 4,300 on Python makes no int of them."""
+"""Longer than any float; Python converts no int of 4,300 digits or more."""
 
 
 def load_yaml(text: str) -> Any:
-    """The plain values that a YAML text stands for.
+    """Parse a YAML text to plain values.
 
-    Raises ValueError for what is none, and for anchors (&name) and deep nesting, by which a small
-    file fills any memory or ends the process.
+    Raises ValueError for anything else, and for anchors (&name) and deep nesting, with which a
+    small file can fill the memory or crash the process.
     """
     try:
         for scalar in _scalars(text):
-            # jsonargparse takes texts for YAML once more
+            # jsonargparse parses texts as YAML again
             with suppress(yaml.YAMLError):
                 list(_scalars(scalar))
         return yaml.safe_load(text)
     except Exception as error:
-        # PyYAML raises whatever it stumbles over.
+        # PyYAML raises any exception on crafted input.
         raise ValueError(str(error) or type(error).__name__) from None
 
 
 def _scalars(text: str) -> Iterator[str]:
-    """The texts and numbers in a YAML text, as they are written."""
+    """Yield the texts and numbers in a YAML text, as written; raises ValueError as `load_yaml`."""
     level = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         level += isinstance(event, yaml.CollectionStartEvent)

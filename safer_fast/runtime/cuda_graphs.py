@@ -86,8 +86,8 @@ class Replays:
 class CudaRecorder:
     """Records CUDA graphs, all on one side stream and in one pool of memory.
 
-    Whatever a graph computes for later must lie in tensors made outside it: memory of the pool is
-    used by every graph in turn.
+    Results that outlive a graph must be in tensors created outside it: all graphs reuse the memory
+    of the pool.
     """
 
     def __init__(self, device: torch.device) -> None:

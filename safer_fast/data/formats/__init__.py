@@ -44,7 +44,7 @@ __all__ = [
 
 
 class Format(NamedTuple):
-    """How a format of data is recognised, and where the function is that opens it.
+    """A data format: the way to recognise it and the function that opens it.
 
     kind: how a path is recognised. word: it is the name; files: one or more files of this ending
     for each split, given as a file, a folder or a pattern; file: one file of this ending that holds

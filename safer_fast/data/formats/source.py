@@ -28,7 +28,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class OpenRequest:
-    """How data is to be opened, the same for all its splits.
+    """Settings for opening a data set, the same for all its splits.
 
     flag: the setting that names the data, for messages. bad: receives damaged shards and samples
     without image. beside: counts what is not read. columns: of formats that have any.
