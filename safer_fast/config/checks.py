@@ -26,7 +26,7 @@ def check_config(config: Config) -> None:
 
 
 def check_ranges(config: Any) -> None:
-    """Raise ValueError with the first flag of `config` whose number is out of its range."""
+    """Raise ValueError naming the first setting whose number is out of its range."""
     for flag, limits in ranges.find_ranges(config).items():
         value = _value(config, flag)
         if value is None or value == "auto":

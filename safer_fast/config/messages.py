@@ -87,6 +87,11 @@ def as_line(message: str) -> str:
     return shortened(printable(" ".join(words)), LONGEST_LINE)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its type if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def typed(flag: str) -> str:
     """The flag of a setting as users type it: --batch-size, but --attack.step_size."""
     return f"--{flag}" if "." in flag else dashed(f"--{flag}")

@@ -22,7 +22,7 @@ from safer_fast.data.classes import (
     relabel,
 )
 from safer_fast.data.fingerprint import fingerprint
-from safer_fast.data.formats import Beside, Columns, Source, names_of, open_splits
+from safer_fast.data.formats import Columns, SkippedFiles, Source, names_of, open_splits
 from safer_fast.data.formats.synthetic import SIZE as SYNTHETIC_SIZE
 from safer_fast.data.formats.synthetic import SyntheticSource
 from safer_fast.data.images import ImageFormat, find_num_channels, find_sizes, short_side
@@ -95,8 +95,8 @@ def load_data(
     """
     _check_settings(config)
     bad = BadImages(config.bad_images, report)
-    beside = Beside()
-    splits = _open(config, bad, beside)
+    skipped = SkippedFiles()
+    splits = _open(config, bad, skipped)
     class_names = agree_on_classes(splits.train, splits.all()[1:])
     image_format = _agree_on_images(splits, config.image_size)
     rows = _divide(splits, config, seed)
@@ -129,7 +129,7 @@ def load_data(
         fingerprint=fingerprint(rows, loaders, class_names, image_format),
         bad=bad,
         notes=[
-            *beside.lines(),
+            *skipped.lines(),
             *notes_on_classes(*rows["train"], class_names),
             *_batch_notes(loaders["train"], batch_size),
             *backends.notes,
@@ -159,8 +159,8 @@ def load_evaluation_data(
     Raises ValueError as `load_data` does, also for labels and channels that the model does not
     have.
     """
-    bad, beside = BadImages(config.bad_images), Beside()
-    found = open_splits(path, "data.path", bad, beside, _columns(config))
+    bad, skipped = BadImages(config.bad_images), SkippedFiles()
+    found = open_splits(path, "data.path", bad, skipped, _columns(config))
     source = found.get("test") or found.get("validation") or found.get("all")
     if source is None:
         raise ValueError(
@@ -170,7 +170,7 @@ def load_evaluation_data(
         relabel(source, class_names)
     check_classes(source, class_names, num_classes)
     _check_channels(source, num_channels)
-    for line in beside.lines() if rank == 0 else []:
+    for line in skipped.lines() if rank == 0 else []:
         bad.report(f"note:       {line}")
     image_format = ImageFormat(image_size, num_channels)
     backends = Backends(config, image_format, num_classes, device or torch.device("cpu"), bad)
@@ -182,7 +182,7 @@ def find_image_size(config: DataConfig) -> int:
     """Edge in pixels of the images that `load_data` will yield; raises ValueError as it does."""
     if config.image_size is not None:
         return config.image_size
-    train = _open(config, BadImages(config.bad_images, lambda _: None), Beside()).train
+    train = _open(config, BadImages(config.bad_images, lambda _: None), SkippedFiles()).train
     if isinstance(train, SyntheticSource):
         return SYNTHETIC_SIZE
     width, _ = next(iter(find_sizes([train])))
@@ -210,10 +210,10 @@ def _check_settings(config: DataConfig) -> None:
         raise ValueError(f"data.prefetch: expected at least 1, got {config.prefetch}")
 
 
-def _open(config: DataConfig, bad: BadImages, beside: Beside) -> _Splits:
+def _open(config: DataConfig, bad: BadImages, skipped: SkippedFiles) -> _Splits:
     """Open all splits; explicitly named ones take precedence over those found with the data."""
     columns = _columns(config)
-    found = open_splits(config.path, "data.path", bad, beside, columns)
+    found = open_splits(config.path, "data.path", bad, skipped, columns)
     train = found.get("train") or found.get("all")
     if train is None:
         raise ValueError(
@@ -221,8 +221,8 @@ def _open(config: DataConfig, bad: BadImages, beside: Beside) -> _Splits:
         )
     splits = _Splits(
         train,
-        _open_one(config, "validation", bad, beside) or found.get("validation"),
-        _open_one(config, "test", bad, beside) or found.get("test"),
+        _open_one(config, "validation", bad, skipped) or found.get("validation"),
+        _open_one(config, "test", bad, skipped) or found.get("test"),
     )
     for role, name in vars(columns).items():
         if name is not None and not any(source.has_columns for source in splits.all()):
@@ -237,11 +237,13 @@ def _columns(config: DataConfig) -> Columns:
     return Columns(config.image_column, config.label_column)
 
 
-def _open_one(config: DataConfig, split: str, bad: BadImages, beside: Beside) -> Source | None:
+def _open_one(
+    config: DataConfig, split: str, bad: BadImages, skipped: SkippedFiles
+) -> Source | None:
     path = config.validation_path if split == "validation" else config.test_path
     if path is None:
         return None
-    found = open_splits(path, f"data.{split}_path", bad, beside, _columns(config))
+    found = open_splits(path, f"data.{split}_path", bad, skipped, _columns(config))
     source = found.get(split) or found.get("all")
     if source is None:
         raise ValueError(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
+from safer_fast.config.messages import first_line
 from safer_fast.runtime.machine_errors import machine_error
 
 # Signals that a terminal or scheduler sends to all processes of a run; the main one reacts.
@@ -103,7 +104,7 @@ def _share_tensors(samples: Any) -> Any:
     except RuntimeError as error:
         if stopped := _limit(error, "batches of worker processes"):
             return stopped
-        reason = str(error).splitlines()[0].rpartition(": ")[2]
+        reason = first_line(error).rpartition(": ")[2]
         pairs = ((v.numpy(), True) if isinstance(v, Tensor) else (v, False) for v in samples)
         return _Piped(tuple(pairs), type(samples)._make, reason)  # type: ignore[attr-defined]
     return samples
@@ -175,7 +176,7 @@ def _alive(samples: Iterator[Any], report: Callable[[str], None]) -> Iterator[An
                     raise
                 if stopped := _limit(error, "batches of worker processes"):
                     raise stopped from None
-                reason = next(iter(str(error).splitlines()), type(error).__name__)
+                reason = first_line(error)
                 raise ValueError(
                     f"data.num_workers: expected worker processes that live, got: {reason} (is "
                     "there enough memory? lower --data.num_workers or --data.prefetch, then "
@@ -227,8 +228,8 @@ class _Watch:
             if self._num_looks == MOST_LOOKS:
                 self.fault = ValueError(
                     "data.num_workers: expected batches of worker processes, got none of "
-                    f"{self._described()}; see to them, or to the disk or network, then go on with "
-                    "--resume"
+                    f"{self._described()}; check them, the disk and the network, then resume "
+                    "with --resume"
                 )
                 _send(self._samples._workers, signal.SIGKILL)
 
@@ -238,7 +239,7 @@ class _Watch:
         asleep = [str(pid) for pid in pids if _is_asleep(pid)]
         words = f"worker processes {', '.join(map(str, pids))}"
         if asleep:
-            words += f", of which {', '.join(asleep)} stopped (kill -CONT lets them go on)"
+            words += f", of which {', '.join(asleep)} stopped (kill -CONT continues them)"
         return words
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from safer_fast.config.messages import first_line
 from safer_fast.runtime.timing_cache import cache_file, machine, milliseconds, remember, remembered
 
 Wanted = Literal["auto", "flash", "cudnn", "math"]
@@ -193,7 +194,7 @@ def _reason(error: RuntimeError, warned: Sequence[str]) -> str:
     lines = (text.partition(" (Triggered internally")[0] for text in warned)
     reasons = [line for line in lines if not line.endswith(("because:", "runtime disabled."))]
     is_named = bool(reasons) and str(error).startswith("No available kernel")
-    return reasons[-1] if is_named else str(error).splitlines()[0]
+    return reasons[-1] if is_named else first_line(error)
 
 
 def _note(wanted: str, backend: str, refused: Mapping[str, str]) -> str | None:

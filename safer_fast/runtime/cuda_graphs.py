@@ -9,6 +9,8 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from safer_fast.config.messages import first_line
+
 Phase = Callable[[], None]
 """Work on tensors with fixed addresses; nothing but their values may change between calls."""
 Key = tuple[Hashable, ...]
@@ -76,7 +78,7 @@ class Replays:
             if _is_out_of_memory(error):
                 raise torch.OutOfMemoryError(str(error)) from error
             self._refused.add(key[0])
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = first_line(error)
             self._report(f"CUDA graph of {key[0]}: off ({reason})")
             phase()
             return

@@ -14,6 +14,9 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
+from safer_fast.config.messages import first_line
+from safer_fast.runtime.machine import lines_of, num_usable_cores
+
 _INSTALL = "make install"
 # Headers included by compiled code of a block: torch.compile needs a compiler that finds them all.
 _PROBE = "#include <Python.h>\n#include <omp.h>\n#include <vector>\nint main() { return 0; }\n"
@@ -161,7 +164,7 @@ def _graphs() -> Check:
             total.add_(1)
         graph.replay()
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         return Check("cuda graphs", False, reason, "train with --runtime.cuda_graph off")
     is_right = float(total) == 1
     detail = "captured and replayed" if is_right else f"a replay gave {float(total)}, expected 1"
@@ -179,7 +182,7 @@ def _attention() -> Check:
     try:
         usable, refused = usable_backends(Shape(1, 6, 197, 64), 2, torch.bfloat16, device)
     except RuntimeError as error:
-        return Check("attention", False, str(error).splitlines()[0], "see gpu")
+        return Check("attention", False, first_line(error), "see gpu")
     fused = [name for name in usable if name != "math"]
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
     detail = f"{', '.join(usable)} work" + (f" ({reasons})" if reasons else "")
@@ -219,8 +222,7 @@ def _bf16() -> Check:
 
 def _cpu_flags() -> set[str]:
     """Instruction set flags of the processor on Linux; empty elsewhere."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    lines = lines_of("/proc/cpuinfo")
     words = (line.partition(":")[2] for line in lines if line.lower().startswith(("flags", "feat")))
     return set(next(words, "").split())
 
@@ -253,13 +255,6 @@ def _threads() -> Check:
         return Check("cpu threads", True, detail)
     remedy = "unset OMP_NUM_THREADS or give --runtime.num_threads"
     return Check("cpu threads", False, detail, remedy)
-
-
-def num_usable_cores() -> int:
-    """Number of cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 _LEAST_DISK_GIB = 5

@@ -101,13 +101,17 @@ def save_json(content: Mapping[str, Any], path: Path) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file; raises ValueError naming the file if it is none."""
+    with naming(path):
+        return json_object(read_text(path, MOST_JSON))
+
+
+def is_at(descriptor: int, path: Path, *, follow_links: bool = False) -> bool:
+    """True if `path` is the open file or folder, or with `follow_links` a link to it."""
     try:
-        content = json.loads(read_text(path, MOST_JSON))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected a JSON object: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
+        found = os.stat(path, follow_symlinks=follow_links)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return os.path.samestat(found, os.fstat(descriptor))
 
 
 def link_or_copy(path: Path, other: Path) -> None:
@@ -140,7 +144,10 @@ def reason(error: Exception) -> str:
 
 def json_object(text: str) -> dict[str, Any]:
     """Parse a JSON object; raises ValueError if the text is none."""
-    content = json.loads(text)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"expected a JSON object: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"expected a JSON object, got {type(content).__name__}")
     return content

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safer_fast.runtime.files import is_at
+
 _UNFINISHED = ".unfinished"
 _LEFTOVER = re.compile(rf"\..+-[a-z0-9_]{{8}}{re.escape(_UNFINISHED)}")
 
@@ -26,7 +28,7 @@ class KeptFolder:
     def is_there(self) -> bool:
         """True if the folder is still at its path, or if the file system raises an error."""
         try:
-            return _is_at(self._descriptor, self._path)
+            return is_at(self._descriptor, self._path, follow_links=True)
         except OSError:
             return True
 
@@ -62,7 +64,7 @@ def _made(folder: Path) -> tuple[Path, int]:
             descriptor = _opened(path)
             with suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if _is_at(descriptor, path):
+            if is_at(descriptor, path):
                 return path, descriptor
             os.close(descriptor)
 
@@ -79,10 +81,3 @@ def _remove_if_left(path: Path) -> None:
 
 def _opened(path: Path) -> int:
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except (FileNotFoundError, NotADirectoryError):
-        return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safer_fast import __version__
+from safer_fast.config.messages import first_line
 
 _PACKAGES = ("torch", "torchvision", "timm", "triton", "numpy", "safetensors", "jsonargparse")
 Facts = dict[str, Any]
@@ -29,6 +31,19 @@ def describe_machine() -> Facts:
     }
 
 
+def num_usable_cores() -> int:
+    """Number of cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def lines_of(file: str) -> list[str]:
+    """Lines of a file of the system; none where it does not exist."""
+    path = Path(file)
+    return path.read_text(errors="replace").splitlines() if path.is_file() else []
+
+
 def _commit() -> str:
     """Commit of this checkout, and a mark if files in it are changed; empty if it is none."""
     root = Path(__file__).parents[2]
@@ -40,19 +55,17 @@ def _commit() -> str:
 
 
 def _system() -> str:
-    release = Path("/etc/os-release")
-    lines = release.read_text(errors="replace").splitlines() if release.is_file() else []
-    names = [line.partition("=")[2].strip('"') for line in lines if line.startswith("PRETTY_NAME=")]
+    release = lines_of("/etc/os-release")
+    names = [
+        line.partition("=")[2].strip('"') for line in release if line.startswith("PRETTY_NAME")
+    ]
     kernel = f"{platform.system()} {platform.release()} {platform.machine()}"
     libc = " ".join(platform.libc_ver())
     return ", ".join(part for part in (*names, kernel, libc) if part)
 
 
 def _cpu() -> str:
-    from safer_fast.runtime.fast_paths import num_usable_cores
-
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    lines = lines_of("/proc/cpuinfo")
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     model = next(models, platform.processor() or "unknown")
     return f"{model}, {num_usable_cores()} usable cores"
@@ -60,8 +73,7 @@ def _cpu() -> str:
 
 def _memory() -> str:
     """Total and available memory on Linux; `unknown` elsewhere."""
-    path = Path("/proc/meminfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = lines_of("/proc/meminfo")
     sizes = {line.partition(":")[0]: line.split()[1] for line in lines if len(line.split()) > 1}
     if not {"MemTotal", "MemAvailable"} <= sizes.keys():
         return "unknown"
@@ -95,7 +107,7 @@ def _gpu(index: int) -> str:
         free, _ = torch.cuda.mem_get_info(index)
         memory += f", {free / 2**30:.1f} GiB free"
     except RuntimeError as error:
-        memory += f", does not work: {str(error).splitlines()[0]}"
+        memory += f", does not work: {first_line(error)}"
     return f"{about.name}, {memory}, compute capability {about.major}.{about.minor}"
 
 

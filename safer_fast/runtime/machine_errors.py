@@ -1,4 +1,4 @@
-"""Errors of the machine (descriptors, memory, disks), told apart from errors of bad data."""
+"""Errors of the machine (descriptors, memory, disks), in contrast to errors of bad data."""
 
 from __future__ import annotations
 

@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from safer_fast.config.messages import first_line
+
 
 class MicroBatch:
     """The number of images that a phase processes at a time.
@@ -43,7 +45,7 @@ class MicroBatch:
                 work(size)
                 return
             except torch.OutOfMemoryError as error:
-                reason = str(error).splitlines()[0]
+                reason = first_line(error)
             # here, where no traceback keeps the tensors of the failed attempt alive
             self._shrink(size, reason)
 

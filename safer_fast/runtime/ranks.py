@@ -14,6 +14,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from safer_fast.config.messages import first_line
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -217,7 +219,7 @@ def _lost(rank: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
         if not SILENCE.search(reason):
             raise ConnectionError(f"rank {rank}: another rank has ended ({reason})") from error
         raise ConnectionError(

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safer_fast.runtime.files import open_plain
+from safer_fast.runtime.files import is_at, open_plain
 
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
 
@@ -28,14 +28,6 @@ def turn_at(path: Path) -> Iterator[None]:
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise
-            if _is_at(file.fileno(), path):  # not removed or replaced in the meantime
+            if is_at(file.fileno(), path):  # not removed or replaced in the meantime
                 yield
                 return
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        found = os.stat(path, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return os.path.samestat(found, os.fstat(descriptor))

@@ -91,7 +91,7 @@ def test_workers_that_are_stopped_for_a_while_change_nothing(
     ending = server.train(tmp_path / "run", flags, *QUICK, stopped, woken)
     assert (ending.status, ending.errors) == (0, ""), ending.output
     assert "data.num_workers: still waits for worker processes " in ending.output
-    assert " stopped (kill -CONT lets them go on)" in ending.output
+    assert " stopped (kill -CONT continues them)" in ending.output
     assert State.of(tmp_path / "run").differences(twin) == []
 
 

@@ -37,8 +37,8 @@ from safer_fast.config.schema import DataConfig
 from safer_fast.config.untrusted import load_yaml
 from safer_fast.data import load_data
 from safer_fast.data.formats import arrays
-from safer_fast.data.formats.beside import Beside
 from safer_fast.data.formats.folder import FolderSource
+from safer_fast.data.formats.skipped import SkippedFiles
 from safer_fast.models.build import build_model, timm_config
 from safer_fast.models.weights_file import load_tensors, save_weights
 from safer_fast.runs.checkpoints.file import read_checkpoint
@@ -718,14 +718,14 @@ def test_classes_and_files_are_those_of_torchvision(tmp_path: Path) -> None:
     (folder / "b/link.png").symlink_to(folder / "A/x.tif")
     (folder / "b/c").symlink_to(folder / "a b/c")
     (folder / "c").symlink_to(folder / "b")
-    expected, source = ImageFolder(str(folder)), FolderSource(folder, "data.path", Beside())
+    expected, source = ImageFolder(str(folder)), FolderSource(folder, "data.path", SkippedFiles())
     found = [source.describe(row) for row in range(len(source))]
     assert list(zip(found, source.labels.tolist(), strict=True)) == expected.samples
     assert source.class_names == expected.classes
     assert source.labels.dtype == np.int64
     # where torchvision sees images in what systems hide, and none without an ending
     write_folder(folder, dict.fromkeys(["b/.png", "b/.hidden/1.bmp", ".d/1.png", "b/png"], RED))
-    again = FolderSource(folder, "data.path", Beside())
+    again = FolderSource(folder, "data.path", SkippedFiles())
     assert set(map(again.describe, range(len(again)))) - set(found) == {
         str(folder / "b/png"),
         str(folder / "c/png"),

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 from safer_fast.config.messages import printable
 from safer_fast.data.bad_images import BadImages
-from safer_fast.data.formats.beside import CLASS_NAMES, Beside, visible_folders
+from safer_fast.data.formats.skipped import CLASS_NAMES, SkippedFiles, visible_folders
 from safer_fast.data.formats.source import (
     Columns,
     EncodedSource,
@@ -30,11 +30,11 @@ from safer_fast.runtime.machine_errors import machine_error
 
 __all__ = [
     "FORMATS",
-    "Beside",
     "Columns",
     "EncodedSource",
     "Format",
     "OpenRequest",
+    "SkippedFiles",
     "Source",
     "check_labels",
     "empty_classes",
@@ -85,19 +85,21 @@ def open_splits(
     path: str | None,
     flag: str,
     bad: BadImages | None = None,
-    beside: Beside | None = None,
+    skipped: SkippedFiles | None = None,
     columns: Columns | None = None,
 ) -> dict[str, Source]:
     """Open the splits that a path holds: train, validation and test, or `all` where it names none.
 
     path: a word of `FORMATS` ("digits", also for None), a file, a folder or a pattern; files with
     the name of a word are reached as ./digits. flag: the setting named in errors. bad: receives
-    damaged shards and samples without image; default: they are errors. beside: counts what is not
+    damaged shards and samples without image; default: they are errors. skipped: counts what is not
     read. columns: of parquet files.
     Raises ValueError when the path, its format, columns, arrays, classes or labels are not usable,
     or the machine cannot read them.
     """
-    request = OpenRequest(flag, bad or BadImages("error"), beside or Beside(), columns or Columns())
+    request = OpenRequest(
+        flag, bad or BadImages("error"), skipped or SkippedFiles(), columns or Columns()
+    )
     if path is None or path in names_of("word"):
         return _find("word", path or "digits").open({}, request)
     location = Path(path).expanduser()
@@ -148,17 +150,17 @@ def _open_folder(path: Path, request: OpenRequest) -> dict[str, Source]:
 
     Archives come after folders of splits: these may have been unpacked from them.
     """
-    flag, beside = request.flag, request.beside
+    flag, skipped = request.flag, request.skipped
     archives = [item.name for item in FORMATS if item.is_archive]
     others = [ending for ending in names_of("files") if ending not in archives]
     splits: dict[str, Path] = {}
     if not (files := _first_files(path, others)):
-        splits = find_split_folders(path, names_of("files"), flag, beside)
+        splits = find_split_folders(path, names_of("files"), flag, skipped)
         files = [] if splits else _first_files(path, archives)
     if files:
-        beside.pass_over_rest(path, [*files, path / CLASS_NAMES])
+        skipped.skip_rest(path, [*files, path / CLASS_NAMES])
         return _open_files(group_by_split(files, flag), request)
-    if groups := _files_of_splits(splits, flag, beside):
+    if groups := _files_of_splits(splits, flag, skipped):
         return _open_files(groups, request)
     folders = {split: [folder] for split, folder in splits.items()} or {"all": [path]}
     return _find("folders", *names_of("folders")).open(folders, request)
@@ -169,7 +171,9 @@ def _first_files(folder: Path, endings: Sequence[str]) -> list[Path]:
     return next(filter(None, (files_of(folder, ending) for ending in endings)), [])
 
 
-def _files_of_splits(splits: dict[str, Path], flag: str, beside: Beside) -> dict[str, list[Path]]:
+def _files_of_splits(
+    splits: dict[str, Path], flag: str, skipped: SkippedFiles
+) -> dict[str, list[Path]]:
     """The files in the folders of splits; none where these hold folders of classes."""
     if any(map(visible_folders, splits.values())):
         return {}
@@ -182,7 +186,7 @@ def _files_of_splits(splits: dict[str, Path], flag: str, beside: Beside) -> dict
                 raise ValueError(
                     f"{flag}: expected {ending} files in every split, got none in {folder}"
                 )
-            beside.pass_over_rest(folder, [*groups[split], folder / CLASS_NAMES])
+            skipped.skip_rest(folder, [*groups[split], folder / CLASS_NAMES])
         return groups
     return {}
 

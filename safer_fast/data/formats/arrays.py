@@ -64,7 +64,7 @@ def open_digits(_: dict[str, list[Path]], request: OpenRequest) -> dict[str, Sou
 
 def open_npz(paths: dict[str, list[Path]], request: OpenRequest) -> dict[str, Source]:
     """Open one .npz file with arrays of images and labels, of all data or of each split."""
-    (path,), flag, beside = paths["all"], request.flag, request.beside
+    (path,), flag, skipped = paths["all"], request.flag, request.skipped
     # opened here, because numpy does not close a file that is damaged
     with path.open("rb") as file, _open_archive(file, path, flag) as archive:
         found = _find_arrays(archive.files, path, flag)
@@ -73,7 +73,7 @@ def open_npz(paths: dict[str, list[Path]], request: OpenRequest) -> dict[str, So
         arrays = {key: _load(archive, key, path, flag) for key in wanted}
         for key in archive.files:
             if key not in wanted:
-                beside.pass_over(f"{path}/{key}")
+                skipped.skip(f"{path}/{key}")
     return {
         split: _source(arrays[images], arrays[labels], path, flag)
         for split, (images, labels) in found.items()

@@ -9,7 +9,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from safer_fast.data.formats.beside import Beside, find_dead_links, is_hidden, visible_folders
+from safer_fast.data.formats.skipped import (
+    SkippedFiles,
+    find_dead_links,
+    is_hidden,
+    visible_folders,
+)
 from safer_fast.data.formats.source import (
     EncodedSource,
     OpenRequest,
@@ -30,15 +35,15 @@ class FolderSource(EncodedSource):
     images whose ending is not that of an image.
     """
 
-    def __init__(self, path: Path, flag: str, beside: Beside) -> None:
+    def __init__(self, path: Path, flag: str, skipped: SkippedFiles) -> None:
         if dead := find_dead_links(path):
             link = path / dead[0]
             raise ValueError(f"{flag}: expected class folders, got a link to nowhere: {link}")
         names = visible_folders(path)
         if not names:
             raise ValueError(f"{flag}: expected a folder for each class, got none in {path}")
-        beside.pass_over_rest(path, map(Path, names))
-        files = [_find_images(os.path.join(path, name), flag, beside) for name in names]
+        skipped.skip_rest(path, map(Path, names))
+        files = [_find_images(os.path.join(path, name), flag, skipped) for name in names]
         self.flag, self.class_names = flag, names
         self.labels = np.repeat(np.arange(len(names)), [len(found) for found in files])
         # one buffer: counting references, worker processes would copy a list of strings page by
@@ -59,7 +64,7 @@ class FolderSource(EncodedSource):
         return os.fsdecode(self.files[index])
 
 
-def _find_images(folder: str, flag: str, beside: Beside) -> list[str]:
+def _find_images(folder: str, flag: str, skipped: SkippedFiles) -> list[str]:
     """Find the image files below the folder of a class, at least one, sorted by folder and name.
 
     Links are followed, but no folder is entered twice: links may form cycles.
@@ -68,23 +73,23 @@ def _find_images(folder: str, flag: str, beside: Beside) -> list[str]:
     while waiting:
         status = os.stat(parent := waiting.pop())
         if (place := (status.st_dev, status.st_ino)) in seen:
-            beside.pass_over(parent, is_folder=True)
+            skipped.skip(parent, is_folder=True)
             continue
         seen.add(place)
         with os.scandir(parent) as entries:
             by_name = sorted(entries, key=lambda entry: entry.name)
-        folders, files = _sort_out(by_name, flag, beside)
+        folders, files = _sort_out(by_name, flag, skipped)
         waiting += sorted(folders)
         found += [(parent, name) for name in files]
     if not found:
         raise ValueError(f"{flag}: expected images in every class folder, got none in {folder}")
     for deeper in sorted({parent for parent, _ in found} - {folder}):
-        beside.take_from_below(deeper)
+        skipped.count_deeper(deeper)
     return [os.path.join(parent, name) for parent, name in sorted(found)]
 
 
 def _sort_out(
-    entries: Iterable[os.DirEntry[str]], flag: str, beside: Beside
+    entries: Iterable[os.DirEntry[str]], flag: str, skipped: SkippedFiles
 ) -> tuple[list[str], list[str]]:
     """Return the paths of folders and the names of images, including broken links.
 
@@ -94,7 +99,7 @@ def _sort_out(
     for entry in entries:
         is_folder = entry.is_dir()
         if is_hidden(entry.name):
-            beside.pass_over(entry.path, is_folder)
+            skipped.skip(entry.path, is_folder)
         elif is_folder:
             folders.append(entry.path)
         elif not entry.is_file() and os.path.exists(entry.path):
@@ -104,7 +109,7 @@ def _sort_out(
         elif _is_image_file(entry):
             images.append(entry.name)
         else:
-            beside.pass_over(entry.path)
+            skipped.skip(entry.path)
     return folders, images
 
 
@@ -119,6 +124,6 @@ def _is_image_file(entry: os.DirEntry[str]) -> bool:
 def open_folders(folders: dict[str, list[Path]], request: OpenRequest) -> dict[str, Source]:
     """Open the folder of each split."""
     return {
-        split: FolderSource(folder, request.flag, request.beside)
+        split: FolderSource(folder, request.flag, request.skipped)
         for split, (folder,) in folders.items()
     }

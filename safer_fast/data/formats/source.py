@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from safer_fast.data.bad_images import BadImages
-from safer_fast.data.formats.beside import Beside
+from safer_fast.data.formats.skipped import SkippedFiles
 
 # Not all formats of PIL: for an EPS file it would run Ghostscript on untrusted code.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "PPM", "BMP", "GIF", "TIFF", "JPEG2000", "AVIF")
@@ -31,12 +31,12 @@ class OpenRequest:
     """Settings for opening a data set, the same for all its splits.
 
     flag: the setting that names the data, for messages. bad: receives damaged shards and samples
-    without image. beside: counts what is not read. columns: of formats that have any.
+    without image. skipped: counts what is not read. columns: of formats that have any.
     """
 
     flag: str
     bad: BadImages
-    beside: Beside
+    skipped: SkippedFiles
     columns: Columns
 
 

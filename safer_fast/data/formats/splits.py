@@ -7,7 +7,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from safer_fast.data.formats.beside import Beside, find_dead_links, is_hidden, visible_folders
+from safer_fast.data.formats.skipped import (
+    SkippedFiles,
+    find_dead_links,
+    is_hidden,
+    visible_folders,
+)
 
 RANGE = re.compile(r"\{([0-9]{1,18})\.\.([0-9]{1,18})\}")
 SPLIT = re.compile(
@@ -73,7 +78,7 @@ def group_by_split(files: list[Path], flag: str) -> dict[str, list[Path]]:
 
 
 def find_split_folders(
-    path: Path, endings: Sequence[str], flag: str, beside: Beside
+    path: Path, endings: Sequence[str], flag: str, skipped: SkippedFiles
 ) -> dict[str, Path]:
     """Find the folders below `path` that are splits by their names; none if they are classes.
 
@@ -95,7 +100,7 @@ def find_split_folders(
     if others and not any(_holds_data(folder, endings) for folder in found.values()):
         found = _as_classes(path, found, others[0], flag)
     if found:
-        beside.pass_over_rest(path, found.values())
+        skipped.skip_rest(path, found.values())
     return found
 
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from safer_fast.data.bad_images import BadImages
-from safer_fast.data.formats.beside import CLASS_NAMES, Beside
 from safer_fast.data.formats.parts import FileParts
+from safer_fast.data.formats.skipped import CLASS_NAMES, SkippedFiles
 from safer_fast.data.formats.source import EncodedSource, OpenRequest, Source
 from safer_fast.data.formats.tar_index import ShardIndex, index_shard
 from safer_fast.runtime.machine_errors import MachineError
@@ -31,14 +31,16 @@ class TarSource(EncodedSource):
     label or cls); class names are the lines of classnames.txt beside the shards.
     """
 
-    def __init__(self, shards: list[Path], flag: str, bad: BadImages, beside: Beside) -> None:
+    def __init__(
+        self, shards: list[Path], flag: str, bad: BadImages, skipped: SkippedFiles
+    ) -> None:
         self.shards, self.flag = shards, flag
         self.parts = FileParts(shards, flag)
         found = []
         for index in _index_all(shards, flag):
             for message in index.refused:
                 bad.refuse(message)
-            beside.add(index.beside)
+            skipped.add(index.skipped)
             found.append(index)
         # arrays: counting references, worker processes would copy lists page by page
         self.offsets = np.concatenate([index.offsets for index in found])
@@ -67,7 +69,7 @@ def open_tar(groups: dict[str, list[Path]], request: OpenRequest) -> dict[str, S
     Raises ValueError for labels that are missing or no integers, and if there are no samples.
     """
     return {
-        split: TarSource(shards, request.flag, request.bad, request.beside)
+        split: TarSource(shards, request.flag, request.bad, request.skipped)
         for split, shards in groups.items()
     }
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safer_fast.config.messages import printable
-from safer_fast.data.formats.beside import Beside, is_hidden
+from safer_fast.data.formats.skipped import SkippedFiles, is_hidden
 from safer_fast.data.formats.source import image_endings
 from safer_fast.runtime.machine_errors import machine_error
 
@@ -32,7 +32,7 @@ class ShardIndex:
     """The usable samples of a shard, in its order.
 
     offsets, sizes: of the image files, in bytes. refused: a line for each sample without exactly
-    one image, and one for the shard if it is damaged. beside: counts members of no sample.
+    one image, and one for the shard if it is damaged. skipped: counts members of no sample.
     """
 
     offsets: NDArray[np.int64]
@@ -40,7 +40,7 @@ class ShardIndex:
     labels: NDArray[np.int64]
     keys: NDArray[np.bytes_]
     refused: list[str]
-    beside: Beside
+    skipped: SkippedFiles
 
 
 @dataclass(slots=True)
@@ -61,9 +61,9 @@ def index_shard(shard: Path, flag: str) -> ShardIndex:
     rows: list[tuple[int, int, int]] = []
     keys: list[bytes] = []
     refused: list[str] = []
-    beside = Beside()
+    skipped = SkippedFiles()
     with shard.open("rb") as file:
-        samples, damaged_at = _walk(file, flag, beside)
+        samples, damaged_at = _walk(file, flag, skipped)
         for sample in samples:
             label = _find_label(sample, file)
             if len(sample.images) == 1 and isinstance(label, int):
@@ -81,10 +81,10 @@ def index_shard(shard: Path, flag: str) -> ShardIndex:
     if damaged_at is not None:
         refused.append(_describe_damage(damaged_at, shard, flag))
     offsets, sizes, labels = np.array(rows, dtype=np.int64).reshape(-1, 3).T.copy()
-    return ShardIndex(offsets, sizes, labels, np.array(keys, dtype=np.bytes_), refused, beside)
+    return ShardIndex(offsets, sizes, labels, np.array(keys, dtype=np.bytes_), refused, skipped)
 
 
-def _walk(file: BinaryIO, flag: str, beside: Beside) -> tuple[list[_Sample], int | None]:
+def _walk(file: BinaryIO, flag: str, skipped: SkippedFiles) -> tuple[list[_Sample], int | None]:
     """Return the samples, and the byte at which the file is damaged; None if it is whole.
 
     Raises MachineError if the machine cannot read it.
@@ -100,7 +100,7 @@ def _walk(file: BinaryIO, flag: str, beside: Beside) -> tuple[list[_Sample], int
                 if tar.offset <= member.offset or not (is_whole or member.issparse()):
                     return samples, member.offset_data
                 if not _add(member, samples) and not member.isdir():
-                    beside.pass_over(f"{file.name}/{member.name}")
+                    skipped.skip(f"{file.name}/{member.name}")
                 end = tar.offset
                 # tarfile keeps a kilobyte for each member
                 tar.members.clear()  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Files beside the data that are not read: hidden and system files, and files without images."""
+"""Files that are not read as data: hidden and system files, and files without images."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ SYSTEM_NAMES = {
 }
 
 
-class Beside:
+class SkippedFiles:
     """Counts files and folders that are not read as data, and folders below those of classes."""
 
     def __init__(self) -> None:
         self._num_files = self._num_folders = self._num_deep = 0
         self._example = self._hidden_example = self._deep_example = ""
 
-    def pass_over(self, path: str, is_folder: bool = False) -> None:
+    def skip(self, path: str, is_folder: bool = False) -> None:
         """Count a file or folder that is not read."""
         self._num_folders += is_folder
         self._num_files += not is_folder
@@ -39,7 +39,7 @@ class Beside:
         else:
             self._example = self._example or path
 
-    def pass_over_rest(self, folder: Path, used: Iterable[Path]) -> None:
+    def skip_rest(self, folder: Path, used: Iterable[Path]) -> None:
         """Count everything in a folder except the paths that are used."""
         names = {path.name for path in used}
         with os.scandir(folder) as entries:
@@ -47,14 +47,14 @@ class Beside:
                 (entry.path, entry.is_dir()) for entry in entries if entry.name not in names
             )
         for path, is_folder in rest:
-            self.pass_over(path, is_folder)
+            self.skip(path, is_folder)
 
-    def take_from_below(self, folder: str) -> None:
+    def count_deeper(self, folder: str) -> None:
         """Count a folder below that of a class, whose images belong to the class."""
         self._num_deep += 1
         self._deep_example = self._deep_example or folder
 
-    def add(self, other: Beside) -> None:
+    def add(self, other: SkippedFiles) -> None:
         """Add the counts of another object."""
         self._num_files += other._num_files
         self._num_folders += other._num_folders
