@@ -1,4 +1,4 @@
-"""What users type: recipes, flags in any order, and one clear line for every mistake."""
+"""Command lines: recipes, flags in any order, and one clear line for every mistake."""
 
 import os
 import resource

@@ -56,7 +56,7 @@ def test_pixels_differ_from_those_of_pil_images_by_one_level_at_most(jpegs: Path
 
 
 def record_crops(module: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """What the module asks `draw_crop` for, and gets, from now on."""
+    """Record the arguments and results of the module's calls of `draw_crop`."""
     calls: list[tuple[Any, ...]] = []
     draw_crop = module.draw_crop
 

@@ -1,4 +1,4 @@
-"""Which files DALI decodes, to which pixels, on which machine."""
+"""Files that DALI decodes, and the pixels, on each kind of machine."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def read(path: Path, backend: str) -> Tensor:
 
 
 def pixels_of(file: bytes, mode: str) -> Tensor:
-    """What PIL makes of it, [C, S, S]."""
+    """The pixels decoded by PIL, [C, S, S]."""
     pixels = np.asarray(Image.open(io.BytesIO(file)).convert(mode))
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1).copy())
 
@@ -239,7 +239,7 @@ def test_the_region_that_a_gpu_resizes_is_the_one_that_fit_keeps(wanted: int) ->
 
 
 def test_the_region_is_that_of_fit_for_every_size() -> None:
-    """Ramps tell where an image was cut: fitted ramps are as long, and begin as far in."""
+    """Ramps show where an image was cropped: fitted ramps are as long, and begin as far in."""
     rng = np.random.default_rng(0)
     for _ in range(300):
         height, width = rng.integers(20, 700, 2).tolist()

@@ -1,4 +1,4 @@
-"""What DALI cannot decode is named, left out, or decoded by PIL; the epoch goes on."""
+"""Images that DALI cannot decode are named, left out, or decoded by PIL; the epoch continues."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ def test_every_format_and_depth_has_the_pixels_of_pil(tmp_path: Path, backend: s
 
 
 def pixels_of(file: bytes) -> torch.Tensor:
-    """What PIL makes of it, [3, H, W]."""
+    """The pixels decoded by PIL, [3, H, W]."""
     image = Image.open(io.BytesIO(file))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")

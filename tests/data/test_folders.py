@@ -279,8 +279,8 @@ def test_a_cluttered_folder_is_trained_and_one_class_of_it_evaluated(
     dogs = write_splits(tmp_path / "dogs", "", classes=("dog",))
     (dogs / "dog/.DS_Store").touch()
     evaluate.main([str(output), f"--path={dogs}", "--attacks=clean", "--device=cpu"])
-    told = capsys.readouterr().out
-    assert f"note:       data: passed over 1 file, such as {dogs}/dog/.DS_Store" in told
+    printed = capsys.readouterr().out
+    assert f"note:       data: passed over 1 file, such as {dogs}/dog/.DS_Store" in printed
     model: dict[str, Any] = {"num_classes": 2, "num_channels": 3, "image_size": 8}
     loader = load_evaluation_data(
         str(dogs), DataConfig(num_workers=0), batch_size=3, class_names=list(CLASSES), **model

@@ -301,7 +301,7 @@ def test_sources_survive_pickling(tmp_path: Path) -> None:
 
 
 class Shuffled:
-    """What os.scandir gives, in an order that is drawn."""
+    """The entries of os.scandir in a random order."""
 
     draw = np.random.default_rng(0)
     scandir = staticmethod(os.scandir)

@@ -33,7 +33,7 @@ def images() -> Tensor:
 
 @pytest.fixture
 def file(tmp_path: Path, images: Tensor) -> Path:
-    """A set whose labels are the numbers of the images, so that batches tell which they hold."""
+    """A set whose labels are the numbers of the images, so that batches show which they hold."""
     np.savez(tmp_path / "a.npz", images=images.numpy(), labels=np.arange(NUM_IMAGES))
     return tmp_path / "a.npz"
 

@@ -45,7 +45,7 @@ def make_batch(num_images: int = 12, channels: int = 3, height: int = 16, width:
 
 
 def shares_of(mixed: Batch, labels: Tensor) -> list[float]:
-    """What share of each mixed image is its own, by its label; images mixed within a class left
+    """The share of each mixed image is its own, by its label; images mixed within a class left
     out."""
     others = labels.flip(0)
     return [
@@ -432,7 +432,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def by_label(batches: Iterator[Batch]) -> dict[int, Tensor]:
-    """The images by their labels, which tell them apart."""
+    """The images by their labels, which are all different."""
     return {
         int(label): image
         for batch in batches

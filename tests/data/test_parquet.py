@@ -48,12 +48,12 @@ TINY = [
 
 
 def write(file: Path, features: dict[str, Any] | None = None, **columns: Any) -> Path:
-    """A file of these columns; `features`: what its metadata tells."""
+    """A file of these columns; `features`: in its metadata."""
     file.parent.mkdir(parents=True, exist_ok=True)
     table = pa.table({name: pa.array(values) for name, values in columns.items()})
     if features is not None:
-        told = json.dumps({"info": {"features": features}})
-        table = table.replace_schema_metadata({"huggingface": told})
+        metadata = json.dumps({"info": {"features": features}})
+        table = table.replace_schema_metadata({"huggingface": metadata})
     pq.write_table(table, file, row_group_size=7)
     return file
 
@@ -122,9 +122,9 @@ def test_text_labels_are_classes_in_sorted_order_whatever_the_split_has(tmp_path
 
 
 def test_columns_that_leave_no_choice_are_found(tmp_path: Path) -> None:
-    told = {"pic": {"_type": "Image"}, "kind": {"_type": "ClassLabel", "names": ["x", "y"]}}
+    features = {"pic": {"_type": "Image"}, "kind": {"_type": "ClassLabel", "names": ["x", "y"]}}
     files = [
-        write(tmp_path / "1.parquet", told, mask=PNGS, pic=PNGS, kind=COARSE, id=COARSE),
+        write(tmp_path / "1.parquet", features, mask=PNGS, pic=PNGS, kind=COARSE, id=COARSE),
         write(tmp_path / "2.parquet", img=PNGS, fine_label=COARSE),
         write(tmp_path / "3.parquet", photo=PNGS, Target=COARSE, id=COARSE),
         write(tmp_path / "4.parquet", image=PNGS, label=COARSE, fine_label=PLACES, other=PNGS),

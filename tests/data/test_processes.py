@@ -1,4 +1,4 @@
-"""What loading leaves behind: no process, no thread, no memory, whichever way a run ends."""
+"""Loading leaves no process, thread or memory behind, in whatever way a run ends."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class Ending(NamedTuple):
 
 
 def ending_of(process: subprocess.Popen[str], seconds: float = 60) -> Ending:
-    """How the process ended; its orphans are counted the moment it has."""
+    """The end of the process; its orphans are counted at that moment."""
     status = process.wait(seconds)
     num_orphans = len(processes_of(session=process.pid))
     return Ending(status, process.communicate(timeout=seconds)[1], num_orphans)
@@ -149,7 +149,7 @@ class Training(NamedTuple):
             return log.exists() and '"event": "step"' in log.read_text()
 
         wait_until(has_taken_some, 120)
-        time.sleep(0.1)  # it goes on to the steps after the one that it has just logged
+        time.sleep(0.1)  # it takes further steps after the one that it has just logged
 
 
 def train(started: Started, photos: Path, folder: Path, backend: str) -> Training:
@@ -356,7 +356,7 @@ def test_dali_leaves_the_handlers_of_signals_alone(photos: Path) -> None:
 
 
 def caught() -> list[int]:
-    """Which signals this process blocks, ignores and catches, as the system knows it; those of
+    """The signals that this process blocks, ignores and catches, as the system knows it; those of
     glibc left out."""
     lines = Path("/proc/self/status").read_text().splitlines()
     found = dict(line.split(":") for line in lines if line.startswith("Sig"))
@@ -376,7 +376,7 @@ def test_training_whose_worker_is_killed_ends_with_one_line(
     assert errors.count("\n") == 1
 
 
-# Between two batches, as in a training step, and whenever: while a batch is handed over too.
+# Between two batches, as in a training step, and at random times, also while a batch is sent.
 KILLED = """
 import os, signal, sys, threading, time
 from pathlib import Path
@@ -467,7 +467,7 @@ def left_behind() -> dict[str, int]:
 
 
 def num_pipelines() -> int:
-    """Those of DALI that are not yet collected."""
+    """The pipelines of DALI that are not yet collected."""
     module = sys.modules.get("nvidia.dali.pipeline")
     return 0 if module is None else sum(type(e) is module.Pipeline for e in gc.get_objects())
 

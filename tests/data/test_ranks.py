@@ -36,7 +36,7 @@ NUMBERS_OF_RANKS = [1, 2, 3]
 BATCH_SIZES = [7, 16, 60]
 EDGE = 8
 Parts = list[Batch]
-"""What each rank has of one batch."""
+"""The part of one batch of each rank."""
 
 
 @pytest.fixture(scope="module")

@@ -78,7 +78,7 @@ def test_a_run_goes_on_without_shared_memory_and_says_so_once(
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    told = [line for line in done.stdout.splitlines() if "/dev/shm" in line]
-    assert len(told) == 1
-    assert "--shm-size" in told[0]
+    lines = [line for line in done.stdout.splitlines() if "/dev/shm" in line]
+    assert len(lines) == 1
+    assert "--shm-size" in lines[0]
     assert (output / "model.safetensors").read_bytes() == expected

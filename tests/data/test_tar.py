@@ -1,4 +1,4 @@
-"""Webdataset shards are read as documented, whatever somebody put into them."""
+"""Webdataset shards are read as documented, whatever they contain."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def fail(path: Path | str, policy: str = "error") -> str:
 
 
 def skip(path: Path) -> tuple[Source, list[str]]:
-    """What is left under policy skip, and what was reported."""
+    """The samples left under policy skip, and the lines that were reported."""
     lines: list[str] = []
     source = open_splits(str(path), "data.path", BadImages("skip", lines.append))["all"]
     return source, [line.removeprefix("left out: ") for line in lines]

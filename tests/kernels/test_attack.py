@@ -27,7 +27,7 @@ compiled = pytest.mark.skipif(INTERPRETED, reason="the compiler does not know th
 
 @pytest.fixture(autouse=True, scope="module")
 def triton_serves_the_cpu_when_interpreted() -> None:
-    """So that every test of this file runs the Triton kernels, too."""
+    """Make every test of this file run the Triton kernels, too."""
     if INTERPRETED:
         attack.linf_step_op.register_kernel("cpu", attack.linf_step_cuda)
         attack.l2_step_op.register_kernel("cpu", attack.l2_step_cuda)

@@ -31,7 +31,7 @@ compiled = pytest.mark.skipif(INTERPRETED, reason="the compiler does not know th
 
 @pytest.fixture(autouse=True, scope="module")
 def triton_serves_the_cpu_when_interpreted() -> None:
-    """So that every test of this file runs the Triton kernels, too."""
+    """Make every test of this file run the Triton kernels, too."""
     if INTERPRETED:
         sam.sum_squares_op.register_kernel("cpu", sam.sum_squares_cuda)
         sam.perturb_op.register_kernel("cpu", sam.perturb_cuda)
@@ -86,14 +86,14 @@ def test_perturb_equals_the_reference_to_the_bit(
 
 
 def perturbed_by_reference(case: Case, dtype: torch.dtype, adaptive: bool) -> Tensor:
-    """What perturb_ has to give."""
+    """The expected result of perturb_."""
     expected, master, gradient = sam_inputs(case, torch.float32)
     reference.perturb_(expected, master, gradient, torch.tensor(SCALE), adaptive)
     return cast(expected, dtype)
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """As torch casts; but the interpreter truncates to bf16, whatever a kernel asks for."""
+    """Cast as torch does; Triton's interpreter instead truncates to bf16."""
     if INTERPRETED and dtype == torch.bfloat16:
         x = (x.contiguous().view(torch.int32) & -(1 << 16)).view(torch.float32)
     return x.to(dtype)

@@ -196,7 +196,7 @@ def test_the_interpreted_kernels_pass_the_tests_of_the_others() -> None:
     files = [str(TESTS / name) for name in ("test_attack.py", "test_sam.py")]
     # NumPy, which interprets, warns of NaN and of division by zero, which the cases are about.
     options = ["-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider"]
-    # Triton has to know of the interpreter when it is imported, hence another process.
+    # Triton reads TRITON_INTERPRET when it is imported, hence another process.
     result = subprocess.run(
         [sys.executable, "-m", "pytest", *files, *options],
         cwd=TESTS.parents[1],

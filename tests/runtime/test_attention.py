@@ -299,7 +299,7 @@ def test_the_reason_is_the_one_that_torch_tells_of_this_kernel() -> None:
 
 
 def test_reasons_against_kernels_that_were_switched_off_are_left_out() -> None:
-    told = [
+    warned = [
         "Memory efficient kernel not used because: (Triggered internally at /sdp_utils.cpp:1.)",
         "Memory Efficient attention has been runtime disabled. (Triggered internally at /a.h:2.)",
         "Flash attention kernel not used because: (Triggered internally at /sdp_utils.cpp:3.)",
@@ -308,9 +308,9 @@ def test_reasons_against_kernels_that_were_switched_off_are_left_out() -> None:
         "cuDNN SDPA is not deterministic. (Triggered internally at /sdp_utils.cpp:6.)",
     ]
     error = RuntimeError("No available kernel. Aborting execution.")
-    assert attention._reason(error, told) == "cuDNN SDPA is not deterministic."
-    assert attention._reason(error, told[:-1]) == "No available kernel. Aborting execution."
-    assert attention._reason(RuntimeError("out of memory\nat"), told) == "out of memory"
+    assert attention._reason(error, warned) == "cuDNN SDPA is not deterministic."
+    assert attention._reason(error, warned[:-1]) == "No available kernel. Aborting execution."
+    assert attention._reason(RuntimeError("out of memory\nat"), warned) == "out of memory"
 
 
 def test_a_model_without_torchs_attention_is_left_alone() -> None:
@@ -331,7 +331,7 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.filterwarnings("ignore")  # torch tells of kernels that it finds slow
+@pytest.mark.filterwarnings("ignore")  # torch warns about slow kernels
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("is_masked", [False, True])
 @pytest.mark.parametrize(

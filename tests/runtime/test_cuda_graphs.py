@@ -1,4 +1,4 @@
-"""A step from recordings is the step as written, whatever changes between two of its calls."""
+"""A replayed step equals the eager one, for all changes between two calls."""
 
 import gc
 import itertools

@@ -1,4 +1,4 @@
-"""What is left to `auto` is decided by the size of the run, and every path that is off is named."""
+"""Settings of `auto` are decided by the size of the run, and notes name every path that is off."""
 
 import sys
 from math import inf

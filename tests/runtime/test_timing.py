@@ -1,4 +1,4 @@
-"""What the device waited for data is measured, and what it worked is not."""
+"""The wait of the device for data is measured, without its work."""
 
 import time
 from collections.abc import Iterator
