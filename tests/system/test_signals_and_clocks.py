@@ -133,7 +133,7 @@ def test_workers_that_end_or_are_stopped_for_ever_end_a_run_that_goes_on(
         status, output, errors = started[name].ending()
         assert status == 2, output + errors
         assert errors.startswith(f"error: data.num_workers: expected {expected}"), errors
-        assert "then go on with --resume" in errors
+        assert "then resume with --resume" in errors
         assert errors.count("\n") == 1
         assert checkpoints_of(tmp_path / name)
         started[name] = server.start(tmp_path / name, flags)
