@@ -441,6 +441,7 @@ def read_a_probe(loader: Loader) -> None:
     assert len(list(loader.probe(10, 1))) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "use", [read_and_drop, read_and_fail, read_some_and_start_again, read_a_probe]

@@ -90,6 +90,7 @@ def write_images(folder: Path, sizes: list[tuple[int, int]], mode: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETS)
 def test_timm_makes_of_images_what_the_run_was_evaluated_on(name: str, tmp_path: Path) -> None:
     size, sizes, mode = SETS[name]
