@@ -77,8 +77,7 @@ RIGHT = "safer_fast.evaluation.store.Store.add"
 
 def train_in(folder: Path, *flags: str) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("safer_fast.report", "safer_fast.training.trainer"):
-            patch.setattr(f"{module}.write_report", lambda folders: folders[0])
+        patch.setattr("safer_fast.training.results.write_report", lambda folders: folders[0])
         return train_model(parse_config([*FLAGS, "--output", str(folder), *flags]))
 
 

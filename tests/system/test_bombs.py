@@ -158,7 +158,7 @@ def test_images_that_claim_to_be_gigantic_are_left_out_and_named(
 def stopped(server: Server, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was killed when all but its report was there."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
-    late = Moment("safer_fast.training.trainer.write_report")
+    late = Moment("safer_fast.training.results.write_report")
     assert server.train(folder, flags_for(photos, "device"), late).status < 0
     return folder
 
