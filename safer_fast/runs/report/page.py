@@ -108,7 +108,7 @@ def _choice_figures(runs: Sequence[ReportedRun]) -> list[Figure]:
     caption = (
         "Layers that were ever selected, from the first of the network to the last, and when. Rows "
         "that go through say that selection has settled; a scatter says that the scores of the "
-        "layers are too close, or too noisy, to tell them apart."
+        "layers are too close, or too noisy, to be distinguished."
     )
     figure = Figure("", drawings, caption, is_wide=True, has_line_for_each_run=False)
     return [figure] if drawings else []

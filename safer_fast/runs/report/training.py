@@ -162,7 +162,7 @@ def _loss_figure(runs: Sequence[ReportedRun]) -> Figure | None:
     if has_validation:
         caption += (
             " Solid is the cross-entropy on attacked images of the validation split: where it "
-            "turns up while training goes on falling, the model overfits. The gap is shaded at "
+            "turns up while training still falls, the model overfits. The gap is shaded at "
             "full epsilon, if the objective is plain cross-entropy too."
         )
     else:
