@@ -1,4 +1,4 @@
-"""Probe: training images to score layers on, and to notice overfitting on, with an attack."""
+"""Probe: training images to score layers on, and the training attack on them."""
 
 from __future__ import annotations
 
@@ -19,22 +19,19 @@ Watched = Callable[[Iterable[Any]], Iterator[Any]]
 
 
 class Probe:
-    """At most `num_images` training images, unaugmented, and the training attack on them.
+    """At most `selection.num_images` training images, unaugmented, and the attack on them.
 
     The images, and the start of the attack, depend on the seed, `number` and their positions
-    alone. watch: passes the batches through.
+    alone. watch: passes batches, and the layers to score, through one by one.
     """
 
-    def __init__(
-        self, config: Config, loader: Loader, num_images: int, number: int, watch: Watched = iter
-    ) -> None:
-        self.config, self.loader, self.number = config, loader, number
-        self.num_images, self.watch = num_images, watch
+    def __init__(self, config: Config, loader: Loader, number: int, watch: Watched = iter) -> None:
+        self.config, self.loader, self.number, self.watch = config, loader, number, watch
         self._position = 0
 
     def batches(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """Images float32 [B, C, H, W] in [0, 1] and labels on the device; B may be 0."""
-        for batch in self.watch(self.loader.probe(self.num_images, self.number)):
+        for batch in self.watch(self.loader.probe(self.config.selection.num_images, self.number)):
             self._position = batch.position
             batch = batch.to(device)
             yield as_pixels(batch.images), batch.labels

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from safer_fast.attacks.pgd import frozen
 from safer_fast.config.checks import check_number
 from safer_fast.config.ranges import FACTOR
-from safer_fast.config.schema import SelectionConfig
 from safer_fast.models.arenas import ParameterArenas
 from safer_fast.models.robust_model import RobustModel
 from safer_fast.runtime.ranks import Ranks
@@ -20,6 +19,7 @@ from safer_fast.selection import criteria
 from safer_fast.selection.candidates import candidates, layers_of, match_layers
 from safer_fast.selection.criteria import ALL, check_criterion
 from safer_fast.selection.inputs import Attack, ScoredBy, ScoringInputs, Watch, WeightRadius
+from safer_fast.selection.probe import Probe
 
 
 def rank_layers(
@@ -153,33 +153,25 @@ class LayerChoice:
 
 
 def choose_layers(
-    model: RobustModel,
-    arenas: ParameterArenas,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    config: SelectionConfig,
-    *,
-    sam_rho: float,
-    attack: Attack,
-    seed: int,
-    ranks: Ranks | None = None,
-    watch: Watch = iter,
+    model: RobustModel, arenas: ParameterArenas, probe: Probe, ranks: Ranks | None = None
 ) -> LayerChoice:
     """The layers that the configuration selects for these training images."""
+    config, seed = probe.config.selection, probe.config.seed + probe.number
     if config.layers is not None:
         return LayerChoice("explicit", {}, match_layers(config.layers, model.layers))
     if config.criterion == ALL:
         return LayerChoice(ALL, {}, list(model.layers))
     scores = rank_layers(
         model,
-        batches,
+        probe.batches(model.mean.device),
         criterion=config.criterion,
-        rho=config.rho or sam_rho or 0.05,
+        rho=config.rho or probe.config.sam.rho or 0.05,
         radius=config.radius,
-        attack=attack,
+        attack=probe.attack,
         names=candidates(model, config.from_block, config.candidates),
         arenas=arenas,
         generator=torch.Generator().manual_seed(seed),
         ranks=ranks,
-        watch=watch,
+        watch=probe.watch,
     )
     return LayerChoice(config.criterion, scores, select_layers(scores, fraction=config.fraction))

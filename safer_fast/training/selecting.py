@@ -76,16 +76,6 @@ def choose_by_probe(
     config: Config, engine: Engine, loader: Loader, epoch: int, watch: Watched = iter
 ) -> LayerChoice:
     """Choose the layers to train from an epoch on, by images that the epoch's number draws."""
-    probe = Probe(config, loader, config.selection.num_images, epoch, watch)
-    choice = choose_layers(
-        engine.model,
-        engine.arenas,
-        probe.batches(engine.runtime.device),
-        config.selection,
-        sam_rho=config.sam.rho,
-        attack=probe.attack,
-        seed=config.seed + epoch,
-        ranks=engine.ranks,
-        watch=watch,
-    )
+    probe = Probe(config, loader, epoch, watch)
+    choice = choose_layers(engine.model, engine.arenas, probe, engine.ranks)
     return replace(choice, selected=engine.with_new(choice.selected))

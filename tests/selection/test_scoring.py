@@ -1,20 +1,22 @@
 """Scores equal a brute-force oracle, ranking restores every weight, selecting is exact."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from safer_fast import pgd, rank_layers, select_layers
-from safer_fast.config.schema import Names, SelectionConfig
+from safer_fast.config.schema import AttackConfig, Config, Names, Radius, SelectionConfig
+from safer_fast.data.batch import Batch, Loader
 from safer_fast.models.arenas import ParameterArenas
 from safer_fast.models.robust_model import find_layers
 from safer_fast.runtime.ranks import Ranks
 from safer_fast.selection.candidates import candidates, match_layers
 from safer_fast.selection.criticality import criticality
+from safer_fast.selection.probe import Probe
 from safer_fast.selection.scoring import choose_layers
 from tests.support.networks import PlainNetwork, build, images_and_labels
 
@@ -24,6 +26,13 @@ Batches = list[tuple[Tensor, Tensor]]
 
 def batches() -> Batches:
     return [images_and_labels(5, seed=1), images_and_labels(3, seed=2)]
+
+
+class Loaded:
+    """A loader whose probe is `batches`."""
+
+    def probe(self, num_images: int, number: int) -> Iterator[Batch]:
+        return (Batch(*batch, position=5 * index) for index, batch in enumerate(batches()))
 
 
 def attack(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
@@ -232,7 +241,8 @@ def test_patterns_pick_layers_in_the_order_of_the_network() -> None:
 def test_a_choice_follows_its_configuration(config: SelectionConfig, expected: int) -> None:
     model = build(norms=config.norms)
     arenas = ParameterArenas(model.network, model.layers, torch.float32)
-    choice = choose_layers(model, arenas, batches(), config, sam_rho=0.0, attack=attack, seed=0)
+    settings = Config(selection=config, attack=AttackConfig(epsilon=Radius(0.05), steps=2))
+    choice = choose_layers(model, arenas, Probe(settings, cast(Loader, Loaded()), number=0))
     assert len(choice.selected) == expected
     named = candidates(model, config.from_block, config.candidates)
     assert set(choice.selected) <= set(named)
