@@ -102,7 +102,11 @@ def save_json(content: Mapping[str, Any], path: Path) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file; raises ValueError naming the file if it is none."""
     with naming(path):
-        return json_object(read_text(path, MOST_JSON))
+        try:
+            text = read_text(path, MOST_JSON)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"expected a JSON object: {reason(error)}") from None
+        return json_object(text)
 
 
 def is_at(descriptor: int, path: Path, *, follow_links: bool = False) -> bool:
