@@ -9,7 +9,7 @@
 # time is left are skipped and named. PART ... runs only these: what was skipped, in another call.
 # Rows go to OUT_DIR/rows.jsonl as they come, how each part ended to summary.txt, what it printed to
 # logs.tar.gz. The part `experiment` takes a whole call, and runs only where it is asked for; its runs
-# lie in runs/ and are gone on from while the machine is held. GPU_SH_REHEARSE=1 runs small cases, on any machine; GPU_SH_SECONDS is the time in all.
+# lie in runs/ and are resumed while the machine is held. GPU_SH_REHEARSE=1 runs small cases, on any machine; GPU_SH_SECONDS is the time in all.
 set -uo pipefail
 : "${1:?usage: bench/gpu.sh OUT_DIR [PART ...]}"
 out=$(mkdir -p "$1" && cd "$1" && pwd) || exit

@@ -74,7 +74,7 @@ def children() -> list[int]:
 
 
 def and_wake(say: Callable[..., None]) -> Callable[..., None]:
-    """Workers that are stopped go on as soon as something is said."""
+    """Wake stopped workers as soon as something is said."""
 
     def say_and_wake(*arguments: Any) -> None:
         say(*arguments)
@@ -239,7 +239,7 @@ def test_a_run_whose_folder_becomes_read_only_ends_with_one_line_and_goes_on_lat
     assert status == 2, output + errors
     assert errors == f"error: {run / 'best.safetensors'}: Read-only file system\n"
     assert "metrics.jsonl cannot be written: Read-only file system; lines are kept" in output
-    assert "training goes on, the last one is" in output
+    assert "training continues, the last one is" in output
     newest = checkpoints_of(run)[-1]
     ending = server.train(run, flags)
     assert (ending.status, ending.errors) == (0, ""), ending.output
@@ -267,7 +267,7 @@ def fall_silent(rank: int, where: str, call: int) -> None:
         Moment(where, call, act=STOP).arm()
 
 
-# rank, function, call: one after the other in the same run, which goes on each time
+# rank, function, call: one after the other in the same run, which is resumed each time
 SILENT = [
     (0, "safer_fast.runtime.ranks._rendezvous", 1),
     (1, "safer_fast.runtime.ranks._rendezvous", 1),
