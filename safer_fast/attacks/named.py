@@ -71,21 +71,25 @@ def attack_by_name(
     labels: Tensor,
     epsilon: float,
     place: tuple[Callable[[int], int], int],
+    *,
     watch: Watch | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Images [B, C, H, W] after the attack `name`: clean, or one that `attack_spec` knows.
 
-    place: seeds and position of the images, see `placed_start`. watch: has what was noticed of the
-    images afterwards.
+    place: seeds and position of the images, see `placed_start`. rows: indices of the images that
+    are attacked and returned; default: all. watch: holds what was noticed of them afterwards.
     """
+    if rows is None:
+        rows = torch.arange(len(images), device=images.device)
     if name == "clean":
-        return images
+        return images[rows]
     spec, start = attack_spec(name, epsilon), images
     if spec.is_random:
         seed_of, position = place
         radius = torch.full((), epsilon, device=images.device)
         start = placed_start(images, radius, attack.norm, position=position, seed_of=seed_of)
-    radii = epsilon, spec.step_size
-    settings: dict[str, Any] = {"steps": spec.steps, "start": start, "loss": spec.loss}
+    settings: dict[str, Any] = {"steps": spec.steps, "start": start[rows], "loss": spec.loss}
+    images, labels, radii = images[rows], labels[rows], (epsilon, spec.step_size)
     attacked = attack.attack_images(images, labels, *radii, **settings, watch=watch)
     return finite_pixels(attacked, images)

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from safer_fast.attacks.autoattack import LibraryAttacks
-from safer_fast.attacks.correctness import has_finite, is_right
-from safer_fast.attacks.gradient_watch import Watch
 from safer_fast.attacks.masking import has_gradients, starts_at_random, with_verdicts
-from safer_fast.attacks.named import attack_spec
-from safer_fast.attacks.pgd import finite_pixels, placed_start
 from safer_fast.attacks.replayed import ReplayedAttack
 from safer_fast.config.attack_names import LIBRARY_ATTACKS, num_attack_steps
 from safer_fast.config.commands import EvaluateConfig
 from safer_fast.data import Batch, as_pixels, describe_subset
+from safer_fast.evaluation.batch import BatchEvaluator, BatchOutcome
 from safer_fast.evaluation.log import log_rows, open_log
 from safer_fast.evaluation.progress import ProgressDisplay
 from safer_fast.evaluation.setup import EvaluationSetup, num_restarts, set_up_evaluation
@@ -36,7 +30,6 @@ from safer_fast.runs.loggers.run_log import RunLog
 from safer_fast.runtime.device import decide_auto
 from safer_fast.runtime.micro_batch import MicroBatch
 from safer_fast.runtime.ranks import Ranks, connected
-from safer_fast.runtime.seeds import derive_seed
 from safer_fast.runtime.signals import Stopped, Stops
 
 GRACE_S = 25.0
@@ -55,22 +48,22 @@ def evaluate_folder(config: EvaluateConfig) -> list[dict[str, Any]]:
             log.say(f"{setup.split}: {describe_subset(config.num_images, num_images)}")
         share = -(-min(config.num_images or num_images, num_images) // ranks.num_ranks)
         with ProgressDisplay(list(setup.stores), share, log.say, ranks.is_first) as progress:
-            examination = Evaluator(config, setup, progress, stops, log, share)
+            evaluator = Evaluator(config, setup, progress, stops, log, share)
             try:
                 for batch in setup.loader.epoch(1, limit=config.num_images):
-                    examination.take(batch)
+                    evaluator.take(batch)
             except Stopped as stop:
                 done = f"{stop.signal.name}: stopped at {progress.share_done:.0%}"
                 log.say(f"{done}; the same command goes on from there")
                 raise
-        rows = examination.rows(ranks)
+        rows = evaluator.rows(ranks)
         rows = [row for row in rows if row["attack"] in config.attacks]
         rows = with_verdicts(rows)
-        epoch = setup.judge.config.epochs
+        epoch = setup.model.config.epochs
         if ranks.is_first:
             log_rows(rows, folder, epoch, log)
         log.say("\n".join([accuracy_table(rows), *notes(rows)]))
-        log.say(class_table(rows, setup.judge.class_names))
+        log.say(class_table(rows, setup.model.class_names))
     return rows
 
 
@@ -90,38 +83,44 @@ class Evaluator:
         log: RunLog,
         share: int,
     ) -> None:
-        judge, attacked, threat = setup.judge, setup.attacked, setup.threat
-        self.config, self.judge, self.attacked = config, judge.model, attacked.model
-        self.threat, self.stores, self.progress, self.stops = threat, setup.stores, progress, stops
+        model, attacked, threat = setup.model, setup.attacked, setup.threat
+        self.config, self.threat = config, threat
+        self.stores, self.progress, self.stops = setup.stores, progress, stops
         self.split, self.of_images = setup.split, setup.loader.num_images
-        self.is_transfer = attacked is not judge
-        self.device = judge.model.mean.device
-        num_classes = len(judge.class_names)
+        self.device, num_classes = model.model.mean.device, len(model.class_names)
         runtime = decide_auto(
             attacked.runtime, attacked.config.runtime, _num_operations(config, attacked, share)
         )
-        self.is_compiled = runtime.is_compiled
-        if self.is_compiled:
-            compile_blocks(self.attacked)
+        if runtime.is_compiled:
+            compile_blocks(attacked.model)
         is_shaped = runtime.is_compiled or runtime.is_captured
         replays = runtime.replays(log.say)
         parts = MicroBatch("--batch-size", "auto", replays.forget, log.say)
         multiple = -(-min(config.batch_size, share) // NUM_SHAPES) if is_shaped else 1
-        self.own = ReplayedAttack(
-            self.attacked, norm=threat.norm, micro_batch=parts, replays=replays, multiple=multiple
+        attack = ReplayedAttack(
+            attacked.model, norm=threat.norm, micro_batch=parts, replays=replays, multiple=multiple
         )
-        self.library = LibraryAttacks(self.attacked, threat.norm, num_classes, parts, log.say)
+        library = LibraryAttacks(attacked.model, threat.norm, num_classes, parts, log.say)
+        self.batches = BatchEvaluator(
+            model.model,
+            attack,
+            epsilon=threat.epsilon,
+            seed=config.seed,
+            restarts=config.restarts,
+            is_compiled=runtime.is_compiled,
+            library=library,
+        )
         # of each attack: images and right ones of each class; then what `_totals` gives
         self.classes = {
             name: torch.zeros(2, num_classes, dtype=torch.float64) for name in setup.stores
         }
         self.totals = {name: torch.zeros(5, dtype=torch.float64) for name in setup.stores}
-        for model in {self.judge, self.attacked}:
-            model.register_forward_pre_hook(lambda *_: self._move_on())
+        for network in {model.model, attacked.model}:
+            network.register_forward_pre_hook(lambda *_: self._check_and_show())
 
     def take(self, batch: Batch) -> None:
         """The batch is measured under every attack, and counted."""
-        self._move_on()
+        self._check_and_show()
         count = batch.num_images
         batch = replace(
             batch, images=batch.images[:count], labels=batch.labels[:count], num_padding=0
@@ -154,76 +153,22 @@ class Evaluator:
         started = time.perf_counter()
         images = as_pixels(batch.images.to(self.device))
         labels = batch.labels.to(self.device)
-        watch = Watch(len(labels), self.device)
-        if name == "clean":
-            right, losses, finite = self._judged(images, labels)
-        else:
-            known = zip(*((o.is_right, _loss(o), o.is_finite) for o in clean), strict=True)
-            right, losses, finite = (torch.tensor(v, device=self.device) for v in known)
-            watch.starts_right.copy_(right)
-            for restart in range(num_restarts(name, self.config)):
-                rows = right.nonzero().squeeze(1)
-                if len(rows):
-                    chosen = (name, images, labels, rows, batch.position, restart)
-                    attacked = finite_pixels(self._attack(*chosen, watch), images[rows])
-                    judged = self._judged(attacked, labels[rows])
-                    for values, found in zip((right, losses, finite), judged, strict=True):
-                        values[rows] = found
-        flags = (finite, ~watch.blind, watch.starts_right)
-        columns = right.tolist(), to_millionths(losses), *(values.tolist() for values in flags)
+        found = self.batches.measure(name, images, labels, batch.position, self._on_device(clean))
+        flags = (found.finite, ~found.blind, found.starts_right)
+        columns = found.right.tolist(), to_millionths(found.losses), *(f.tolist() for f in flags)
         seconds = (time.perf_counter() - started) / len(labels)
         return [Outcome(r, loss, seconds, *own) for r, loss, *own in zip(*columns, strict=True)]
 
-    def _attack(
-        self,
-        name: str,
-        images: Tensor,
-        labels: Tensor,
-        rows: Tensor,
-        position: int,
-        restart: int,
-        watch: Watch,
-    ) -> Tensor:
-        """What the attack makes of these rows of the images [B, C, H, W], which are watched."""
-        purpose = f"evaluation {name}" + (f" restart {restart}" if restart else "")
-        seed_of = partial(derive_seed, self.config.seed, purpose)
-        epsilon, chosen = self.threat.epsilon, (images[rows], labels[rows])
-        if name in LIBRARY_ATTACKS:
-            with self._eagerly():
-                watch.blind[rows] |= self.library.blind(name, *chosen)
-                return self.library(name, *chosen, epsilon, seed_of(position), self.is_transfer)
-        spec, start = attack_spec(name, epsilon), images
-        if spec.is_random:
-            radius = torch.full((), epsilon, device=self.device)
-            start = placed_start(
-                images, radius, self.threat.norm, position=position, seed_of=seed_of
-            )
-        own = Watch(len(rows), self.device)
-        settings: dict[str, Any] = {"steps": spec.steps, "start": start[rows], "loss": spec.loss}
-        attacked = self.own.attack_images(*chosen, epsilon, spec.step_size, **settings, watch=own)
-        watch.blind[rows] |= own.blind
-        watch.starts_right[rows] &= own.starts_right
-        return attacked
+    def _on_device(self, outcomes: Sequence[Outcome]) -> BatchOutcome | None:
+        """The outcomes as they are measured; None for none."""
+        if not outcomes:
+            return None
+        columns = zip(
+            *((o.is_right, _loss(o), o.is_finite, False, True) for o in outcomes), strict=True
+        )
+        return BatchOutcome(*(torch.tensor(values, device=self.device) for values in columns))
 
-    def _judged(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Which images are right, bool [B], their losses [B], and whose logits are finite."""
-        right, finite = torch.empty(2, len(labels), dtype=torch.bool, device=self.device)
-        losses = torch.empty(len(labels), device=self.device)
-
-        def classify_part(part: slice, images: Tensor, labels: Tensor) -> None:
-            logits = self.judge(images)
-            right[part], finite[part] = is_right(logits, labels), has_finite(logits)
-            losses[part] = cross_entropy(logits, labels, reduction="none")
-
-        with torch.no_grad(), self._eagerly():
-            self.own.micro_batch.in_parts(classify_part, images, labels)
-        return right, losses, finite
-
-    def _eagerly(self) -> AbstractContextManager[object]:
-        """Batches of any size are nothing to compile for."""
-        return torch.compiler.set_stance("force_eager") if self.is_compiled else nullcontext()
-
-    def _move_on(self) -> None:
+    def _check_and_show(self) -> None:
         self.stops.check()
         self.progress.tick()
 
@@ -259,7 +204,9 @@ class Evaluator:
             "num_not_finite": int(num_not_finite),
             "num_zero_gradients": int(num_blind) if has_gradients(name) else None,
             "start_accuracy": (
-                num_starts / num_images if starts_at_random(name) and not self.is_transfer else None
+                num_starts / num_images
+                if starts_at_random(name) and not self.batches.is_transfer
+                else None
             ),
             "restarts": None if is_clean else num_restarts(name, self.config),
             "seed": None if is_clean else self.config.seed,

@@ -22,11 +22,11 @@ from safer_fast.runtime.ranks import Ranks
 class EvaluationSetup:
     """What `set_up_evaluation` has made.
 
-    judge: whose predictions count. attacked: whose gradients and logits attacks see, the same run
+    model: whose predictions count. attacked: whose gradients and logits attacks see, the same run
     but for a transfer. stores: what is known of each attack, of clean images first.
     """
 
-    judge: LoadedRun
+    model: LoadedRun
     attacked: LoadedRun
     threat: ThreatModel
     split: str
@@ -38,7 +38,7 @@ def set_up_evaluation(config: EvaluateConfig, ranks: Ranks) -> EvaluationSetup:
     """Everything is loaded; raises ValueError, one line, for what does not fit together."""
     # the run that is loaded last decides on process-wide settings
     source = None if config.source is None else _load_source(config, config.source, ranks)
-    judge = load_run(
+    model = load_run(
         Path(config.run),
         config.weights,
         config.device,
@@ -46,15 +46,15 @@ def set_up_evaluation(config: EvaluateConfig, ranks: Ranks) -> EvaluationSetup:
         amp=config.amp,
         is_frozen=True,
     )
-    threat = _threat(config, judge)
+    threat = _threat(config, model)
     for name in config.attacks:
-        check_suits(name, threat.norm, len(judge.class_names), judge.image_size)
+        check_suits(name, threat.norm, len(model.class_names), model.image_size)
     if source is not None:
-        _check_source(source, judge)
-    split, loader = _evaluation_data(config, judge, ranks)
+        _check_source(source, model)
+    split, loader = _evaluation_data(config, model, ranks)
     ranks.check_same(loader.digest, "--data.path", "images and labels")
-    stores = _stores(config, judge, source, threat, ranks)
-    return EvaluationSetup(judge, source or judge, threat, split, loader, stores)
+    stores = _stores(config, model, source, threat, ranks)
+    return EvaluationSetup(model, source or model, threat, split, loader, stores)
 
 
 def _load_source(config: EvaluateConfig, folder: str, ranks: Ranks) -> LoadedRun:
@@ -71,26 +71,26 @@ def _load_source(config: EvaluateConfig, folder: str, ranks: Ranks) -> LoadedRun
         raise ValueError(f"--source: {str(error).removeprefix('RUN: ')}") from None
 
 
-def _threat(config: EvaluateConfig, judge: LoadedRun) -> ThreatModel:
+def _threat(config: EvaluateConfig, model: LoadedRun) -> ThreatModel:
     """The ball that is asked for, where nothing is asked for that of the run."""
-    own = judge.config.attack
+    own = model.config.attack
     norm = config.norm or own.norm
     if config.epsilon is None and norm != own.norm:
         raise ValueError(
             f"--epsilon: expected a radius for {norm}, got none: the run's is one for {own.norm}"
         )
     epsilon = float(own.epsilon if config.epsilon is None else config.epsilon)
-    shape = judge.num_channels, judge.image_size, judge.image_size
+    shape = model.num_channels, model.image_size, model.image_size
     check_ball(norm, epsilon, shape=shape, flags=("--epsilon", ""))
     return ThreatModel(norm, epsilon)
 
 
-def _check_source(source: LoadedRun, judge: LoadedRun) -> None:
+def _check_source(source: LoadedRun, model: LoadedRun) -> None:
     """Raises ValueError unless both models take the same images for the same classes."""
     folder = source.weights.parent
-    if source.class_names != judge.class_names:
+    if source.class_names != model.class_names:
         raise ValueError(f"--source: expected a model of the same classes as RUN, got {folder}")
-    mine, others = ((run.num_channels, run.image_size) for run in (judge, source))
+    mine, others = ((run.num_channels, run.image_size) for run in (model, source))
     if mine != others:
         raise ValueError(
             f"--source: expected a model for {mine[0]}x{mine[1]}x{mine[1]} images like RUN, got "
@@ -129,17 +129,18 @@ def _evaluation_data(config: EvaluateConfig, loaded: LoadedRun, ranks: Ranks) ->
 
 def _stores(
     config: EvaluateConfig,
-    judge: LoadedRun,
+    model: LoadedRun,
     source: LoadedRun | None,
     threat: ThreatModel,
     ranks: Ranks,
 ) -> dict[str, Store]:
     """What is known of each attack, of clean images first; of all ranks when they are opened."""
-    model = {"judge": _facts_of(judge)}
-    attacked = {**model, **asdict(threat), "source": None if source is None else _facts_of(source)}
+    of_model = {"judge": _facts_of(model)}
+    of_source = None if source is None else _facts_of(source)
+    attacked = {**of_model, **asdict(threat), "source": of_source}
     stores = {}
     for name in dict.fromkeys(["clean", *config.attacks]):
-        facts: dict[str, Any] = {**(model if name == "clean" else attacked), "attack": name}
+        facts: dict[str, Any] = {**(of_model if name == "clean" else attacked), "attack": name}
         facts["restarts"] = num_restarts(name, config)
         if name not in ("clean", "fgsm"):
             facts["seed"] = config.seed

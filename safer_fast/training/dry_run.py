@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from itertools import accumulate, count, islice, pairwise
+from itertools import count, islice, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -147,16 +147,19 @@ def table(cost: RunCost) -> str:
 def passes_of_evaluation(trainer: Trainer) -> int:
     """Forward passes of one image that all evaluations of the run amount to.
 
-    An iteration of an attack counts as two: gradients of pixels take about as long as the pass.
+    An iteration of an attack counts as two: gradients of pixels take about as long as the pass. All
+    images count as attacked, though final figures attack only those that are right without.
     """
     config, data, plan = trainer.config, trainer.data, trainer.plan
-    num_validation = _num_evaluated(data.validation, config.evaluation.max_images)
+    num_ranks = trainer.ranks.num_ranks
+    num_validation = _num_evaluated(data.validation, num_ranks, config.evaluation.max_images)
     epochs = range(1, config.epochs + 1)
     evaluated = [epoch for epoch in epochs if plan.evaluates_after(epoch)]
     num_watched = min(config.evaluation.sentinel_images, data.train.num_images)
     watched = 2 * (config.attack.steps + STRONG_STEPS + 1) if config.attack.steps else 0
     num_times = sum(radii_at(config.attack, epoch)[0] > 0 for epoch in evaluated)
-    final = _num_evaluated(data.test or data.validation) * _passes(config.evaluation.attacks)
+    num_final = _num_evaluated(data.test or data.validation, num_ranks)
+    final = num_final * _passes(config.evaluation.attacks)
     # final figures are those of the start of SAFER, of the best and of the last weights
     during = len(evaluated) * num_validation * _passes(_attacks_during(config))
     # a gallery at each selection of layers, and one at the end
@@ -168,12 +171,10 @@ def passes_of_evaluation(trainer: Trainer) -> int:
     return during + num_times * num_watched * watched + 3 * final + gallery
 
 
-def _num_evaluated(loader: Loader, max_images: int | None = None) -> int:
-    """Number of images that an evaluation computes, with the padding of batches."""
-    limit = loader.num_images if max_images is None else max_images
-    smaller, num_larger = divmod(loader.num_images, len(loader))
-    starts = accumulate((smaller + (index < num_larger) for index in range(len(loader))), initial=0)
-    return loader.batch_size * sum(start < limit for start in islice(starts, len(loader)))
+def _num_evaluated(loader: Loader, num_ranks: int, max_images: int | None = None) -> int:
+    """Number of images that each rank evaluates."""
+    num_images = min(max_images or loader.num_images, loader.num_images)
+    return -(-num_images // num_ranks)
 
 
 def _as_tried(config: Config, output: Path, ranks: Ranks) -> Config:
@@ -279,9 +280,17 @@ def _evaluation_seconds(trainer: Trainer, stage: StageCost) -> float:
         batch = Batch(batch.images[:most], batch.labels[:most])
     for _ in range(1 if is_slow else 2):
         started = time.perf_counter()
-        evaluate(trainer.model, iter([batch]), attacks, threat, micro_batch=parts)
+        evaluate(
+            trainer.model,
+            [batch],
+            attacks,
+            threat,
+            micro_batch=parts,
+            attacks_wrong=True,
+            is_compiled=trainer.engine.runtime.is_compiled,
+        )
         elapsed = time.perf_counter() - started
-    num_passes = len(batch.labels) * _passes(attacks)
+    num_passes = batch.num_images * _passes(attacks)
     return elapsed * passes_of_evaluation(trainer) / num_passes
 
 
@@ -292,7 +301,8 @@ def _attacks_during(config: Config) -> list[str]:
 
 def _passes(attacks: list[str]) -> int:
     """Forward passes that an image takes under these attacks, see `passes_of_evaluation`."""
-    return sum(1 + 2 * num_attack_steps(name) for name in attacks)
+    names = dict.fromkeys(["clean", *attacks])
+    return sum(1 + 2 * num_attack_steps(name) for name in names)
 
 
 def _lines_of(stage: StageCost, rate: float) -> list[str]:

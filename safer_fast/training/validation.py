@@ -14,6 +14,7 @@ from safer_fast.attacks.named import ThreatModel, attack_by_name
 from safer_fast.attacks.pgd import placed_start
 from safer_fast.attacks.radii import radii_at
 from safer_fast.attacks.replayed import ReplayedAttack
+from safer_fast.config.commands import EvaluateConfig
 from safer_fast.config.schema import Config, EvaluationConfig
 from safer_fast.data import Batch, Data, Loader, as_pixels
 from safer_fast.evaluation.accuracy import Accuracy, evaluate
@@ -72,21 +73,33 @@ class Validator:
         settings = self.config.evaluation
         attacks = ["clean", f"pgd-{settings.steps}"]
         clean, robust = self._accuracies(
-            self.data.validation, attacks, source, "validation", settings.max_images
+            self.data.validation,
+            attacks,
+            source,
+            "validation",
+            settings.max_images,
+            seed=self.config.seed + SEED_OFFSET,
+            attacks_wrong=True,  # the validation loss is that of all images under the attack
         )
         return clean, robust
 
     def final_accuracies(self, weights: str, source: Tensor) -> list[dict[str, Any]]:
         """Evaluate weights under the final attacks, on the test split if there is one.
 
-        weights: their name in the rows that are returned, one for each attack.
+        weights: their name in the rows that are returned, one for each attack. The figures are what
+        `python -m safer_fast.evaluate RUN` measures with its default seed.
         """
         loader = self.data.test or self.data.validation
         split = "test" if self.data.test is not None else "validation"
         attacks = self.config.evaluation.attacks
-        results = self._accuracies(loader, attacks, source, f"{split}, weights {weights}")
+        label, seed = f"{split}, weights {weights}", EvaluateConfig.seed
+        results = self._accuracies(loader, attacks, source, label, seed=seed)
         facts = {"split": split, "weights": weights, "of_images": loader.num_images}
-        return [facts | vars(result) for result in results]
+        seeds = [None if result.attack == "clean" else seed for result in results]
+        return [
+            facts | vars(result) | {"seed": drawn}
+            for result, drawn in zip(results, seeds, strict=True)
+        ]
 
     def show_images(self, source: Tensor, folder: Path, step: int) -> None:
         """A few images of the final split, attacked, are in the run's gallery, and in its log.
@@ -177,6 +190,7 @@ class Validator:
         source: Tensor,
         label: str,
         limit: int | None = None,
+        **settings: Any,
     ) -> list[Accuracy]:
         """The network reads the masters again afterwards, also where the run is stopped."""
         threat = ThreatModel(self.config.attack.norm, float(self.config.attack.epsilon))
@@ -184,10 +198,11 @@ class Validator:
         with self.engine.reading(source):
             return evaluate(
                 self.engine.model,
-                iter(self.log.bar(batches, len(loader) if limit is None else None, label)),
+                self.log.bar(batches, len(loader) if limit is None else None, label),
                 attacks,
                 threat,
-                seed=self.config.seed + SEED_OFFSET,
                 micro_batch=self.engine.evaluation_batch,
                 ranks=self.engine.ranks,
+                is_compiled=self.engine.runtime.is_compiled,
+                **settings,
             )

@@ -149,6 +149,7 @@ def test_evaluation_survives_running_out_of_memory_with_the_same_figures() -> No
                     ["clean", "fgsm", "pgd-3"],
                     ThreatModel("linf", 0.03),
                     micro_batch=MicroBatch("evaluation", report=lines.append),
+                    attacks_wrong=True,
                 )
             )
     assert results[0] == results[1]

@@ -178,7 +178,7 @@ KILLS: dict[str, list[Moment | Patch]] = {
         Moment(f"{TRAINER}.begin_epoch", call=2, is_after=True),
     ],
     "in evaluation": [
-        Moment("safer_fast.evaluation.accuracy.attack_by_name", call=3),
+        Moment("safer_fast.evaluation.batch.BatchEvaluator.measure", call=3),
         Moment(f"{TRAINER}._keep_best"),
         Moment(f"{TRAINER}._keep_best", is_after=True),
         Moment("os.link", call=2),
@@ -344,7 +344,11 @@ STOPS: list[tuple[Moment | Patch, signal.Signals, int]] = [
     (Moment(f"{TRAINER}.begin_epoch", act=TERM), signal.SIGTERM, 0),
     (Moment(f"{STEP}.update", call=3, act=INT), signal.SIGINT, 3),
     (Moment(f"{TRAINER}._log_step", call=1, is_after=True, act=TERM), signal.SIGTERM, 4),
-    (Moment("safer_fast.evaluation.accuracy.attack_by_name", call=1, act=INT), signal.SIGINT, 4),
+    (
+        Moment("safer_fast.evaluation.batch.BatchEvaluator.measure", call=1, act=INT),
+        signal.SIGINT,
+        4,
+    ),
     (Moment(f"{TRAINER}._keep_best", is_after=True, act=TERM), signal.SIGTERM, 4),
     (Moment(f"{TRAINER}._log_final_accuracies", call=1, act=INT), signal.SIGINT, 8),
     (Moment(f"{TRAINER}._start_safer", is_after=True, act=TERM), signal.SIGTERM, 8),
