@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from safer_fast.attacks.named import register_attack
     from safer_fast.attacks.pgd import pgd
     from safer_fast.models.build import build_model
     from safer_fast.selection.criteria import register_criterion
@@ -21,6 +22,7 @@ __all__ = [
     "build_model",
     "pgd",
     "rank_layers",
+    "register_attack",
     "register_criterion",
     "register_objective",
     "select_layers",
@@ -33,6 +35,7 @@ _HOMES = {
     "build_model": "safer_fast.models.build",
     "pgd": "safer_fast.attacks.pgd",
     "rank_layers": "safer_fast.selection.scoring",
+    "register_attack": "safer_fast.attacks.named",
     "register_criterion": "safer_fast.selection.criteria",
     "register_objective": "safer_fast.training.objectives",
     "select_layers": "safer_fast.selection.scoring",

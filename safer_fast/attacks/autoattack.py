@@ -15,13 +15,9 @@ from torch import Tensor
 from safer_fast.attacks.gradient_watch import Watch
 from safer_fast.attacks.named import margin
 from safer_fast.attacks.pgd import Norm, cross_entropy, frozen, pixel_gradient
-from safer_fast.config.attack_names import LIBRARY_ATTACKS
+from safer_fast.config.attack_names import ATTACKS, LIBRARY_ATTACKS, facts_of
 from safer_fast.runtime.micro_batch import MicroBatch
 
-LEAST_CLASSES = {"apgd-dlr": 3, "autoattack": 4}
-"""Logits that the difference-of-logits-ratio losses compare."""
-LEAST_SIZE = 5
-"""Edge in pixels of the images that Square in L2 tiles."""
 MOST_TARGETS = 9
 
 
@@ -159,16 +155,17 @@ class _Handler(logging.Handler):
 
 
 def check_suits(name: str, norm: Norm, num_classes: int, image_size: int) -> None:
-    """Raises ValueError naming `--attacks` where the attack is not made for such a model."""
-    least = LEAST_CLASSES.get(name, 2)
-    if name in LIBRARY_ATTACKS and num_classes < least:
-        fits = [n for n in LIBRARY_ATTACKS if LEAST_CLASSES.get(n, 2) <= num_classes]
+    """Raise ValueError naming `--attacks` where the attack is not made for such a model."""
+    facts = facts_of(name)
+    assert facts is not None, name
+    if num_classes < facts.least_classes and facts.is_library:
+        fits = [n for n in LIBRARY_ATTACKS if ATTACKS[n].least_classes <= num_classes]
         raise ValueError(
-            f"--attacks: expected at least {least} classes for {name}, got {num_classes}"
-            + (f"; in its place: --attacks {','.join(fits)}" if fits else "")
+            f"--attacks: expected at least {facts.least_classes} classes for {name}, got "
+            f"{num_classes}" + (f"; in its place: --attacks {','.join(fits)}" if fits else "")
         )
-    if name in ("square", "autoattack") and norm == "l2" and image_size < LEAST_SIZE:
+    if norm == "l2" and image_size < facts.least_size_l2:
         raise ValueError(
-            f"--attacks: expected images of at least {LEAST_SIZE} pixels a side for {name} in l2, "
-            f"got {image_size}"
+            f"--attacks: expected images of at least {facts.least_size_l2} pixels a side for "
+            f"{name} in l2, got {image_size}"
         )

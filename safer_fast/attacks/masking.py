@@ -20,10 +20,11 @@ Caffo, 2000) leaves 0 out. Beaten attacks must have ten iterations, or as many a
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from safer_fast.config.attack_names import facts_of, has_restarts
 
 Row = Mapping[str, Any]
 """An evaluation as metrics.jsonl has it."""
@@ -32,21 +33,11 @@ SMALLEST_GAP = 0.03
 ENSEMBLE_GAP = 0.10
 ENOUGH_STEPS = 10
 _Z = 1.959964  # of a normal distribution, 95 % lie within so many standard deviations
-_KNOWN = {
-    "fgsm": ("cross-entropy", 1),
-    "apgd-ce": ("cross-entropy", 100),
-    "cw": ("margin", 30),
-    "apgd-dlr": ("dlr", 100),
-    "square": ("none", 5000),
-    "autoattack": ("ensemble", 5000),
-}
-_GRADIENT_LOSSES = ("cross-entropy", "margin", "dlr")
-_FAMILIES = {"pgd": "cross-entropy", "cw": "margin"}
 _PLACE = ("weights", "split", "norm", "epsilon", "source", "num_images")
 
 
 def suspicions(rows: Sequence[Row]) -> list[list[str]]:
-    """For each row, why its accuracy may be far above the robust one; empty: no sign of that.
+    """Reasons, for each row, why its accuracy may be far above the robust one; empty: no sign.
 
     Rows are compared where weights, split, norm, epsilon, source and number of images are the same.
     """
@@ -66,13 +57,14 @@ def with_verdicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def has_gradients(attack: str) -> bool:
-    """Whether it is known which images leave this attack without a gradient."""
-    return _kind({"attack": attack})[0] in _GRADIENT_LOSSES
+    """True for an attack whose images without a gradient of use are counted."""
+    facts = facts_of(attack)
+    return facts is not None and facts.has_gradients
 
 
 def starts_at_random(attack: str) -> bool:
-    """Whether this attack starts at a random point that is judged too."""
-    return has_gradients(attack) and attack.startswith(("pgd", "cw"))
+    """True for an attack whose random start is classified too."""
+    return has_gradients(attack) and has_restarts(attack)
 
 
 def _place(row: Row) -> tuple[Any, ...]:
@@ -80,8 +72,7 @@ def _place(row: Row) -> tuple[Any, ...]:
 
 
 def _reasons(row: Row, others: Iterable[Row]) -> list[str]:
-    loss, _ = _kind(row)
-    if not (loss in _GRADIENT_LOSSES and row["epsilon"] and _is_measured(row)):
+    if not (has_gradients(str(row["attack"])) and row["epsilon"] and _is_measured(row)):
         return []
     known = [other for other in others if _is_measured(other)]
     found = [_without_gradient(row), _worse_than_its_start(row)]
@@ -115,7 +106,7 @@ def _worse_than_another_loss(row: Row, others: Sequence[Row]) -> str:
         beaten = plain
         if other["attack"] == "apgd-ce" != row["attack"]:  # the same loss, better climbed
             beaten = [one for one in plain if one["attack"] != "apgd-ce"]
-        elif loss not in ("margin", "dlr", "none", "ensemble"):
+        elif loss in ("", "cross-entropy"):
             continue
         best = min(beaten, key=lambda one: (one["accuracy"], -_kind(one)[1]))
         if (
@@ -149,7 +140,7 @@ def _worse_than_fewer_steps(row: Row, others: Sequence[Row]) -> str:
 
 
 def _is_clear(higher: float, lower: float, count: int, gap: float = SMALLEST_GAP) -> bool:
-    """Whether shares of so many images differ by more than the gap, and more than by chance."""
+    """True where shares of so many images differ by more than the gap, and than chance gives."""
     ones, twos = ((share * count + 1) / (count + 2) for share in (higher, lower))
     noise = _Z * math.sqrt((ones * (1 - ones) + twos * (1 - twos)) / (count + 2))
     return higher - lower > gap and ones - twos > noise
@@ -157,11 +148,8 @@ def _is_clear(higher: float, lower: float, count: int, gap: float = SMALLEST_GAP
 
 def _kind(row: Row) -> tuple[str, int]:
     """The loss that the attack of a row raises, and its iterations; no loss where not known."""
-    name = str(row["attack"])
-    if name in _KNOWN:
-        return _KNOWN[name]
-    found = re.fullmatch(r"(pgd|cw)-([0-9]{1,9})", name)
-    return ("", 0) if found is None else (_FAMILIES[found[1]], int(found[2]))
+    facts = facts_of(str(row["attack"]))
+    return ("", 0) if facts is None else (facts.loss, facts.steps or 0)
 
 
 def _restarts(row: Row) -> int:

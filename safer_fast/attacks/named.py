@@ -1,9 +1,10 @@
-"""Attacks by name: gradient attacks of our own, and those of AutoAttack by its own library."""
+"""Gradient attacks by name: fgsm, pgd-K, cw-K and registered ones, from `config.attack_names`."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ from safer_fast.attacks.pgd import (
     finite_pixels,
     placed_start,
 )
-from safer_fast.config.attack_names import num_attack_steps
+from safer_fast.config.attack_names import ATTACKS, facts_of
+from safer_fast.config.messages import shortened
 
 if TYPE_CHECKING:
     from safer_fast.attacks.gradient_watch import Watch
@@ -33,16 +35,33 @@ class AttackSpec(NamedTuple):
 
 
 def attack_spec(name: str, epsilon: float) -> AttackSpec:
-    """Iterations, step size, start and loss of fgsm, pgd-K, cw or cw-K.
+    """Iterations, step size, start and loss of fgsm, pgd-K, cw, cw-K or a registered attack.
 
     fgsm: one step of epsilon from the image itself (Goodfellow et al., 2015). pgd-K: K steps of
     2.5 epsilon / K from a random start (Madry et al., 2018). cw-K: the same on the `margin` loss.
     """
-    if name == "fgsm":
-        return AttackSpec(1, epsilon, False, cross_entropy)
-    steps = num_attack_steps(name)
-    loss = margin if name.startswith("cw") else cross_entropy
-    return AttackSpec(steps, default_step_size(epsilon, steps), True, loss)
+    facts = facts_of(name)
+    assert facts is not None, name
+    steps = facts.steps or 0
+    step_size = default_step_size(epsilon, steps) if facts.is_random else epsilon
+    return AttackSpec(steps, step_size, facts.is_random, LOSSES[facts.loss])
+
+
+def register_attack(name: str, loss: AttackLoss, *, steps: int | None = None) -> None:
+    """Make `NAME-K` an attack of K steps like pgd-K that raises `loss`, in this process.
+
+    loss: (logits [B, K], class numbers [B]) -> a 0-d sum over images. steps: iterations of the
+    plain name; default: it needs a number. Raises ValueError for a name that is taken, or is no
+    lower-case word of letters, digits, - and _ that begins with a letter and ends in one.
+    """
+    if not re.fullmatch(r"[a-z]([a-z0-9_-]*[a-z])?", name):
+        raise ValueError(f"name: expected lower-case letters as in my-loss, got {shortened(name)}")
+    if name in ATTACKS:
+        raise ValueError(f"name: expected a new one, got {name!r}, which is an attack already")
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps: expected at least 1, got {steps}")
+    ATTACKS[name] = replace(ATTACKS["pgd"], loss=name, steps=steps)
+    LOSSES[name] = loss
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
@@ -54,6 +73,10 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
     own = logits.masked_fill(~is_own, 0).sum(1)
     others = logits.masked_fill(is_own, -torch.inf).amax(1)
     return (others - own).sum()
+
+
+LOSSES: dict[str, AttackLoss] = {"cross-entropy": cross_entropy, "margin": margin}
+"""Losses of gradient attacks by the names that the table of attacks has for them."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from safer_fast.attacks.gradient_watch import Watch
 from safer_fast.attacks.named import attack_by_name
 from safer_fast.attacks.pgd import finite_pixels
 from safer_fast.attacks.replayed import ReplayedAttack
-from safer_fast.config.attack_names import LIBRARY_ATTACKS
+from safer_fast.config.attack_names import LIBRARY_ATTACKS, has_restarts
 from safer_fast.models.robust_model import RobustModel
 from safer_fast.runtime.seeds import derive_seed
 
@@ -88,7 +88,7 @@ class BatchEvaluator:
         assert clean is not None
         right, losses, finite = (values.clone() for values in clean[:3])
         watch.starts_right.copy_(right)
-        num_restarts = self.restarts if name.startswith(("pgd", "cw")) else 1
+        num_restarts = self.restarts if has_restarts(name) else 1
         for restart in range(num_restarts):
             is_tried = torch.ones_like(right) if self.attacks_wrong else right
             rows = is_tried.nonzero().squeeze(1)

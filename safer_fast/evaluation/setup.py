@@ -8,6 +8,7 @@ from typing import Any
 
 from safer_fast.attacks.autoattack import check_suits
 from safer_fast.attacks.named import ThreatModel
+from safer_fast.config.attack_names import has_restarts
 from safer_fast.config.checks import check_ball
 from safer_fast.config.commands import EvaluateConfig
 from safer_fast.data import Loader, load_data, load_evaluation_data
@@ -166,5 +167,5 @@ def _facts_of(loaded: LoadedRun) -> dict[str, Any]:
 
 
 def num_restarts(name: str, config: EvaluateConfig) -> int:
-    """Random starts of the attack: those of pgd and cw can be more than one."""
-    return config.restarts if name.startswith(("pgd", "cw")) else 1
+    """Number of random starts of the attack; 1 for one that starts at the image."""
+    return config.restarts if has_restarts(name) else 1
