@@ -1,4 +1,4 @@
-"""How accurate a model is, clean and under attack; `python -m safer_fast.evaluate RUN`."""
+"""Accuracy of a run, clean and under attack: `python -m safer_fast.evaluate RUN`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # --help does not wait for torch
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`python -m safer_fast.evaluate RUN [flags]`: prints tables, appends to metrics.jsonl."""
+    """Run `python -m safer_fast.evaluate RUN [flags]`: print tables, append to metrics.jsonl."""
     parser = new_parser("evaluate", "Measure clean and robust accuracy of a run.")
     parser.add_class_arguments(EvaluateConfig, None, skip={"run"})
     parser.add_argument("run", type=str, metavar="RUN", help="run folder")
@@ -31,12 +31,12 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def evaluate_run(config: EvaluateConfig) -> list[Accuracy]:
-    """Evaluates a run folder; the figures are appended to its metrics.jsonl and printed.
+    """Evaluate a run folder; print the figures and append them to its metrics.jsonl.
 
-    An image is right under an attack if it is right without one and after it. What was measured
-    before is not measured again. Under torchrun the processes share the images. SIGINT and SIGTERM
-    end it with SystemExit. Raises ValueError for a folder that is no run and for data and settings
-    that do not fit its model.
+    An image is right under an attack if it is classified correctly without it and under it.
+    Figures that were measured before are not measured again. Under torchrun the processes share the
+    images. SIGINT and SIGTERM end it with SystemExit. Raises ValueError for a folder that is no run
+    and for data and settings that do not fit its model.
     """
     config = converted(config)
     _check(config)
@@ -49,7 +49,7 @@ def evaluate_run(config: EvaluateConfig) -> list[Accuracy]:
 
 
 def _check(config: EvaluateConfig) -> None:
-    """Raises ValueError for settings that fit no run."""
+    """Raise ValueError for settings that fit no run."""
     if not config.attacks:
         raise ValueError("--attacks: expected at least one attack, got none")
     for name in config.attacks:

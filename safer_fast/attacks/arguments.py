@@ -16,7 +16,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 def check_settings(
     images: Tensor, *, norm: str, epsilon: float | Tensor, step_size: float | Tensor, steps: int
 ) -> None:
-    """Raises ValueError for what shows without a look at values of tensors."""
+    """Raise ValueError for arguments that are wrong whatever values the tensors hold."""
     if images.ndim != 4 or not images.is_floating_point():
         raise ValueError(f"images: expected float [B, C, H, W], got {_described(images)}")
     if norm not in ("linf", "l2"):
@@ -39,10 +39,10 @@ def check_settings(
 def checked_loss(
     model: nn.Module, images: Tensor, labels: Tensor, start: Tensor | None, loss: Loss
 ) -> Loss:
-    """The loss, which also checks the logits' shape against the labels.
+    """The loss, with a check of the logits' shape against the labels in it.
 
-    Raises ValueError unless the tensors, and the model's weights, fit together and hold what they
-    should. Waits for the device once, for all values together.
+    Raise ValueError unless the tensors and the model's weights fit together, pixels are in [0, 1]
+    and labels are classes. This waits for the device once, for all values together.
     """
     _check_devices(model, images, labels)
     if start is not None and (start.shape, start.dtype) != (images.shape, images.dtype):

@@ -1,4 +1,4 @@
-"""Whether a cheaper attack is as strong as one in amp: both on a few images every so often."""
+"""Audit of a cheaper attack: every so often it is compared with one in amp on a few images."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ ratio that scatters by 0.02 about 1: too much to judge an attack by one part."""
 
 
 class Audit:
-    """Compares an attack with one in amp, and ends the use of its precision where it is too weak.
+    """Comparison of an attack with one in amp; ends the use of its precision where it is too weak.
 
-    `attack.audited` holds what the last audit found: the share of pixels whose gradient has the
+    `attack.audited` holds the figures of the last audit: the share of pixels whose gradient has the
     same sign at the start of the attack, and the loss of the network as it is evaluated after the
     attack over that after the attack in amp. Steps are numbered from 0.
     """
@@ -47,7 +47,7 @@ class Audit:
         step_size: Tensor,
         loss: PixelLoss = CROSS_ENTROPY,
     ) -> None:
-        """Audits the attack on images of a batch [B, C, H, W] if it is time to.
+        """Audit the attack on images of a batch [B, C, H, W] every `audit_every` steps.
 
         The first `audit_images` of them are enough where the ratio is not below `audit_ratio`. Else
         the next ones are attacked too, each time from another random start, over and over up to
@@ -78,7 +78,7 @@ class Audit:
             )
 
     def load(self, figures: Mapping[str, float]) -> bool:
-        """These are the figures of the last audit; whether the attack is in amp from now on."""
+        """Take over figures of the last audit; return True if they end the use of the precision."""
         self.attack.audited = dict(figures)
         is_weak = RATIO in figures and not figures[RATIO] >= self.config.audit_ratio
         if is_weak:
@@ -86,7 +86,7 @@ class Audit:
         return is_weak
 
     def _start(self, images: Tensor, epsilon: Tensor, num_steps: int, number: int) -> Tensor:
-        """Where both attacks of a part start; nothing is drawn that the run draws from."""
+        """Start of both attacks of a part, drawn from a generator of its own."""
         seed = derive_seed(0, "audit", num_steps, number, self.ranks.rank)
         generator = torch.Generator(images.device).manual_seed(seed)
         return random_start(images, epsilon, self.attack.norm, generator)

@@ -26,8 +26,8 @@ class LibraryAttacks:
 
     The first three are the parts of the standard ensemble with its parameters, one restart each,
     apgd-dlr untargeted; autoattack is the ensemble itself (Croce & Hein, 2020). With fewer than ten
-    classes its targeted attacks take all of them in place of nine. report: is told once what the
-    library warns of. Raises ValueError naming `--attacks` for what an attack is not made for.
+    classes its targeted attacks take all of them in place of nine. report: called
+    once with each kind of warning of the library.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class LibraryAttacks:
     ) -> None:
         self.model, self.norm, self.num_classes = model, norm, num_classes
         self.micro_batch, self._report = micro_batch, report
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
 
     def __call__(
         self,
@@ -51,7 +51,7 @@ class LibraryAttacks:
         seed: int,
         highest_loss: bool = False,
     ) -> Tensor:
-        """What the attack makes of images [B, C, H, W]; those that resist stay as they are.
+        """Images [B, C, H, W] after the attack; those that resist stay as they are.
 
         The draws depend on the seed and on all images that are given. highest_loss: images that
         resist apgd come back where their loss was highest, for another model to be tried on them.
@@ -64,7 +64,7 @@ class LibraryAttacks:
         device = images.device
         with (
             frozen(self.model),
-            self._telling(),
+            self._reporting(),
             torch.random.fork_rng([device] if device.type == "cuda" else []),
         ):
             self.micro_batch.in_parts(attack_part, images, labels)
@@ -123,10 +123,10 @@ class LibraryAttacks:
         return suite
 
     @contextmanager
-    def _telling(self) -> Iterator[None]:
-        """What the library warns of is reported, each kind once; it ends the tracing it finds."""
+    def _reporting(self) -> Iterator[None]:
+        """Report warnings of the library, each kind once; restore the tracing that it ends."""
         logger, tracer = logging.getLogger("auto-attack"), sys.gettrace()
-        handler = _Handler(self._tell)
+        handler = _Handler(self._report_once)
         before = logger.propagate, logger.level
         logger.addHandler(handler)
         logger.propagate = False
@@ -138,20 +138,20 @@ class LibraryAttacks:
             logger.propagate, logger.level = before
             sys.settrace(tracer)
 
-    def _tell(self, message: str) -> None:
+    def _report_once(self, message: str) -> None:
         kind = re.sub(r"\d+", "", message)
-        if kind not in self._told:
-            self._told.add(kind)
+        if kind not in self._reported:
+            self._reported.add(kind)
             self._report(f"note: autoattack: {message}")
 
 
 class _Handler(logging.Handler):
-    def __init__(self, tell: Callable[[str], None]) -> None:
+    def __init__(self, report: Callable[[str], None]) -> None:
         super().__init__()
-        self._tell = tell
+        self._report = report
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._tell(record.getMessage())
+        self._report(record.getMessage())
 
 
 def check_suits(name: str, norm: Norm, num_classes: int, image_size: int) -> None:

@@ -1,4 +1,4 @@
-"""Right answers: the one definition that training, evaluations, audits and benchmarks share."""
+"""Correct predictions: one definition for training, evaluations, audits and benchmarks."""
 
 from __future__ import annotations
 

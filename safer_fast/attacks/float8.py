@@ -23,7 +23,7 @@ FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e4m3fn
 """Formats of activations and weights, and of output gradients. Rows have scales of their own, so
 that the three bits of e4m3's mantissa are worth more than the range of e5m2."""
 MULTIPLE = 16
-"""What rows and columns of a matrix are multiples of, for a GPU's FP8 product."""
+"""Rows and columns of a matrix must be multiples of it for a GPU's FP8 product."""
 PAYS_FROM = 2**21
 """Matrices of fewer elements stay as they are where nothing is timed: an estimate, as quantising
 would cost what the product gains."""
@@ -33,9 +33,9 @@ LEAST_SCALE = 2.0**-120
 
 
 def check_float8(device: torch.device) -> None:
-    """Raises ValueError for a GPU that has no FP8 products: those before Ada and Hopper.
+    """Raise ValueError for a GPU that has no FP8 products: those before Ada and Hopper.
 
-    So it does where PyTorch has none with scales of rows, as for some GPUs newer than it.
+    The same holds where PyTorch has none with scales of rows, as for some GPUs newer than it.
     """
     if device.type != "cuda":
         return
@@ -74,7 +74,7 @@ def fitting(model: RobustModel, least: int = 0) -> list[str]:
 
 
 class Switch(Protocol):
-    """What a layer asks whether it is to multiply in FP8."""
+    """The owner of a layer, which says whether the layer multiplies in FP8."""
 
     is_on: bool
 
@@ -97,13 +97,13 @@ class LowPrecision:
         self._is_valid = False
 
     def move(self, names: Sequence[str] | None) -> None:
-        """Training changes these layers from now on, None: all; others may have changed before."""
+        """Name the layers that training changes from now on, None: all; copy all of them anew."""
         self._moving = None if names is None else [name for name in names if name in self.layers]
         self._is_valid = False
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """The copies are of the weights as they are now."""
+        """Quantise the weights that may have changed since the last call."""
         moving: Iterable[str] = self.layers if self._moving is None else self._moving
         for name in moving if self._is_valid else self.layers:
             self.layers[name].quantise_weight()
@@ -111,7 +111,7 @@ class LowPrecision:
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """The network computes with the copies for a while, on features in bf16."""
+        """Make the network compute with the copies, on features in bf16, within a `with` block."""
         self.refresh()
         self.switch(True)
         try:
@@ -120,13 +120,13 @@ class LowPrecision:
             self.switch(False)
 
     def switch(self, is_on: bool) -> None:
-        """The network computes with the copies as they are, or as in amp, from now on."""
+        """Make the network compute with the copies as they are, or as in amp, from now on."""
         self.is_on = is_on
         self._model.feature_dtype = torch.bfloat16 if is_on else None
 
 
 class Float8Linear(nn.Linear):
-    """A linear layer that multiplies in FP8 while its owner is on; else as it always did.
+    """A linear layer that multiplies in FP8 while its owner is on, and else as nn.Linear.
 
     In FP8 only the input gets a gradient.
     """
@@ -139,7 +139,7 @@ class Float8Linear(nn.Linear):
 
     @classmethod
     def adopt(cls, linear: nn.Linear, owner: Switch) -> Float8Linear:
-        """The very module, with its parameters, made one of this class."""
+        """Turn a linear module into one of this class, in place; its parameters stay."""
         outputs, inputs = linear.weight.shape
         device = linear.weight.device
         linear.__class__ = cls
@@ -161,7 +161,7 @@ class Float8Linear(nn.Linear):
         return product
 
     def quantise_weight(self) -> None:
-        """The copies, which stay where they are, hold the weight as it is now."""
+        """Write the weight as it is now to the copies, which stay where they are."""
         for weight, values, scales in (
             (self.weight, self.rows, self.row_scales),
             (self.weight.t(), self.columns, self.column_scales),
@@ -207,7 +207,7 @@ def multiply(
 def gpu_product(
     left: Tensor, left_scales: Tensor, right: Tensor, right_scales: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """What `multiply` does on a GPU; a bias is bfloat16."""
+    """`multiply` on a GPU; a bias is bfloat16."""
     return torch._scaled_mm(
         left,
         right.t(),
@@ -222,7 +222,7 @@ def gpu_product(
 def simulated_product(
     left: Tensor, left_scales: Tensor, right: Tensor, right_scales: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """What `multiply` does elsewhere."""
+    """`multiply` without a GPU; a bias is bfloat16."""
     with torch.autocast(left.device.type, enabled=False):
         product = (left.float() @ right.float().t()) * left_scales * right_scales.t()
         if bias is not None:

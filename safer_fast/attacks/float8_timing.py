@@ -1,4 +1,4 @@
-"""Which matrices gain from FP8: each shape is timed once on a machine, then remembered."""
+"""Choice of the matrices that gain from FP8; each shape is timed once on a machine."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Float8Layers:
         return f"attack in FP8 ({len(self.names)} matrices{self._timed(', ')})"
 
     def why_none(self) -> str:
-        """Why there are no names."""
+        """Reason why no layer was chosen."""
         timed = self._timed("")
         return f"no matrix of a block is faster: {timed}" if timed else "no matrix is so large"
 
@@ -65,7 +65,7 @@ def choose_measured(
     is_compiled: bool,
     cache: Path | None = None,
 ) -> Float8Layers:
-    """The layers that FP8 is for and makes faster, for a batch of such images on this device.
+    """Layers that FP8 makes faster for a batch of such images on this device.
 
     A shape is timed once on a machine and remembered in `cache` (default: float8.json in the user's
     cache folder).
@@ -145,7 +145,7 @@ class _Always:
 def _products(
     model: RobustModel, names: Collection[str], image_size: int, batch_size: int
 ) -> dict[str, Product]:
-    """What layers multiply for a batch. The model runs once, on one image of zeros."""
+    """Shapes of the layers' products for a batch. The model runs once, on one image of zeros."""
     products: dict[str, Product] = {}
 
     def note(name: str, linear: nn.Linear) -> Callable[..., None]:

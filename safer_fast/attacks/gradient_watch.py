@@ -1,5 +1,4 @@
-"""Gradients that an attack cannot use, and random starts that fool on their own: noticed, not
-waited for."""
+"""Flags of gradients that an attack cannot use, and of random starts that fool on their own."""
 
 from __future__ import annotations
 
@@ -40,12 +39,12 @@ class Watch:
         self._has_begun, self._is_flat = torch.zeros(2, dtype=torch.bool, device=device)
 
     def begin(self) -> None:
-        """An attack starts anew."""
+        """Clear all flags: an attack starts."""
         for flags in (self.blind, self.starts_right, self._has_begun):
             flags.zero_()
 
     def seeing(self, loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
-        """The loss, whose evaluation notes what the logits [B, K] say."""
+        """The loss, whose evaluation notes which images start right and whether logits differ."""
 
         def noting(logits: Tensor, labels: Tensor) -> Tensor:
             known = logits.detach()
@@ -59,11 +58,11 @@ class Watch:
         return noting
 
     def note(self, gradient: Tensor) -> None:
-        """The gradient [B, ...] of the loss that was seen last is looked at."""
+        """Flag images whose gradient [B, ...] of the loss that was evaluated last is of no use."""
         self.blind.logical_or_(is_blind(gradient) & ~self._is_flat)
 
     def put(self, part: slice, other: Watch) -> None:
-        """The images of this part have the flags of the other; it may have more at its end."""
+        """Copy the flags of `other` to the images of this part; it may have more at its end."""
         count = len(self.blind[part])
         self.blind[part] = other.blind[:count]
         self.starts_right[part] = other.starts_right[:count]

@@ -97,14 +97,14 @@ def _worse_than_its_start(row: Row) -> str:
 
 
 def _worse_than_another_loss(row: Row, others: Sequence[Row]) -> str:
-    """Signs in the strongest attack on the cross-entropy tell of all of them."""
+    """Sign that the strongest attack on the cross-entropy is beaten by one on another loss."""
     plain = [other for other in others if _kind(other)[0] == "cross-entropy"]
     if _kind(row)[0] != "cross-entropy":
         return ""
     for other in sorted(others, key=lambda other: float(other["accuracy"])):
         loss, steps = _kind(other)
         beaten = plain
-        if other["attack"] == "apgd-ce" != row["attack"]:  # the same loss, better climbed
+        if other["attack"] == "apgd-ce" != row["attack"]:  # the same loss, raised further
             beaten = [one for one in plain if one["attack"] != "apgd-ce"]
         elif loss in ("", "cross-entropy"):
             continue

@@ -1,4 +1,4 @@
-"""Projected gradient descent: adversarial examples that differentiate nothing but the pixels."""
+"""Projected gradient descent (PGD); only the pixels are differentiated."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def pgd(
 
     Args:
         model: takes pixels in [0, 1], gives logits [B, K]. It runs in eval mode without weight
-            gradients and is given back as it was, also after an exception.
+            gradients and is left as it was, also after an exception.
         images: float [B, C, H, W], each value in [0, 1]; not changed.
         labels: int64 [B], or class probabilities [B, K].
         epsilon, step_size: radii in units of pixels in [0, 1], at least 0; tensors must be 0-d, on
@@ -55,7 +55,7 @@ def pgd(
         generator: source of the random start, on the images' device; default: torch's own.
         check_tensors: look at the values of images, labels and start too. On a GPU this waits once
             for its queue to run empty; give False where they are known to be right.
-        watch: notes which images have no gradient that is of use, and which start right.
+        watch: flags images without a gradient of use, and those that start right.
 
     Raises:
         ValueError: images that are no float [B, C, H, W], another norm, steps below 0, radii in
@@ -87,7 +87,7 @@ def pgd_step_(
     objective: AttackLoss,
     watch: Watch | None = None,
 ) -> Tensor:
-    """Moves `adversarial` by one step of PGD in place; the model must be `frozen`.
+    """Move `adversarial` by one step of PGD in place; the model must be `frozen`.
 
     The pixels of an image may lie in any order [B, ...] that the model takes; radii are 0-d.
     """
@@ -118,7 +118,7 @@ def placed_start(
     position: int,
     seed_of: Callable[[int], int],
 ) -> Tensor:
-    """A random start whose noise depends on where an image stands, not on what is drawn with it.
+    """A random start whose noise depends on an image's position alone, not on its batch.
 
     Image k of `images` stands at `position` + k of some order. Noise is drawn for PLACES_PER_SEED
     places at a time, with the seed that `seed_of` gives for their number: it is the same however
@@ -160,7 +160,7 @@ def pixel_gradient(
 
 
 def finite_pixels(attacked: Tensor, images: Tensor) -> Tensor:
-    """The attacked images, with pixels of `images` where a gradient that is no number left NaN.
+    """The attacked images, with pixels of `images` where a gradient of NaN left NaN.
 
     Such pixels are no image: an attack that can give nothing else has not succeeded.
     """

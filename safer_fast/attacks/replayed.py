@@ -184,7 +184,7 @@ class ReplayedAttack:
         counted: Tensor | None = None,
         watch: Watch | None = None,
     ) -> Tensor:
-        """All steps from `start`, in buffers for parts of this size; `hits` or `watch` see them."""
+        """Take all steps from `start` in buffers for parts of this size; fill `hits` or `watch`."""
         attacked = self.buffers.hold("attacked part", start)
         pixels = self.buffers.hold("part", pixels)
         targets = labels = self.buffers.hold("labels of part", labels)

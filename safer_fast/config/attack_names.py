@@ -1,4 +1,4 @@
-"""The table of attacks by name: what flags accept, and all that is known of each without torch."""
+"""The table of attacks by name, free of torch: it decides what flags accept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Accuracy of a model under several attacks, each on the images that the ones before left right."""
+"""Accuracy of a model under several attacks, over the batches of all ranks."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def _accuracy(name: str, threat: ThreatModel, sums: Sequence[float]) -> Accuracy
 
 
 def _with_signs_of_masking(accuracies: Sequence[Accuracy]) -> list[Accuracy]:
-    """With the signs of gradient masking in them."""
+    """The accuracies with the signs of gradient masking in them."""
     found = suspicions([vars(accuracy) for accuracy in accuracies])
     return [
         replace(accuracy, gradient_masking=tuple(reasons), upper_bound=bool(reasons))

@@ -1,4 +1,4 @@
-"""Figures of evaluations in a run's metrics.jsonl: each once, also where several run at once."""
+"""Figures of evaluations in a run's metrics.jsonl, each once, even if several run at once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def open_log(folder: Path, ranks: Ranks) -> RunLog:
 
 
 def log_rows(rows: Sequence[dict[str, Any]], folder: Path, epoch: int, log: RunLog) -> None:
-    """Rows are appended to metrics.jsonl where nothing there says the same by now.
+    """Append the rows to metrics.jsonl that are not there yet.
 
     Evaluations that run at once take turns. Earlier versions did not say of how many images theirs
     were, nor how many were not finite.

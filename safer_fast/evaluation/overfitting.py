@@ -15,9 +15,9 @@ STRONG_STEPS = 20
 # radii (digits 0.1, CIFAR-10 8/255; small ViTs and CNNs, 15 runs of 1 to 4 seeds): PGD-20 leaves
 # 0.86 of the accuracy or more; FGSM-RS at twice the radius on digits (6 runs): 0.45 or more. In 11
 # runs that overfitted (digits at 0.2 and 0.3, FGSM with and without a random start) it came to
-# leave under 0.2, at gaps from 0.28 on; healthy FGSM-RS at 0.2 has gaps up to 0.36: the share tells
-# them apart, the gap does not. One FGSM run at 0.2 was called catastrophic and recovered. Of draws
-# of 64 images from FGSM-RS at 0.2, up to 2% are below a third.
+# leave under 0.2, at gaps from 0.28 on; healthy FGSM-RS at 0.2 has gaps up to 0.36: the share
+# separates them, the gap does not. One FGSM run at 0.2 was called catastrophic and recovered. Of
+# draws of 64 images from FGSM-RS at 0.2, up to 2% are below a third.
 SMALLEST_SHARE = 1 / 3
 SMALLEST_GAP = 0.1
 
@@ -32,7 +32,7 @@ class AttackGap:
 
     @classmethod
     def from_counts(cls, counts: Tensor, num_images: int) -> AttackGap:
-        """The gap that the sums of what `count_right` gave stand for; waits for the device."""
+        """The gap, from sums over batches of the results of `count_right`; waits for the device."""
         if num_images < 1:
             raise ValueError(f"num_images: expected at least 1, got {num_images}")
         training, strong = counts.tolist()
@@ -40,7 +40,7 @@ class AttackGap:
 
     @property
     def is_catastrophic(self) -> bool:
-        """Whether PGD-20 leaves under a third of the accuracy, and takes 0.1 of it or more."""
+        """True if PGD-20 leaves under a third of the accuracy, and takes 0.1 of it or more."""
         gap = self.training_attack_accuracy - self.pgd_20_accuracy
         share = SMALLEST_SHARE * self.training_attack_accuracy
         return self.pgd_20_accuracy < share and gap >= SMALLEST_GAP
@@ -57,7 +57,7 @@ def count_right(
     start: Tensor,
     norm: Norm = "linf",
 ) -> Tensor:
-    """How many images are classified rightly after the training attack and after PGD-20, int64 [2].
+    """Number of images classified correctly after the training attack and after PGD-20, int64 [2].
 
     The counts stay on the device; those of parts of the images add up to those of all of them. For
     each image they cost 2 (steps + 20) + 2 forward passes, a backward pass to the pixels counted as

@@ -1,4 +1,4 @@
-"""How far an evaluation is: a bar on a terminal, a line now and then without one."""
+"""Progress of an evaluation: a bar on a terminal, a line now and then without one."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class AttackTally:
 
 
 class ProgressDisplay:
-    """Shows the accuracy under each attack so far, and when the evaluation will be done.
+    """Display of the accuracy under each attack so far, and of the time that is left.
 
-    num_images: all that come, of this process. say: shows a line. is_shown: whether this process
-    is the one to tell. A context manager.
+    num_images: all that come, of this process. say: shows a line. is_shown: this process
+    shows it. A context manager.
     """
 
     def __init__(
         self, names: list[str], num_images: int, say: Callable[[str], None], is_shown: bool = True
     ) -> None:
-        self._standings = {name: AttackTally() for name in names}
+        self._tallys = {name: AttackTally() for name in names}
         self._num_images, self._say, self._is_shown = num_images, say, is_shown
         is_terminal = is_shown and sys.stderr.isatty()
         self._bar: tqdm[Any] | None = None
@@ -43,7 +43,7 @@ class ProgressDisplay:
             form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
             total = num_images * len(names)
             self._bar = tqdm(total=total, desc="evaluating", leave=False, bar_format=form)
-        self._told = time.monotonic()
+        self._shown_at = time.monotonic()
 
     def __enter__(self) -> ProgressDisplay:
         return self
@@ -53,24 +53,24 @@ class ProgressDisplay:
             self._bar.close()
 
     def add(self, name: str, num_images: int, num_right: int, seconds: float | None) -> None:
-        """So many images have been under the attack; seconds: None where that was known before."""
-        standing = self._standings[name]
-        standing.num_images += num_images
-        standing.num_right += num_right
+        """Count images that have been under the attack; seconds: None if measured earlier."""
+        tally = self._tallys[name]
+        tally.num_images += num_images
+        tally.num_right += num_right
         if seconds is not None:
-            standing.num_measured += num_images
-            standing.seconds += seconds
+            tally.num_measured += num_images
+            tally.seconds += seconds
         if self._bar is not None:
             self._bar.set_postfix_str(self._figures(), refresh=False)
             self._bar.update(num_images)
         self.tick()
 
     def tick(self) -> None:
-        """Tells if it is time to; called as often as something moves on."""
+        """Show the figures if the last time was long enough ago; call it as often as possible."""
         now, pause = time.monotonic(), BETWEEN_LINES_S if self._bar is None else BETWEEN_REFRESHES_S
-        if not self._is_shown or now - self._told < pause:
+        if not self._is_shown or now - self._shown_at < pause:
             return
-        self._told = now
+        self._shown_at = now
         if self._bar is None:
             self._say(f"evaluating: {self.share_done:.0%}, {self._figures()}")
         else:
@@ -78,26 +78,26 @@ class ProgressDisplay:
 
     @property
     def share_done(self) -> float:
-        """Images that have been under an attack, of all, counted for each attack."""
-        done = sum(standing.num_images for standing in self._standings.values())
-        return min(1.0, done / max(1, self._num_images * len(self._standings)))
+        """Share of the images that have been under an attack, over all attacks."""
+        done = sum(tally.num_images for tally in self._tallys.values())
+        return min(1.0, done / max(1, self._num_images * len(self._tallys)))
 
     def seconds_left(self) -> float | None:
-        """By what each attack took for an image so far; None until all have been measured."""
+        """Estimate from the time of each attack for an image; None until all have been measured."""
         left = 0.0
-        for standing in self._standings.values():
-            num_left = max(0, self._num_images - standing.num_images)
-            if num_left and not standing.num_measured:
+        for tally in self._tallys.values():
+            num_left = max(0, self._num_images - tally.num_images)
+            if num_left and not tally.num_measured:
                 return None
-            left += num_left * standing.seconds / max(1, standing.num_measured)
+            left += num_left * tally.seconds / max(1, tally.num_measured)
         return left
 
     def _figures(self) -> str:
         left = self.seconds_left()
         words = [] if left is None else [f"{timedelta(seconds=round(left))} left"]
         words += [
-            f"{name} {standing.num_right / standing.num_images:.3f} of {standing.num_images}"
-            for name, standing in self._standings.items()
-            if standing.num_images
+            f"{name} {tally.num_right / tally.num_images:.3f} of {tally.num_images}"
+            for name, tally in self._tallys.items()
+            if tally.num_images
         ]
         return ", ".join(words)

@@ -1,4 +1,4 @@
-"""One evaluation of a run folder, batch by batch, which goes on where an earlier one was ended."""
+"""Evaluation of a run folder, batch by batch; it resumes one that was stopped."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NUM_SHAPES = 8
 
 
 def evaluate_folder(config: EvaluateConfig) -> list[dict[str, Any]]:
-    """A row for each attack, printed and appended to metrics.jsonl where it is not there yet."""
+    """Measure, print and return a row for each attack; append new ones to metrics.jsonl."""
     folder = Path(config.run)
     with connected(config.device != "cpu") as ranks, Stops(Ranks(), GRACE_S) as stops:
         setup = set_up_evaluation(config, ranks)
@@ -54,7 +54,7 @@ def evaluate_folder(config: EvaluateConfig) -> list[dict[str, Any]]:
                     evaluator.take(batch)
             except Stopped as stop:
                 done = f"{stop.signal.name}: stopped at {progress.share_done:.0%}"
-                log.say(f"{done}; the same command goes on from there")
+                log.say(f"{done}; the same command resumes it")
                 raise
         rows = evaluator.rows(ranks)
         rows = [row for row in rows if row["attack"] in config.attacks]
@@ -68,7 +68,7 @@ def evaluate_folder(config: EvaluateConfig) -> list[dict[str, Any]]:
 
 
 class Evaluator:
-    """Measures batch after batch what is not in the stores yet, and adds up what is in them.
+    """Measures batches whose outcomes are not in the stores yet, and adds up those that are.
 
     share: about how many images will come. Only images that are right without an attack are
     attacked, and by the next restart only those that are still right.
@@ -110,7 +110,7 @@ class Evaluator:
             is_compiled=runtime.is_compiled,
             library=library,
         )
-        # of each attack: images and right ones of each class; then what `_totals` gives
+        # of each attack: images and right ones of each class; then sums of `_totals`
         self.classes = {
             name: torch.zeros(2, num_classes, dtype=torch.float64) for name in setup.stores
         }
@@ -119,7 +119,7 @@ class Evaluator:
             network.register_forward_pre_hook(lambda *_: self._check_and_show())
 
     def take(self, batch: Batch) -> None:
-        """The batch is measured under every attack, and counted."""
+        """Measure the batch under every attack and count it."""
         self._check_and_show()
         count = batch.num_images
         batch = replace(
@@ -160,7 +160,7 @@ class Evaluator:
         return [Outcome(r, loss, seconds, *own) for r, loss, *own in zip(*columns, strict=True)]
 
     def _on_device(self, outcomes: Sequence[Outcome]) -> BatchOutcome | None:
-        """The outcomes as they are measured; None for none."""
+        """The outcomes as tensors, as `measure` returns them; None for no outcomes."""
         if not outcomes:
             return None
         columns = zip(
@@ -217,7 +217,7 @@ class Evaluator:
 
 
 def _source_of(config: EvaluateConfig) -> str | None:
-    """The source of a transfer, and which of its weights are not the last."""
+    """The source of a transfer, with its weights if these are not the last."""
     is_usual = config.source is None or config.source_weights == "last"
     return config.source if is_usual else f"{config.source} ({config.source_weights})"
 
@@ -238,7 +238,7 @@ def _loss(outcome: Outcome) -> float:
 
 
 def _num_operations(config: EvaluateConfig, attacked: LoadedRun, num_images: int) -> float:
-    """About how many operations our own attacks will take: backward as long as forward."""
+    """Estimate of the operations of our own attacks; backward counts as forward."""
     model, size = attacked.model, attacked.image_size
     image = torch.zeros(1, attacked.num_channels, size, size, device=model.mean.device)
     with model.without_savings():

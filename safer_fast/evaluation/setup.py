@@ -1,4 +1,4 @@
-"""What an evaluation is made of: models, ball, data and what is known already; all checked."""
+"""Inputs of an evaluation, loaded and checked: models, ball, data and stored outcomes."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from safer_fast.runtime.ranks import Ranks
 
 @dataclass(frozen=True)
 class EvaluationSetup:
-    """What `set_up_evaluation` has made.
+    """Inputs of an evaluation.
 
-    model: whose predictions count. attacked: whose gradients and logits attacks see, the same run
-    but for a transfer. stores: what is known of each attack, of clean images first.
+    model: the run whose predictions count. attacked: the run that attacks see, the same one but for
+    a transfer. stores: stored outcomes of each attack, of clean images first.
     """
 
     model: LoadedRun
@@ -36,7 +36,7 @@ class EvaluationSetup:
 
 
 def set_up_evaluation(config: EvaluateConfig, ranks: Ranks) -> EvaluationSetup:
-    """Everything is loaded; raises ValueError, one line, for what does not fit together."""
+    """Load all inputs; raise ValueError, one line, for those that do not fit together."""
     # the run that is loaded last decides on process-wide settings
     source = None if config.source is None else _load_source(config, config.source, ranks)
     model = load_run(
@@ -73,7 +73,7 @@ def _load_source(config: EvaluateConfig, folder: str, ranks: Ranks) -> LoadedRun
 
 
 def _threat(config: EvaluateConfig, model: LoadedRun) -> ThreatModel:
-    """The ball that is asked for, where nothing is asked for that of the run."""
+    """The ball of the settings; by default that of the run."""
     own = model.config.attack
     norm = config.norm or own.norm
     if config.epsilon is None and norm != own.norm:
@@ -87,7 +87,7 @@ def _threat(config: EvaluateConfig, model: LoadedRun) -> ThreatModel:
 
 
 def _check_source(source: LoadedRun, model: LoadedRun) -> None:
-    """Raises ValueError unless both models take the same images for the same classes."""
+    """Raise ValueError unless both models take the same images for the same classes."""
     folder = source.weights.parent
     if source.class_names != model.class_names:
         raise ValueError(f"--source: expected a model of the same classes as RUN, got {folder}")
@@ -135,7 +135,7 @@ def _stores(
     threat: ThreatModel,
     ranks: Ranks,
 ) -> dict[str, Store]:
-    """What is known of each attack, of clean images first; of all ranks when they are opened."""
+    """Stored outcomes of each attack by all ranks, of clean images first."""
     of_model = {"judge": _facts_of(model)}
     of_source = None if source is None else _facts_of(source)
     attacked = {**of_model, **asdict(threat), "source": of_source}
@@ -155,7 +155,7 @@ def _stores(
 
 
 def _facts_of(loaded: LoadedRun) -> dict[str, Any]:
-    """All that decides the logits of an image."""
+    """Everything that decides the logits of an image."""
     model_config = loaded.weights.parent / MODEL_CONFIG
     return {
         "weights": file_digest(loaded.weights),

@@ -1,4 +1,4 @@
-"""What an evaluation has measured so far: a line for each batch in files of the run folder."""
+"""Outcomes that an evaluation has measured so far: files of a line a batch in the run folder."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SCALE = 1_000_000
 
 
 class Outcome(NamedTuple):
-    """What came of one image.
+    """Outcome of one image under an attack.
 
     loss: in millionths, None where it is not finite. seconds: its share of those that its batch
     took. is_finite: its logits. has_gradient: each that the attack asked for was of use,
@@ -53,7 +53,7 @@ class Outcome(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """How far a file was read: bytes, lines, and the last line, by which it is known again."""
+    """Position up to which a file was read: bytes, lines, and the last line as a check."""
 
     offset: int = 0
     num_lines: int = 0
@@ -61,10 +61,10 @@ class _Place(NamedTuple):
 
 
 class Store:
-    """What is known of images under one attack, by the names of `names_of`.
+    """Outcomes of images under one attack, by the names of `names_of`.
 
-    `facts`, of what JSON knows, decide the outcomes together with the images; each rank appends to
-    a file of its own, and reads those of all. Several evaluations may use one store at once: they
+    `facts`, values for JSON, decide the outcomes together with the images; each rank appends to a
+    file of its own, and reads those of all. Several evaluations may use one store at once: they
     take turns, and see what the others added. Every line ends with a checksum of itself. Raises
     ValueError, one line, for a damaged file; the last line that a killed evaluation left
     half-written counts for nothing.
@@ -83,18 +83,18 @@ class Store:
 
     @property
     def files(self) -> list[Path]:
-        """Those of all ranks."""
+        """The files of all ranks."""
         return sorted(self._folder.glob(self._pattern))
 
     def load(self) -> None:
-        """Everything that is in the files is known; what was read before is not read again."""
+        """Read what was added to the files since the last call."""
         places = self._places
         self._places = {}
         for file in self.files:
             self._places[file] = self._read(file, places.get(file, _Place()))
 
     def forget(self) -> None:
-        """Nothing is known any more; the files are gone."""
+        """Delete all files."""
         if not self.files:
             return
         with turn_at(self._first):
@@ -102,15 +102,15 @@ class Store:
                 file.unlink(missing_ok=True)
 
     def get(self, names: Sequence[str]) -> list[Outcome] | None:
-        """The outcomes of these images, None unless all of them are known, to others by now too."""
+        """The outcomes of these images, also those of others so far; None unless all are known."""
         if not self._knows(names):
             self.load()
         return [self._outcomes[name] for name in names] if self._knows(names) else None
 
     def add(self, names: Sequence[str], outcomes: Sequence[Outcome]) -> list[Outcome]:
-        """The outcomes of a batch are known, and in the file before this returns; gives them.
+        """Write the outcomes of a batch to the file and return them.
 
-        Those that another evaluation added meanwhile stay as they are.
+        Outcomes that another evaluation added meanwhile stay as they are and are returned.
         """
         check_no_link(self._folder)
         self._folder.mkdir(exist_ok=True)
@@ -127,7 +127,7 @@ class Store:
         return all(name in self._outcomes for name in names)
 
     def _append(self, line: bytes) -> None:
-        """The line is behind the last whole one of this rank's file."""
+        """Write the line behind the last whole one of this rank's file."""
         end = self._places.get(self._own, _Place()).offset
         header = b"" if end else self._header.encode() + b"\n"
         with open_plain(self._own, os.O_RDWR | os.O_APPEND | os.O_CREAT) as file:
@@ -135,7 +135,7 @@ class Store:
             file.write(header + line + b"\n")
 
     def _read(self, file: Path, place: _Place) -> _Place:
-        """Takes the lines behind the place; gives the place behind them."""
+        """Read the lines behind the place; return the place behind them."""
         content = _read_from(file, place.offset - len(place.last))
         if not content.startswith(place.last):  # another file of that name
             place, content = _Place(), _read_from(file, 0)
@@ -176,9 +176,9 @@ class Store:
 
 
 def names_of(images: Tensor, labels: Tensor, position: int, is_joint: bool) -> list[str]:
-    """What images [B, ...] are known by: pixels, label and place; hexadecimal digits.
+    """Names of images [B, ...]: hexadecimal digests of pixels, label and position.
 
-    is_joint: by those of all of them, as outcomes hang on all.
+    is_joint: digests of all of them together, for outcomes that depend on all.
     """
     rows = images.cpu().contiguous().numpy().reshape(len(images), -1)
     rows = np.ascontiguousarray(rows).view(np.uint8)
@@ -201,7 +201,7 @@ def to_millionths(losses: Tensor) -> list[int | None]:
 
 
 def file_digest(path: Path) -> str:
-    """Sixteen hexadecimal digits that tell files apart by their bytes."""
+    """Digest of a file's bytes, sixteen hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=8)
     with path.open("rb") as file:
         while part := file.read(2**24):
@@ -210,7 +210,7 @@ def file_digest(path: Path) -> str:
 
 
 def _read_from(file: Path, offset: int) -> bytes:
-    """What is behind so many bytes; raises ValueError for what is no plain file."""
+    """The bytes of a file from `offset` on; raises ValueError unless it is a plain file."""
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
@@ -223,7 +223,7 @@ def _read_from(file: Path, offset: int) -> bytes:
 
 
 def _line_of(outcomes: Mapping[str, Outcome]) -> bytes:
-    """The outcomes of images by their names."""
+    """The line that holds outcomes of images by their names."""
     values = outcomes.values()
     flags = {key: "".join("01"[getattr(o, name)] for o in values) for key, name in FLAGS.items()}
     return sealed(
@@ -254,7 +254,7 @@ def _content_of(line: bytes) -> dict[str, Any]:
 
 
 def _is_flags(value: object, count: int) -> bool:
-    """Whether it is a text of so many zeros and ones."""
+    """True for a text of `count` zeros and ones."""
     return isinstance(value, str) and len(value) == count and set(value) <= {"0", "1"}
 
 

@@ -1,4 +1,4 @@
-"""How good the weights of a run in progress are, on the splits that are not trained on."""
+"""Accuracy of the weights of a run in progress, on the splits that are not trained on."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def attack_shown(config: EvaluationConfig) -> str:
 def validation_figures(
     clean: Accuracy | None = None, robust: Accuracy | None = None, of_images: int | None = None
 ) -> dict[str, Any]:
-    """An epoch's event says this of the validation split, null where it was not looked at.
+    """Keys of an epoch's event about the validation split, null where it was not evaluated.
 
     of_images: all of the split.
     """
@@ -59,7 +59,7 @@ def validation_figures(
 
 
 class Validator:
-    """Evaluates weights that lie in a vector like the masters; ranks share the images."""
+    """Evaluates weights that lie in a vector laid out as the masters; ranks share the images."""
 
     def __init__(
         self, config: Config, engine: Engine, data: Data, log: RunLog, stops: Stops
@@ -69,7 +69,7 @@ class Validator:
         self._watched: list[Batch] | None = None
 
     def on_validation(self, source: Tensor) -> tuple[Accuracy, Accuracy]:
-        """Clean and robust accuracy on as many validation images as are asked for."""
+        """Clean and robust accuracy on `evaluation.max_images` validation images."""
         settings = self.config.evaluation
         attacks = ["clean", f"pgd-{settings.steps}"]
         clean, robust = self._accuracies(
@@ -102,9 +102,9 @@ class Validator:
         ]
 
     def show_images(self, source: Tensor, folder: Path, step: int) -> None:
-        """A few images of the final split, attacked, are in the run's gallery, and in its log.
+        """Write a few attacked images of the final split to the run's gallery and its log.
 
-        The first rank does that, with its own images; where it has none there is no gallery.
+        Rank 0 does that with its own images; if it has none there is no gallery.
         """
         loader = self.data.test or self.data.validation
         if not self.engine.ranks.is_first:
@@ -141,9 +141,9 @@ class Validator:
         self.log.add_image("gallery", *gallery_strip(gallery), step=step)
 
     def attack_gap(self, epoch: int) -> AttackGap | None:
-        """What the training attack of this epoch leaves right, and PGD-20, on training images.
+        """Accuracy under the training attack of this epoch and under PGD-20, on training images.
 
-        They are the same each time. None where nothing attacks, or nothing is to be watched.
+        The images are the same each time. None without an attack or without `sentinel_images`.
         """
         config, device = self.config.attack, self.engine.runtime.device
         epsilon, step_size = radii_at(config, epoch)
@@ -172,7 +172,7 @@ class Validator:
     def _in_parts(
         self, count: Callable[..., Tensor], images: Tensor, labels: Tensor, start: Tensor
     ) -> Tensor:
-        """The counts [2] over as many images at a time as memory holds."""
+        """Sum of the counts [2] over parts of as many images as memory holds."""
         total = torch.zeros(2, dtype=torch.int64, device=images.device)
 
         def count_part(part: slice, images: Tensor, labels: Tensor, start: Tensor) -> None:
@@ -192,7 +192,7 @@ class Validator:
         limit: int | None = None,
         **settings: Any,
     ) -> list[Accuracy]:
-        """The network reads the masters again afterwards, also where the run is stopped."""
+        """Evaluate the weights of `source`; the network reads the masters again afterwards."""
         threat = ThreatModel(self.config.attack.norm, float(self.config.attack.epsilon))
         batches = self.stops.watch(loader.epoch(1, limit=limit))
         with self.engine.reading(source):

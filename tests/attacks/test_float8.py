@@ -567,7 +567,7 @@ def test_a_run_of_factors_in_fp8_multiplies_with_the_weights_that_they_were_adde
 
 @dataclass
 class Audited:
-    """What a rank's first step in FP8 found and left."""
+    """Figures and weights after a rank's first step in FP8."""
 
     figures: dict[str, float]
     is_in_float8: bool
@@ -598,7 +598,7 @@ RANKS = [
 
 
 BETWEEN = 0.9985
-"""Ratios in this step: 0.99996 with FP8, 0.997 where one of two ranks climbs anywhere."""
+"""Ratios in this step: 0.99996 with FP8, 0.997 where one of two ranks attacks at random."""
 
 
 def test_two_ranks_find_in_their_audit_what_one_finds(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_an_ordinary_model_has_no_verdict(
     assert "at most" not in (folder / "export-hub/README.md").read_text()
 
 
-def test_a_saturated_model_is_told_everywhere(
+def test_a_saturated_model_is_reported_everywhere(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = saturated(trained, tmp_path / "run")
@@ -134,7 +134,7 @@ def test_counts_are_kept_with_what_is_measured(trained: Path, tmp_path: Path) ->
         assert again[name] == whole[name]
 
 
-def test_final_figures_of_a_training_are_judged_too(
+def test_final_figures_of_a_training_have_verdicts_too(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     start = saturated(trained, tmp_path / "start") / "model.safetensors"
@@ -198,7 +198,7 @@ def test_what_is_no_sign_of_masking_is_none(rows: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_gradients_that_are_of_no_use_are_told_from_tiny_ones(dtype: torch.dtype) -> None:
+def test_gradients_that_are_of_no_use_are_not_mistaken_for_tiny_ones(dtype: torch.dtype) -> None:
     gradient = torch.zeros(6, 3, 4, 4, dtype=dtype)
     gradient[1, 0, 0, 0] = torch.finfo(dtype).tiny
     gradient[2, 2, 3, 3] = nan

@@ -1,4 +1,4 @@
-"""Evaluations say what other libraries say, go on where they were killed, and measure once."""
+"""Evaluations agree with other libraries, resume where they were killed, and measure once."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def digits(num_images: int) -> tuple[Tensor, Tensor]:
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """What evaluations appended after the run, without what is measured in seconds."""
+    """Rows that evaluations appended after the run, without keys that hold seconds."""
     events = read_metrics(folder / "metrics.jsonl")
     rows = [event for event in events if "per_class_accuracy" in event]
     return [{key: row[key] for key in row if key not in ("seconds", "time_s")} for row in rows]
@@ -286,7 +286,7 @@ def test_the_margin_is_that_of_carlini_and_wagner() -> None:
     assert logits.grad.tolist() == [[1, -1, 0], [-1, 0, 1]]
 
 
-def test_attacks_climb_as_their_names_say() -> None:
+def test_attacks_do_what_their_names_say() -> None:
     assert attack_spec("fgsm", 0.3)[:3] == (1, 0.3, False)
     assert attack_spec("pgd-20", 0.4)[:3] == (20, 2.5 * 0.4 / 20, True)
     assert attack_spec("cw", 0.4)[:3] == (30, 2.5 * 0.4 / 30, True)
@@ -476,7 +476,7 @@ def test_training_counts_no_image_that_is_wrong_without_the_attack(
     assert found.loss == pytest.approx(expected.mean().item(), rel=1e-5)
 
 
-def test_transfer_attacks_the_source_and_judges_by_the_run(folder: Path, other: Path) -> None:
+def test_transfer_attacks_the_source_and_counts_for_the_run(folder: Path, other: Path) -> None:
     config = settings(folder, "fgsm,apgd-ce", source=str(other), source_weights="best")
     fgsm, apgd = evaluate_run(config)
     own, own_apgd = evaluate_run(settings(folder, "fgsm,apgd-ce"))
@@ -619,7 +619,7 @@ def test_an_evaluation_that_is_asked_to_stop_says_how_to_go_on(
     assert ending.status == 128 + number
     line = ending.output.splitlines()[-1]
     assert line.startswith(f"{number.name}: stopped at ")
-    assert line.endswith("the same command goes on from there")
+    assert line.endswith("the same command resumes it")
     assert "Traceback" not in ending.output
 
 
@@ -731,7 +731,7 @@ def test_no_bit_of_a_stored_evaluation_changes_a_figure_without_a_word(
     words += ["--device=cpu"]
     command.main(words)
     table, rows = capsys.readouterr().out, rows_of(folder)
-    told = 0
+    num_refused = 0
     for file in (folder / "evaluation").iterdir():
         content = file.read_bytes()
         places = [*range(0, len(content), len(content) // 12), content.index(b"right") + 9]
@@ -744,9 +744,9 @@ def test_no_bit_of_a_stored_evaluation_changes_a_figure_without_a_word(
                 number = content.count(b"\n", 0, place) + 1
                 with pytest.raises(ValueError, match=rf"^{file}, line {number}: .*--fresh all$"):
                     command.main(words)
-                told += 1
+                num_refused += 1
         file.write_bytes(content)
-    assert told > 20
+    assert num_refused > 20
     assert rows_of(folder) == rows
     with file.open("wb") as damaged:
         damaged.write(flipped(content, 8 * (len(content) // 2)))
@@ -958,7 +958,7 @@ def test_progress_is_told_every_half_minute_with_accuracies_and_what_is_left(
             "evaluating: 25%, 0:01:03 left, clean 0.900 of 10, pgd-2 0.500 of 10",
         ]
         now = 60.0
-        progress.add("clean", 10, 8, None)  # known from before: it tells nothing of the time
+        progress.add("clean", 10, 8, None)  # known from before: no time was measured
         assert progress.seconds_left() == 20 * 0.1 + 30 * 2.0
         assert lines[1:] == [
             "evaluating: 38%, 0:01:02 left, clean 0.850 of 20, pgd-2 0.500 of 10",
