@@ -317,7 +317,7 @@ def test_a_replayed_attack_does_what_pgd_does(savings: list[str], multiple: int)
     images, labels = images_and_labels()
     start = (images + 0.01).clamp(0, 1)
     plain, saving = build(), build()
-    saving.save(savings, 32)
+    saving.enable_savings(savings, 32)
     expected = pgd(
         plain, images, labels, epsilon=0.03, step_size=0.01, steps=5, start=start, objective=margin
     )
