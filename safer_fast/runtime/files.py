@@ -151,7 +151,7 @@ def json_object(text: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"expected a JSON object: {error}") from None
+        raise ValueError(f"expected a JSON object: {reason(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"expected a JSON object, got {type(content).__name__}")
     return content
