@@ -17,7 +17,7 @@ from safer_fast.runtime.device import allow_recompiling
 from safer_fast.runtime.timing_cache import cache_file, machine, milliseconds, remember, remembered
 
 MARGIN = 1.05
-"""How many times as fast FP8 must be: noise of the clock is no reason for other bits."""
+"""Smallest speedup for which FP8 is used: below it, noise of the clock would decide the bits."""
 MOST_ROWS = 2**16
 """More are not timed: they only take longer."""
 SECONDS = 0.2

@@ -45,7 +45,7 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """Where the images come from and how they are augmented."""
+    """Source of the images, their augmentation, and the backend that loads them."""
 
     path: str | None = None
     """A .parquet file or folder of them (Hugging Face image schema), a folder of images

@@ -113,4 +113,4 @@ CRITERIA: dict[str, Criterion] = {
     "random": Criterion(_random_scores, needs_images=False, is_compared=False),
     "least-sharp": Criterion(sharpness_scores, is_compared=False),
 }
-"""By the name that `--selection.criterion` knows; `register_criterion` adds to it."""
+"""Criteria by the name that `--selection.criterion` takes; `register_criterion` adds to it."""

@@ -1,6 +1,7 @@
 """The tree is the one of CONTRIBUTING: imports point one way, names are where users expect them."""
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -141,3 +142,17 @@ def test_no_test_file_imports_another() -> None:
     for path in (ROOT / "tests").rglob("test_*.py"):
         wrong = {name for name in imports(path) if name.split(".")[-1].startswith("test_")}
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+
+
+def test_docstrings_begin_with_a_verb_or_the_name_of_a_thing() -> None:
+    riddle = re.compile(r"(What|Whether|Those|So|By|How|Which|Where|All that)\b")
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            text = None
+            if isinstance(node, documented):
+                text = ast.get_docstring(node)
+            elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                text = node.value.value  # below a constant
+            if isinstance(text, str):
+                assert not riddle.match(text), f"{name}: {text.splitlines()[0]}"

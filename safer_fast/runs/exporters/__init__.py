@@ -37,7 +37,7 @@ EXPORTERS = {
     "robustbench": Exporter(write_robustbench),
     "onnx": Exporter(write_onnx, check_packages),
 }
-"""By the name that `--format` knows."""
+"""Exporters by the name that `--format` takes."""
 
 
 def export(config: ExportConfig) -> Path:

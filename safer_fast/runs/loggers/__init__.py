@@ -22,7 +22,7 @@ LOGGERS = {
     "tensorboard": LoggerKind(EventFile),
     "wandb": LoggerKind(WandbRun, check_wandb),
 }
-"""By name. The setting `log.NAME` asks for a logger; one without such a setting is always on."""
+"""Loggers by name. `log.NAME` asks for a logger; one without such a setting is always on."""
 
 
 def asked_loggers(config: LogConfig) -> list[LoggerKind]:
