@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from safer_fast.config import command_line
+from safer_fast import train
 from safer_fast.config.command_line import parse_config
 from safer_fast.config.schema import DataConfig
 from safer_fast.data import Batch, as_pixels, load_data
@@ -531,8 +531,8 @@ def test_ranks_with_other_settings_end_before_the_first_step_with_one_line(
 def other_seed() -> None:
     """Give rank 1 another seed, as a machine with another command has."""
     if own_rank() == 1:
-        parse = command_line.parse_config
-        command_line.parse_config = lambda words: parse([*words, "--seed=7"])
+        parse = train.parse_config
+        train.parse_config = lambda words: parse([*words, "--seed=7"])
 
 
 def in_own_folder(root: Path) -> None:
