@@ -12,11 +12,11 @@ PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 train: install
 	$(BIN)/python -m safer_fast.train --amp bf16 $(FLAGS)
 
-# lint, types, and the tests of the parts: under three minutes on two cores
+# lint, types, and the tests of the parts: six minutes on two cores
 check: lint types
 	$(PYTEST) -m "not slow" --ignore tests/system --ignore tests/bench $(FLAGS)
 
-# all tests, whole commands, kills and benchmarks too: under ten minutes on two cores
+# all tests, whole commands, kills and benchmarks too: twenty minutes on two cores
 test: install
 	$(PYTEST) $(FLAGS)
 
