@@ -103,6 +103,10 @@ class VitParts(Uncut):
 class EvaParts(VitParts):
     """EVA-02 and DINOv3 ViTs, whose blocks also take the rotary position embedding."""
 
+    def __init__(self, network: Any) -> None:
+        super().__init__(network)
+        self._ropes: dict[tuple[object, ...], Tensor] = {}
+
     @classmethod
     def suits(cls, network: Any) -> bool:
         """Return true unless patches are dropped, and with them rotary positions."""
@@ -110,7 +114,11 @@ class EvaParts(VitParts):
 
     def stem(self, x: Tensor) -> Tensor:
         network = self.network
-        x, _ = network._pos_embed(self.embed(x))
+        rope, network.rope = network.rope, None  # what timm would compute here, `block` computes
+        try:
+            x, _ = network._pos_embed(self.embed(x))
+        finally:
+            network.rope = rope
         features: Tensor = network.norm_pre(x)
         return features
 
@@ -122,12 +130,23 @@ class EvaParts(VitParts):
         return features
 
     def _rope(self) -> Any:
-        network = self.network
-        if network.rope is None:
+        network, rope = self.network, self.network.rope
+        if rope is None:
             return None
-        if hasattr(network.rope, "feat_shape") and not network.dynamic_img_size:
-            return network.rope.get_embed()
-        return network.rope.get_embed(shape=network.patch_embed.grid_size)
+        if hasattr(rope, "feat_shape") and not network.dynamic_img_size:
+            return rope.get_embed()
+        grid = tuple(network.patch_embed.grid_size)
+        is_random = rope.training and getattr(rope, "aug_active", False)
+        is_learned = next(rope.parameters(), None) is not None
+        if is_random or is_learned or torch.compiler.is_compiling():
+            return rope.get_embed(shape=grid)
+        buffer = next(rope.buffers())
+        key = (grid, buffer.device, buffer.dtype)
+        if key not in self._ropes:
+            # timm computes it from positions on the CPU, and a copy to the GPU cannot be recorded
+            with torch.inference_mode(False):
+                self._ropes[key] = rope.get_embed(shape=grid)
+        return self._ropes[key]
 
 
 class ConvitParts(VitParts):
