@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
+from contextlib import suppress
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -114,6 +115,12 @@ class CudaRecorder:
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             ):
                 phase()
+        except BaseException:
+            # torch 2.11 would go on to allocate in the pool, where uploaded batches are never freed
+            # (https://github.com/pytorch/pytorch/issues/180395); torch 2.14 has stopped by itself
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(self._stream.device.index, self._pool)
+            raise
         finally:  # a failed capture does not restore the stream
             torch.cuda.set_stream(stream)
         self._live.add(graph)

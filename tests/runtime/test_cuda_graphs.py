@@ -194,10 +194,11 @@ class _FakeCuda:
         self.events: list[str] = []
         self.pools: list[int] = []
         self.fails = False
+        self.left: list[tuple[int, int]] = []
         outer = self
 
         class Stream:
-            device = torch.device("cuda")
+            device = torch.device("cuda", 0)
 
             def __init__(self, name: str) -> None:
                 self.name = name
@@ -231,6 +232,12 @@ class _FakeCuda:
         patch.setattr(torch.cuda, "stream", within)
         patch.setattr(torch.cuda, "CUDAGraph", Graph)
         patch.setattr(torch.cuda, "graph", graph)
+        patch.setattr(
+            torch._C,
+            "_cuda_endAllocateToPool",
+            lambda device, pool: self.left.append((device, pool)),
+            raising=False,
+        )
         numbers = itertools.count()
         patch.setattr(torch.cuda, "graph_pool_handle", lambda: next(numbers))
 
@@ -258,7 +265,7 @@ def test_graphs_are_captured_on_one_stream_and_in_one_pool_while_any_of_them_liv
     assert cuda.pools == [0, 0, 0, 1]
 
 
-def test_a_capture_that_fails_leaves_the_stream_of_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_capture_that_fails_leaves_stream_and_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = _FakeCuda(monkeypatch)
     cuda.fails = True
     lines: list[str] = []
@@ -266,5 +273,6 @@ def test_a_capture_that_fails_leaves_the_stream_of_before(monkeypatch: pytest.Mo
     for _ in range(WARM_UP + 2):
         replays(("update",), lambda: None)
     assert cuda.current is cuda.default
+    assert cuda.left == [(0, cuda.pools[0])]
     reason = "operation not permitted when stream is capturing"
     assert lines == [f"CUDA graph of update: off ({reason})"]
