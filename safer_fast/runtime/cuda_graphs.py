@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -17,7 +17,7 @@ Phase = Callable[[], None]
 Key = tuple[Hashable, ...]
 """Name of a phase, and everything it depends on except the values of tensors."""
 WARM_UP = 3
-"""Eager calls before one is recorded: libraries and compilers initialise in them."""
+"""Eager calls, or steps, before a phase is recorded: libraries and compilers initialise in them."""
 
 
 class Recorder(Protocol):
@@ -41,6 +41,7 @@ class Replays:
     ) -> None:
         self._recorder, self._report = recorder, report
         self._num_calls: dict[Key, int] = {}
+        self._in_step: set[Key] | None = None  # phases of the present step, None outside of one
         self._recordings: dict[Key, Phase] = {}
         self._refused: set[Hashable] = set()
 
@@ -50,17 +51,34 @@ class Replays:
             self._recordings[key]()
         elif self._recorder is None or key[0] in self._refused:
             phase()
-        elif self._num_calls.get(key, 0) < WARM_UP:
-            self._num_calls[key] = self._num_calls.get(key, 0) + 1
-            self._recorder.warm_up(phase)
-        else:
+        elif self._is_warm(key):
             self._record(self._recorder, key, phase)
+        else:
+            self._recorder.warm_up(phase)
 
-    def forget(self, *names: str) -> None:
-        """Drop the recordings of these phases, or of all phases if none is named."""
-        for key in [key for key in self._num_calls if not names or key[0] in names]:
-            del self._num_calls[key]
-            self._recordings.pop(key, None)
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Count calls with the same key within the context as one, so that all its phases warm up.
+
+        None is recorded before: memory of recordings is of no use to phases that warm up.
+        """
+        self._in_step = set()
+        try:
+            yield
+        finally:
+            for key in self._in_step:
+                self._num_calls[key] = self._num_calls.get(key, 0) + 1
+            self._in_step = None
+
+    def forget(self, *names: str) -> bool:
+        """Drop the recordings of these phases, or of all phases if none is named; true if any."""
+        num_recordings = len(self._recordings)
+        for known in (self._num_calls, self._recordings):
+            for key in [key for key in known if not names or key[0] in names]:
+                del known[key]
+        if self._in_step is not None:
+            self._in_step = {key for key in self._in_step if names and key[0] not in names}
+        return len(self._recordings) < num_recordings
 
     @property
     def can_record(self) -> bool:
@@ -72,11 +90,21 @@ class Replays:
         """Keys of the phases that are replayed."""
         return list(self._recordings)
 
+    def _is_warm(self, key: Key) -> bool:
+        """Count a call; true if enough of them, or of steps, came before it."""
+        num_calls = self._num_calls.get(key, 0)
+        if self._in_step is None:
+            self._num_calls[key] = num_calls + 1
+        else:
+            self._in_step.add(key)
+        return num_calls >= WARM_UP
+
     def _record(self, recorder: Recorder, key: Key, phase: Phase) -> None:
         try:
             self._recordings[key] = recorder.record(phase)
         except RuntimeError as error:
             if _is_out_of_memory(error):
+                self._recordings.clear()  # all together do not fit, whatever else is freed
                 raise torch.OutOfMemoryError(str(error)) from error
             self._refused.add(key[0])
             reason = first_line(error)
@@ -144,6 +172,29 @@ class Buffers:
     def hold_all(self, name: str, values: Iterable[Tensor]) -> list[Tensor]:
         """Copy several values to a buffer each, and return the buffers."""
         return [self.hold(f"{name} {index}", value) for index, value in enumerate(values)]
+
+
+class PartBuffers:
+    """Tensors with fixed addresses for the parts of a batch, which are of one size at a time."""
+
+    def __init__(self) -> None:
+        self._kept: dict[torch.Size, tuple[int, Buffers, list[Tensor]]] = {}
+
+    def hold(
+        self, shape: torch.Size, size: int, compute: Callable[[], list[Tensor]], *, anew: bool
+    ) -> list[Tensor]:
+        """The buffers of a batch of this shape in parts of this size; those of others are freed.
+
+        They are filled with what `compute` returns, if they are new or `anew` asks for it.
+        """
+        known, buffers, parts = self._kept.get(shape, (size, Buffers(), []))
+        if known != size:
+            buffers, parts = Buffers(), []
+        self._kept[shape] = size, buffers, parts
+        if anew or not parts:
+            parts = buffers.hold_all("part", compute())
+            self._kept[shape] = size, buffers, parts
+        return parts
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:

@@ -17,8 +17,9 @@ class MicroBatch:
 
     Args:
         flag: the setting, for messages.
-        size: the number; auto: all of a batch, halved after each out-of-memory error.
-        release: called after an out-of-memory error, to free memory that can be recomputed.
+        size: the number; auto: all of a batch, halved after an out-of-memory error.
+        release: called after an out-of-memory error, to free memory that can be recomputed; returns
+            true if there was any, and the same number is tried once more.
         report: receives a line for every change.
     """
 
@@ -26,7 +27,7 @@ class MicroBatch:
         self,
         flag: str = "micro_batch",
         size: int | Literal["auto"] = "auto",
-        release: Callable[[], None] = lambda: None,
+        release: Callable[[], bool] = lambda: False,
         report: Callable[[str], None] = print,
     ) -> None:
         self.flag, self.is_auto = flag, size == "auto"
@@ -47,7 +48,8 @@ class MicroBatch:
             except torch.OutOfMemoryError as error:
                 reason = first_line(error)
             # here, where no traceback keeps the tensors of the failed attempt alive
-            self._shrink(size, reason)
+            if not self._free():
+                self._shrink(size, reason)
 
     def in_parts(self, work: Callable[..., None], *tensors: Tensor) -> None:
         """Call `work(part, *rows)` on part after part of tensors [B, ...] of one length.
@@ -65,15 +67,19 @@ class MicroBatch:
         if num_images:
             self.run(num_images, work_through)
 
+    def _free(self) -> bool:
+        """Free what can be computed again; true if there was anything."""
+        is_freed = self._release()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return is_freed
+
     def _shrink(self, size: int, reason: str) -> None:
         if not self.is_auto or size == 1:
             advice = "a smaller model or image" if size == 1 else "auto or a smaller number"
             raise ValueError(f"{self.flag}: expected {advice}, got {size} images at once: {reason}")
         self.size = -(-size // 2)
-        self._release()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
         self._report(f"{self.flag}: {self.size} images at a time, {size} do not fit in memory")
 
 

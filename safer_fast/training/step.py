@@ -16,7 +16,7 @@ from safer_fast.models.batch_norm import BatchNormStatistics
 from safer_fast.models.families import STEM
 from safer_fast.models.perturbation import gradient_squares, restore_
 from safer_fast.models.robust_model import RobustModel, training_mode
-from safer_fast.runtime.cuda_graphs import Key, Replays
+from safer_fast.runtime.cuda_graphs import PartBuffers, Replays
 from safer_fast.runtime.micro_batch import MicroBatch
 from safer_fast.runtime.ranks import Ranks
 from safer_fast.runtime.timing import StepTimer
@@ -57,33 +57,35 @@ class Step:
         flat, steps = self.selection.flat, len(self.attack.hits) - 1
         self.health = Health(flat, self.sam.rho > 0, steps, self.ranks)
         self.timer = StepTimer(flat.device)
-        self.features: dict[Key, list[Tensor]] = {}
+        self.features = PartBuffers()
         self.replays.forget(*RECORDED)
 
     def __call__(
         self, images: Tensor, targets: Targets, epsilon: Tensor, step_size: Tensor
     ) -> None:
         """Learn from float images [B, C, H, W] in [0, 1]; radii are 0-d device tensors."""
-        self.timer.begin()
-        hold, loss = self.attack.buffers.hold, self.objective.attack_loss
-        inputs = [self.attack(images, targets.labels, epsilon, step_size, targets.counted, loss)]
-        self.timer.end("attack")
-        if self.objective.needs_clean:
-            inputs.append(hold("clean", self.model.arrange(images)))
-        held = Targets(hold("labels", targets.labels), hold("weights", targets.weights))
-        self.statistics.keep()
-        self._pass("first pass", inputs, held)
-        if self.sam.rho > 0:
-            if self.sam.sync == "global":
-                self.ranks.sum_(self.selection.flat)
-            self.replays(("ascent",), self.ascend)
-            self.timer.end("ascent")
-            self._pass("second pass", inputs, held)
-        self.ranks.sum_(self.selection.flat)
-        self.timer.end("descent")
-        self.statistics.average(self.ranks)
-        self.replays(("update", held.labels.shape), lambda: self.update(held))
-        self.timer.end("update")
+        with self.replays.step():
+            self.timer.begin()
+            attack, loss = self.attack, self.objective.attack_loss
+            hold = attack.buffers.hold
+            inputs = [attack(images, targets.labels, epsilon, step_size, targets.counted, loss)]
+            self.timer.end("attack")
+            if self.objective.needs_clean:
+                inputs.append(hold("clean", self.model.arrange(images)))
+            held = Targets(hold("labels", targets.labels), hold("weights", targets.weights))
+            self.statistics.keep()
+            self._pass("first pass", inputs, held)
+            if self.sam.rho > 0:
+                if self.sam.sync == "global":
+                    self.ranks.sum_(self.selection.flat)
+                self.replays(("ascent",), self.ascend)
+                self.timer.end("ascent")
+                self._pass("second pass", inputs, held)
+            self.ranks.sum_(self.selection.flat)
+            self.timer.end("descent")
+            self.statistics.average(self.ranks)
+            self.replays(("update", held.labels.shape), lambda: self.update(held))
+            self.timer.end("update")
 
     def _pass(self, name: str, inputs: Sequence[Tensor], targets: Targets) -> None:
         """Run a pass in micro-batches that fit into memory, replayed where it is recorded."""
@@ -97,10 +99,9 @@ class Step:
         self, inputs: Sequence[Tensor], targets: Targets, is_second: bool, size: int
     ) -> None:
         """Store gradients at the weights the network reads; both passes share prefix features."""
-        key = inputs[0].shape, size
-        if not is_second or key not in self.features:
-            self.features[key] = self.attack.buffers.hold_all("features", self.prefix(inputs, size))
-        loss, num_right = self.differentiate(self.features[key], targets.split(size), is_second)
+        compute, shape = partial(self.prefix, inputs, size), inputs[0].shape
+        features = self.features.hold(shape, size, compute, anew=not is_second)
+        loss, num_right = self.differentiate(features, targets.split(size), is_second)
         self.selection.extra.copy_(self.health.note_pass(loss, num_right, is_second))
 
     @torch.no_grad()

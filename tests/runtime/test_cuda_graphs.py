@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from safer_fast.config.schema import OptimConfig
-from safer_fast.runtime.cuda_graphs import WARM_UP, Buffers, CudaRecorder, Replays
+from safer_fast.runtime.cuda_graphs import WARM_UP, Buffers, CudaRecorder, PartBuffers, Replays
 from safer_fast.runtime.micro_batch import MicroBatch
 from safer_fast.training.objectives import Targets
 from safer_fast.training.optimizers import build_optimizer, set_learning_rate
@@ -163,6 +164,46 @@ def test_running_out_of_memory_while_recording_is_not_taken_for_a_refusal() -> N
             replays(("phase",), lambda: None)
 
 
+def test_all_phases_of_a_step_are_recorded_in_the_same_step() -> None:
+    replays = Replays(TapeRecorder())
+    total, recorded = torch.zeros(()), []
+    for _ in range(WARM_UP + 1):
+        with replays.step():
+            for name in ("attack", "attack", "attack", "attack", "pass"):
+                replays((name,), lambda: total.add_(1))  # type: ignore[arg-type, return-value]
+        recorded.append(len(replays.recorded))
+    assert recorded == [0] * WARM_UP + [2]
+    assert total == 5 * (WARM_UP + 1)
+
+
+def test_a_step_in_which_phases_are_forgotten_does_not_count_for_them() -> None:
+    replays = Replays(TapeRecorder())
+    for index in range(2 * WARM_UP + 1):
+        with replays.step():
+            replays(("attack",), lambda: None)
+            if index == WARM_UP - 1:
+                assert not replays.forget()
+            assert bool(replays.recorded) == (index == 2 * WARM_UP)
+    assert replays.forget()
+
+
+def test_recordings_that_do_not_fit_together_are_all_dropped() -> None:
+    class Small(TapeRecorder):
+        def record(self, phase: Any) -> Any:
+            if self.tapes:
+                raise torch.OutOfMemoryError("full")
+            return super().record(phase)
+
+    replays = Replays(Small())
+    for name in ("attack", "pass"):
+        for _ in range(WARM_UP):
+            replays((name,), lambda: None)
+    replays(("attack",), lambda: None)
+    with pytest.raises(torch.OutOfMemoryError):
+        replays(("pass",), lambda: None)
+    assert not replays.forget()
+
+
 def test_phases_are_forgotten_by_name_or_all_together() -> None:
     replays = Replays(TapeRecorder())
     total = torch.zeros(())
@@ -185,6 +226,25 @@ def test_a_buffer_stays_where_it_is_for_each_name_and_shape() -> None:
     assert buffers.hold("y", torch.ones(3)) is not first
     assert buffers.hold("x", torch.ones(2)) is not first
     assert buffers.hold("x", torch.ones(3, dtype=torch.int64)) is not first
+
+
+def test_buffers_of_larger_parts_are_freed() -> None:
+    buffers, batch = PartBuffers(), torch.arange(6.0)
+
+    def hold(size: int, anew: bool) -> list[Tensor]:
+        def compute() -> list[Tensor]:
+            return list(batch.split(size))
+
+        return buffers.hold(batch.shape, size, compute, anew=anew)
+
+    whole = weakref.ref(hold(6, True)[0])
+    batch += 1
+    assert hold(6, False)[0][0] == 0  # as the first pass left it
+    assert hold(6, True)[0] is whole()
+    parts = hold(4, False)  # the second pass ran out of memory
+    assert [part.tolist() for part in parts] == [[1, 2, 3, 4], [5, 6]]
+    assert whole() is None
+    assert all(map(torch.is_same_size, hold(4, True), parts))
 
 
 class _FakeCuda:

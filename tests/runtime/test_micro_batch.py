@@ -70,8 +70,12 @@ def test_a_step_survives_running_out_of_memory_and_learns_the_same() -> None:
     released: list[bool] = []
     images, labels = images_and_labels()
 
+    def release() -> bool:
+        released.append(True)
+        return False
+
     def micro_batch(flag: str) -> MicroBatch:
-        return MicroBatch(flag, "auto", lambda: released.append(True), lines.append)
+        return MicroBatch(flag, "auto", release, lines.append)
 
     def run(num_images: int) -> dict[str, Tensor]:
         step, arenas = make_step(
@@ -92,6 +96,29 @@ def test_a_step_survives_running_out_of_memory_and_learns_the_same() -> None:
         for size, tried in ((3, 6), (2, 3))
     ]
     assert len(released) == 4
+
+
+def test_memory_that_can_be_freed_is_freed_before_the_parts_get_smaller() -> None:
+    held, tried, lines = [2], list[int](), list[str]()
+
+    def work(size: int) -> None:
+        tried.append(size)
+        if size + sum(held) > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def release() -> bool:
+        had = bool(held)
+        held.clear()
+        return had
+
+    batches = MicroBatch("train", "auto", release, lines.append)
+    batches.run(8, work)
+    assert (tried, lines) == ([8, 8], [])
+    batches.run(16, work)
+    assert tried == [8, 8, 16, 8]
+    assert lines == ["train: 8 images at a time, 16 do not fit in memory"]
+    held.append(2)
+    MicroBatch("train", 8, release, lines.append).run(8, work)
 
 
 @pytest.mark.parametrize(
