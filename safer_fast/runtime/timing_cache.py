@@ -68,7 +68,8 @@ def milliseconds(run: Callable[[], object], device: torch.device) -> float:
         run()
         return (time.perf_counter() - started) * 1e3
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    torch.cuda._sleep(1_000_000)  # type: ignore[no-untyped-call]  # ticks: outlasts the launches
+    # ticks, 5 ms or more: outlasts the launches of a compiled forward and backward pass
+    torch.cuda._sleep(10_000_000)  # type: ignore[no-untyped-call]
     before.record()
     run()
     after.record()

@@ -238,10 +238,8 @@ class Engine:
         elif device.type != "cuda":
             choice = Float8Layers(fitting(self.model, PAYS_FROM))
         elif self.ranks.is_first:
-            batch_size = -(-self.config.batch_size // self.ranks.num_ranks)
-            if self.config.runtime.attack_micro_batch != "auto":
-                batch_size = min(batch_size, self.config.runtime.attack_micro_batch)
-            choice = choose_measured(self.model, image_size, batch_size, self.runtime.is_compiled)
+            batch_size, is_compiled = self._num_attacked_at_once(), self.runtime.is_compiled
+            choice = choose_measured(self.model, image_size, batch_size, is_compiled)
             self.ranks.share(list(choice.names))
         else:
             choice = Float8Layers(self.ranks.share(None))
@@ -258,10 +256,16 @@ class Engine:
             wanted = resumed
         if not self.ranks.is_first:
             wanted = self.ranks.share(None)
-        pinned = pin_for(self.model, image_size, self.config.batch_size, wanted)
+        pinned = pin_for(self.model, image_size, self._num_attacked_at_once(), wanted)
         if self.ranks.is_first:
             self.ranks.share(wanted if pinned is None else pinned.backend)
         return pinned
+
+    def _num_attacked_at_once(self) -> int:
+        """Images that a rank attacks at a time, unless memory ends: kernels are timed with them."""
+        limit, batch_size = self.config.runtime.attack_micro_batch, self.config.batch_size
+        own = -(-batch_size // self.ranks.num_ranks)
+        return own if limit == "auto" else min(own, limit)
 
     def _micro_batch(self, flag: str, size: int | Literal["auto"]) -> MicroBatch:
         """A limit of images at a time; CUDA graphs are dropped when memory ends."""
