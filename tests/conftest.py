@@ -1,6 +1,7 @@
 """Fixtures and settings of all tests."""
 
 import fcntl
+import gc
 import itertools
 import os
 import shutil
@@ -39,6 +40,12 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
         fcntl.lockf(turn, fcntl.LOCK_EX if is_alone else fcntl.LOCK_SH, 1, 1)
         fcntl.lockf(turn, fcntl.LOCK_UN, 1, 0)
         return (yield)
+
+
+def pytest_collection_finish() -> None:
+    """Never look for garbage in what was imported: it takes longer than many a test."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import multiprocessing
 import os
@@ -70,12 +69,6 @@ FLAGS = [
 MEASURED = ("time_s", "images_per_second", "data_wait_fraction", "peak_memory_mib", "stage_ms")
 
 _ASKING = {signal.SIGINT, signal.SIGTERM}  # held back until there is a run that can be asked
-_IMPORTED = [
-    "safer_fast.training.trainer",
-    "sklearn.datasets",
-    "torch._dynamo",
-    "nvidia.dali.pipeline",
-]
 
 
 def write_photos(folder: Path, seed: int = 0) -> Path:
@@ -282,10 +275,7 @@ def serve() -> None:
     A request is what to run, or the number of a process to wait for. The process ends without
     clearing up its memory, which would take longer than many a run.
     """
-    for name in _IMPORTED:
-        with suppress(ImportError):
-            importlib.import_module(name)
-    gc.freeze()  # what is never collected stays shared
+    importlib.import_module("tests.support.imported")
     signal.pthread_sigmask(signal.SIG_BLOCK, _ASKING)
     fork, running = multiprocessing.get_context("fork"), dict[int | None, Any]()
     while (request := _get(sys.stdin.buffer)) is not None:

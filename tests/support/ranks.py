@@ -27,12 +27,7 @@ from safer_fast import train
 from safer_fast.runtime.command import run
 from tests.support.kills import leave_out_reports
 
-PRELOADED = [
-    "tests.system.test_distributed",
-    "docstring_parser",
-    "sklearn.datasets",
-    "tensorboard.summary.writer.record_writer",
-]
+PRELOADED = ["tests.system.test_distributed", "tests.support.imported"]
 NUM_IMAGES = {"train": 88, "test": 37}
 # 62 training images in batches of 16, 16, 15 and 15, which neither two nor three ranks can share
 # evenly; 26 validation images in batches of 13. Warm-up, then SAFER with two selections.
