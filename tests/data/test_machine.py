@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import resource
-import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from safer_fast.data.formats import EncodedSource, open_splits
 from safer_fast.data.formats.parts import FileParts
 from safer_fast.runs.loggers.metrics_file import read_metrics
 from safer_fast.training.trainer import Trainer
+from tests.support.kills import Server
 from tests.support.pictures import encode, photo
 from tests.support.plain_sets import write_npz, write_parquet, write_tar
 
@@ -76,7 +76,9 @@ def fail(path: Path, **settings: Any) -> str:
 
 
 @pytest.mark.parametrize("backend", ["dali", "torch"])
-def test_shards_train_whole_where_few_files_may_be_open(tmp_path: Path, backend: str) -> None:
+def test_shards_train_whole_where_few_files_may_be_open(
+    server: Server, tmp_path: Path, backend: str
+) -> None:
     if backend == "dali":
         pytest.importorskip("nvidia.dali")
     (tmp_path / "set").mkdir()
@@ -84,9 +86,7 @@ def test_shards_train_whole_where_few_files_may_be_open(tmp_path: Path, backend:
         write_tar(tmp_path / f"set/{number:03}.tar", JPEGS[:2], b"%d" % (number % 2))
     words = [f"--data.path={tmp_path / 'set'}", f"--output={tmp_path / 'run'}", "--epochs=2"]
     words += [f"--data.backend={backend}", "--batch-size=60", *TINY]
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, *words], capture_output=True, text=True, timeout=120
-    )
+    done = server.run("-c", LIMITED, *words)
     assert done.returncode == 0, done.stderr
     events = read_metrics(tmp_path / "run/metrics.jsonl")
     assert [event["skipped_images"] for event in events if event["event"] == "epoch"] == [0, 0]

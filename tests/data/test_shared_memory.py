@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.support.kills import Server
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/dev/shm is one of Linux")
 
 FLAGS = [
@@ -48,34 +50,31 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(data: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def expected(server: Server, data: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The weights of a run without worker processes."""
     output = tmp_path_factory.mktemp("alone") / "run"
     flags = [*FLAGS, f"--data.path={data}", f"--output={output}", "--data.num_workers=0"]
     # a process of its own like those it is compared with: what ran before in one may change bits
-    command = [sys.executable, "-m", "safer_fast.train", *flags]
-    subprocess.run(command, env=ONE_THREAD, check=True, capture_output=True, timeout=200)
+    server.run("-m", "safer_fast.train", *flags, env=ONE_THREAD).check_returncode()
     return (output / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("way", ["limited", "full"])
 def test_a_run_goes_on_without_shared_memory_and_says_so_once(
-    way: str, data: Path, expected: bytes, tmp_path: Path
+    way: str, server: Server, data: Path, expected: bytes, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-c", LIMITED]
-    if way == "full":
+    output = tmp_path / "run"
+    words = [*FLAGS, f"--data.path={data}", f"--output={output}", "--data.num_workers=1"]
+    if way == "limited":
+        done = server.run("-c", LIMITED, *words, env=ONE_THREAD)
+    else:
         command = ["unshare", "-m", "bash", "-c", FULL, "-", sys.executable]
         if subprocess.run([*command, "-c", "0"], capture_output=True).returncode:
             pytest.skip("no file systems may be mounted")
-        command += ["-m", "safer_fast.train"]
-    output = tmp_path / "run"
-    done = subprocess.run(
-        [*command, *FLAGS, f"--data.path={data}", f"--output={output}", "--data.num_workers=1"],
-        env=ONE_THREAD,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+        command += ["-m", "safer_fast.train", *words]
+        done = subprocess.run(
+            command, env=ONE_THREAD, capture_output=True, text=True, timeout=200, check=False
+        )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     lines = [line for line in done.stdout.splitlines() if "/dev/shm" in line]

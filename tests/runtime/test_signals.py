@@ -2,14 +2,13 @@
 
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 
 import pytest
 
 from safer_fast.runtime.ranks import Ranks
 from safer_fast.runtime.signals import SIGNALS, Stopped, Stops
+from tests.support.kills import Server
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -39,35 +38,35 @@ def test_handlers_are_those_of_before_afterwards() -> None:
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
-def ending(code: str) -> tuple[int, str]:
+def ending(server: Server, code: str) -> tuple[int, str]:
     """Status and errors of a program that has Stops entered."""
     program = "import os, signal, time\nfrom safer_fast.runtime.ranks import Ranks\n"
     program += "from safer_fast.runtime.signals import Stops\n" + textwrap.dedent(code)
-    result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
-    )
+    result = server.run("-c", program, timeout=60)
     return result.returncode, result.stderr
 
 
-def test_a_second_signal_ends_the_process_at_once() -> None:
+def test_a_second_signal_ends_the_process_at_once(server: Server) -> None:
     status, errors = ending(
+        server,
         """
         with Stops(Ranks(), grace_s=60):
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(60)
-        """
+        """,
     )
     assert (status, errors) == (130, "")
 
 
-def test_a_process_that_does_not_end_in_time_is_ended_with_a_line() -> None:
+def test_a_process_that_does_not_end_in_time_is_ended_with_a_line(server: Server) -> None:
     status, errors = ending(
+        server,
         """
         with Stops(Ranks(), grace_s=0.2):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(60)
-        """
+        """,
     )
     assert status == 143
     assert errors.startswith("error: SIGTERM: ")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 from xml.dom import minidom
@@ -27,6 +25,7 @@ from safer_fast.selection.criteria import compared_criteria
 from safer_fast.selection.inputs import ScoredBy
 from safer_fast.selection.scoring import rank_layers, score_layers, select_layers
 from safer_fast.train import train_model
+from tests.support.kills import Server
 from tests.support.networks import build, images_and_labels
 
 SMALL = [
@@ -179,7 +178,7 @@ def test_least_sharp_and_random_stand_in_front_where_they_are_asked_for(
 
 
 def test_the_program_of_the_docs_selects_by_its_own_criterion(
-    trained: Path, tmp_path: Path
+    server: Server, trained: Path, tmp_path: Path
 ) -> None:
     page = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
     (program,) = re.findall(r'```python\n("""my_criterion.py.*?)```', page, re.DOTALL)
@@ -187,7 +186,7 @@ def test_the_program_of_the_docs_selects_by_its_own_criterion(
     script.write_text(program.replace("safer_fast.train", "safer_fast.select"))
     words = [str(trained), "--num-images=16", "--criterion=gradient-share", f"--output={output}"]
     for others in ("--criteria=gradient-norm", "--criteria=gradient-share"):
-        subprocess.run([sys.executable, str(script), *words, others], check=True, timeout=200)
+        server.run(str(script), *words, others).check_returncode()
         content = json.loads(output.read_text())
         assert content["criterion"] == "gradient-share"
         assert next(iter(content["criteria"])) == "gradient-share"

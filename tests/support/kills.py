@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -25,6 +25,7 @@ from tensorboard.backend.event_processing.event_file_loader import LegacyEventFi
 from safer_fast.runs.checkpoints.file import Checkpoint, read_checkpoint
 from safer_fast.runs.loggers.metrics_file import read_metrics
 from safer_fast.runtime.command import run
+from tests.support.programs import Order, Program, Question
 
 BACKENDS = ["device", "torch", "dali"]
 SIZE, NUM_CLASSES = 12, 4
@@ -183,7 +184,8 @@ class Server:
 
     def __enter__(self) -> Server:
         # not a child of this process: tests count theirs
-        program = f"import os; os.fork() and os._exit(0); from {__name__} import serve; serve()"
+        program = f"import os; os.fork() and os._exit(0); from {__name__} import serve\n"
+        program += "order = serve()\nif order is not None: order.run()"
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
             [sys.executable, "-c", program], stdin=pipe, stdout=pipe, cwd=Path(__file__).parents[2]
@@ -206,11 +208,32 @@ class Server:
         """`python -m safer_fast.NAME FOLDER WORDS`, started and ended."""
         return self._start(name, [str(folder), *words], folder, ()).ending()
 
+    def run(
+        self,
+        *words: str,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        timeout: float = 120,
+    ) -> subprocess.CompletedProcess[str]:
+        """`python WORDS`, started and ended; killed and an error after so many seconds."""
+        program = Program(self._ask, words, cwd=cwd, env=env)
+        try:
+            output, errors = program.communicate(timeout)
+        finally:
+            program.end()
+        assert program.returncode is not None
+        return subprocess.CompletedProcess(words, program.returncode, output, errors)
+
+    def program(self, *words: str, env: Mapping[str, str] | None = None) -> Program:
+        """Start `python WORDS`, in a session of its own."""
+        return Program(self._ask, words, env=env, start_new_session=True)
+
     def _start(
         self, name: str, words: Sequence[str], folder: Path, changes: Sequence[Moment | Patch]
     ) -> Training:
         texts = [Text(folder.with_name(f"{folder.name}.{stream}")) for stream in ("out", "err")]
         pid = self._ask((name, words, [text.path for text in texts], changes))
+        assert pid is not None
         return Training(self, pid, texts)
 
     def status_of(self, pid: int, seconds: float) -> int | None:
@@ -223,10 +246,10 @@ class Server:
         status: int = _get(self._process.stdout)
         return status if in_time else None
 
-    def _ask(self, request: object) -> int:
+    def _ask(self, request: object) -> int | None:
         _put(request, self._process.stdin)
-        pid: int = _get(self._process.stdout)
-        return pid
+        answer: int | None = _get(self._process.stdout)
+        return answer
 
 
 class Training:
@@ -269,11 +292,12 @@ class Text:
         return content.decode()
 
 
-def serve() -> None:
+def serve() -> Order | None:
     """Fork a process for each request to run something; answer with its exit status when asked.
 
     A request is what to run, or the number of a process to wait for. The process ends without
-    clearing up its memory, which would take longer than many a run.
+    clearing up its memory, which would take longer than many a run. One that is to be a program
+    returns from here with its order, and comes to its end as programs do.
     """
     importlib.import_module("tests.support.imported")
     signal.pthread_sigmask(signal.SIG_BLOCK, _ASKING)
@@ -283,11 +307,20 @@ def serve() -> None:
             process = running.pop(request)
             process.join()
             _put(process.exitcode, sys.stdout.buffer)
+        elif isinstance(request, Question):
+            ended, status = os.waitpid(request.pid, os.WNOHANG)
+            _put(os.waitstatus_to_exitcode(status) if ended else None, sys.stdout.buffer)
+        elif isinstance(request, Order):
+            if (pid := request.fork()) == 0:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, _ASKING)
+                return request
+            _put(pid, sys.stdout.buffer)
         else:
             process = fork.Process(target=_run, args=request)
             process.start()
             running[process.pid] = process
             _put(process.pid, sys.stdout.buffer)
+    return None
 
 
 def _run(name: str, words: Sequence[str], texts: Sequence[Path], changes: Sequence[Any]) -> None:

@@ -24,6 +24,7 @@ from torch.distributed.run import config_from_args, parse_args
 
 from safer_fast import train_model
 from safer_fast.config.command_line import parse_config
+from tests.support.kills import Server
 from tests.support.pictures import encode, photo
 from tests.support.small_runs import SMALL, TEST_IMAGES
 
@@ -232,18 +233,13 @@ def scripts() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("command", OF_SCRIPTS)
-def test_an_extension_is_short_and_trains(command: str, here: Path) -> None:
+def test_an_extension_is_short_and_trains(command: str, server: Server, here: Path) -> None:
     _, name, *flags = shlex.split(command)
     program = scripts()[name]
     assert len(program.splitlines()) < 30
     Path(name).write_text(program)
-    process = subprocess.run(
-        [sys.executable, name, *LITTLE, f"--data.test_path={TEST_IMAGES}", "--output=new", *flags],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    words = [name, *LITTLE, f"--data.test_path={TEST_IMAGES}", "--output=new", *flags]
+    process = server.run(*words)
     assert process.returncode == 0, process.stderr[-2000:]
     assert (here / "new" / "report.html").is_file()
 

@@ -22,6 +22,7 @@ from safer_fast.runtime import attention, fast_paths, machine
 from safer_fast.runtime.diagnosis import table, without_home
 from safer_fast.runtime.fast_paths import OPTIONAL, Check, check_disk, diagnose
 from safer_fast.runtime.machine import describe_machine
+from tests.support.kills import Server
 from tests.support.pictures import encode, photo
 
 NAMES = [
@@ -93,9 +94,8 @@ def test_the_command_prints_a_block_for_an_issue_and_ends_with_status_0() -> Non
         assert f"{word}/" not in result.stdout
 
 
-def test_flags_that_are_wrong_are_named() -> None:
-    words = [sys.executable, "-m", "safer_fast.doctor", "--data.backend", "floppy"]
-    result = subprocess.run(words, capture_output=True, text=True, check=False)
+def test_flags_that_are_wrong_are_named(server: Server) -> None:
+    result = server.run("-m", "safer_fast.doctor", "--data.backend", "floppy")
     assert result.returncode == 2
     assert result.stderr.startswith("error: --data.backend: expected one of auto, dali")
 

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from safer_fast.training.dry_run import (
 )
 from safer_fast.training.selecting import choose_by_probe
 from safer_fast.training.trainer import Trainer
+from tests.support.kills import Server
 
 FLAGS = ["--data.max_images=300", "--batch-size=16", "--evaluation.max_images=50"]
 FLAGS += ["--selection.num_images=64", "--runtime.num_threads=1"]
@@ -178,8 +178,8 @@ def test_the_flag_needs_no_value_and_takes_one(flag: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_prints_both_stages_and_writes_nothing(tmp_path: Path) -> None:
-    result = command(tmp_path, *FLAGS, "--epochs=80", "--dry-run")
+def test_the_command_prints_both_stages_and_writes_nothing(server: Server, tmp_path: Path) -> None:
+    result = command(server, tmp_path, *FLAGS, "--epochs=80", "--dry-run")
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines.index("warm-up") < lines.index("safer") < lines.index("the whole run")
@@ -189,12 +189,12 @@ def test_the_command_prints_both_stages_and_writes_nothing(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_mistake_is_one_line_all_the_same(tmp_path: Path) -> None:
+def test_a_mistake_is_one_line_all_the_same(server: Server, tmp_path: Path) -> None:
     for flags, message in (
         (["--attack.epsilon=8"], "--attack.epsilon: expected"),
         (["--data.max_images=0"], "--data.max_images: expected at least 1, got 0"),
     ):
-        result = command(tmp_path, "--dry-run", *flags)
+        result = command(server, tmp_path, "--dry-run", *flags)
         assert result.returncode == 2
         assert result.stderr.startswith(f"error: {message}")
         assert result.stderr.count("\n") == 1
@@ -255,12 +255,6 @@ def test_on_a_cpu_few_images_choose_the_layers() -> None:
     assert probed == [NUM_PROBED_ON_CPU]
 
 
-def command(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "safer_fast.train", *flags],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
+def command(server: Server, folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    return server.run("-m", "safer_fast.train", *flags, cwd=folder, env=one_thread, timeout=250)

@@ -17,7 +17,7 @@ from safer_fast.config.schema import Names
 from safer_fast.evaluate import evaluate_run
 from safer_fast.runs.loggers.metrics_file import read_metrics
 from safer_fast.training.trainer import Trainer
-from tests.support.kills import lines_of
+from tests.support.kills import Server, lines_of
 from tests.support.small_runs import NUM_TEST_IMAGES, SMALL, run
 
 
@@ -207,31 +207,18 @@ def test_evaluating_takes_any_data_that_fits(finished: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_ends_without_a_traceback(tmp_path: Path) -> None:
+def test_an_interrupted_run_ends_without_a_traceback(server: Server, tmp_path: Path) -> None:
     import signal
     import time
 
     folder = tmp_path / "run"
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "safer_fast.train",
-            "--output",
-            str(folder),
-            *SMALL,
-            "--epochs=4000",
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    words = ["-m", "safer_fast.train", "--output", str(folder), *SMALL, "--epochs=4000"]
+    process = server.program(*words, env=os.environ | {"OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (folder / "best.safetensors").exists():
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output = "".join(process.communicate(timeout=60))
     assert process.returncode == 130
     assert "Traceback" not in output
     assert read_metrics(folder / "metrics.jsonl")[0]["event"] == "run"
