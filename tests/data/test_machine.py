@@ -75,6 +75,7 @@ def fail(path: Path, **settings: Any) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["dali", "torch"])
 def test_shards_train_whole_where_few_files_may_be_open(
     server: Server, tmp_path: Path, backend: str

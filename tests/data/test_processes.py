@@ -408,6 +408,7 @@ for step_ms in (50, 0, 0, 0):
 """
 
 
+@pytest.mark.slow
 def test_a_worker_may_die_at_any_moment(started: Started, photos: Path) -> None:
     process = started("-c", KILLED, photos)
     output, errors = process.communicate(timeout=60)

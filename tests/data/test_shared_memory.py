@@ -59,6 +59,7 @@ def expected(server: Server, data: Path, tmp_path_factory: pytest.TempPathFactor
     return (output / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["limited", "full"])
 def test_a_run_goes_on_without_shared_memory_and_says_so_once(
     way: str, server: Server, data: Path, expected: bytes, tmp_path: Path

@@ -18,6 +18,7 @@ from tests.support.steps import forbidding_host_syncs
 EPSILON, NUM_IMAGES = 0.2, 128
 
 
+@pytest.mark.slow
 def test_a_model_trained_with_fgsm_until_only_fgsm_fails_is_catastrophic() -> None:
     gap = gap_of(trained(steps=1), steps=1)
     assert gap.training_attack_accuracy > 0.5
@@ -25,6 +26,7 @@ def test_a_model_trained_with_fgsm_until_only_fgsm_fails_is_catastrophic() -> No
     assert gap.is_catastrophic
 
 
+@pytest.mark.slow
 def test_its_twin_trained_with_pgd_is_not() -> None:
     gap = gap_of(trained(steps=3), steps=3)
     assert gap.pgd_20_accuracy > 0.5

@@ -40,6 +40,7 @@ def plant(run: Path, names: Sequence[str], outside: Path) -> None:
 WRITTEN = ["model.safetensors", "config.json", "gallery.safetensors"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_temporary", [False, True])
 @pytest.mark.parametrize("has_target", [False, True])
 def test_a_run_that_goes_on_writes_through_no_link(

@@ -71,6 +71,7 @@ def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {str(path): (path.stat().st_ino, path.read_bytes()) for path in files}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every_steps", ["null", "1"])
 @pytest.mark.parametrize("is_asleep", [False, True])
 def test_the_second_of_two_is_refused_and_touches_nothing(
@@ -105,6 +106,7 @@ def test_a_finished_run_leaves_no_lock(twin: State) -> None:
     assert LOCK not in twin.names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_there", [False, True])
 def test_of_two_that_begin_at_once_one_trains(
     is_there: bool, server: Server, flags: list[str], twin: State, tmp_path: Path

@@ -61,6 +61,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", DAMAGE)
 def test_a_run_goes_on_without_what_it_does_not_need(
     what: str, server: Server, flags: list[str], killed: Path, run: Path

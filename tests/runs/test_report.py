@@ -454,6 +454,7 @@ UNKNOWN: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", UNKNOWN, ids=range(len(UNKNOWN)))
 def test_values_that_say_nothing_or_too_much_are_no_trouble(
     tmp_path: Path, values: dict[str, Any]
@@ -515,6 +516,7 @@ def test_figures_of_other_splits_stand_apart_and_say_so(tmp_path: Path) -> None:
     assert "during training do not compare" not in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -719,6 +721,7 @@ def look(page: Path, width: int) -> dict[str, Any]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [360, 1200])
 @pytest.mark.parametrize("num_runs", [1, 2])
 def test_a_browser_shows_every_figure_on_phones_and_desks(

@@ -223,6 +223,7 @@ def test_the_flag_needs_no_value() -> None:
     assert not parse_config(["--log.wandb", "false"]).log.wandb
 
 
+@pytest.mark.slow
 def test_a_run_is_recorded_by_the_real_package(tmp_path: Path) -> None:
     pytest.importorskip("wandb", exc_type=ImportError)
     folder = tmp_path / "run"

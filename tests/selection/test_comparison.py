@@ -177,6 +177,7 @@ def test_least_sharp_and_random_stand_in_front_where_they_are_asked_for(
     assert list(drawn["criteria"]) == ["random"]
 
 
+@pytest.mark.slow
 def test_the_program_of_the_docs_selects_by_its_own_criterion(
     server: Server, trained: Path, tmp_path: Path
 ) -> None:
