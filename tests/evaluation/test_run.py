@@ -82,14 +82,14 @@ def train_in(folder: Path, *flags: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(once: Any) -> Path:
     """A small model that classifies most digits, some of them under attack; left as it is."""
     torch.set_num_threads(1)
-    return train_in(tmp_path_factory.mktemp("trained") / "run", "--epochs=16")
+    return Path(once("evaluated", lambda folder: train_in(folder, "--epochs=16")))
 
 
 @pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def other(once: Any) -> Path:
     """A model of other patches, less trained, in bf16."""
     torch.set_num_threads(1)
     flags = [
@@ -99,7 +99,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--model.patch_size=4",
         "--amp=bf16",
     ]
-    return train_in(tmp_path_factory.mktemp("other") / "run", *flags)
+    return Path(once("evaluated-too", lambda folder: train_in(folder, *flags)))
 
 
 @pytest.fixture
@@ -189,6 +189,7 @@ def few_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AutoAttack, "_set_version", with_fewer_queries)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_queries")
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_autoattack_is_pyautoattack_called_directly(norm: Any) -> None:
@@ -631,6 +632,7 @@ def interrupt() -> None:
     send(signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_ranks_find_what_one_process_finds_and_go_on_with_what_others_measured(
     folder: Path, tmp_path: Path
 ) -> None:

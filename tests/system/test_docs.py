@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -97,9 +98,13 @@ OF_PIP = [command for command in COMMANDS if command.startswith("pip install ")]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(once: Any) -> Path:
     """A folder with all that commands name: data, and two finished runs."""
-    folder = tmp_path_factory.mktemp("docs")
+    return Path(once("docs", make_place))
+
+
+def make_place(folder: Path) -> None:
+    folder.mkdir()
     generator = np.random.default_rng(0)
     pictures = [encode(photo(32, 32, seed), "png") for seed in range(48)]
     column = pa.array([{"bytes": each, "path": None} for each in pictures])
@@ -119,7 +124,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         images=generator.integers(0, 256, (8, 8, 8), dtype=np.uint8),
         labels=np.arange(8),
     )
-    return folder
 
 
 @pytest.fixture
