@@ -21,6 +21,9 @@ FAMILIES: dict[str, dict[str, object]] = {
     "eva02_tiny_patch14_224": {"depth": 3, "embed_dim": 48},
     "vit_small_patch16_dinov3": {"depth": 3, "embed_dim": 48, "num_heads": 3},
 }
+SHORT_SWIN = "swin of two stages"
+"""All that blocks of Swin are, in three of them, which compile to code of their own: one, one that
+shifts its windows, and one behind a merging of patches, whose window is all that is left."""
 UNCUTTABLE = "xcit_nano_12_p16_224"
 NUM_CLASSES = 10
 
@@ -35,12 +38,16 @@ def build(
 ) -> RobustModel:
     """A small model of a family for 10 classes of 32x32 colour images."""
     torch.manual_seed(seed)
+    arguments = dict(FAMILIES.get(name, {}))
+    if is_short := name == SHORT_SWIN:
+        name = "swin_tiny_patch4_window7_224"
+        arguments = FAMILIES[name] | {"depths": (2, 1), "num_heads": (1, 2)}
     patched = name != UNCUTTABLE and not name.startswith("swin")
     config = ModelConfig(
         name=name,
-        patch_size=8 if patched else 2 if name.startswith("swin") else None,
+        patch_size=8 if patched or is_short else 2 if name.startswith("swin") else None,
         drop_path_rate=drop_path_rate,
-        arguments=dict(FAMILIES.get(name, {})),
+        arguments=arguments,
     )
     model = build_model(
         config,
