@@ -13,6 +13,8 @@ from typing import Any
 if "PYTEST_XDIST_WORKER" in os.environ:
     # runs that tests start would each take all cores, and wait for one another at every operation
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # and processes that compile for them would each import torch
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
 import torch
@@ -40,6 +42,13 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
         fcntl.lockf(turn, fcntl.LOCK_EX if is_alone else fcntl.LOCK_SH, 1, 1)
         fcntl.lockf(turn, fcntl.LOCK_UN, 1, 0)
         return (yield)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than cores, of which at most four are used: some tests wait."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return min(num_cores, 4) + 1
 
 
 def pytest_collection_finish() -> None:
