@@ -264,7 +264,7 @@ class Training:
         # its number is its own until it is asked how it ended, or another one starts
         os.kill(self.pid, number)
 
-    def ending(self, seconds: float = 60) -> Ending:
+    def ending(self, seconds: float = 180) -> Ending:
         """Wait for its end; fail if that takes longer than `seconds`."""
         status = self._server.status_of(self.pid, seconds)
         output, errors = (text.read() for text in self._texts)
