@@ -3,9 +3,10 @@
     python -m bench.table [--check]
 
 A table lies between `<!-- table: peers cpu -->` and `<!-- /table -->`: the first word selects what
-was measured (peers, attack, ops, attention, data, accuracy, float8, traffic; experiment,
-sensitivity, selections, earlier), the second where (cpu, gpu). Of several measurements of the same
-case the newest counts. `--check` writes nothing and fails if a table is out of date.
+was measured (peers, attack, ops, attention, data, accuracy, float8, traffic, time_to_accuracy,
+warm_start; experiment, sensitivity, selections, earlier, steps), the second where (cpu, gpu). Of
+several measurements of the same case the newest counts. `--check` writes nothing and fails if a
+table is out of date.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.accuracy import accuracy_tables
+from bench.experiment.steps_table import steps_tables
 from bench.experiment.table import (
     earlier_tables,
     experiment_tables,
@@ -28,6 +30,7 @@ from bench.experiment.table import (
 )
 from bench.experiment.tasks import IDENTITY
 from bench.studies.float8_table import float8_tables, traffic_table
+from bench.time_table import time_tables, warm_start_table
 
 Row = dict[str, Any]
 ROOT = Path(__file__).parent.parent
@@ -40,7 +43,7 @@ SAME = (
     *("part", "layer", "backward", "steps"),
     *(name for name in IDENTITY if name != "case"),
 )
-OF_EXPERIMENT = ("sensitivity", "selections", "earlier")
+OF_EXPERIMENT = ("sensitivity", "selections", "earlier", "steps")
 OURS = ("native", "triton", "fallback")
 
 
@@ -202,6 +205,9 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "sensitivity": sensitivity_tables,
     "selections": selection_tables,
     "earlier": earlier_tables,
+    "steps": steps_tables,
+    "time_to_accuracy": time_tables,
+    "warm_start": warm_start_table,
 }
 
 

@@ -6,7 +6,7 @@ them can be typed: `safer_fast.train --model.checkpoint START <common> <arm>`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 Settings = dict[str, object]
 
@@ -39,6 +39,12 @@ MAIN = ("PGD-AT", "SAFER", "random, SAM", "SAM on all")
 """Arms that have all seeds before any other has its first."""
 UPPER = ("SAFER, blocks", "SAFER, upper half", "SAFER, last quarter")
 """SAFER with candidates from the blocks alone, without patch embedding and head; or upper ones."""
+STEPS_ARMS: dict[str, Settings] = {
+    f"{name}, {what}": {**ARMS[name], "attack.steps": steps, "attack.step_size": None}
+    for name in ("PGD-AT", "SAFER")
+    for what, steps in (("PGD-10", STEPS), ("auto", "auto"))
+}
+"""Arms against PGD-10 and against as many iterations as `attack.steps auto` finds enough."""
 LOW_RATE = 0.1
 """The low rate as a share of that of the other arms."""
 
@@ -130,7 +136,7 @@ class Scale:
         }
         if self.every_epochs != 5:
             more["SAFER, selected every 5"] = {**_SAFER, "selection.every_epochs": 5}
-        return ARMS | upper | SENSITIVITY | more
+        return ARMS | upper | SENSITIVITY | more | STEPS_ARMS
 
     def _shared(self, model: str) -> dict[str, object]:
         steps = self.attack_steps
@@ -207,3 +213,17 @@ SCALES = {
         ),
     )
 }
+SCALES["small"] = replace(
+    SCALES["reduced"],
+    name="small",
+    models={
+        "vit_tiny_patch16_224": {
+            "model.patch_size": 8,
+            "model.arguments": {"depth": 4, "embed_dim": 96},
+        }
+    },
+    train_images=6000,
+    start_epochs=60,
+    patience=12,
+)
+"""So small that a CPU attacks all seeds of a few arms with AutoAttack within hours."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from bench.experiment.arms import Scale
+from bench.experiment.arms import STEPS_ARMS, Scale
 from bench.experiment.tasks import (
     FILES,
     ID_FIELDS,
@@ -88,6 +88,9 @@ class Jobs:
             weights = [STARTS[task.start]] if task.arm == "start" else ["best"]
             test = (str(self.data["test"]), scale.autoattack_images)
             measures = [Measure(each, "test", ["autoattack"], *test) for each in weights]
+            if task.arm in STEPS_ARMS:  # another attack than those of training decides, at the end
+                strong = Measure("last", "test", ["pgd-50"], *test, restarts=10)
+                measures = [strong, Measure("last", "test", ["autoattack"], *test)]
             return Job(run, measures=measures, **shared)
         final = ["clean", "pgd-20"]
         measures = [Measure(w, "test", final, str(self.data["test"]), images) for w in FILES]

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.experiment.arms import ARMS, BASELINE
+from bench.experiment.arms import ARMS, BASELINE, STEPS_ARMS
 from bench.experiment.tasks import ID_FIELDS, PEAK, STARTS
 
 Row = dict[str, Any]
@@ -80,7 +80,8 @@ def groups_of(rows: Iterable[Row]) -> list[Group]:
 
 def experiment_tables(rows: Iterable[Row]) -> str:
     """Tables of accuracies and differences to PGD-AT for each experiment, model and start."""
-    return "\n".join(_both(group, [*ARMS]) for group in groups_of(rows))
+    groups = [group for group in groups_of(rows) if set(group.arms()) & set(ARMS)]
+    return "\n".join(_both(group, [*ARMS]) for group in groups)
 
 
 def earlier_tables(rows: Iterable[Row]) -> str:
@@ -95,8 +96,8 @@ def earlier_tables(rows: Iterable[Row]) -> str:
         counts = Counter(arm for group in alike for arm in group.arms())
         common = [arm for arm in ARMS if counts[arm] > 1 and arm != BASELINE]
         lines = [_difference_line(alike, arm) for arm in common]
-        caption = f"{', '.join(kind)} start: {len(alike)} trainings of it together. {DIFFERENCES}"
-        parts.append(_caption(caption) + _differences([line for line in lines if any(line[1:])]))
+        words = f"{', '.join(kind)} start: {len(alike)} trainings of it together. {DIFFERENCES}"
+        parts.append(caption(words) + _differences([line for line in lines if any(line[1:])]))
     return "\n".join(parts) or "None.\n"
 
 
@@ -104,7 +105,8 @@ def sensitivity_tables(rows: Iterable[Row]) -> str:
     """Tables of SAFER with one setting changed, beside SAFER and PGD-AT."""
     parts = []
     for group in groups_of(rows):
-        names = [name for name in group.arms() if name not in ARMS and name != "start"]
+        others = {*ARMS, *STEPS_ARMS, "start"}
+        names = [name for name in group.arms() if name not in others]
         if names:
             parts.append(_both(group, [BASELINE, "SAFER", *names]))
     return "\n".join(parts) or "Not measured yet.\n"
@@ -119,12 +121,12 @@ def selection_tables(rows: Iterable[Row]) -> str:
             [name, _layers(found["selected"]), _layers(list(found["scores"])[:6])]
             for name, found in row["criteria"].items()
         ]
-        caption = (
+        words = (
             f"{row['case']}: {row['model']}, {row['start']} start; {row['images']} training images "
             f"under {row['attack']}, rho {row['rho']:g}:"
         )
         heads = ["criterion", "selects", "from the highest score on"]
-        parts.append(_caption(caption) + _markdown(heads, lines))
+        parts.append(caption(words) + markdown(heads, lines))
     for group in groups_of(rows):
         lines = []
         for arm in group.arms():
@@ -135,10 +137,10 @@ def selection_tables(rows: Iterable[Row]) -> str:
                 ]
                 if chosen:
                     lines.append([arm, str(seed), "; ".join(chosen)])
-        caption = f"{group.case}: {group.model}, what the arms from the {group.start} start chose:"
+        words = f"{group.case}: {group.model}, what the arms from the {group.start} start chose:"
         if lines:
             heads = ["arm", "seed", "epoch: layers (lowest block that is trained)"]
-            parts.append(_caption(caption) + _markdown(heads, lines))
+            parts.append(caption(words) + markdown(heads, lines))
     return "\n".join(parts) or "Not measured yet.\n"
 
 
@@ -152,17 +154,17 @@ def _both(group: Group, names: Sequence[str]) -> str:
             heads, ("", "", "best", "best", "best", "last", "last", "last", ""), strict=True
         )
     ]
-    parts = [_caption(_about(group)) + _markdown(heads, accuracies)]
+    parts = [caption(about(group)) + markdown(heads, accuracies)]
     lines = [_difference_line([group], arm) for arm in shown if arm not in ("start", BASELINE)]
     lines = [line for line in lines if any(line[1:])]
     if lines:
-        parts.append(_caption(DIFFERENCES) + _differences(lines))
+        parts.append(caption(DIFFERENCES) + _differences(lines))
     return "\n".join(parts)
 
 
 def _differences(lines: Sequence[Sequence[str]]) -> str:
     heads = ["minus PGD-AT", "clean, best", "PGD-20, best", "clean, last", "PGD-20, last"]
-    return _markdown(heads, [[cell or "-" for cell in line] for line in lines])
+    return markdown(heads, [[cell or "-" for cell in line] for line in lines])
 
 
 AUGMENTATION = {"crop": "random crop and flip", "none": "no augmentation"}
@@ -177,7 +179,7 @@ def _line(group: Group, arm: str) -> list[str]:
     """Accuracies in percent: means and standard deviations over seeds."""
 
     def cell(weights: str, attack: str) -> str:
-        return _spread(group.accuracies(arm, weights, attack))
+        return spread(group.accuracies(arm, weights, attack))
 
     trainings = group.trainings(arm)
     seconds = [row["seconds_per_epoch"] for row in trainings.values()]
@@ -186,7 +188,7 @@ def _line(group: Group, arm: str) -> list[str]:
         str(len(trainings)) if arm != "start" else "-",
         *(cell("best", attack) for attack in ("clean", "pgd-20", "autoattack")),
         *(cell("last", attack) for attack in ("clean", "pgd-20")),
-        _spread(group.gaps(arm, "last")),
+        spread(group.gaps(arm, "last")),
         f"{statistics.median(seconds):.1f}" if seconds else "-",
     ]
 
@@ -219,7 +221,7 @@ def paired(pairs: Sequence[tuple[float, float]]) -> str:
     return f"{mean:+.1f} ± {deviation:.1f} (p {p:.2g})"
 
 
-def _spread(values: Mapping[int, float]) -> str:
+def spread(values: Mapping[int, float]) -> str:
     percents = [100 * value for value in values.values()]
     if not percents:
         return "-"
@@ -227,7 +229,7 @@ def _spread(values: Mapping[int, float]) -> str:
     return mean if len(percents) < 2 else f"{mean} ± {statistics.stdev(percents):.1f}"
 
 
-def _about(group: Group) -> str:
+def about(group: Group) -> str:
     """A paragraph with what the figures depend on: data, attack, machine, date."""
     trainings = [row for row in group.rows if row["figure"] == "training" and row["arm"] != "start"]
     tests = _chosen(group.rows, {"figure": "accuracy", "split": "test", "attack": "pgd-20"})
@@ -283,10 +285,10 @@ def _layers(names: Sequence[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
-def _caption(text: str) -> str:
+def caption(text: str) -> str:
     return textwrap.fill(text, 100, break_long_words=False) + "\n\n"
 
 
-def _markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     rows = [f"| {' | '.join(cells)} |\n" for cells in [heads, *lines]]
     return "".join([rows[0], f"|{'---|' * len(heads)}\n", *rows[1:]])

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from bench.experiment.arms import ARMS, MAIN, UPPER, Scale
+from bench.experiment.arms import ARMS, MAIN, STEPS_ARMS, UPPER, Scale
 
 Kind = Literal["start", "arm", "autoattack", "select"]
 Row = dict[str, Any]
@@ -83,7 +83,7 @@ def tasks_of(scale: Scale, wanted: Wanted) -> list[Task]:
 
 def _by_importance(scale: Scale, model: str, num_seeds: int) -> Iterator[Task]:
     first, later = range(min(1, num_seeds)), range(1, num_seeds)
-    sensitivity = [name for name in scale.arms() if name not in (*ARMS, *UPPER)]
+    sensitivity = [name for name in scale.arms() if name not in (*ARMS, *UPPER, *STEPS_ARMS)]
 
     def arms(names: Iterable[str], start: str, seeds: Iterable[int]) -> Iterator[Task]:
         names = list(names)
@@ -110,6 +110,11 @@ def _by_importance(scale: Scale, model: str, num_seeds: int) -> Iterator[Task]:
     yield from autoattack(ARMS, PEAK, range(num_seeds))
     yield from autoattack([*MAIN[:2], "start"], LATE, first)
     yield from autoattack(MAIN, LATE, range(num_seeds))
+    for seed in range(num_seeds):
+        for start in STARTS:
+            yield from arms(STEPS_ARMS, start, [seed])
+        for start in STARTS:
+            yield from autoattack(STEPS_ARMS, start, [seed])
 
 
 @dataclass

@@ -43,6 +43,7 @@ class Measure:
     attacks: Sequence[str]
     path: str
     num_images: int
+    restarts: int = 1
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ def _training_row(folder: Path, num_images: int) -> Row:
         "seconds": round(events[-1]["time_s"], 1),
         "num_weights": num_weights,
         "attack_steps": settings["attack"]["steps"],
+        "steps_by_epoch": [epoch.get("attack_steps") for epoch in epochs],
         "augmentation": settings["data"]["augmentation"],
         "curves": {name: [_rounded(epoch[name]) for epoch in epochs] for name in CURVES},
         "selections": [
@@ -152,6 +154,7 @@ def _accuracy_rows(job: Job, measure: Measure) -> list[Row]:
         path=measure.path,
         num_images=num_images,
         batch_size=job.batch_size,
+        restarts=measure.restarts,
     )
     assert (Path(job.folder) / FILES[measure.weights]).is_file(), job.folder
     return [
@@ -159,7 +162,7 @@ def _accuracy_rows(job: Job, measure: Measure) -> list[Row]:
             "figure": "accuracy",
             "weights": measure.weights,
             "split": measure.split,
-            "attack": found.attack,
+            "attack": found.attack + (f" x {measure.restarts}" if measure.restarts > 1 else ""),
             "epsilon": found.epsilon,
             "accuracy": found.accuracy,
             "num_images": found.num_images,

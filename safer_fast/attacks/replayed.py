@@ -58,6 +58,7 @@ class ReplayedAttack:
         replays: runs the iterations, one at a time.
         precision: what the attack computes in where that is less exact than amp; None: amp.
         multiple: `attack_images` fills batches up to a multiple of it, so that shapes are few.
+        name: of the recorded phase; attacks that share `replays` have different ones.
     """
 
     def __init__(
@@ -71,8 +72,10 @@ class ReplayedAttack:
         replays: Replays | None = None,
         precision: LowPrecision | None = None,
         multiple: int = 1,
+        name: str = "attack",
     ) -> None:
         self.model, self.norm, self.steps, self.multiple = model, norm, steps, multiple
+        self.name = name
         self.draw: Draw = partial(random_start, generator=generator)
         self.micro_batch = micro_batch or MicroBatch()
         self.replays, self.precision = replays or Replays(), precision
@@ -80,7 +83,8 @@ class ReplayedAttack:
         device = next(model.parameters()).device
         self.hits = torch.zeros(steps + 1, device=device)
         """Number of images of the last training batch that were classified correctly after 0, 1,
-        ... iterations, the last iteration left out; then the number that was attacked."""
+        ... iterations, the last one left out, -1 for those that a lowered `steps` did not take;
+        then the number that was attacked."""
         self.audited: dict[str, float] = {}
         """Figures of the last audit of the precision (audit.py)."""
         self._iteration = torch.zeros((), device=device)
@@ -126,6 +130,8 @@ class ReplayedAttack:
 
         with frozen(self.model), self.in_precision():
             self.micro_batch.in_parts(attack_part, start, pixels, labels, counted)
+        if self.steps + 1 < len(self.hits):
+            self.hits[self.steps : -1].fill_(-1)
         self.hits[-1].copy_(counted.sum())
         return adversarial
 
@@ -206,7 +212,7 @@ class ReplayedAttack:
                 self._iteration.add_(1)
 
         how = (self.norm, loss, self.precision is not None, watch is None)
-        key = ("attack", *how, attacked.shape, labels.shape, labels.dtype)
+        key = (self.name, *how, attacked.shape, labels.shape, labels.dtype)
         for _ in range(steps):
             self.replays(key, iterate)
         return attacked

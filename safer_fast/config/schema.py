@@ -54,8 +54,7 @@ class DataConfig:
     validation_path: str | None = None
     """Validation data in the same formats; default: found with the training data or split off."""
     test_path: str | None = None
-    """Test data for the final figures, in the same formats; default: found with the training data,
-    or none."""
+    """Data for the final figures, in the same formats; default: found with the training data."""
     validation_fraction: float = ranged(0.1, between(0.001, 0.9))
     """Share of training rows used as validation split if the data has none, in (0, 1)."""
     max_images: int | None = ranged(None, at_least(1, ranges.IMAGES))
@@ -67,8 +66,7 @@ class DataConfig:
     """Column of labels in parquet files, integers or text, such as fine_label; default: label, or
     the only one that metadata or name calls labels."""
     image_size: int | None = ranged(None, at_least(2, ranges.EDGE))
-    """Edge in pixels that images are resized to; default: their own, which must then be the same
-    for all."""
+    """Edge in pixels that images are resized to; default: their own, the same for all."""
     augmentation: Literal["auto", "none", "shift", "crop", "random-resized-crop"] = "auto"
     """auto: none up to 16 pixels, crop (pad 4, crop, flip) up to 64, random-resized-crop (and
     flip) above."""
@@ -104,15 +102,19 @@ class AttackConfig:
     """Shape of the ball around each image."""
     epsilon: Radius = ranged(Radius(8 / 255), ranges.EPSILON)
     """Radius of the ball; pixels are in [0, 1]."""
-    steps: int = ranged(10, at_least(0, ranges.ITERATIONS))
-    """Iterations of PGD; 1 is FGSM-RS, 0 is clean training."""
+    steps: int | Literal["auto"] = ranged("auto", at_least(0, ranges.ITERATIONS))
+    """Iterations of PGD; 1 is FGSM-RS, 0 is clean training. auto: as few as attack nearly as well
+    as PGD-20, by audits while training. The papers train with 10."""
+    strength: float = ranged(0.99, between(0, 1))
+    """auto: least loss after the attack, as a share of that after PGD-20 from the same start."""
+    max_steps: int = ranged(10, at_least(1, ranges.ITERATIONS))
+    """auto: most iterations, and their number until the first audit."""
     step_size: Radius | None = ranged(None, ranges.STEP_SIZE)
     """Length of one step; default: 1.25 epsilon for one step, 2.5 epsilon / steps for more."""
     clean_epochs: int = ranged(0, at_least(0, ranges.EPOCHS))
     """Epochs at epsilon 0 before the ramp."""
     epsilon_warmup_epochs: int = ranged(0, at_least(0, ranges.EPOCHS))
-    """Epochs over which epsilon (and step_size with it) rises linearly from 0, after the clean
-    ones."""
+    """Epochs after the clean ones over which epsilon, and step_size with it, rises from 0."""
     precision: Literal["amp", "bf16", "fp8"] = "amp"
     """Precision of the attack in training, nowhere else. amp: that of --amp. bf16: features between
     blocks too, which amp keeps in fp32. fp8: as bf16, and the large matrices of the blocks are
@@ -120,13 +122,17 @@ class AttackConfig:
     fp8_from: int | Literal["auto"] = ranged("auto", at_least(0, 2**40))
     """With fp8, matrices of fewer elements stay in bf16; auto: on a GPU those that a timing, made
     once, shows no faster; on a CPU those of less than 2^21."""
-    audit_every: int = ranged(100, at_least(1, ranges.STEPS))
-    """Steps between two audits of bf16 or fp8, which also attack a few images in amp."""
+    audit_every: int = ranged(250, at_least(1, ranges.STEPS))
+    """Steps between two audits of steps auto, bf16 and fp8: a stronger attack on a few images."""
     audit_images: int = ranged(64, at_least(1, ranges.IMAGES))
-    """Images of an audit, on each rank."""
+    """Images of an audit, on each rank; of steps auto at most a quarter of a batch."""
     audit_ratio: float = ranged(0.98, between(0, 1))
-    """The attack falls back to amp if the loss after it is less than this share of the loss after
-    an attack in amp; 0: never."""
+    """Least loss after bf16 or fp8, as a share of that in amp; below it amp is used; 0: never."""
+
+    @property
+    def most_steps(self) -> int:
+        """Iterations of the attack at its full strength."""
+        return self.max_steps if self.steps == "auto" else self.steps
 
 
 @dataclass
@@ -162,8 +168,7 @@ class SelectionConfig:
     radius: Literal["absolute", "relative"] = "absolute"
     """absolute: a layer is perturbed by rho; relative: by rho times the norm of its weights."""
     rho: float | None = ranged(None, above_zero(ranges.FACTOR))
-    """Radius of the perturbation that measures sharpness; default: sam.rho, or 0.05 if that is
-    0."""
+    """Radius of the perturbation that measures sharpness; default: sam.rho, or 0.05 for 0."""
     from_block: int = ranged(0, at_least(0, ranges.EDGE))
     """Only layers of this block and above (and the head) are candidates; above 0 the blocks below
     can be skipped in a SAM pass."""
@@ -228,8 +233,7 @@ class OptimConfig:
     clip_norm: float | None = ranged(None, above_zero(10**9))
     """Clip the gradient to this norm; default: no clipping."""
     ema_decay: float | None = ranged(None, between(0, 0.999999))
-    """Average the weights with this decay per step, evaluate and export the average; default: no
-    average."""
+    """Average the weights with this decay per step, evaluate and export that; default: not."""
 
 
 @dataclass
@@ -260,8 +264,7 @@ class RuntimeConfig:
     log_every_steps: int = ranged(50, at_least(1, ranges.STEPS))
     """Steps between two step lines in metrics.jsonl."""
     max_skipped_steps: int = ranged(10, at_least(1, ranges.STEPS))
-    """Stop after this many steps in a row were skipped because loss or gradient were not
-    finite."""
+    """Stop after this many steps in a row were skipped: loss or gradient were not finite."""
 
 
 @dataclass

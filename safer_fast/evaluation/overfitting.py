@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from safer_fast.attacks.adaptive import STRONG_STEPS
 from safer_fast.attacks.correctness import is_right
 from safer_fast.attacks.pgd import Norm, default_step_size, frozen, pgd
 
-STRONG_STEPS = 20
 # Measured on 128 training images, every 2 to 5 epochs. Healthy FGSM-RS and PGD-2, 3 and 10 at usual
 # radii (digits 0.1, CIFAR-10 8/255; small ViTs and CNNs, 15 runs of 1 to 4 seeds): PGD-20 leaves
 # 0.86 of the accuracy or more; FGSM-RS at twice the radius on digits (6 runs): 0.45 or more. In 11

@@ -20,7 +20,7 @@ class RunProgress:
     stored in the companion `best_file`. num_without_gain: evaluations since they became the best.
     accuracies: rows of final figures so far. start_file: companion with the weights at the start of
     SAFER, from which only the parameters `moved` differ. metrics_size: bytes of metrics.jsonl.
-    audit: figures of the last audit of a cheaper attack.
+    audit: findings of the audits of a cheaper attack.
     """
 
     epoch: int = 1

@@ -96,9 +96,9 @@ def check_settings(stored: Mapping[str, Any], config: Config) -> list[str]:
     """Return a line for each changed setting that affects rounding alone.
 
     Raises ValueError for changed settings that affect more. stored: `Config.to_dict` of the run, as
-    JSON has it.
+    JSON has it; settings that are newer than the run count as their defaults, which change nothing.
     """
-    before, now = _flat(stored), _flat(config.to_dict())
+    before, now = _flat(Config().to_dict()) | _flat(stored), _flat(config.to_dict())
     changes = {
         name: f"{name} {_shown(before.get(name))}, not {_shown(now.get(name))}"
         for name in {**before, **now}

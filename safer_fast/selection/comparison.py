@@ -54,7 +54,7 @@ def compare_criteria(config: SelectConfig, chosen: str, criteria: Sequence[str])
     epsilon = float(threat.epsilon if config.epsilon is None else config.epsilon)
     shape = loaded.num_channels, loaded.image_size, loaded.image_size
     check_ball(threat.norm, epsilon, shape=shape, flags=("--epsilon", ""))
-    steps = threat.steps if config.steps is None else config.steps
+    steps = threat.most_steps if config.steps is None else config.steps
     names = _defined(dict.fromkeys([chosen, *criteria]), chosen, steps)
     measures = {name: _measure(name, config) for name in names}
     batches = _batches(config, loaded)

@@ -46,7 +46,7 @@ class Probe:
     def attack(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """The images of the last batch after the training attack at its full strength."""
         config = self.config.attack
-        if config.steps == 0:
+        if config.most_steps == 0:
             return images
         epsilon, step_size = radii_at(config, self.config.epochs)
         return pgd(
@@ -55,7 +55,7 @@ class Probe:
             labels,
             epsilon=epsilon,
             step_size=step_size,
-            steps=config.steps,
+            steps=config.most_steps,
             norm=config.norm,
             start=self.start(images),
             check_tensors=False,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from safer_fast import __version__
-from safer_fast.config.schema import Config
+from safer_fast.config.schema import AttackConfig, Config
 from safer_fast.data import Data, describe_subset
 from safer_fast.training.engine import Engine
 from safer_fast.training.schedule import weaknesses
@@ -47,8 +47,22 @@ def describe_run(config: Config, engine: Engine, data: Data) -> dict[str, Any]:
         f"{data.num_channels}x{data.image_size}x{data.image_size}; "
         f"{len(data.train)} batches of {largest} by {data.train.backend}",
         **validation,
+        "attack": _attack(config.attack),
         "notes": notes,
     }
+
+
+def _attack(config: AttackConfig) -> str:
+    """Describe the training attack: its ball, and its iterations."""
+    if not config.most_steps or not config.epsilon:
+        return "none, clean training"
+    ball = f"{config.norm}, epsilon {float(config.epsilon):.4g}"
+    if config.steps != "auto":
+        return f"PGD-{config.steps}, {ball}"
+    return (
+        f"PGD of at most {config.max_steps} steps, as few as reach {config.strength:g} of PGD-20's "
+        f"loss, {ball}"
+    )
 
 
 def _speed(engine: Engine) -> str:

@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from safer_fast.attacks.adaptive import STRONG_STEPS
 from safer_fast.attacks.named import ThreatModel
 from safer_fast.attacks.radii import radii_at
 from safer_fast.config.attack_names import num_attack_steps
@@ -20,7 +21,6 @@ from safer_fast.config.checks import check_new
 from safer_fast.config.schema import Config
 from safer_fast.data import Batch, Loader, prefetch_to_device
 from safer_fast.evaluation.accuracy import evaluate
-from safer_fast.evaluation.overfitting import STRONG_STEPS
 from safer_fast.models.families import STEM
 from safer_fast.models.flops import costs, ideal_flops, matmul_rate
 from safer_fast.runs.resume import Found
@@ -31,6 +31,8 @@ from safer_fast.training.trainer import Trainer
 from safer_fast.training.validation import NUM_IMAGES_SHOWN, attack_shown
 
 NUM_STEPS = 20
+NUM_FULL_STEPS = 4
+"""Steps that are timed with `attack.max_steps` where audits find fewer iterations enough."""
 NUM_WARM_UP = 6
 """First steps, which compile and capture; they are left out of the median if others are taken."""
 MOST_S = 60.0
@@ -48,7 +50,8 @@ NUM_SHOWN = 4
 class StageCost:
     """Cost of a stage: its layers, median step, operations per image of each phase, peak memory.
 
-    num_taken: steps that were timed.
+    num_taken: steps that were timed. attack_steps: iterations of their attack. full_step_s: step
+    with `attack.max_steps` where audits choose, None with a fixed number.
     """
 
     name: str
@@ -60,6 +63,8 @@ class StageCost:
     batch_size: int
     operations: dict[str, float]
     peak_memory_mib: float
+    attack_steps: int = 0
+    full_step_s: float | None = None
 
     @property
     def duration_s(self) -> float:
@@ -156,7 +161,7 @@ def passes_of_evaluation(trainer: Trainer) -> int:
     epochs = range(1, config.epochs + 1)
     evaluated = [epoch for epoch in epochs if plan.evaluates_after(epoch)]
     num_watched = min(config.evaluation.sentinel_images, data.train.num_images)
-    watched = 2 * (config.attack.steps + STRONG_STEPS + 1) if config.attack.steps else 0
+    watched = 2 * (config.attack.most_steps + STRONG_STEPS + 1) if config.attack.most_steps else 0
     num_times = sum(radii_at(config.attack, epoch)[0] > 0 for epoch in evaluated)
     num_final = _num_evaluated(data.test or data.validation, num_ranks)
     final = num_final * _passes(config.evaluation.attacks)
@@ -192,7 +197,11 @@ def _cost_of(trainer: Trainer, stage: Stage, most_s: float) -> StageCost:
         torch.cuda.reset_peak_memory_stats(device)
     trainer.log.say(f"{stage.name}: up to {NUM_STEPS} steps, {most_s:.0f} s of them at most")
     trainer.choose(stage.first_epoch)
-    times = _step_times(trainer, stage, most_s)
+    times, chosen = _step_times(trainer, stage, most_s), trainer.engine.audit.steps
+    attack_steps, operations, full_step_s = trainer.step.attack.steps, _operations(trainer), None
+    if chosen is not None and attack_steps:
+        chosen.sound_alarm()
+        full_step_s = statistics.median(_step_times(trainer, stage, most_s / 4, NUM_FULL_STEPS))
     return StageCost(
         name=stage.name,
         layers=trainer.step.selection.names,
@@ -201,28 +210,34 @@ def _cost_of(trainer: Trainer, stage: Stage, most_s: float) -> StageCost:
         step_s=statistics.median(times[min(NUM_WARM_UP, len(times) - 1) :]),
         num_taken=len(times),
         batch_size=-(-trainer.data.train.num_images // len(trainer.data.train)),
-        operations=_operations(trainer),
+        operations=operations,
         peak_memory_mib=trainer.runtime.peak_memory_mib(),
+        attack_steps=attack_steps,
+        full_step_s=full_step_s,
     )
 
 
-def _step_times(trainer: Trainer, stage: Stage, most_s: float) -> list[float]:
+def _step_times(
+    trainer: Trainer, stage: Stage, most_s: float, most_steps: int = NUM_STEPS
+) -> list[float]:
     """Time steps at full epsilon, back to back as in a run; return the seconds of each.
 
-    Takes as many steps as fit into `most_s`; those that compile and capture do not count.
+    Takes as many steps as fit into `most_s`, `most_steps` of them at most; those that compile and
+    capture do not count. The first is audited, where audits choose the number of iterations.
     """
     num_batches, device = len(trainer.data.train), trainer.runtime.device
     attack, runtime = trainer.config.attack, trainer.runtime
     full_epoch = max(stage.last_epoch, attack.clean_epochs + attack.epsilon_warmup_epochs + 1)
-    batches = islice(_endless(trainer, stage.first_epoch), NUM_STEPS)
+    batches = islice(_endless(trainer, stage.first_epoch), most_steps)
     least = NUM_WARM_UP + 1 if runtime.is_compiled or runtime.is_captured else 1
-    moments, num_steps, shown_s = [DeviceTime(device)], NUM_STEPS, time.monotonic()
-    for index, batch in enumerate(trainer.log.bar(batches, NUM_STEPS, f"{stage.name} steps"), 1):
-        trainer.take_step(full_epoch, (index - 1) % num_batches, num_batches, batch)
+    moments, num_steps, shown_s = [DeviceTime(device)], most_steps, time.monotonic()
+    for index, batch in enumerate(trainer.log.bar(batches, most_steps, f"{stage.name} steps"), 1):
+        place = stage, full_epoch, (index - 1) % num_batches, num_batches
+        trainer.learner.take_step(*place, batch, index)
         moments.append(DeviceTime(device))
         if index <= NUM_WARM_UP + 1:  # later steps are not waited for: they overlap as in a run
             fitting = _num_fitting(_seconds_between(moments)[least - 1 :], most_s)
-            num_steps = trainer.ranks.share(min(NUM_STEPS, max(index, least - 1 + fitting)))
+            num_steps = trainer.ranks.share(min(most_steps, max(index, least - 1 + fitting)))
         if is_due := time.monotonic() - shown_s > BETWEEN_LINES_S:
             shown_s = time.monotonic()
         line = f"{stage.name}: step {index} of {num_steps}"
@@ -310,12 +325,17 @@ def _lines_of(stage: StageCost, rate: float) -> list[str]:
     num_more = len(stage.layers) - NUM_SHOWN
     phases = ", ".join(f"{name} {value / 1e9:.3g}" for name, value in stage.operations.items())
     suffix = "everything" if stage.cut == STEM else f"from block {stage.cut}"
+    full_s, at_most = stage.full_step_s, []
+    if full_s is not None:
+        whole = _clock(stage.num_steps * full_s)
+        at_most = [f"  at most     {full_s * 1e3:.1f} ms with attack.max_steps, {whole} in all"]
     return [
         stage.name,
         f"  layers      {names}" + (f" and {num_more} more" if num_more > 0 else ""),
         f"  suffix      {suffix}",
         f"  step        {stage.step_s * 1e3:.1f} ms, {stage.images_per_second:.1f} images/s, "
-        f"after {stage.num_taken} steps",
+        f"after {stage.num_taken} steps, PGD-{stage.attack_steps}",
+        *at_most,
         f"  operations  {phases} GFLOP per image",
         f"  MFU         {stage.mfu(rate):.1%} of the {rate / 1e12:.3g} TFLOP/s of a matrix product",
         f"  memory      {stage.peak_memory_mib:.0f} MiB at its peak",

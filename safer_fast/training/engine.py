@@ -31,6 +31,9 @@ from safer_fast.training.objectives import Objective
 from safer_fast.training.optimizers import build_optimizer
 from safer_fast.training.step import Step
 
+EXPECTED_STEPS = 3
+"""Iterations of `attack.steps auto` in the estimate of a run's work."""
+
 
 class Engine:
     """Runtime, model, arenas and attack of one configuration; makes a step for each selection.
@@ -92,7 +95,7 @@ class Engine:
         self.attack = ReplayedAttack(
             self.model,
             norm=config.attack.norm,
-            steps=config.attack.steps,
+            steps=config.attack.most_steps,
             micro_batch=self._micro_batch("runtime.attack_micro_batch", limits.attack_micro_batch),
             replays=self.replays,
             precision=LowPrecision(self.model, self.float8.names) if self.float8 else None,
@@ -278,7 +281,10 @@ class Engine:
         image = torch.zeros(size, device=self.model.mean.device)
         with self.model.without_savings():
             forward = sum(cost.forward for cost in costs(self.model, image).values())
-        passes = config.attack.steps + (2 if config.sam.rho > 0 else 1)
+        steps = config.attack.most_steps
+        if config.attack.steps == "auto":
+            steps = min(steps, EXPECTED_STEPS)
+        passes = steps + (2 if config.sam.rho > 0 else 1)
         return config.epochs * data.train.num_images * passes * 2 * forward
 
     def _report(self, line: str) -> None:

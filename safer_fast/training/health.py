@@ -23,7 +23,7 @@ class Health:
         flat: the gradients [n] that the passes of a step write, and one number behind them.
         is_sharpness_aware: true for a step of two passes; the first gradient is then kept, 4 bytes
             for each selected weight, to be compared with the second.
-        num_attack_steps: iterations of the training attack.
+        num_attack_steps: most iterations of the training attack.
         ranks: the processes that train together.
     """
 
@@ -74,6 +74,7 @@ class Health:
         hits: `ReplayedAttack.hits` of its attack. squares: ||g||^2 of the last gradient, 0-d.
         """
         norm, cosine = self._compare(squares)
+        rights = hits[:-1]
         counts_steps = self._ranks.is_first
         counted = (1.0 - is_skipped) * counts_steps
         self.sums.add(
@@ -85,7 +86,7 @@ class Health:
             taken=counted,
             gradient_norm=torch.where(counted > 0, norm, 0.0),
             gradient_cosine=torch.where(counted > 0, cosine, 0.0),
-            right=hits[:-1],
+            right=torch.where(rights < 0, self.num_right, rights),
             attacked=hits[-1],
         )
         self.skips.count(is_skipped)
@@ -125,8 +126,8 @@ def health_figures(sums: Mapping[str, float], is_sharpness_aware: bool) -> dict[
     """Compute the figures of metrics.jsonl from the sums of one or more steps.
 
     gradient_norm, and gradient_cosine where steps have two passes, are means over steps;
-    attack_success is the share of images classified wrongly after 0, 1, ... iterations of the
-    attack, None without an attack.
+    attack_success is the share of images classified wrongly after 0, 1, ... at most so many
+    iterations of the attack, None without an attack.
     """
     taken, images = max(sums["taken"], 1), max(sums["images"], 1)
     num_attack_steps = sum(name.startswith("right_") for name in sums)

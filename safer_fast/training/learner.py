@@ -49,6 +49,7 @@ class Learner:
         """
         rho = 0.0 if stage.name == "warm-up" else self.config.sam.rho
         self._step = self.engine.step_over(names, rho, seed)
+        self.engine.audit.begin_phase()
 
     def start_average(self) -> None:
         """Begin a new average at the current weights, if `optim.ema_decay` asks for one."""
@@ -63,8 +64,13 @@ class Learner:
         Everything random in it depends on the seed, the epoch, the batch and the rank alone.
         num_steps: steps taken before, of all epochs. Returns the learning rate.
         """
-        seed, ranks = self.config.seed, self.engine.ranks
-        settings = settings_at(self.config, stage, epoch, index, num_batches)
+        seed, ranks, audit = self.config.seed, self.engine.ranks, self.engine.audit
+        loss = self.step.objective.attack_loss
+        batch = self._mixing(batch, epoch, index)
+        done = epoch - 1 + index / num_batches
+        audit.choose_steps(num_steps, batch.images, batch.labels, done, loss)
+        place = stage, epoch, index, num_batches
+        settings = settings_at(self.config, *place, audit.attack_steps)
         self.step.attack.steps = settings.attack_steps
         self.epsilon.fill_(settings.epsilon)
         self.step_size.fill_(settings.step_size)
@@ -72,11 +78,9 @@ class Learner:
         torch.manual_seed(derive_seed(seed, "step", epoch, index, ranks.rank))
         seed_of = partial(derive_seed, seed, "attack", epoch)
         self.step.attack.draw = partial(placed_start, position=batch.position, seed_of=seed_of)
-        batch = self._mixing(batch, epoch, index)
         targets = Targets(batch.labels, ranks.mean_weights(batch.weights()))
         radii = self.epsilon, self.step_size
-        loss = self.step.objective.attack_loss
-        self.engine.audit(num_steps, batch.images, batch.labels, *radii, loss)
+        audit(num_steps, batch.images, batch.labels, *radii, loss)
         self.step(batch.images, targets, *radii)
         if self.average is not None:
             self.average.update()
@@ -138,12 +142,12 @@ class Learner:
         self, progress: RunProgress, state: Mapping[str, Tensor], start: Mapping[str, Tensor]
     ) -> None:
         """Resume at `progress`: make the step and the average of then, and load their state."""
-        self.engine.audit.load(progress.audit)
         epoch = progress.epoch if progress.has_begun else progress.epoch - 1
         if epoch > 0:  # layers were selected
             self.train_layers(progress.selected, stage_of(self.config, epoch))
         if _of_kind(state, "average"):
             self.start_average()
+        self.engine.audit.load_state_dict(progress.audit)
         self.load_state_dict(state, start)
 
 

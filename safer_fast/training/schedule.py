@@ -80,14 +80,23 @@ class StepSettings(NamedTuple):
 
 
 def settings_at(
-    config: Config, stage: Stage, epoch: int, index: int, num_batches: int
+    config: Config,
+    stage: Stage,
+    epoch: int,
+    index: int,
+    num_batches: int,
+    attack_steps: int | None = None,
 ) -> StepSettings:
-    """Return the settings of step `index` (from 0) of an epoch of `num_batches` steps."""
-    epsilon, step_size = radii_at(config.attack, epoch - 1 + index / num_batches)
+    """Return the settings of step `index` (from 0) of an epoch of `num_batches` steps.
+
+    attack_steps: iterations that audits have chosen; default: the most.
+    """
+    steps = config.attack.most_steps if attack_steps is None else attack_steps
+    epsilon, step_size = radii_at(config.attack, epoch - 1 + index / num_batches, steps)
     done = (epoch - stage.first_epoch) * num_batches + index
     total = stage.num_epochs * num_batches
     rate = learning_rate_at(config.optim, stage.learning_rate, done, total, num_batches)
-    return StepSettings(epsilon, step_size, config.attack.steps if epsilon > 0 else 0, rate)
+    return StepSettings(epsilon, step_size, steps if epsilon > 0 else 0, rate)
 
 
 def weaknesses(config: Config) -> list[str]:

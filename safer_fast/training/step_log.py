@@ -57,7 +57,8 @@ class TrainingLog:
         """
         sums = self._take(step)
         figures = step_figures(sums, step.health.is_sharpness_aware)
-        figures |= step.attack.audited | {"learning_rate": learning_rate}
+        figures |= step.attack.audited | self._attack_figures(step.attack.steps)
+        figures["learning_rate"] = learning_rate
         self.log.write("step", epoch=epoch, step=num_steps, **figures)
         self._steps_taken += int(sums["steps"])
         self._seconds += sums["seconds"]
@@ -73,13 +74,21 @@ class TrainingLog:
 
     def epoch_figures(self, step: Step, epoch: int, totals: Mapping[str, float]) -> dict[str, Any]:
         """Training figures of an epoch, from the sums of its step lines; see `epoch_figures`."""
-        return epoch_figures(
+        figures = epoch_figures(
             totals,
             epsilon=radii_at(self.config.attack, epoch)[0],
             num_images=self.data.train.num_images,
             peak_memory_mib=self.engine.runtime.peak_memory_mib(),
             is_sharpness_aware=step.health.is_sharpness_aware,
         )
+        steps = totals.get("attack_steps", step.attack.steps)
+        return figures | self._attack_figures(int(steps))
+
+    def _attack_figures(self, steps: int) -> dict[str, Any]:
+        """Iterations of the last attack, and the strength that audits found of so many, or null."""
+        chosen = self.engine.audit.steps
+        strength = None if chosen is None or not steps else chosen.strength
+        return {"attack_steps": steps, "attack_strength": strength}
 
     def end_epoch(
         self,
@@ -109,6 +118,7 @@ class TrainingLog:
         sums["steps"] = sums["skipped"] + sums["taken"]
         now = time.monotonic()
         sums |= {"waited": self._waits.take(), "seconds": now - self._logged}
+        sums["audit_seconds"] = self.engine.audit.take_seconds()
         self._logged = now
         seconds = step.timer.take() | {"data": sums["waited"]}
         return sums | {f"{name}_seconds": seconds.get(name, 0.0) for name in STEP_PARTS}
@@ -165,6 +175,7 @@ def epoch_figures(
         "epsilon": epsilon,
         "images_per_second": totals["images"] / elapsed,
         "data_wait_fraction": totals["waited"] / elapsed,
+        "audit_fraction": totals.get("audit_seconds", 0.0) / elapsed,
         "peak_memory_mib": peak_memory_mib,
         "skipped_steps": int(totals["skipped"]),
         "skipped_images": num_images - int(totals["images"]),
@@ -200,9 +211,18 @@ def epoch_line(
     return (
         f"epoch {epoch:>3}/{epochs} {stage:<7}  loss {figures['train_loss']:.4f}  "
         f"train robust {figures['train_robust_accuracy']:.3f}{validation}  "
-        f"epsilon {figures['epsilon']:.4f}  lr {figures['learning_rate']:.2e}  "
+        f"epsilon {figures['epsilon']:.4f}{_attack(figures)}  "
+        f"lr {figures['learning_rate']:.2e}  "
         f"{figures['images_per_second']:.0f} images/s{_trouble(figures, accuracies, gap)}"
     )
+
+
+def _attack(figures: Mapping[str, Any]) -> str:
+    """Iterations of the attack, their strength and the cost of audits, where audits choose them."""
+    if figures.get("attack_strength") is None:
+        return ""
+    strength, share = figures["attack_strength"], figures["audit_fraction"]
+    return f" by PGD-{figures['attack_steps']} (strength {strength:.3f}, audits {share:.1%})"
 
 
 def _trouble(

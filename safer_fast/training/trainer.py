@@ -132,6 +132,8 @@ class Trainer:
         self.saver.check_folder()
         if self.plan.evaluates_after(epoch):
             gap = self.validator.attack_gap(epoch)
+            if gap is not None and gap.is_catastrophic:
+                self.engine.audit.sound_alarm()
             accuracies = self.validator.on_validation(self.learner.evaluated_weights())
             clean, robust = accuracies
             changes.update(self._keep_best(epoch, (robust.accuracy, clean.accuracy)))
@@ -169,7 +171,7 @@ class Trainer:
 
     def _record(self, changes: ProgressChanges) -> None:
         """Record progress; write a checkpoint if one is due; stop if a signal was received."""
-        changes.update({"metrics_size": self.log.size, "audit": self.engine.attack.audited})
+        changes.update({"metrics_size": self.log.size, "audit": self.engine.audit.state_dict()})
         self.progress = replace(self.progress, **changes)
         has_images = self.training_log.num_images > 0
         if self.stops.check(has_images and self.saver.is_due(self.progress.num_steps)):
@@ -182,7 +184,8 @@ class Trainer:
         sums = self.training_log.write(self.step, epoch, num_steps, learning_rate, is_last)
         self.learner.check_health(epoch, self.saver.store.last)
         summed = {name: self.progress.totals.get(name, 0.0) + v for name, v in sums.items()}
-        return summed | {"learning_rate": learning_rate}
+        last = {"learning_rate": learning_rate, "attack_steps": self.step.attack.steps}
+        return summed | last
 
     def _log_final_accuracies(
         self, weights: str, epoch: int, source: Tensor

@@ -146,9 +146,10 @@ class Validator:
         The images are the same each time. None without an attack or without `sentinel_images`.
         """
         config, device = self.config.attack, self.engine.runtime.device
-        epsilon, step_size = radii_at(config, epoch)
+        steps = self.engine.audit.attack_steps
+        epsilon, step_size = radii_at(config, epoch, steps)
         num_images = self.config.evaluation.sentinel_images
-        if not (num_images and epsilon and config.steps):
+        if not (num_images and epsilon and steps):
             return None
         if self._watched is None:
             batches = self.data.train.probe(num_images, 0)
@@ -160,7 +161,7 @@ class Validator:
             start = placed_start(
                 images, radius, config.norm, position=batch.position, seed_of=self._seed_of
             )
-            count = partial(count_right, self.engine.model, steps=config.steps, **attack)
+            count = partial(count_right, self.engine.model, steps=steps, **attack)
             counts[:2] += self._in_parts(count, images, batch.labels, start)
             counts[2] += batch.num_images
         self.engine.ranks.sum_(counts)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from safer_fast.attacks import float8, float8_timing
-from safer_fast.attacks.audit import AGREEMENT, MOST_PARTS, RATIO, Audit
+from safer_fast.attacks.audit import AGREEMENT, MOST_PARTS, RATIO, Audit, Part
 from safer_fast.attacks.float8 import (
     FORWARD,
     Float8Linear,
@@ -449,11 +449,11 @@ def test_a_low_ratio_is_looked_at_again_before_it_counts(
     attack = attack_on(model, LowPrecision(model, fitting(model)))
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def measure(_: Audit, start: Tensor, images: Tensor, labels: Tensor, *radii: Tensor) -> Tensor:
-        seen.append((start, images, labels))
+    def measure(_: Audit, part: Part, *radii: object) -> Tensor:
+        seen.append((part.start, part.images, part.labels))
         return torch.tensor([5, 10, 2 * ratios[len(seen) - 1], 2], dtype=torch.float64)
 
-    monkeypatch.setattr(Audit, "_measure", measure)
+    monkeypatch.setattr(Audit, "_agreement", measure)
     Audit(attack, AttackConfig(audit_images=10))(0, images, labels, EPSILON, STEP_SIZE)
     assert len(seen) == num_parts
     assert attack.audited[AGREEMENT] == 0.5
@@ -524,7 +524,7 @@ def test_a_run_that_fell_back_stays_so_when_it_goes_on(tmp_path: Path) -> None:
     with Trainer(config) as trainer:
         trainer.begin_epoch(1)
         trainer.end_epoch(1, trainer.train_epoch(1))
-        trainer.engine.audit.load({AGREEMENT: 0.9, RATIO: 0.5})
+        trainer.engine.audit.load_state_dict({AGREEMENT: 0.9, RATIO: 0.5})
         trainer.begin_epoch(2)
         trainer.train_epoch(2)
         trainer.stop("a test")

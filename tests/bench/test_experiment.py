@@ -16,7 +16,7 @@ from scipy.stats import ttest_rel
 from bench.experiment import __main__ as experiment
 from bench.experiment import figure as experiment_figure
 from bench.experiment import jobs as experiment_jobs
-from bench.experiment.arms import ARMS, BASELINE, MAIN, SCALES, UPPER, Scale
+from bench.experiment.arms import ARMS, BASELINE, MAIN, SCALES, STEPS_ARMS, UPPER, Scale
 from bench.experiment.jobs import Jobs
 from bench.experiment.pool import Pool
 from bench.experiment.table import (
@@ -29,6 +29,7 @@ from bench.experiment.table import (
 )
 from bench.experiment.tasks import LATE, PEAK, Results, Task, Wanted, read_rows, tasks_of
 from bench.experiment.worker import Job, Measure
+from safer_fast.attacks.radii import radii_at
 from safer_fast.config.command_line import parse_config
 from tests.support.pictures import encode, photo
 
@@ -84,12 +85,16 @@ def test_every_arm_is_a_run_that_the_command_line_takes(tmp_path: Path) -> None:
         jobs = jobs_in(tmp_path / scale.name, scale)
         for model in scale.models:
             start = parse_config(jobs._flags(Task("start", model)))
-            assert start.evaluation.patience == 20
+            assert start.evaluation.patience == scale.patience
             for arm in scale.arms():
                 config = parse_config(jobs._flags(Task("arm", model, PEAK, arm)))
                 assert config.model.checkpoint.endswith("best.safetensors")  # type: ignore[union-attr]
                 assert config.attack.clean_epochs == config.attack.epsilon_warmup_epochs == 0
-                assert config.attack.steps == start.attack.steps
+                if arm not in STEPS_ARMS:
+                    assert config.attack.steps == start.attack.steps
+                else:
+                    assert config.attack.steps == ("auto" if arm.endswith("auto") else 10)
+                    assert radii_at(config.attack, 1, 10)[1] == pytest.approx(2 / 255)
                 assert config.epochs == scale.arm_epochs
 
 
@@ -124,7 +129,9 @@ def test_the_main_arms_have_all_seeds_before_others_have_one() -> None:
     assert [task.arm for task in first[:4]] == list(MAIN)
     arms = {task.arm for task in first if (task.start, task.seed) == (PEAK, 0)}
     assert arms == set(SCALES["full"].arms())
-    assert {task.arm for task in first if task.start == LATE} == {*ARMS, *UPPER}
+    assert {task.arm for task in first if task.start == LATE} == {*ARMS, *UPPER, *STEPS_ARMS}
+    judged = {(task.start, task.arm, task.seed) for task in tasks if task.kind == "autoattack"}
+    assert judged >= {(s, arm, n) for s in (PEAK, LATE) for arm in STEPS_ARMS for n in range(3)}
     models = [task.model for task in tasks]
     assert models == sorted(models)  # DeiT before ViT, without a mixture
 

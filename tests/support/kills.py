@@ -47,7 +47,9 @@ FLAGS = [
     "--data.mixup=0.2",
     "--data.cutmix=0.2",
     "--attack.epsilon=0.1",
-    "--attack.steps=2",
+    "--attack.steps=auto",
+    "--attack.max_steps=3",
+    "--attack.audit_every=2",
     "--attack.clean_epochs=1",
     "--attack.epsilon_warmup_epochs=1",
     "--selection.every_epochs=1",
@@ -68,6 +70,7 @@ FLAGS = [
     "--checkpoint.every_steps=1",
 ]
 MEASURED = ("time_s", "images_per_second", "data_wait_fraction", "peak_memory_mib", "stage_ms")
+MEASURED += ("audit_fraction",)
 
 _ASKING = {signal.SIGINT, signal.SIGTERM}  # held back until there is a run that can be asked
 

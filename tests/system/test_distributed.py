@@ -47,6 +47,7 @@ from tests.support.ranks import (
 )
 
 MEASURED = ("time_s", "images_per_second", "data_wait_fraction", "peak_memory_mib", "stage_ms")
+MEASURED += ("audit_fraction",)
 SGD = ["--optim.name=sgd", "--optim.learning_rate=0.05", "--optim.clip_norm=1"]
 # Flags, and how far a weight may be from that of one rank after 16 steps of two or three. Measured:
 # 1e-8 with SGD, 5e-6 to 3e-5 with AdamW, which divides by the size of a gradient and so magnifies

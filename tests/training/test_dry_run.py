@@ -17,6 +17,7 @@ from safer_fast.models.flops import costs, ideal_flops
 from safer_fast.runs.gallery import make_gallery
 from safer_fast.training import dry_run as module
 from safer_fast.training.dry_run import (
+    NUM_FULL_STEPS,
     NUM_PROBED_ON_CPU,
     NUM_STEPS,
     NUM_WARM_UP,
@@ -24,12 +25,13 @@ from safer_fast.training.dry_run import (
     passes_of_evaluation,
     table,
 )
+from safer_fast.training.learner import Learner
 from safer_fast.training.selecting import choose_by_probe
 from safer_fast.training.trainer import Trainer
 from tests.support.kills import Server
 
 FLAGS = ["--data.max_images=300", "--batch-size=16", "--evaluation.max_images=50"]
-FLAGS += ["--selection.num_images=64", "--runtime.num_threads=1"]
+FLAGS += ["--selection.num_images=64", "--runtime.num_threads=1", "--attack.steps=3"]
 STEPS_PER_EPOCH = -(-300 // 16)
 ONE_STAGE = [*FLAGS, "--epochs=2", "--selection.warmup_epochs=0"]
 TWO_STAGES = [*FLAGS, "--epochs=2", "--selection.warmup_epochs=1"]
@@ -120,14 +122,14 @@ def test_steps_run_under_the_full_attack(
     epochs: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[float, int]] = []
-    take_step = Trainer.take_step
+    take_step = Learner.take_step
 
-    def watched(trainer: Trainer, *arguments: Any) -> float:
-        rate = take_step(trainer, *arguments)
-        seen.append((float(trainer.learner.epsilon), trainer.step.attack.steps))
+    def watched(learner: Learner, *arguments: Any) -> float:
+        rate = take_step(learner, *arguments)
+        seen.append((float(learner.epsilon), learner.step.attack.steps))
         return rate
 
-    monkeypatch.setattr(Trainer, "take_step", watched)
+    monkeypatch.setattr(Learner, "take_step", watched)
     dry_run(parse_config([*FLAGS, *epochs]))
     assert len(seen) == 2 * NUM_STEPS
     assert all(epsilon == pytest.approx(0.1) and steps == 3 for epsilon, steps in seen)
@@ -258,3 +260,25 @@ def test_on_a_cpu_few_images_choose_the_layers() -> None:
 def command(server: Server, folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     return server.run("-m", "safer_fast.train", *flags, cwd=folder, env=one_thread, timeout=250)
+
+
+def test_the_most_iterations_and_those_that_an_audit_finds_enough_are_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[int] = []
+    take_step = Learner.take_step
+
+    def watched(learner: Learner, *arguments: Any) -> float:
+        rate = take_step(learner, *arguments)
+        seen.append(learner.step.attack.steps)
+        return rate
+
+    monkeypatch.setattr(Learner, "take_step", watched)
+    flags = [*ONE_STAGE, "--attack.steps=auto", "--attack.max_steps=6", "--attack.strength=0.5"]
+    cost = dry_run(parse_config(flags))
+    assert seen == [2] * NUM_STEPS + [6] * NUM_FULL_STEPS
+    (stage,) = cost.stages
+    assert stage.attack_steps == 2
+    assert stage.full_step_s is not None
+    assert ", PGD-2\n" in table(cost)
+    assert "with attack.max_steps" in table(cost)

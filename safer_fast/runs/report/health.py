@@ -20,6 +20,7 @@ def health_figures(runs: Sequence[ReportedRun]) -> list[Figure]:
     """Success of the attack, and the rise of the loss where SAM looks."""
     drawn = [
         _attack_figure(runs),
+        *_audit_figures(runs),
         curve_figure(
             [_only_with_sam(run) for run in runs],
             "loss_rise",
@@ -75,7 +76,8 @@ def _attack_figure(runs: Sequence[ReportedRun]) -> Figure | None:
     caption = (
         "Share of training images that are classified wrongly after each step of the attack; step "
         "0 is the random start. It should rise and flatten: a line that still rises at its end "
-        "says that the attack has too few steps, a level one that the attack finds nothing."
+        "says that the attack has too few steps, a level one that the attack finds nothing. Where "
+        "audits lower their number, the line is level behind the last."
     )
     if len(runs) > 1:
         caption += " Shown is the last epoch of each run."
@@ -83,6 +85,27 @@ def _attack_figure(runs: Sequence[ReportedRun]) -> Figure | None:
         curves, identity="attack", title=title, is_share=True, across="step of the attack"
     )
     return Figure(title, [drawing], caption, legend if len(runs) == 1 else [])
+
+
+def _audit_figures(runs: Sequence[ReportedRun]) -> list[Figure | None]:
+    """Iterations that audits chose, and their strength, where a run's audits choose."""
+    if not any(value is not None for run in runs for value in run.series("attack_strength")):
+        return []
+    return [
+        curve_figure(
+            runs,
+            "attack_steps",
+            "Iterations of the training attack",
+            "At the end of each epoch. Audits choose as few as attack nearly as well as PGD-20.",
+        ),
+        curve_figure(
+            runs,
+            "attack_strength",
+            "Strength of the training attack",
+            "Loss after it over loss after PGD-20, on images of audits. It should stay above "
+            "attack.strength; well below, the model overfits to the training attack.",
+        ),
+    ]
 
 
 def _thinned(run: ReportedRun, measured: list[dict[str, Any]]) -> list[dict[str, Any]]:

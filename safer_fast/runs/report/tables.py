@@ -203,6 +203,8 @@ def _attack(run: ReportedRun) -> str:
     if steps == 0:
         return "none, clean training"
     name = "FGSM-RS" if steps == 1 else f"PGD-{steps}"
+    if steps == "auto":
+        name = f"PGD of at most {shown(run.setting('attack.max_steps'))} steps"
     return f"{name}, {shown(norm)}, {radius(epsilon)}"
 
 
