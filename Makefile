@@ -37,7 +37,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m bench.table --check
-	$(BIN)/clang-format --dry-run --Werror kernels/csrc/* kernels/*/*.cpp
+	$(BIN)/clang-format --dry-run --Werror kernels/csrc/* kernels/*/*.cpp tests/support/fake_gpu/*
 
 # mypy follows no package_dir map: it checks a tree of links in which kernels lies where it is imported
 types: install
@@ -59,4 +59,4 @@ soak: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i kernels/csrc/* kernels/*/*.cpp
+	$(BIN)/clang-format -i kernels/csrc/* kernels/*/*.cpp tests/support/fake_gpu/*
