@@ -243,8 +243,7 @@ class RuntimeConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA if there is a GPU."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the blocks; auto: if the run is long enough to win back the time of
-    compiling."""
+    """torch.compile of the blocks; auto: if the run is long enough to win back the time."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
     """Capture attack iteration, SAM passes and update as CUDA graphs; auto: on CUDA, if the run is
     long enough to win back the time of capturing."""
@@ -252,11 +251,12 @@ class RuntimeConfig:
     """Attention kernel; auto: the fastest for the run's shape, timed once and cached."""
     deterministic: bool = True
     """Use only kernels that give the same bits each time."""
+    tf32: bool = False
+    """With --amp off on a GPU: multiply in TF32, faster and to three decimal digits."""
     attack_micro_batch: int | Literal["auto"] = ranged("auto", at_least(1, ranges.IMAGES))
     """Images attacked at a time; auto: all of a batch, fewer if memory does not suffice."""
     train_micro_batch: int | Literal["auto"] = ranged("auto", at_least(1, ranges.IMAGES))
-    """Images at a time in the two SAM passes, whose gradients add up to those of the batch; auto:
-    all of a batch, fewer if memory does not suffice."""
+    """Images at a time in the two SAM passes, whose gradients add up; auto: as in the attack."""
     exact_savings: Names = field(default_factory=lambda: Names(SAVINGS))
     """Work to skip without changing results beyond rounding: docs/performance.md."""
     num_threads: int | None = ranged(None, at_least(1, 4096))

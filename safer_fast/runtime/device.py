@@ -75,6 +75,8 @@ def prepare_runtime(config: RuntimeConfig, amp: str = "off", local_rank: int = 0
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(config.deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = config.tf32  # torch's own default multiplies so
     else:
         keep_memory()
     return Runtime(

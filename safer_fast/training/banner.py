@@ -39,7 +39,7 @@ def describe_run(config: Config, engine: Engine, data: Data) -> dict[str, Any]:
         "torch": torch.__version__,
         "timm": version("timm"),
         "device": f"{runtime.device.type} ({device}, {torch.get_num_threads()} threads)",
-        "precision": "bf16 matrices, fp32 masters" if config.amp == "bf16" else "fp32",
+        "precision": _precision(config, runtime.device.type == "cuda"),
         "model": f"{config.model.name}, {num_weights:,} weights, {len(model.layers)} layers",
         "speed": _speed(engine),
         "data": f"{data.name}, {data.num_classes} classes, {data.train.num_images} training, "
@@ -63,6 +63,13 @@ def _attack(config: AttackConfig) -> str:
         f"PGD of at most {config.max_steps} steps, as few as reach {config.strength:g} of PGD-20's "
         f"loss, {ball}"
     )
+
+
+def _precision(config: Config, is_on_gpu: bool) -> str:
+    """Name the precision of matrix products."""
+    if config.amp == "bf16":
+        return "bf16 matrices, fp32 masters"
+    return "fp32, products in TF32" if is_on_gpu and config.runtime.tf32 else "fp32"
 
 
 def _speed(engine: Engine) -> str:

@@ -50,6 +50,26 @@ def test_fp32_on_a_cpu_is_compiled_only_when_asked() -> None:
     assert decide_auto(runtime(dtype=torch.float32), RuntimeConfig(compile="on"), 0).is_compiled
 
 
+@pytest.mark.parametrize("is_wanted", [False, True])
+def test_fp32_on_a_gpu_is_plain_unless_tf32_is_asked_for(
+    is_wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    is_filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    try:
+        prepare_runtime(RuntimeConfig(tf32=is_wanted))
+        assert torch.get_float32_matmul_precision() == ("high" if is_wanted else "highest")
+        assert torch.backends.cudnn.allow_tf32 is is_wanted
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = cudnn
+        torch.use_deterministic_algorithms(is_deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = is_filled  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     ("device", "setting", "num_operations", "note"),
     [
