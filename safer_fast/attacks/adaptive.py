@@ -71,12 +71,12 @@ class AdaptiveSteps:
         self.audited_epsilon = 0.0
         self.held, self._room, self._least = 0, 0, 1
         self._past: dict[int, Strength] = {}
+        self._ratios: dict[int, float] = {}
 
     @property
     def strength(self) -> float | None:
-        """Strength of the current number over the last audits; None before any has measured it."""
-        past = self._past.get(self.steps)
-        return None if past is None else past.ratio
+        """Strength of the current number in the last audit; None before any has measured it."""
+        return self._ratios.get(self.steps)
 
     def begin_phase(self) -> None:
         """Return to the most iterations until the next audit: the weights learn otherwise now."""
@@ -93,7 +93,7 @@ class AdaptiveSteps:
 
     def _restart(self) -> None:
         self.steps, self.is_audited = self.config.max_steps, False
-        self._room, self._past = 0, {}
+        self._room, self._past, self._ratios = 0, {}, {}
 
     def is_due(self, epsilon: float, num_steps: int) -> bool:
         """Return true if the step after `num_steps`, whose attack has radius epsilon, is audited.
@@ -128,6 +128,7 @@ class AdaptiveSteps:
         accepted = [steps for steps in found if self.accepts(steps, found[steps])]
         for steps, strength in found.items():
             self._past[steps] = self._past.get(steps, Strength()).plus(strength, MEMORY)
+            self._ratios[steps] = strength.ratio
         self.is_audited, self.audited_epsilon = True, epsilon
         if self.held:
             self.held -= 1
@@ -164,6 +165,7 @@ class AdaptiveSteps:
         for steps, past in self._past.items():
             values = zip(names, astuple(past), strict=True)
             state |= {f"{steps} {name}": value for name, value in values}
+            state[f"{steps} ratio"] = self._ratios[steps]
         return state
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
@@ -179,4 +181,5 @@ class AdaptiveSteps:
         self._past = {
             steps: Strength(*(state[f"{steps} {name}"] for name in names)) for steps in measured
         }
+        self._ratios = {steps: state[f"{steps} ratio"] for steps in measured}
         return None

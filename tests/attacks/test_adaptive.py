@@ -51,6 +51,7 @@ def test_a_phase_begins_at_the_most_iterations_and_its_first_audit_finds_the_few
     assert chosen.candidates() == list(range(2, 11))
     chosen.update(found(k2=0.97, k3=0.98, k4=0.991), EPSILON)
     assert chosen.steps == 4
+    assert chosen.strength == pytest.approx(0.991)
     assert not chosen.is_due(EPSILON, 7)
     chosen.begin_phase()
     assert chosen.steps == 10
@@ -68,6 +69,9 @@ def test_it_is_raised_at_once() -> None:
     assert chosen.candidates() == list(range(2, 11))
     chosen.update(found(k2=0.9, k3=0.98, k4=0.985, k5=0.993), EPSILON)
     assert chosen.steps == 5
+    # of this audit alone: losses of earlier ones, under a smaller epsilon, are another size
+    chosen.update(found(k4=0.99, k5=0.997), EPSILON)
+    assert chosen.strength == pytest.approx(0.997)
 
 
 def test_it_is_lowered_after_several_audits_in_a_row() -> None:
@@ -135,6 +139,7 @@ def test_its_state_is_numbers_that_json_keeps() -> None:
     chosen.update(found(k2=0.995, k3=0.999), EPSILON)
     other.load_state_dict(json.loads(json.dumps(chosen.state_dict())))
     assert other.state_dict() == chosen.state_dict()
+    assert other.strength == chosen.strength == 0.999
     for choice in (chosen, other):
         choice.update(found(k2=0.995, k3=0.9, k4=1.0), EPSILON)
     assert other.steps == chosen.steps == 4
