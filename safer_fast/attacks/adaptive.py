@@ -18,8 +18,9 @@ MEMORY = 7 / 8
 """Share that an audit keeps of the counts of those before it: about the last eight count."""
 MOST_LOST = 0.005
 """Robust accuracy that fewer iterations may overstate, as a share of the audited images."""
-CATASTROPHE = 0.8
-"""Strength below which an attack has ceased to work: training overfits to it."""
+CATASTROPHE = 0.5
+"""Strength below which an attack has ceased to work: training overfits to it. FGSM-RS at 0.1 on
+digits has 0.64 in good health."""
 GROWTH = 2.0
 """Factor by which epsilon may grow in a ramp until the next audit."""
 HELD = 10

@@ -17,7 +17,7 @@ from bench.memory import memory_handed_back, peak_memory_mib
 from bench.ours import STAGES, build, ours
 from bench.step import measure, prepare
 from safer_fast.config.schema import SAVINGS
-from safer_fast.runtime.cuda_graphs import Phase
+from safer_fast.runtime.cuda_graphs import WARM_UP, Phase
 from safer_fast.training.step import RECORDED
 from tests.support.cases import Case
 from tests.support.tape import TapeRecorder
@@ -157,7 +157,8 @@ def test_a_step_that_cannot_be_captured_is_not_measured_as_if_it_were() -> None:
     arguments = argparse.Namespace(**SETTINGS)
     implementation = ours(*build(arguments, prepare(arguments)), Broken())
     implementation.prepare(CPU, is_compiled=False, is_captured=True)
-    implementation.step()
+    for _ in range(WARM_UP):
+        implementation.step()
     with pytest.raises(RuntimeError, match=r"CUDA graph of attack: off .*not permitted"):
         implementation.step()
 

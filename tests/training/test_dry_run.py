@@ -215,19 +215,19 @@ def test_slow_steps_end_with_the_time_and_the_table_says_how_many_there_were(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock, taken = [0.0], 0
-    take_step = Trainer.take_step
+    take_step = Learner.take_step
 
-    def slow(trainer: Trainer, *arguments: Any) -> float:
+    def slow(learner: Learner, *arguments: Any) -> float:
         nonlocal taken
         taken += 1
         clock[0] += seconds
-        return take_step(trainer, *arguments)
+        return take_step(learner, *arguments)
 
     def now() -> float:
         clock[0] += 1e-4
         return clock[0]
 
-    monkeypatch.setattr(Trainer, "take_step", slow)
+    monkeypatch.setattr(Learner, "take_step", slow)
     for name in ("perf_counter", "monotonic"):
         monkeypatch.setattr(f"time.{name}", now)
     for seconds, expected in ((7.0, 4), (100.0, 1), (0.4, NUM_STEPS)):
