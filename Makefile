@@ -16,7 +16,7 @@ train: install
 check: lint types
 	$(PYTEST) -m "not slow" --ignore tests/system --ignore tests/bench $(FLAGS)
 
-# all tests, whole commands, kills and benchmarks too: twenty minutes on two cores
+# all tests, whole commands, kills and benchmarks too: twenty-two minutes on two cores
 test: install
 	$(PYTEST) $(FLAGS)
 
