@@ -43,8 +43,11 @@ class Strength:
 
     @property
     def ratio(self) -> float:
-        """Loss after the attack over that after the strong one; 1 where neither has any."""
-        return self.own_loss / self.strong_loss if self.strong_loss > 0 else 1.0
+        """Loss after the attack over that after the strong one; 1 where that has none.
+
+        NaN, which is never enough, where a loss is not finite.
+        """
+        return 1.0 if self.strong_loss <= 0 else self.own_loss / self.strong_loss
 
     @property
     def overstates(self) -> bool:

@@ -1,6 +1,7 @@
 """Number of attack iterations chosen by audits: the rule, the measurement, and whole runs."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,13 @@ def test_a_phase_begins_at_the_most_iterations_and_its_first_audit_finds_the_few
 def test_nothing_is_enough_but_the_most() -> None:
     chosen = AdaptiveSteps(AttackConfig(max_steps=3))
     chosen.update(found(k2=0.9, k3=0.95), EPSILON)
+    assert chosen.steps == 3
+
+
+@pytest.mark.parametrize("losses", [(math.nan, 1.0), (1.0, math.nan), (math.inf, math.inf)])
+def test_a_loss_that_is_not_finite_is_no_evidence(losses: tuple[float, float]) -> None:
+    chosen = AdaptiveSteps(AttackConfig(max_steps=3))
+    chosen.update({steps: Strength(*losses, 0, 0, 64) for steps in (2, 3)}, EPSILON)
     assert chosen.steps == 3
 
 

@@ -70,7 +70,7 @@ def test_perturbations_return_to_where_they_were(is_on: bool) -> None:
 
 
 @pytest.mark.slow
-def test_a_perturbation_that_is_kept_makes_the_attack_stronger(
+def test_every_way_to_start_has_a_strength_for_each_epoch_but_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start, output = run(tmp_path / "start", "--attack.epsilon=0.1"), tmp_path / "rows.jsonl"
