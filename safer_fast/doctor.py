@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from safer_fast.config.checks import check_ranges
 from safer_fast.config.command_line import new_parser, parse, with_underscores
 from safer_fast.config.commands import DoctorConfig
-from safer_fast.runtime.command import run
+from safer_fast.runtime.command import import_all, run
 from safer_fast.runtime.diagnosis import as_block, as_json, without_home
 from safer_fast.runtime.fast_paths import check_disk, diagnose
 from safer_fast.runtime.machine import describe_machine
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> None:
     words = with_underscores(arguments)
     config = parse(parser, words, DoctorConfig)
     check_ranges(config)
-    # --help does not wait for torch
+    import_all("safer_fast.data.trial")  # --help does not wait for torch
     from safer_fast.data.trial import check_dali, check_data
 
     checks = [*diagnose(), check_dali(), check_disk(config.output)]

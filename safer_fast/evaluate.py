@@ -12,7 +12,7 @@ from safer_fast.config.command_line import new_parser, parse, with_underscores
 from safer_fast.config.commands import EvaluateConfig
 from safer_fast.config.conversion import converted
 from safer_fast.config.messages import shortened
-from safer_fast.runtime.command import run
+from safer_fast.runtime.command import import_all, run
 
 if TYPE_CHECKING:  # --help does not wait for torch
     from safer_fast.evaluation.accuracy import Accuracy
@@ -27,7 +27,9 @@ def main(arguments: Sequence[str]) -> None:
     for name in ("path", "image_column", "label_column"):
         words = [word.replace(f"--data.{name}", f"--{name}", 1) for word in words]
     words = [f"{word}=true" if word == "--fresh" else word for word in words]
-    evaluate_run(parse(parser, words, EvaluateConfig))
+    config = parse(parser, words, EvaluateConfig)
+    import_all("safer_fast.evaluation.run")
+    evaluate_run(config)
 
 
 def evaluate_run(config: EvaluateConfig) -> list[Accuracy]:

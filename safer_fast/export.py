@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from safer_fast.config.command_line import new_parser, parse, with_underscores
 from safer_fast.config.commands import ExportConfig
-from safer_fast.runtime.command import run
+from safer_fast.runtime.command import import_all, run
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -15,7 +15,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_class_arguments(ExportConfig, None, skip={"run"})
     parser.add_argument("run", type=str, metavar="RUN", help="run folder")
     config = parse(parser, with_underscores(arguments), ExportConfig)
-    # --help does not wait for torch
+    import_all("safer_fast.runs.folder")  # --help does not wait for torch
     from safer_fast.runs.exporters import export
 
     export(config)

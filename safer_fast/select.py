@@ -9,7 +9,7 @@ from safer_fast.config.command_line import new_parser, parse, with_underscores
 from safer_fast.config.commands import SelectConfig
 from safer_fast.config.conversion import converted
 from safer_fast.runs.layout import RunFolder
-from safer_fast.runtime.command import run
+from safer_fast.runtime.command import import_all, run
 from safer_fast.selection.comparison import compare_criteria, rank_correlations
 from safer_fast.selection.comparison_output import (
     FORMATS,
@@ -27,7 +27,9 @@ def main(arguments: Sequence[str]) -> None:
     parser = new_parser("select", "Score the layers of a trained model by every criterion.")
     parser.add_class_arguments(SelectConfig, None, skip={"run"})
     parser.add_argument("run", type=str, metavar="RUN", help="run folder")
-    select(parse(parser, _with_plot_file(with_underscores(arguments)), SelectConfig))
+    config = parse(parser, _with_plot_file(with_underscores(arguments)), SelectConfig)
+    import_all("safer_fast.runs.folder", "safer_fast.selection.scoring")
+    select(config)
 
 
 def select(config: SelectConfig) -> list[str]:

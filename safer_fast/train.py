@@ -11,16 +11,17 @@ from safer_fast.config.command_line import find_open_flags, parse_config, scaled
 from safer_fast.config.conversion import checked
 from safer_fast.config.schema import Config
 from safer_fast.runs.lock import RunLock
-from safer_fast.runtime.command import run
+from safer_fast.runtime.command import import_all, run
 from safer_fast.runtime.ranks import connected
 from safer_fast.runtime.signals import Stopped
 
 
 def main(arguments: Sequence[str]) -> None:
     """`python -m safer_fast.train [--config RECIPE] [--dry-run] [flags]`; see `--help`."""
+    config = parse_config(arguments)
+    import_all("safer_fast.training.trainer", "safer_fast.runs.report.page")
     from safer_fast.training.defaults import choose_defaults
 
-    config = parse_config(arguments)
     if config.model.checkpoint is not None:
         from safer_fast.models.weights_source import settings_of_checkpoint
 
