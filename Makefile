@@ -7,7 +7,7 @@ INSTALLED := .venv/.installed
 FLAGS ?=
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: train check test install native lint types bench soak format
+.PHONY: train check test install native lint types bench soak format docs
 
 train: install
 	$(BIN)/python -m safer_fast.train --amp bf16 $(FLAGS)
@@ -49,6 +49,11 @@ bench: install
 	$(BIN)/python -m bench.ops
 	$(BIN)/python -m bench.step
 	$(BIN)/python -m bench.attack
+
+# the documentation as a site with navigation, search and the Python API, built and read without network
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo build/site/index.html
 
 # runs that are killed and resumed, a few seconds each (FLAGS="--cycles 1000 --seed 7"), then every
 # flag of every command with every hostile value
