@@ -13,6 +13,7 @@ if __name__ != "safer_fast.kernels":
 
 from ._library import NativeStatus, native_status
 from .attack import l2_step_, linf_step_
+from .float8 import quantise_gelu, quantise_gelu_backward
 from .sam import perturb_, restore_, sum_squares
 
 # A library built for another torch must fail at import, not in the middle of a run.
@@ -24,6 +25,8 @@ __all__ = [
     "linf_step_",
     "native_status",
     "perturb_",
+    "quantise_gelu",
+    "quantise_gelu_backward",
     "restore_",
     "sum_squares",
 ]

@@ -6,7 +6,8 @@
 
 amp, bf16 and FP8 (`attack.precision`) alternate in one process, and every figure is the time of amp
 over that of the other in the same run. A layer is a norm, its product, and the gradient of the
-norm's input, which is also what `attack.fp8_from=auto` times: FP8 pays where its ratio is above 1.
+norm's input, which is also what `attack.fp8_from=auto` times, with scales in the product (fp8) and
+in a pass after it (fp8_rescaled): FP8 pays where its ratio is above 1.
 What an audit finds stands beside an iteration. On a machine without a GPU FP8 is simulated, and
 its times say nothing.
 """
@@ -29,6 +30,7 @@ from bench.ours import batch, build, build_robust_model, refuse
 from bench.step import prepare, recorder_of
 from safer_fast.attacks.audit import AGREEMENT, RATIO, Audit
 from safer_fast.attacks.float8 import PAYS_FROM, LowPrecision, fitting
+from safer_fast.attacks.float8_layers import Form
 from safer_fast.attacks.float8_timing import Product, product_run
 from safer_fast.attacks.pgd import frozen
 from safer_fast.attacks.replayed import ReplayedAttack
@@ -67,9 +69,10 @@ def layer_rows(arguments: argparse.Namespace, runtime: Runtime) -> Iterator[Row]
     }
     for (outputs, inputs), name in shapes.items():
         product = Product(arguments.batch_size * num_tokens, inputs, outputs)
+        forms: dict[str, Form | None] = {"amp": None, "fp8": "rows", "fp8_rescaled": "rescaled"}
         runs = {
-            precision: product_run(product, runtime.device, precision == "fp8", arguments.compile)
-            for precision in ("amp", "fp8")
+            precision: product_run(product, runtime.device, form, arguments.compile)
+            for precision, form in forms.items()
         }
         times = _alternate(runs, arguments, runtime)
         yield {"part": "layer", "layer": name, "elements": outputs * inputs, **_compared(times)}
@@ -188,7 +191,7 @@ def _shared(arguments: argparse.Namespace) -> Row:
 def _line(row: Row) -> str:
     what = f"{row['part']} {row.get('layer', '')}".strip()
     words = [f"{row['case']}, {what:<16} amp {row['amp_ms']['p50_ms']:9.3f} ms"]
-    for name in PRECISIONS[1:]:
+    for name in (*PRECISIONS[1:], "fp8_rescaled"):
         if f"{name}_ms" not in row:
             continue
         words.append(

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.measure import append, origin
-from safer_fast.attacks import float8
+from safer_fast.attacks import float8_layers
 from safer_fast.attacks.correctness import is_right
 from safer_fast.attacks.float8 import LowPrecision, fitting
 from safer_fast.attacks.named import attack_spec
@@ -52,7 +52,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, help="append one JSON line per run to this file")
     arguments = parser.parse_args()
-    float8.BACKWARD = FORMATS[arguments.backward]
+    float8_layers.BACKWARD = FORMATS[arguments.backward]
     for folder in arguments.runs:
         row = accuracy_row(load_run(folder, arguments.weights), arguments)
         print(

@@ -59,11 +59,12 @@ def _speeds(rows: Sequence[Row]) -> str:
             row["case"],
             f"{row['part']} {row.get('layer', '')}".strip(),
             f"{row['amp_ms']['p50_ms']:.3f}",
-            *(_speed(row, name) for name in ("bf16", "fp8")),
+            *(_speed(row, name) for name in ("bf16", "fp8", "fp8_rescaled")),
         ]
         for row in rows
     ]
     heads = ["case", "part", "amp, ms", "bf16, ms, times as fast", "FP8, ms, times as fast"]
+    heads += ["FP8 scaled afterwards"]
     return markdown_table(
         "The attack in amp, with features in bf16, and in FP8, alternating in one process; "
         f"{_origin(rows)}:",

@@ -98,7 +98,7 @@ class Engine:
             steps=config.attack.most_steps,
             micro_batch=self._micro_batch("runtime.attack_micro_batch", limits.attack_micro_batch),
             replays=self.replays,
-            precision=LowPrecision(self.model, self.float8.names) if self.float8 else None,
+            precision=self._low_precision(),
         )
         self.audit = Audit(self.attack, config.attack, self.ranks, self._report)
 
@@ -237,20 +237,27 @@ class Engine:
         if attack.fp8_from != "auto":
             choice = Float8Layers(fitting(self.model, attack.fp8_from))
         elif resumed is not None:
-            choice = Float8Layers([name for name in fitting(self.model) if name in resumed])
+            names = [name for name in fitting(self.model) if name in resumed]
+            choice = Float8Layers(names, self._resumed_numerics.get("float8_rescaled") or ())
         elif device.type != "cuda":
             choice = Float8Layers(fitting(self.model, PAYS_FROM))
         elif self.ranks.is_first:
             batch_size, is_compiled = self._num_attacked_at_once(), self.runtime.is_compiled
             choice = choose_measured(self.model, image_size, batch_size, is_compiled)
-            self.ranks.share(list(choice.names))
+            self.ranks.share([list(choice.names), list(choice.rescaled)])
         else:
-            choice = Float8Layers(self.ranks.share(None))
+            choice = Float8Layers(*self.ranks.share(None))
         if not choice.names:
             notes.append(f"attack in FP8: off, in bf16 (attack.fp8_from: {choice.why_none()})")
         elif device.type != "cuda":
             notes.append("attack in FP8: simulated, slower than bf16 (no GPU is used)")
         return choice
+
+    def _low_precision(self) -> LowPrecision | None:
+        """The precision of the attack; None for that of amp."""
+        if self.float8 is None:
+            return None
+        return LowPrecision(self.model, self.float8.names, self.float8.rescaled)
 
     def _pin_attention(self, image_size: int) -> Pinned | None:
         """Pin the kernel of attention, on all ranks the one that rank 0 finds fastest."""

@@ -127,6 +127,7 @@ def numerics_of(engine: Engine, data: Data) -> dict[str, Any]:
         "ranks": engine.ranks.num_ranks,
         "attention": engine.attention.backend if engine.attention is not None else None,
         "float8": list(engine.float8.names) if engine.float8 is not None else None,
+        "float8_rescaled": list(engine.float8.rescaled) if engine.float8 is not None else None,
         "new_layers": engine.new_layers,
         "normalisation": [part.flatten().tolist() for part in (model.mean, model.std)],
     }

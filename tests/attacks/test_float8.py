@@ -14,22 +14,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from safer_fast.attacks import float8, float8_timing
+from safer_fast.attacks import float8, float8_layers, float8_timing
 from safer_fast.attacks.audit import AGREEMENT, MOST_PARTS, RATIO, Audit, Part
-from safer_fast.attacks.float8 import (
+from safer_fast.attacks.float8 import LowPrecision, check_float8, fitting
+from safer_fast.attacks.float8_layers import (
     FORWARD,
     Float8Linear,
-    LowPrecision,
-    check_float8,
-    fitting,
+    Float8Mlp,
+    Form,
     multiply,
-    quantise,
 )
-from safer_fast.attacks.float8_timing import Product, choose_measured
+from safer_fast.attacks.float8_timing import FORMS, Product, best_form, choose_measured
 from safer_fast.attacks.pgd import frozen, pixel_gradient, random_start
 from safer_fast.attacks.replayed import ReplayedAttack
 from safer_fast.config.command_line import parse_config
 from safer_fast.config.schema import AttackConfig, ObjectiveConfig
+from safer_fast.kernels.float8 import quantise
 from safer_fast.models.arenas import ParameterArenas
 from safer_fast.models.families import STEM
 from safer_fast.models.robust_model import RobustModel, compile_blocks
@@ -134,6 +134,14 @@ def test_a_product_is_that_of_its_values(m: int, n: int, k: int, has_bias: bool)
     product = multiply(*left, *right, bias)
     assert product.dtype == torch.bfloat16
     torch.testing.assert_close(product.double(), exact, rtol=2.0**-8, atol=1e-5)
+    rescaled = multiply(*left, *right, bias, "rescaled")
+    assert rescaled.dtype == torch.bfloat16
+    # rounded before the scales and the bias, too: half a step of what is largest
+    largest = exact.abs().amax() + (0 if bias is None else bias.abs().amax())
+    torch.testing.assert_close(rescaled.double(), exact, rtol=2.0**-8, atol=2.0**-8 * largest)
+    unscaled = (left[0].double() @ right[0].double().t()).bfloat16().double()
+    wanted = unscaled * left[1] * right[1].t() + (0 if bias is None else bias)
+    torch.testing.assert_close(rescaled.double(), wanted, rtol=2.0**-8, atol=1e-6)
 
 
 @pytest.mark.skipif(
@@ -179,6 +187,20 @@ def test_a_gpu_quantises_and_multiplies_as_the_simulation_does(m: int, n: int, k
         torch.testing.assert_close(product.cpu().float(), wanted.float(), rtol=2.0**-6, atol=0.1)
 
 
+def test_the_largest_of_a_row_needs_no_clamp() -> None:
+    """Every mantissa, in binades from the least scale to the greatest: powers of two are exact."""
+    mantissas = torch.arange(2**23, dtype=torch.int32)
+    for exponent in (8, 127, 254):  # of 2^-119, where scales are clamped, of 1, of 2^127
+        x = (mantissas + (exponent << 23)).view(torch.float32).view(-1, 1)
+        values, scales = quantise(x, FORWARD)
+        assert (values.float() == LARGEST).all() or exponent == 8
+        assert (values.float() <= LARGEST).all()
+        assert not values.float().isnan().any()
+        largest = x * scales.reciprocal()
+        assert (largest <= LARGEST * (1 + 2.0**-21)).all()
+        assert (largest.flip(0).to(FORWARD).float() <= LARGEST).all()
+
+
 # -- layers
 
 
@@ -213,18 +235,60 @@ def test_a_layer_is_as_it_was_where_fp8_is_off_and_near_where_it_is_on(bias: boo
     assert torch.equal(layer(x), plain(x))
 
 
-def test_nothing_of_the_input_is_kept_for_the_backward_pass() -> None:
-    layer, _, weights = a_layer()
-    kept: list[Tensor] = []
+class Kept:
+    """The shapes of tensors that are kept for a backward pass."""
 
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
+    def __init__(self) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        self.shapes.append(tuple(tensor.shape))
         return tensor
 
+
+def test_nothing_of_the_input_is_kept_for_the_backward_pass() -> None:
+    layer, _, weights = a_layer()
+    kept = Kept()
     x = torch.randn(4, 32).bfloat16().requires_grad_()
-    with weights.used(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with weights.used(), torch.autograd.graph.saved_tensors_hooks(kept.keep, lambda tensor: tensor):
         layer(x).sum()
-    assert {tuple(tensor.shape) for tensor in kept} <= {(32, 48), (32, 1)}
+    assert set(kept.shapes) <= {(32, 48), (32, 1)}
+
+
+def test_an_mlp_joins_quantising_to_gelu_and_is_near_its_layers_in_turn() -> None:
+    model = bf16_model()
+    weights = LowPrecision(model, fitting(model), ["blocks.0.mlp.fc1", "blocks.1.mlp.fc2"])
+    for number in (0, 1, 2):  # the last block computes class tokens alone
+        mlp: Any = model.network.blocks[number].mlp
+        assert isinstance(mlp, Float8Mlp)
+        plain = type(mlp).__mro__[2]
+        x = torch.randn(4, 17, 48).bfloat16().requires_grad_()
+        slope = torch.randn(4, 17, 48).bfloat16()
+        assert torch.equal(mlp(x), plain.forward(mlp, x))
+        kept = Kept()
+        with frozen(model), weights.used():
+            with torch.autograd.graph.saved_tensors_hooks(kept.keep, lambda tensor: tensor):
+                product = mlp(x)
+            in_turn = plain.forward(mlp, x)
+            gradients = [torch.autograd.grad(y, x, slope)[0] for y in (product, in_turn)]
+        assert product.dtype == torch.bfloat16
+        assert gradients[0].dtype == x.dtype
+        for own, other in ((product, in_turn), gradients):
+            assert (own.double() - other.double()).norm() < 0.03 * other.double().norm()
+        # of all that enters, what enters GELU alone
+        assert [shape for shape in kept.shapes if shape[0] == 4 * 17] == [(4 * 17, 192)]
+    assert type(model.network.blocks[3].mlp).__mro__[0].__name__ == "Mlp"
+
+
+def test_an_mlp_of_which_one_layer_is_in_fp8_stays_as_it_is() -> None:
+    model = bf16_model()
+    LowPrecision(model, [name for name in fitting(model) if not name.endswith("fc2")])
+    assert not any(isinstance(module, Float8Mlp) for module in model.modules())
+    model = bf16_model()
+    model.network.blocks[0].mlp.act = nn.GELU("tanh")
+    LowPrecision(model, fitting(model))
+    assert not isinstance(model.network.blocks[0].mlp, Float8Mlp)
+    assert isinstance(model.network.blocks[1].mlp, Float8Mlp)
 
 
 def test_only_layers_that_move_are_quantised_again() -> None:
@@ -386,7 +450,7 @@ def test_features_are_narrow_as_long_as_fp8_is_used() -> None:
 # -- the audit
 
 
-def spoiled(left: Tensor, _: Tensor, right: Tensor, *rest: Tensor | None) -> Tensor:
+def spoiled(left: Tensor, _: Tensor, right: Tensor, *rest: Any, **named: Any) -> Tensor:
     """A product that has nothing to do with its factors."""
     generator = torch.Generator().manual_seed(left.shape[0])
     return torch.randn(len(left), len(right), generator=generator).bfloat16()
@@ -402,7 +466,7 @@ def test_a_weak_attack_ends_the_use_of_fp8_and_says_so_once(
     said: list[str] = []
     config = AttackConfig(audit_every=2, precision="fp8")
     audit = Audit(attack, config, report=said.append)
-    monkeypatch.setattr(float8, "multiply", spoiled)
+    monkeypatch.setattr(float8_layers, "multiply", spoiled)
     audit(1, images, labels, EPSILON, STEP_SIZE)
     assert not attack.audited
     audit(2, images, labels, EPSILON, STEP_SIZE)
@@ -577,7 +641,7 @@ class Audited:
 def audited_step(flags: list[str], weak_rank: int | None) -> Audited:
     """The first step of a run; on one rank, products may have nothing to do with their factors."""
     if weak_rank == int(os.environ["RANK"]):
-        float8.multiply = spoiled
+        float8_layers.multiply = spoiled
     with connected(wants_gpu=False) as ranks, Trainer(parse_config(flags), ranks) as trainer:
         trainer.begin_epoch(1)
         batch = next(trainer.data.train.epoch(1))
@@ -687,9 +751,10 @@ def timed(monkeypatch: pytest.MonkeyPatch, least_outputs: int) -> list[Product]:
     """Matrices of so many outputs or more gain, the others lose; the calls that are made."""
     calls: list[Product] = []
 
-    def measure(product: Product, *_: Any) -> float:
+    def measure(product: Product, *_: Any) -> dict[Form, float]:
         calls.append(product)
-        return 1.3 if product.outputs >= least_outputs else 0.9
+        speed = 1.3 if product.outputs >= least_outputs else 0.9
+        return {"rows": speed, "rescaled": 0.8 if product.inputs < 100 else 1.2}
 
     monkeypatch.setattr(float8_timing, "measure", measure)
     return calls
@@ -708,8 +773,10 @@ def test_matrices_that_are_not_faster_stay_as_they_are_and_each_shape_is_timed_o
         Product(6 * num_tokens, 192, 48),
     ]
     assert first == again
-    assert {name.rpartition("mlp.")[2] for name in first.names} == {"fc1"}
-    assert first.speeds == {"48 x 48": 0.9, "144 x 48": 0.9, "192 x 48": 1.3, "48 x 192": 0.9}
+    assert {name.rpartition("mlp.")[2] for name in first.names} == {"fc1", "fc2"}
+    assert {name.rpartition("mlp.")[2] for name in first.rescaled} == {"fc2"}
+    speeds = {"48 x 48": 0.9, "144 x 48": 0.9, "192 x 48": 1.3, "48 x 192 rescaled": 1.2}
+    assert first.speeds == speeds
     assert str(first).startswith(f"attack in FP8 ({len(first.names)} matrices, 48 x 48 0.90, ")
     choose_measured(bf16_model(), 32, 7, False, file)
     choose_measured(bf16_model(), 32, 7, True, file)
@@ -719,7 +786,7 @@ def test_matrices_that_are_not_faster_stay_as_they_are_and_each_shape_is_timed_o
 def test_where_nothing_is_faster_the_times_say_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    timed(monkeypatch, 10**6)
+    monkeypatch.setattr(float8_timing, "measure", lambda *_: dict.fromkeys(FORMS, 0.9))
     choice = choose_measured(bf16_model(), 32, 6, False, tmp_path / "cache.json")
     assert choice.names == []
     assert choice.why_none().startswith("no matrix of a block is faster: 48 x 48 0.90, ")
@@ -731,15 +798,22 @@ def test_a_product_is_timed_in_both_precisions(
 ) -> None:
     monkeypatch.setattr(float8_timing, "SECONDS", 0.01)
     before = torch.get_rng_state()
-    speed = float8_timing.measure(Product(64, 48, 96), torch.device("cpu"), is_compiled)
-    assert 0.001 < speed < 1000
+    speeds = float8_timing.measure(Product(64, 48, 96), torch.device("cpu"), is_compiled)
+    assert tuple(speeds) == FORMS
+    assert all(0.001 < speed < 1000 for speed in speeds.values())
     assert torch.equal(torch.get_rng_state(), before)  # what follows draws as ever
 
 
 @needs_gpu
 def test_a_gpu_multiplies_large_matrices_faster_in_fp8() -> None:
     product = Product(2**15, 1024, 4096)
-    assert float8_timing.measure(product, torch.device("cuda"), is_compiled=True) > 1
+    speeds = float8_timing.measure(product, torch.device("cuda"), is_compiled=True)
+    assert best_form(speeds)[1] > 1
+
+
+def test_another_form_must_be_faster_by_a_margin() -> None:
+    assert best_form({"rows": 1.0, "rescaled": 1.04}) == ("rows", 1.0)
+    assert best_form({"rows": 1.0, "rescaled": 1.06}) == ("rescaled", 1.06)
 
 
 def test_a_run_that_goes_on_keeps_the_layers_that_it_chose(

@@ -46,7 +46,7 @@ def test_both_attacks_are_judged_on_the_same_images(
     folder = run(tmp_path / "run", "--amp=bf16", "--epochs=3", "--evaluation.attacks=clean")
     file = tmp_path / "rows.jsonl"
     words = [str(folder), "--steps=3", "--num-images=50", f"--output={file}"]
-    monkeypatch.setattr("safer_fast.attacks.float8.BACKWARD", torch.float8_e4m3fn)
+    monkeypatch.setattr("safer_fast.attacks.float8_layers.BACKWARD", torch.float8_e4m3fn)
     for name in ("e4m3", "e5m2"):
         argv = ["bench.studies.float8_accuracy", *words, f"--backward={name}"]
         monkeypatch.setattr(sys, "argv", argv)

@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from safer_fast.kernels.attack import cuda as attack  # noqa: E402
+from safer_fast.kernels.float8 import cuda as float8  # noqa: E402
 from safer_fast.kernels.sam import cuda as sam  # noqa: E402
 
 TESTS = Path(__file__).parent
@@ -139,6 +140,25 @@ def total_build() -> Build:
     )
 
 
+def float8_builds(num_columns: int = 4096) -> list[Build]:
+    """GELU and its gradient as they are quantised, for rows of so many columns."""
+    constants = float8.constants(num_columns)
+    options = {"num_warps": constants.pop("num_warps")}
+    outputs = {"values_ptr": "fp8e4nv", "scales_ptr": "fp32"}
+    return [
+        Build(kernel, inputs | outputs, constants, options, [], num_single=1)
+        for kernel, inputs in (
+            (float8.quantise_gelu_kernel, {"x_ptr": "bf16"}),
+            (float8.quantise_gelu_backward_kernel, {"gradient_ptr": "bf16", "x_ptr": "bf16"}),
+        )
+    ]
+
+
+MOST_INSTRUCTIONS = {"quantise_gelu_kernel": 50, "quantise_gelu_backward_kernel": 65}
+"""For each element. As torch.compile writes them in bf16, without quantising, it is 36 and 51."""
+WIDTHS = [4096, 3072, 1536, 768, 5120]
+"""Of the MLPs of ViT-L, -B, -S, -Ti and -H."""
+
 for_every_gpu = pytest.mark.parametrize("capability", [80, 90, 100], ids=lambda c: f"sm_{c}")
 
 
@@ -154,10 +174,7 @@ def test_a_kernel_moves_sixteen_bytes_at_a_time(build: Build, capability: int) -
 @for_every_gpu
 @pytest.mark.parametrize("build", [*builds(), total_build()], ids=lambda build: build.name)
 def test_a_kernel_spills_nothing(build: Build, capability: int, tmp_path: Path) -> None:
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(build.compile(capability).asm["cubin"])
-    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
-    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = resources(build.compile(capability).asm["cubin"], tmp_path)
     assert re.search(r"\bREG:\d+ STACK:0 .*\bLOCAL:0\b", usage), usage
 
 
@@ -191,9 +208,36 @@ def test_linf_step_clamps_with_the_instructions_that_keep_nan(capability: int) -
             assert all(".NaN" in clamp for clamp in clamps)
 
 
+for_every_width = pytest.mark.parametrize("num_columns", WIDTHS)
+
+
+@for_every_width
+def test_quantising_adds_few_instructions_to_gelu(num_columns: int, tmp_path: Path) -> None:
+    for build in float8_builds(num_columns):
+        num_elements = num_columns / (32 * build.options["num_warps"])  # of a thread
+        found = instructions(build.compile(90).asm["cubin"], tmp_path)
+        most = MOST_INSTRUCTIONS[build.kernel.__name__]
+        assert len(found) <= most * num_elements, (build.name, len(found) / num_elements)
+
+
+@for_every_width
+def test_a_row_is_read_once_and_rounded_by_the_gpu(num_columns: int, tmp_path: Path) -> None:
+    for build in float8_builds(num_columns):
+        compiled = build.compile(90)
+        ptx = compiled.asm["ptx"]
+        num_threads = 32 * build.options["num_warps"]
+        num_inputs = len(build.pointers) - 2
+        num_bytes = num_columns * (2 * num_inputs + 1) / num_threads + 4
+        assert sum(widths_in_bytes(ptx)) == num_bytes
+        assert ptx.count("cvt.rn.satfinite.e4m3x2.f32") == num_columns / num_threads / 2
+        assert "max.NaN.f32" in ptx
+        usage = resources(compiled.asm["cubin"], tmp_path)
+        assert re.search(r"\bREG:\d+ STACK:0 .*\bLOCAL:0\b", usage), usage
+
+
 @pytest.mark.slow
 def test_the_interpreted_kernels_pass_the_tests_of_the_others() -> None:
-    files = [str(TESTS / name) for name in ("test_attack.py", "test_sam.py")]
+    files = [str(TESTS / name) for name in ("test_attack.py", "test_float8.py", "test_sam.py")]
     # NumPy, which interprets, warns of NaN and of division by zero, which the cases are about.
     options = ["-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider"]
     # Triton reads TRITON_INTERPRET when it is imported, hence another process.
@@ -213,3 +257,23 @@ def widths_in_bytes(ptx: str) -> list[int]:
     """The bytes that each global load and store moves."""
     found = re.findall(r"\b(?:ld|st)\.global\S*?(?:\.v(\d))?\.[busf](\d+)\b", ptx)
     return [int(count or 1) * int(bits) // 8 for count, bits in found]
+
+
+def resources(cubin: bytes, folder: Path) -> str:
+    """Registers and memory of a kernel, as cuobjdump prints them."""
+    return dumped(cubin, folder, "--dump-resource-usage")
+
+
+def instructions(cubin: bytes, folder: Path) -> list[str]:
+    """All instructions of a kernel but those that fill up its end; none is in a loop."""
+    shown = dumped(cubin, folder, "-sass")
+    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", shown)
+    return [text for text in found if text != "NOP"]
+
+
+def dumped(cubin: bytes, folder: Path, option: str) -> str:
+    """What cuobjdump prints of a compiled kernel."""
+    file = folder / "kernel.cubin"
+    file.write_bytes(cubin)
+    command = [triton.knobs.nvidia.cuobjdump.path, option, str(file)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -26,7 +26,7 @@ COMMANDS = {"train", "evaluate", "select", "report", "export", "doctor"}
 HOMES = {
     "timm": {"models/build.py", "data/mixing.py"},
     "nvidia": {"data/dali/pipeline.py"},
-    "triton": {"kernels/attack/cuda.py", "kernels/sam/cuda.py"},
+    "triton": {f"kernels/{family}/cuda.py" for family in ("attack", "float8", "sam")},
     "matplotlib": {
         "runs/figures/canvas.py",
         "runs/figures/curves.py",
