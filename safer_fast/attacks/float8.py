@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import nn
@@ -23,6 +23,23 @@ PAYS_FROM = 2**21
 """Matrices of fewer elements stay as they are where nothing is timed: an estimate, as quantising
 would cost what the product gains."""
 LEAST_CAPABILITY = (8, 9)
+
+
+Precision = Literal["amp", "bf16", "fp8"]
+
+
+def choose_precision(
+    wanted: Literal["auto", Precision], model: RobustModel, was_amp: bool = False
+) -> Precision:
+    """Precision of an attack on the model; auto: bf16 on a GPU, and amp where that is no different.
+
+    was_amp: a resumed run attacks in amp, and auto keeps to it.
+    """
+    if wanted != "auto":
+        return wanted
+    is_on_gpu = model.mean.device.type == "cuda"
+    has_narrow_features = model.compute_dtype == torch.bfloat16 and model.num_blocks > 0
+    return "bf16" if is_on_gpu and has_narrow_features and not was_amp else "amp"
 
 
 def check_float8(device: torch.device) -> None:

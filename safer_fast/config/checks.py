@@ -150,7 +150,7 @@ def _check_together(config: Config) -> None:
     size = config.data.image_size
     shape = None if size is None else (ranges.CHANNELS, size, size)
     check_ball(attack.norm, attack.epsilon, attack.step_size, shape=shape)
-    if attack.precision != "amp" and config.amp == "off":
+    if attack.precision not in ("auto", "amp") and config.amp == "off":
         raise ValueError(f"--attack.precision: expected amp with --amp off, got {attack.precision}")
     if config.objective.name == "mart":
         for flag in ("objective.label_smoothing", "data.mixup", "data.cutmix"):

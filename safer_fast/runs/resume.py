@@ -37,6 +37,8 @@ _FREE = {
     "runtime.max_skipped_steps",
 }
 _FREE_GROUPS, _ROUNDING_GROUP = ("checkpoint.", "log."), "runtime."
+# Settings of runs that are older than these, where the default is another by now.
+_OLDER = {"attack.precision": "amp"}
 
 
 @dataclass(frozen=True)
@@ -96,15 +98,17 @@ def check_settings(stored: Mapping[str, Any], config: Config) -> list[str]:
     """Return a line for each changed setting that affects rounding alone.
 
     Raises ValueError for changed settings that affect more. stored: `Config.to_dict` of the run, as
-    JSON has it; settings that are newer than the run count as their defaults, which change nothing.
+    JSON has it; settings that are newer than the run count as those that change nothing.
+    Under `attack.precision auto` a run whose attack is that of amp keeps to it.
     """
-    before, now = _flat(Config().to_dict()) | _flat(stored), _flat(config.to_dict())
+    before, now = _flat(Config().to_dict()) | _OLDER | _flat(stored), _flat(config.to_dict())
     changes = {
         name: f"{name} {_shown(before.get(name))}, not {_shown(now.get(name))}"
         for name in {**before, **now}
         if before.get(name) != now.get(name)
         and name not in _FREE
         and not name.startswith(_FREE_GROUPS)
+        and (name, before.get(name), now.get(name)) != ("attack.precision", "amp", "auto")
     }
     refused = [text for name, text in changes.items() if _is_checked(name)]
     if refused:

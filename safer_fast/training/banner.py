@@ -81,7 +81,9 @@ def _speed(engine: Engine) -> str:
         measured = ", ".join(f"{name} {value:.3g} ms" for name, value in times.items())
         ways.append(f"{engine.attention.backend} attention" + (f" ({measured})" if times else ""))
     if engine.float8 is not None:
-        ways.append(str(engine.float8))
+        attack = engine.config.attack
+        chosen = "attack.precision auto, " if attack.precision == "auto" else ""
+        ways.append(f"{engine.float8} ({chosen}audited every {attack.audit_every} steps)")
     return ", ".join(ways) or "as written"
 
 

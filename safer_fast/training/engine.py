@@ -12,7 +12,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from safer_fast.attacks.audit import Audit
-from safer_fast.attacks.float8 import PAYS_FROM, LowPrecision, check_float8, fitting
+from safer_fast.attacks.float8 import (
+    PAYS_FROM,
+    LowPrecision,
+    check_float8,
+    choose_precision,
+    fitting,
+)
 from safer_fast.attacks.float8_timing import Float8Layers, choose_measured
 from safer_fast.attacks.replayed import ReplayedAttack
 from safer_fast.config.schema import Config, ModelConfig, Names
@@ -77,6 +83,8 @@ class Engine:
         notes += off
         self.attention = self._pin_attention(data.image_size)
         self.runtime = decide_auto(runtime, config.runtime, self._num_operations(data))
+        self.precision = choose_precision(config.attack.precision, self.model, self._was_amp())
+        """Precision of the attack, until an audit ends it."""
         self.float8 = self._choose_float8(data.image_size, notes)
         """Layers whose products the attack computes in FP8; None: it computes as amp does."""
         self.notes = [*self.runtime.notes, *notes]
@@ -100,7 +108,8 @@ class Engine:
             replays=self.replays,
             precision=self._low_precision(),
         )
-        self.audit = Audit(self.attack, config.attack, self.ranks, self._report)
+        audited = replace(config.attack, precision=self.precision)
+        self.audit = Audit(self.attack, audited, self.ranks, self._report)
 
     def step_over(self, names: list[str] | None, rho: float, seed: int = 0) -> Step:
         """Make the step that trains these layers (None: every parameter), with a new optimizer.
@@ -230,8 +239,8 @@ class Engine:
     def _choose_float8(self, image_size: int, notes: list[str]) -> Float8Layers | None:
         """Choose the layers that the attack computes in FP8, on all ranks as rank 0 measures."""
         attack, device = self.config.attack, self.runtime.device
-        if attack.precision != "fp8":
-            return Float8Layers(()) if attack.precision == "bf16" else None
+        if self.precision != "fp8":
+            return Float8Layers(()) if self.precision == "bf16" else None
         check_float8(device)
         resumed = self._resumed_numerics.get("float8")
         if attack.fp8_from != "auto":
@@ -252,6 +261,10 @@ class Engine:
         elif device.type != "cuda":
             notes.append("attack in FP8: simulated, slower than bf16 (no GPU is used)")
         return choice
+
+    def _was_amp(self) -> bool:
+        """Return true for a resumed run whose attack is that of amp."""
+        return bool(self._resumed_numerics) and self._resumed_numerics.get("float8") is None
 
     def _low_precision(self) -> LowPrecision | None:
         """The precision of the attack; None for that of amp."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch.nn import functional
 
 from safer_fast.attacks import float8, float8_layers, float8_timing
 from safer_fast.attacks.audit import AGREEMENT, MOST_PARTS, RATIO, Audit, Part
-from safer_fast.attacks.float8 import LowPrecision, check_float8, fitting
+from safer_fast.attacks.float8 import LowPrecision, check_float8, choose_precision, fitting
 from safer_fast.attacks.float8_layers import (
     FORWARD,
     Float8Linear,
@@ -850,12 +851,51 @@ def test_a_model_without_large_matrices_is_attacked_in_bf16(tmp_path: Path) -> N
 def test_an_attack_in_bf16_is_nearly_that_in_amp(tmp_path: Path) -> None:
     folder = run(tmp_path / "run", *IN_BF16)
     events = read_metrics(folder / "metrics.jsonl")
-    assert "attack in bf16" in events[0]["speed"]
+    assert "attack in bf16 (audited every 3 steps)" in events[0]["speed"]
     assert not any("FP8" in note for note in events[0]["notes"])
     audited = [event for event in events if event["event"] == "step" and AGREEMENT in event]
     assert audited
     assert all(0.97 < event[AGREEMENT] <= 1 for event in audited)
     assert all(event[RATIO] == pytest.approx(1, abs=0.02) for event in audited)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "dtype", "num_blocks", "was_amp", "chosen"),
+    [
+        ("auto", "cuda", torch.bfloat16, 4, False, "bf16"),
+        ("auto", "cuda", torch.bfloat16, 4, True, "amp"),
+        ("auto", "cuda", torch.bfloat16, 0, False, "amp"),  # features are inside the network
+        ("auto", "cuda", torch.float32, 4, False, "amp"),
+        ("auto", "cpu", torch.bfloat16, 4, False, "amp"),
+        ("amp", "cuda", torch.bfloat16, 4, False, "amp"),
+        ("bf16", "cpu", torch.bfloat16, 4, True, "bf16"),
+        ("fp8", "cuda", torch.bfloat16, 4, True, "fp8"),
+    ],
+)
+def test_auto_is_bf16_on_a_gpu_alone(
+    wanted: Any, device: str, dtype: torch.dtype, num_blocks: int, was_amp: bool, chosen: str
+) -> None:
+    mean = SimpleNamespace(device=torch.device(device))
+    model: Any = SimpleNamespace(mean=mean, compute_dtype=dtype, num_blocks=num_blocks)
+    assert choose_precision(wanted, model, was_amp) == chosen
+
+
+def test_a_run_of_auto_on_a_cpu_is_that_of_amp_and_resumes_one(tmp_path: Path) -> None:
+    flags = [*SMALL, "--amp=bf16", f"--output={tmp_path / 'run'}"]
+    with Trainer(parse_config([*flags, "--attack.precision=amp"])) as trainer:
+        trainer.begin_epoch(1)
+        trainer.train_epoch(1)
+        trainer.stop("a test")
+    config, ranks = parse_config([*flags, "--resume=must"]), Ranks()
+    assert config.attack.precision == "auto"
+    found = find_run(config, ranks)
+    with Trainer(config, ranks, found) as trainer:
+        assert trainer.engine.precision == "amp"
+        assert trainer.engine.attack.precision is None
+        assert not [note for note in trainer.engine.notes if "precision" in note]
+    refused = parse_config([*flags, "--resume=must", "--attack.precision=bf16"])
+    with pytest.raises(ValueError, match=r"attack\.precision amp, not bf16"):
+        Trainer(refused, ranks, find_run(refused, ranks))
 
 
 def test_only_the_attack_is_in_bf16(tmp_path: Path) -> None:

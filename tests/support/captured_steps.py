@@ -108,6 +108,7 @@ def run_case(gpu: FakeGpu, name: str, images: str) -> dict[str, Any]:
         "case": name,
         "recorded": sorted({str(key[0]) for key in engine.replays.recorded}),
         "refused": lines,
+        "precision": engine.precision,
         "violations": gpu.counts()["violations"] - before,
         "last_violation": gpu.last_violation(),
         "steps": steps[-2:],

@@ -56,3 +56,9 @@ def test_parts_of_a_batch_are_as_large_as_memory_allows_also_beside_captured_gra
     assert (result["attacked"], result["trained"]) == (num_images, num_images)
     assert result["recorded"] == sorted({"attack", *RECORDED})
     assert 0.8 * MEMORY[case] < result["peak_gib"] <= MEMORY[case]
+
+
+def test_on_a_gpu_the_attack_is_in_bf16_unless_the_run_is_not(results: Results) -> None:
+    others = {"fp32": "amp", "fp8 attack": "fp8", "compiled, fp8": "fp8"}
+    for case in CASES:
+        assert results[case]["precision"] == others.get(case, "bf16"), case

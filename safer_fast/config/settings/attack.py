@@ -31,10 +31,11 @@ class AttackConfig:
     """Epochs at epsilon 0 before the ramp."""
     epsilon_warmup_epochs: int = ranged(0, at_least(0, ranges.EPOCHS))
     """Epochs after the clean ones over which epsilon, and step_size with it, rises from 0."""
-    precision: Literal["amp", "bf16", "fp8"] = "amp"
+    precision: Literal["auto", "amp", "bf16", "fp8"] = "auto"
     """Precision of the attack in training, nowhere else. amp: that of --amp. bf16: features between
-    blocks too, which amp keeps in fp32. fp8: as bf16, and the large matrices of the blocks are
-    multiplied in FP8; for GPUs that have it (Hopper, Ada), simulated on a CPU."""
+    blocks too, which amp keeps in fp32; audited, with amp in its place where it is weaker. fp8: as
+    bf16, and the large matrices of the blocks are multiplied in FP8; for GPUs that have it (Hopper,
+    Ada), simulated on a CPU. auto: bf16 on a GPU with --amp bf16, else amp."""
     fp8_from: int | Literal["auto"] = ranged("auto", at_least(0, 2**40))
     """With fp8, matrices of fewer elements stay in bf16; auto: on a GPU those that a timing, made
     once, shows no faster; on a CPU those of less than 2^21."""
