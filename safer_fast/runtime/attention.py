@@ -2,30 +2,52 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.nn import attention, functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from safer_fast.config.messages import first_line
 from safer_fast.runtime.timing_cache import cache_file, machine, milliseconds, remember, remembered
 
-Wanted = Literal["auto", "flash", "cudnn", "math"]
+Wanted = Literal["auto", "flash", "fa3", "fa4", "cudnn", "math"]
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
+    "fa3": SDPBackend.FLASH_ATTENTION,
+    "fa4": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
 """torch's kernels by name, in order of preference: a later one must be faster by `MARGIN`."""
+
+
+class Generation(NamedTuple):
+    """A generation of flash attention that torch's hooks put in place of its own.
+
+    hook: its name there. module: that is imported. distribution: that holds the module.
+    """
+
+    hook: str
+    module: str
+    distribution: str
+
+
+GENERATIONS = {
+    "fa3": Generation("FA3", "flash_attn_interface", "flash_attn_3"),
+    "fa4": Generation("FA4", "flash_attn.cute.interface", "flash-attn-4"),
+}
 MARGIN = 1.1
 SECONDS = 0.5
 # Number of images is limited to about this many scores: more would only take longer.
@@ -81,9 +103,9 @@ def pin_attention(
 
     auto: the fastest, forward and backward, for a batch of this shape; it is timed once on a
     machine and stored in `cache` (default: attention.json in the user's cache folder), so that a
-    repeated run computes the same bits. With deterministic algorithms only kernels that give the
-    same bits twice are used. Plain products (math) stay enabled for shapes that the kernel does not
-    support.
+    repeated run computes the same bits. FA3 and FA4 compete where their packages are installed.
+    With deterministic algorithms only kernels that give the same bits twice are used. Plain
+    products (math) stay enabled for shapes that the kernel does not support.
     """
     case = (shape, batch_size, dtype, device)
     backend: str = wanted
@@ -95,7 +117,8 @@ def pin_attention(
         known = known or remember(file, key, _measure(*case), KernelTimings.parse)
         times, refused = known.times_ms, {**known.refused, **refused}
         backend = fastest({name: value for name, value in times.items() if name not in refused})
-    torch.backends.cuda.enable_flash_sdp(backend == "flash")
+    activate(backend)
+    torch.backends.cuda.enable_flash_sdp(BACKENDS[backend] == SDPBackend.FLASH_ATTENTION)
     torch.backends.cuda.enable_mem_efficient_sdp(backend == "efficient")
     torch.backends.cuda.enable_cudnn_sdp(backend == "cudnn")
     torch.backends.cuda.enable_math_sdp(True)
@@ -103,13 +126,39 @@ def pin_attention(
 
 
 def usable_backends(
-    shape: Shape, batch_size: int, dtype: torch.dtype, device: torch.device
+    shape: Shape,
+    batch_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    names: Sequence[str] | None = None,
 ) -> tuple[list[str], dict[str, str]]:
-    """Backends that work for a batch of this shape, and reasons why the others do not."""
+    """Backends that work for a batch of this shape, and reasons why the others do not.
+
+    names: those that are tried; default: all but FA3 and FA4 where they are not installed.
+    """
     inputs = random_inputs(shape, batch_size, dtype, device)
-    reasons = {name: _refusal(name, inputs) for name in BACKENDS}
+    tried = _candidates(device) if names is None else names
+    reasons = {name: _refusal(name, inputs) for name in tried}
     refused = {name: reason for name, reason in reasons.items() if reason is not None}
-    return [name for name in BACKENDS if name not in refused], refused
+    return [name for name in tried if name not in refused], refused
+
+
+def activate(name: str) -> None:
+    """Make torch's flash kernel that of this backend; FA2's for backends that are no generation.
+
+    The process keeps it. Raises RuntimeError where torch has no hooks for it, and what the import
+    of a package raises.
+    """
+    current = getattr(attention, "current_flash_attention_impl", lambda: None)()
+    wanted = GENERATIONS[name].hook if name in GENERATIONS else None
+    if current == wanted:
+        return
+    if wanted is None:
+        attention.restore_flash_attention_impl()
+    elif hasattr(attention, "activate_flash_attention_impl"):
+        attention.activate_flash_attention_impl(wanted)
+    else:
+        raise RuntimeError(f"PyTorch {torch.__version__} has no hooks for it")
 
 
 def fastest(times_ms: Mapping[str, float]) -> str:
@@ -136,6 +185,7 @@ def time_backends(names: Sequence[str], inputs: tuple[Tensor, ...]) -> dict[str,
         while least_rounds > 0 or time.perf_counter() - started < SECONDS:
             least_rounds -= 1
             for name in names:
+                activate(name)
                 run = partial(run_backend, name, inputs)
                 times[name].append(milliseconds(run, inputs[0].device))
     return {name: round(min(values), 4) for name, values in times.items()}
@@ -161,6 +211,7 @@ def random_inputs(
 def run_backend(name: str, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Compute attention and the gradients of queries, keys and values with one backend."""
     q, k, v, gradient, *masks = inputs
+    activate(name)
     with sdpa_kernel(BACKENDS[name]):
         out = functional.scaled_dot_product_attention(q, k, v, masks[0] if masks else None)
         return (out.detach(), *torch.autograd.grad(out, (q, k, v), gradient))
@@ -178,18 +229,48 @@ def _refusal(name: str, inputs: tuple[Tensor, ...]) -> str | None:
     """Reason why the backend cannot be used; None if it can."""
     if inputs[0].device.type == "cpu" and name not in ("flash", "math"):
         return "needs a GPU"
+    if name in GENERATIONS and not _is_installed(name):
+        return f"{GENERATIONS[name].distribution} is not installed"
     with warnings.catch_warnings(record=True) as caught:  # torch warns before it refuses
         warnings.simplefilter("always")
         try:
             first, second = run_backend(name, inputs), run_backend(name, inputs)
-        except RuntimeError as error:
+            if name in GENERATIONS:  # where it fails torch takes no other kernel in its place
+                run_backend(name, _one_query(inputs))
+        except (RuntimeError, *_OF_PACKAGES) as error:
             return _reason(error, [str(warning.message) for warning in caught])
     if not torch.are_deterministic_algorithms_enabled() or all(map(torch.equal, first, second)):
         return None
     return "does not give the same bits twice"
 
 
-def _reason(error: RuntimeError, warned: Sequence[str]) -> str:
+_OF_PACKAGES = (ImportError, OSError, AssertionError, TypeError, ValueError, AttributeError)
+"""Errors of a package that is of another version than torch expects."""
+
+
+def _candidates(device: torch.device) -> list[str]:
+    """Backends worth a trial on this device: those of torch, and generations that are installed."""
+    is_gpu = device.type == "cuda"
+    return [n for n in BACKENDS if n not in GENERATIONS or (is_gpu and _is_installed(n))]
+
+
+def _is_installed(name: str) -> bool:
+    """Return true if the module of a generation is there; nothing is imported."""
+    top, *rest = GENERATIONS[name].module.split(".")
+    spec = find_spec(top)
+    if spec is None or not rest:
+        return spec is not None
+    folders = [Path(location, *rest[:-1]) for location in spec.submodule_search_locations or ()]
+    return any((folder / f"{rest[-1]}.py").is_file() for folder in folders)
+
+
+def _one_query(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Inputs of a last block that computes one token."""
+    q, k, v, gradient, *masks = inputs
+    return (q[:, :, :1], k, v, gradient[:, :, :1], *(mask[:, :, :1] for mask in masks))
+
+
+def _reason(error: Exception, warned: Sequence[str]) -> str:
     """The line of torch's warnings that is about this backend; most are about disabled ones."""
     lines = (text.partition(" (Triggered internally")[0] for text in warned)
     reasons = [line for line in lines if not line.endswith(("because:", "runtime disabled."))]
@@ -200,7 +281,7 @@ def _reason(error: RuntimeError, warned: Sequence[str]) -> str:
 def _note(wanted: str, backend: str, refused: Mapping[str, str]) -> str | None:
     if wanted in refused:
         return f"attention: {wanted} is off ({refused[wanted]}), {backend} is used"
-    if set(BACKENDS) - {"math"} - set(refused):
+    if backend != "math" or set(BACKENDS) - {"math", *GENERATIONS} - set(refused):
         return None
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
     return f"attention: plain products, as no other kernel works ({reasons})"
@@ -209,4 +290,9 @@ def _note(wanted: str, backend: str, refused: Mapping[str, str]) -> str | None:
 def _key(shape: Shape, batch_size: int, dtype: torch.dtype, device: torch.device) -> str:
     """Key of the cache: everything that the fastest kernel depends on."""
     words = [machine(device), dtype, *asdict(shape).values(), batch_size]
+    for name in GENERATIONS:
+        if name in _candidates(device):
+            words.append(name)
+            with suppress(importlib.metadata.PackageNotFoundError):
+                words.append(importlib.metadata.version(GENERATIONS[name].distribution))
     return " ".join(map(str, [*words, torch.are_deterministic_algorithms_enabled()]))

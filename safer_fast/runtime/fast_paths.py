@@ -173,14 +173,16 @@ def _graphs() -> Check:
 
 
 def _attention() -> Check:
-    """Try torch's attention kernels on 2 images of a ViT-S in bf16."""
+    """Try torch's attention kernels, FA3 and FA4 among them, on 2 images of a ViT-S in bf16."""
     import torch
 
-    from safer_fast.runtime.attention import Shape, usable_backends
+    from safer_fast.runtime.attention import BACKENDS, Shape, usable_backends
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        usable, refused = usable_backends(Shape(1, 6, 197, 64), 2, torch.bfloat16, device)
+        case = (Shape(1, 6, 197, 64), 2, torch.bfloat16, device)
+        names = list(BACKENDS) if device.type == "cuda" else None
+        usable, refused = usable_backends(*case, names)
     except RuntimeError as error:
         return Check("attention", False, first_line(error), "see gpu")
     fused = [name for name in usable if name != "math"]

@@ -1,8 +1,10 @@
 """Attention runs on the kernel that is fastest for the model's shape, and stays on it."""
 
+import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -389,3 +391,112 @@ def test_the_benchmark_compares_with_flash_only_where_flash_works(
     (row,) = bench.rows_of(case, torch.bfloat16, False, CPU, 2)
     assert row["implementation"] == "math"
     assert row["per_flash"] is None
+
+
+# -- generations of flash attention from packages
+
+
+@pytest.fixture
+def generations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """FA3 and FA4 are installed and hooked in as names alone; names of those put in and out."""
+    if not hasattr(torch.nn.attention, "register_flash_attention_impl"):
+        pytest.skip("this PyTorch has no hooks for them")
+    from torch.nn.attention import _registry
+
+    happened: list[str] = []
+
+    class Handle:
+        def __init__(self, name: str) -> None:
+            self.name = name
+            happened.append(f"{name} in")
+
+        def remove(self) -> None:
+            happened.append(f"{self.name} out")
+
+    hooks = {name: (lambda name=name: Handle(name)) for name in ("FA3", "FA4")}
+    monkeypatch.setattr(_registry, "_FLASH_ATTENTION_IMPLS", hooks)
+    monkeypatch.setattr(attention, "_is_installed", lambda name: True)
+    yield happened
+    attention.activate("flash")
+
+
+def test_a_generation_is_active_until_another_kernel_is(generations: list[str]) -> None:
+    for name in ("math", "fa3", "fa3", "fa4", "flash", "cudnn"):
+        attention.activate(name)
+    assert generations == ["FA3 in", "FA3 out", "FA4 in", "FA4 out"]
+
+
+def test_the_fastest_generation_is_pinned_and_timed_like_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, generations: list[str]
+) -> None:
+    monkeypatch.setattr(attention, "_candidates", lambda _: ["flash", "fa3", "fa4", "math"])
+    monkeypatch.setattr(attention, "_refusal", lambda name, _: "of old" if name == "fa3" else None)
+    calls = measure(monkeypatch, flash=1.0, fa4=0.5, math=2.0)
+    pinned = pin(tmp_path / "cache.json")
+    assert calls == [["flash", "fa4", "math"]]
+    assert (pinned.backend, pinned.refused, pinned.note) == ("fa4", {"fa3": "of old"}, None)
+    assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.nn.attention.current_flash_attention_impl() == "FA4"
+    assert pin(tmp_path / "cache.json") == pinned
+    assert len(calls) == 1
+    assert pin(tmp_path / "cache.json", "flash").backend == "flash"
+    assert torch.nn.attention.current_flash_attention_impl() is None
+
+
+def test_a_generation_is_active_while_it_is_timed(generations: list[str]) -> None:
+    inputs = random_inputs(SHAPE, 2, torch.float32, CPU)
+    times = attention.time_backends(["flash", "fa4"], inputs)
+    assert set(times) == {"flash", "fa4"}
+    assert generations[:3] == ["FA4 in", "FA4 out", "FA4 in"]
+
+
+def test_a_generation_that_is_not_installed_is_no_candidate_and_says_so() -> None:
+    gpu = torch.device("cuda")
+    assert attention._candidates(gpu) == ["flash", "cudnn", "efficient", "math"]
+    inputs: Any = (SimpleNamespace(device=gpu),)
+    assert attention._refusal("fa3", inputs) == "flash_attn_3 is not installed"
+    assert attention._refusal("fa4", inputs) == "flash-attn-4 is not installed"
+    assert attention._refusal("fa4", random_inputs(SHAPE, 2, torch.float32, CPU)) == "needs a GPU"
+
+
+def test_a_generation_that_is_wanted_and_missing_is_replaced_with_a_note(tmp_path: Path) -> None:
+    pinned = pin(tmp_path / "cache.json", "fa4")
+    assert pinned.backend in ("flash", "math")
+    assert pinned.note == f"attention: fa4 is off (needs a GPU), {pinned.backend} is used"
+
+
+def test_a_package_is_found_without_being_imported_and_changes_what_is_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    monkeypatch.syspath_prepend(tmp_path)
+    case = (SHAPE, 4, torch.bfloat16, gpu)
+    keys = [attention._key(*case)]
+    (tmp_path / "flash_attn_interface.py").write_text("raise AssertionError")
+    keys.append(attention._key(*case))
+    folder = tmp_path / "flash_attn" / "cute"
+    folder.mkdir(parents=True)
+    assert not attention._is_installed("fa4")  # the package of FA2 alone
+    (folder / "interface.py").write_text("raise AssertionError")
+    importlib.invalidate_caches()
+    assert attention._candidates(gpu) == ["flash", "fa3", "fa4", "cudnn", "efficient", "math"]
+    keys.append(attention._key(*case))
+    assert len(set(keys)) == 3
+    assert all(key.startswith(keys[0].rpartition(" ")[0]) for key in keys)
+
+
+def test_a_package_that_fails_is_refused_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch, generations: list[str]
+) -> None:
+    def fail(name: str) -> None:
+        if name == "fa4":
+            raise AssertionError("only for the latest GPUs\nDetails")
+
+    monkeypatch.setattr(attention, "activate", fail)
+    query, *rest = random_inputs(SHAPE, 2, torch.float32, CPU)
+    on_gpu: Any = SimpleNamespace(device=torch.device("cuda"))
+    assert attention._refusal("fa4", (on_gpu, *rest)) == "only for the latest GPUs"
+    one, *others = attention._one_query((query, *rest))
+    assert one.shape == (2, 2, 1, 16)
+    assert [t.shape[2] for t in others] == [9, 9, 1]

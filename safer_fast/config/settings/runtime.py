@@ -27,8 +27,9 @@ class RuntimeConfig:
     cuda_graph: Literal["auto", "on", "off"] = "auto"
     """Capture attack iteration, SAM passes and update as CUDA graphs; auto: on CUDA, if the run is
     long enough to win back the time of capturing."""
-    attention: Literal["auto", "flash", "cudnn", "math"] = "auto"
-    """Attention kernel; auto: the fastest for the run's shape, timed once and cached."""
+    attention: Literal["auto", "flash", "fa3", "fa4", "cudnn", "math"] = "auto"
+    """Attention kernel; auto: the fastest for the run's shape, timed once and cached. fa3, fa4:
+    flash attention of these generations, where flash_attn_3 or flash-attn-4 is installed."""
     deterministic: bool = True
     """Use only kernels that give the same bits each time."""
     tf32: bool = False
