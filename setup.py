@@ -102,6 +102,7 @@ setup(
         *(f"safer_fast.kernels.{name}" for name in find_packages("kernels")),
     ],
     package_data={
+        "safer_fast": ["py.typed"],
         "safer_fast.config": ["recipes/*.yaml"],
         "safer_fast.runs.report": ["report.html.jinja"],
     },

@@ -10,6 +10,7 @@ import torch
 
 from bench.data_peers import SIZE, with_rows
 from bench.measure import origin
+from safer_fast import train_model
 from safer_fast.config.schema import (
     AttackConfig,
     Config,
@@ -21,7 +22,6 @@ from safer_fast.config.schema import (
 )
 from safer_fast.runs.layout import METRICS
 from safer_fast.runs.loggers.metrics_file import read_metrics
-from safer_fast.train import train_model
 
 MOST_WAITED = 0.02
 

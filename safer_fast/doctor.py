@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from safer_fast.config.checks import check_ranges
-from safer_fast.config.command_line import new_parser, parse, with_underscores
+from safer_fast.config.command_line import with_underscores
 from safer_fast.config.commands import DoctorConfig
+from safer_fast.config.parser import new_parser, parse
 from safer_fast.runtime.command import import_all, run
 from safer_fast.runtime.diagnosis import as_block, as_json, without_home
 from safer_fast.runtime.fast_paths import check_disk, diagnose

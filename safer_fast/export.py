@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from safer_fast.config.command_line import new_parser, parse, with_underscores
+from safer_fast.config.command_line import with_underscores
 from safer_fast.config.commands import ExportConfig
+from safer_fast.config.parser import new_parser, parse
 from safer_fast.runtime.command import import_all, run
 
 

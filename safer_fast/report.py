@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safer_fast.config.checks import check_file
-from safer_fast.config.command_line import new_parser, parse, with_underscores
+from safer_fast.config.command_line import with_underscores
+from safer_fast.config.parser import new_parser, parse
 from safer_fast.runs.report.page import write_report
 from safer_fast.runtime.command import run
 

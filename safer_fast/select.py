@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from safer_fast.config.command_line import new_parser, parse, with_underscores
+from safer_fast.config.command_line import with_underscores
 from safer_fast.config.commands import SelectConfig
 from safer_fast.config.conversion import converted
+from safer_fast.config.parser import new_parser, parse
 from safer_fast.runs.layout import RunFolder
 from safer_fast.runtime.command import import_all, run
 from safer_fast.selection.comparison import compare_criteria, rank_correlations

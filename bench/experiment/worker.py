@@ -20,16 +20,15 @@ import torch
 
 from bench.experiment.tasks import FILES, Row
 from bench.measure import origin
+from safer_fast import evaluate_run, train_model
 from safer_fast.config.command_line import parse_config
 from safer_fast.config.commands import EvaluateConfig, SelectConfig
 from safer_fast.config.schema import Names
 from safer_fast.config.untrusted import load_yaml
-from safer_fast.evaluate import evaluate_run
 from safer_fast.runs.folder import load_run
 from safer_fast.runs.layout import METRICS
 from safer_fast.runs.loggers.metrics_file import read_metrics
 from safer_fast.select import select
-from safer_fast.train import train_model
 
 CURVES = ("train_robust_accuracy", "clean_accuracy", "robust_accuracy", "validation_loss")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,12 +17,15 @@ from safer_fast.attacks.pgd import (
     finite_pixels,
     placed_start,
 )
-from safer_fast.config.attack_names import ATTACKS, facts_of
+from safer_fast.config.attack_names import ATTACKS, ThreatModel, facts_of
 from safer_fast.config.messages import shortened
 
 if TYPE_CHECKING:
     from safer_fast.attacks.gradient_watch import Watch
     from safer_fast.attacks.replayed import ReplayedAttack
+
+
+__all__ = ["ThreatModel", "attack_by_name", "attack_spec", "register_attack"]
 
 
 class AttackSpec(NamedTuple):
@@ -49,6 +52,10 @@ def attack_spec(name: str, epsilon: float) -> AttackSpec:
 
 def register_attack(name: str, loss: AttackLoss, *, steps: int | None = None) -> None:
     """Make `NAME-K` an attack of K steps like pgd-K that raises `loss`, in this process.
+
+    >>> def confidence(logits, labels):
+    ...     return -logits.softmax(1).gather(1, labels[:, None]).sum()
+    >>> register_attack("confidence", confidence)
 
     loss: (logits [B, K], class numbers [B]) -> a 0-d sum over images. steps: iterations of the
     plain name; default: it needs a number. Raises ValueError for a name that is taken, or is no
@@ -77,14 +84,6 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
 
 LOSSES: dict[str, AttackLoss] = {"cross-entropy": cross_entropy, "margin": margin}
 """Losses of gradient attacks by the names that the table of attacks has for them."""
-
-
-@dataclass(frozen=True)
-class ThreatModel:
-    """The ball that attacks stay in."""
-
-    norm: Any
-    epsilon: float
 
 
 def attack_by_name(

@@ -42,6 +42,10 @@ def pgd(
     by its norm for each image. `steps=1` with `step_size=1.25 * epsilon` is FGSM-RS (Wong et al.,
     2020).
 
+    >>> attacked = pgd(model, images, labels, epsilon=8 / 255, step_size=2 / 255, steps=3)
+    >>> bool((attacked - images).abs().max() <= 8 / 255 + 1e-6)
+    True
+
     Args:
         model: takes pixels in [0, 1], gives logits [B, K]. It runs in eval mode without weight
             gradients and is left as it was, also after an exception.

@@ -5,9 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from safer_fast.config import ranges
 from safer_fast.config.messages import shortened
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """The ball around each image that attacks stay in.
+
+    norm: linf or l2. epsilon: radius, for pixels in [0, 1].
+
+    >>> ThreatModel("linf", 8 / 255).norm
+    'linf'
+    """
+
+    norm: Literal["linf", "l2"]
+    epsilon: float
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,22 @@ from typing import Any
 import yaml
 
 from safer_fast.config import ranges
-from safer_fast.config.attack_names import check_attack_name
+from safer_fast.config.attack_names import LIBRARY_ATTACKS, check_attack_name
+from safer_fast.config.commands import EvaluateConfig
+from safer_fast.config.conversion import converted
 from safer_fast.config.messages import shortened, typed
 from safer_fast.config.schema import SAVINGS, Config
 
 HINT = "pixels are in [0, 1]; write 8/255, not 8"
+
+
+def checked(config: Config) -> Config:
+    """Convert and check a configuration made in Python; returns a copy."""
+    if not isinstance(config, Config):
+        raise ValueError(f"config: expected Config, got {shortened(repr(config))}")
+    config = converted(config)
+    check_config(config)
+    return config
 
 
 def check_config(config: Config) -> None:
@@ -108,6 +119,23 @@ def check_new(config: Config) -> None:
             raise ValueError(f"{flag}: expected at least one name or pattern, got none")
     if not config.evaluation.attacks:
         raise ValueError("--evaluation.attacks: expected at least one attack, got none")
+
+
+def check_evaluation(config: EvaluateConfig) -> None:
+    """Raise ValueError for settings that fit no run."""
+    if not config.attacks:
+        raise ValueError("--attacks: expected at least one attack, got none")
+    for name in config.attacks:
+        check_attack_name(name, "--attacks", LIBRARY_ATTACKS)
+    check_ranges(config)
+    if config.source is None and config.source_weights != "last":
+        raise ValueError(
+            "--source-weights: expected --source beside it, "
+            f"got only {shortened(config.source_weights)}"
+        )
+    for name in ("image_column", "label_column"):
+        if (column := getattr(config, name)) is not None and config.path is None:
+            raise ValueError(f"--data.{name}: expected --data.path beside it, got only {column}")
 
 
 def check_file(path: str | None, flag: str) -> None:

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
-from jsonargparse.typing import register_type
+from jsonargparse import ArgumentParser
 
 from safer_fast.config.checks import check_config
-from safer_fast.config.help_text import HelpFormatter, tidy
-from safer_fast.config.messages import LONGEST_WORD, explained, shortened, typed
+from safer_fast.config.messages import shortened
+from safer_fast.config.parser import new_parser, parse
+from safer_fast.config.recipe_files import RECIPES, find_settings, read_settings, recipe_names
 from safer_fast.config.recipe_scale import scaled
-from safer_fast.config.schema import Config, Names, Radius
-from safer_fast.config.untrusted import ENDLESS_NUMBER, MOST_YAML, load_yaml, read_text
+from safer_fast.config.schema import Config
 
-RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "digits"
 OPEN_FLAGS = (
     "model.patch_size",
@@ -30,8 +27,6 @@ OPEN_FLAGS = (
     "attack.epsilon_warmup_epochs",
 )
 """Settings that training chooses by data and weights if they are not given."""
-CONTROL = re.compile("[\x00-\x1f\x7f]")
-T = TypeVar("T")
 
 
 def parse_config(arguments: Sequence[str], described: Mapping[str, Any] | None = None) -> Config:
@@ -80,90 +75,13 @@ def scaled_by_epochs(arguments: Sequence[str]) -> list[str]:
     return [f"--{flag} {value:g}: {why}" for flag, value in scaled(recipe, words).items()]
 
 
-def new_parser(command: str, description: str) -> ArgumentParser:
-    """Make a parser whose types and help follow the conventions of all commands."""
-    register_type(
-        Radius, serializer=float, deserializer=_parse_radius, fail_already_registered=False
-    )
-    register_type(Names, serializer=list, deserializer=_parse_names, fail_already_registered=False)
-    set_parsing_settings(
-        docstring_parse_attribute_docstrings=True,
-        # files must not make jsonargparse import or instantiate anything
-        import_path_denylist=["*"],
-        instantiate_subclass_spec_in_any=False,
-    )
-    return _Parser(
-        prog=f"python -m safer_fast.{command}",
-        description=description,
-        exit_on_error=False,
-        formatter_class=HelpFormatter,
-    )
-
-
 @cache
 def _train_parser() -> ArgumentParser:
     """The parser of `train`, built once: that takes longer than to parse with it."""
     parser = new_parser("train", "Train a robust vision transformer.")
-    parser.add_argument("--config", action="config", help=f"a YAML file or {_recipe_names()}")
+    parser.add_argument("--config", action="config", help=f"a YAML file or {recipe_names()}")
     parser.add_class_arguments(Config, None)
     return parser
-
-
-class _Parser(ArgumentParser):
-    """A parser whose help shows flags as they are typed: --batch-size, but --group.its_name."""
-
-    def format_help(self, *arguments: Any, **settings: Any) -> str:
-        return tidy(super().format_help(*arguments, **settings))
-
-
-def parse(parser: ArgumentParser, arguments: Sequence[str], kind: Callable[..., T]) -> T:
-    """Parse arguments to `kind`, a dataclass; raises ValueError with one clear line."""
-    for before, word in pairwise(["", *arguments]):
-        if ENDLESS_NUMBER.search(word):
-            awaits_value = before.startswith("--") and "=" not in before
-            named = word if word.startswith("--") else before if awaits_value else ""
-            flag = typed(named.partition("=")[0][2:]) if named else "RUN"
-            raise ValueError(f"{flag}: expected numbers of fewer digits, got {shortened(word)}")
-    return parsed(parser, kind, lambda: parser.parse_args(list(arguments)))
-
-
-def parsed(parser: ArgumentParser, kind: Callable[..., T], read: Callable[[], Any]) -> T:
-    """Convert the values that `read` returns to `kind`; raises ValueError with one line."""
-    try:
-        values = parser.instantiate(read())
-    except ArgumentError as error:
-        raise ValueError(explained(str(error), _settings_of(parser))) from None
-    except OverflowError:
-        raise ValueError("expected numbers below 1e308, got a larger one") from None
-    names = {item.name for item in fields(kind)} if is_dataclass(kind) else set()
-    parsed = kind(**{name: value for name, value in vars(values).items() if name in names})
-    _check_values(parsed)
-    return parsed
-
-
-def _check_values(config: Any, group: str = "") -> None:
-    """Raise ValueError for null in a setting that takes none, and for texts that can be no name.
-
-    jsonargparse accepts both.
-    """
-    for name, kind in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        flag = "RUN" if name in ("run", "runs") else typed(group + name)
-        if is_dataclass(value):
-            _check_values(value, f"{name}.")
-        elif value is None and type(None) not in get_args(kind):
-            raise ValueError(f"{flag}: expected a value, got null")
-        for text in [value] if isinstance(value, str) else value if isinstance(value, list) else []:
-            if CONTROL.search(text) or any(len(part) > LONGEST_WORD for part in text.split("/")):
-                raise ValueError(
-                    f"{flag}: expected a name or path without control characters, at most "
-                    f"{LONGEST_WORD} letters between slashes, got {shortened(repr(text))}"
-                )
-
-
-def _settings_of(parser: ArgumentParser) -> list[str]:
-    flags = [flag for action in parser._actions for flag in action.option_strings]
-    return [flag[2:] for flag in flags if flag.startswith("--")]
 
 
 def with_underscores(arguments: Sequence[str]) -> list[str]:
@@ -194,12 +112,7 @@ def _config_first(words: Sequence[str], described: Mapping[str, Any]) -> list[st
         name = DEFAULT_RECIPE
     if name is None:
         return _as_words(described, network) + words
-    if len(name.rpartition("/")[2]) > LONGEST_WORD - len(".yaml"):  # too long for a file name
-        raise ValueError(
-            f"--config: expected a YAML file or {_recipe_names()}, got {shortened(name)}"
-        )
-    recipe = RECIPES / f"{name}.yaml"
-    file = recipe if recipe.is_file() else Path(name)
+    file = find_settings(name, "--config")
     model = _check_mapping(file).get("model", {})
     first = ["--config", str(file)]
     if is_default:
@@ -223,22 +136,9 @@ def _as_words(described: Mapping[str, Any], network: Any) -> list[str]:
 def _check_mapping(file: Path) -> dict[str, Any]:
     """Read the settings in a file; their names and types are checked later.
 
-    Raises ValueError for a file without settings.
+    Raises ValueError for a file without settings, and for groups that hold none.
     """
-    if not file.is_file():
-        raise ValueError(f"--config: expected a YAML file or {_recipe_names()}, got {str(file)!r}")
-    try:
-        content = load_yaml(read_text(file, MOST_YAML))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--config: expected YAML in {file}: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"--config: expected names with values in {file}, got "
-            + ("none" if content is None else shortened(repr(content)))
-        )
-    # jsonargparse would read other files named by these
-    if "config" in content:
-        raise ValueError("--config: unknown setting 'config'")
+    content = read_settings(file, "--config")
     for name in _group_names():
         if not isinstance(group := content.get(name, {}), dict):
             raise ValueError(
@@ -262,11 +162,6 @@ def _without(words: Sequence[str], flag: str) -> tuple[list[str], str | None]:
     return rest, value
 
 
-def _recipe_names() -> str:
-    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    return f"one of the recipes {', '.join(names)}"
-
-
 def _switches() -> list[str]:
     """Flags that may be given without a value, for true."""
     flags = []
@@ -280,18 +175,3 @@ def _switches() -> list[str]:
 def _group_names() -> list[str]:
     config = Config()
     return [item.name for item in fields(config) if is_dataclass(getattr(config, item.name))]
-
-
-def _parse_radius(value: Any) -> Radius:
-    try:
-        numerator, slash, denominator = str(value).partition("/")
-        return Radius(float(numerator) / float(denominator) if slash else float(numerator))
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(
-            f"Expected a number or a fraction such as 8/255. Got value: {value}"
-        ) from None
-
-
-def _parse_names(value: Any) -> Names:
-    items = value.split(",") if isinstance(value, str) else value
-    return Names(str(item).strip() for item in items if str(item).strip())

@@ -12,7 +12,11 @@ from safer_fast.config.schema import DataConfig, Names, Radius
 
 @dataclass
 class EvaluateConfig:
-    """Model, attacks and data of an evaluation."""
+    """Model, attacks and data of an evaluation.
+
+    >>> EvaluateConfig(run="runs/x", attacks="clean,pgd-20,autoattack", epsilon="4/255").weights
+    'last'
+    """
 
     run: str
     """Run folder."""

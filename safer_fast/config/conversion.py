@@ -1,4 +1,4 @@
-"""Settings made in Python: converted and checked like those of the command line."""
+"""Settings made in Python: converted like those of the command line."""
 
 from __future__ import annotations
 
@@ -7,21 +7,10 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safer_fast.config.checks import check_config
-from safer_fast.config.command_line import new_parser, parsed
 from safer_fast.config.messages import shortened
-from safer_fast.config.schema import Config
+from safer_fast.config.parser import new_parser, parsed
 
 T = TypeVar("T")
-
-
-def checked(config: Config) -> Config:
-    """Convert and check a configuration made in Python; returns a copy."""
-    if not isinstance(config, Config):
-        raise ValueError(f"config: expected Config, got {shortened(repr(config))}")
-    config = converted(config)
-    check_config(config)
-    return config
 
 
 def converted(config: T) -> T:
@@ -30,10 +19,24 @@ def converted(config: T) -> T:
     Fractions and numbers may be texts, groups may be dictionaries. Raises ValueError with one clear
     line for a value that the command line would refuse.
     """
-    kind = type(config)
+    return converted_to(type(config), _as_given(config))
+
+
+def converted_to(kind: type[T], values: Mapping[str, Any]) -> T:
+    """Make a dataclass of settings from nested values; raises ValueError as `converted` does."""
     parser = new_parser("train", "")
     parser.add_class_arguments(kind, None)
-    return parsed(parser, kind, lambda: parser.parse_object(_as_given(config)))
+    plain = {name: _plain(value) for name, value in values.items()}
+    for item in fields(kind):  # type: ignore[arg-type]
+        is_group, value = is_dataclass(item.default_factory), plain.get(item.name, {})
+        if is_group and not isinstance(value, Mapping):
+            raise ValueError(
+                f"{item.name}: expected a dictionary of settings, got {shortened(repr(value))}"
+            )
+    try:
+        return parsed(parser, kind, lambda: parser.parse_object(plain))
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix("--config: ")) from None
 
 
 def _as_given(config: Any) -> dict[str, Any]:
@@ -56,7 +59,9 @@ def _as_given(config: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Convert paths to texts, and numbers of numpy and torch to Python's."""
+    """Convert paths to texts, groups to dictionaries, numbers of numpy and torch to Python's."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = vars(value)
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

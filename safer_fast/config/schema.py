@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import html
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from safer_fast.config import ranges
@@ -38,7 +40,16 @@ __all__ = [
 
 @dataclass
 class Config:
-    """A whole run."""
+    """All settings of a run, in groups.
+
+    Groups may be given as dictionaries, numbers and fractions as texts; they are checked where they
+    are used, which raises ValueError with one line that names the setting.
+
+    >>> config = Config(amp="bf16", epochs=3, attack={"epsilon": "4/255"})
+    >>> config = Config.from_recipe("cifar10-safer", epochs=5, attack={"epsilon": "4/255"})
+    >>> config.attack.norm, round(255 * config.attack.epsilon), config.epochs
+    ('linf', 4, 5)
+    """
 
     amp: Literal["off", "bf16"] = "off"
     """bf16: matrices are stored and multiplied in bfloat16, masters and sums kept in float32."""
@@ -72,3 +83,50 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain nested dictionaries, ready for YAML or JSON."""
         return asdict(self)
+
+    @classmethod
+    def from_recipe(cls, name: str, **changes: Any) -> Config:
+        """Read a recipe by name, or a YAML file such as a run.yaml, and change some settings.
+
+        changes: settings by name; a dictionary for a group changes what it names and leaves the
+        rest. Raises ValueError, one line, for unknown names and unfit values.
+        """
+        from safer_fast.config.conversion import converted_to
+        from safer_fast.config.recipe_files import find_settings, read_settings
+
+        settings = read_settings(find_settings(name, "recipe"), "recipe")
+        for key, value in changes.items():
+            group = settings.get(key)
+            if isinstance(group, Mapping) and isinstance(value, Mapping):
+                value = {**group, **value}
+            settings[key] = value
+        network = changes.get("model", {})
+        if "name" in network and "arguments" not in network:  # those of the recipe fit its own
+            settings["model"] = {**settings["model"], "arguments": {}}
+        return converted_to(cls, settings)
+
+    def _repr_html_(self) -> str:
+        """HTML for notebooks: the settings that differ from the defaults, then all of them."""
+        ours, defaults = _lines(self), _lines(type(self)())
+        changed = [line for line in ours if line not in defaults]
+        parts = [html.escape("\n".join(lines)) for lines in (changed or ["all defaults"], ours)]
+        return (
+            f"<pre>{parts[0]}</pre><details><summary>all settings</summary>"
+            f"<pre>{parts[1]}</pre></details>"
+        )
+
+
+def _lines(config: Config) -> list[str]:
+    """One line for each setting: `group.name: value`."""
+    lines = []
+    for item in fields(config):
+        value = getattr(config, item.name)
+        values = vars(value) if is_dataclass(value) else value
+        is_group = isinstance(values, Mapping)
+        inner = (
+            {f"{item.name}.{key}": v for key, v in values.items()}
+            if is_group
+            else {item.name: value}
+        )
+        lines += [f"{name}: {setting!r}" for name, setting in inner.items()]
+    return lines

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from datetime import timedelta
 from typing import Any
 
 from tqdm import tqdm
+
+from safer_fast.runtime.terminal import progress_bar, shows_bars
 
 BETWEEN_LINES_S = 30.0
 BETWEEN_REFRESHES_S = 1.0
@@ -37,12 +38,11 @@ class ProgressDisplay:
     ) -> None:
         self._tallys = {name: AttackTally() for name in names}
         self._num_images, self._say, self._is_shown = num_images, say, is_shown
-        is_terminal = is_shown and sys.stderr.isatty()
         self._bar: tqdm[Any] | None = None
-        if is_terminal:
+        if is_shown and shows_bars():
             form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
             total = num_images * len(names)
-            self._bar = tqdm(total=total, desc="evaluating", leave=False, bar_format=form)
+            self._bar = progress_bar(total=total, desc="evaluating", bar_format=form)
         self._shown_at = time.monotonic()
 
     def __enter__(self) -> ProgressDisplay:

@@ -87,10 +87,18 @@ def build_model(
 ) -> RobustModel:
     """Build the timm model that `config` names, in eval mode on the CPU, with its normalisation.
 
-    normalisation: mean and std of the pixels; default: those of the weights, or of timm. The
-    model's notes say how the weights of `config.checkpoint` were changed to fit. Raises ValueError
-    for a name that timm lacks, a network that is no transformer, arguments or sizes it does not
-    take, weights that cannot be read or fetched, and weights of another model.
+    It takes float images [B, C, H, W] in [0, 1] and returns float32 logits [B, K].
+
+    >>> settings = ModelConfig(name="vit_tiny_patch16_224", patch_size=8, arguments={"depth": 2})
+    >>> build_model(settings, num_classes=3, image_size=32)(torch.rand(2, 3, 32, 32)).shape
+    torch.Size([2, 3])
+
+    image_size: edge in pixels. num_channels: 1 or 3. compute_dtype: of matrix products. norms:
+    layers include the norms right before them. normalisation: mean and std of the pixels; default:
+    those of the weights, or of timm. The model's notes say how the weights of `config.checkpoint`
+    were changed to fit. Raises ValueError for a name that timm lacks, a network that is no
+    transformer, arguments or sizes it does not take, weights that cannot be read or fetched, and
+    weights of another model.
     """
     _check_name(config.name)
     if others := NO_ARGUMENTS & config.arguments.keys():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from safer_fast.config.attack_names import ThreatModel
 from safer_fast.models.exact_savings import (
     TokenBlock,
     normalisation_in_patches,
@@ -53,6 +54,12 @@ class RobustModel(nn.Module):
         """Dtype of the features that enter the first block; None: as the stem returns them."""
         self.notes: list[str] = []
         """Lines on how the weights it was built with were changed to fit."""
+        self.class_names: list[str] = []
+        """Names of the classes in the order of the logits, of a model that `load_model` returns."""
+        self.image_size: int | None = None
+        """Edge in pixels of the images that it was trained on, of such a model."""
+        self.threat_model: ThreatModel | None = None
+        """The ball that it was trained against, of such a model."""
         self.new_layers: list[str] = []
         """Layers missing in the weights it was built with, such as a head for other classes."""
         self.layers = find_layers(self.network, norms)

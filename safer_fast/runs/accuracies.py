@@ -7,7 +7,7 @@ from math import sqrt
 from typing import Any
 
 from safer_fast.config.messages import printable
-from safer_fast.runtime.tables import aligned
+from safer_fast.runtime.terminal import aligned
 
 MOST_CLASSES = 20
 """Classes that a table names: the ones with the lowest accuracy under the last attack."""

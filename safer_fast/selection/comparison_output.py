@@ -12,7 +12,7 @@ from safer_fast.config.checks import check_file, check_ranges
 from safer_fast.config.commands import SelectConfig
 from safer_fast.config.messages import shortened
 from safer_fast.runtime.files import write_whole
-from safer_fast.runtime.tables import aligned
+from safer_fast.runtime.terminal import aligned
 from safer_fast.selection.comparison import CriteriaScores, Scores
 
 if TYPE_CHECKING:

@@ -46,9 +46,14 @@ class Criterion:
 def register_criterion(name: str, score: Score) -> None:
     """Let `--selection.criterion NAME` score layers by this function, in this process.
 
-    The model is in eval mode and no parameter requires gradients. Under torchrun every rank scores
-    its own batches, and the mean, weighted by images, counts. Raise ValueError for a name that is
-    taken.
+    >>> def size(model, batches, names):
+    ...     layers = dict(model.named_modules())
+    ...     return {name: float(layers[name].weight.norm()) for name in names}
+    >>> register_criterion("size", size)
+
+    score: (model, batches of images and labels, names of layers) -> a score for each. The model is
+    in eval mode and no parameter requires gradients. Under torchrun every rank scores its own
+    batches, and the mean, weighted by images, counts. Raise ValueError for a name that is taken.
     """
     if name in [*known_criteria(), *SHARPNESS]:
         raise ValueError(f"name: expected a new one, got {name!r}, which is a criterion already")

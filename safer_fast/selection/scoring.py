@@ -40,12 +40,16 @@ def rank_layers(
 
     - `sharpness`: S_l = L(w_l + rho g_l / ||g_l||, rest) - L(w), L the mean cross-entropy on
       adversarial examples, g_l its gradient for the layer's weight and bias. This is our reading of
-      SAFER (Gopal et al., 2025), whose formula is not public. `least-sharp`: -S_l.
+      SAFER (Gopal et al., 2025), from its abstract and summaries. `least-sharp`: -S_l.
     - `gradient-norm`: rho ||g_l||, the first-order estimate of S_l.
     - `criticality`: W(F_l) / W(F_l-1), W(F) the mean over images of ||F(x + d) - F(x)|| / dim
       (CLAT, Gopal et al., 2024), with d from `attack`; the first layer is compared with the image.
     - `random`: uniform in [0, 1).
     - others: see `register_criterion`.
+
+    >>> scores = rank_layers(model, [(images, labels)], rho=0.05)
+    >>> sorted(scores)[-1]
+    'patch_embed.proj'
 
     Args:
         model: takes pixels in [0, 1]; its weights are perturbed meanwhile and restored exactly. A
@@ -125,6 +129,9 @@ def score_layers(
 
 def select_layers(scores: Mapping[str, float], *, fraction: float) -> list[str]:
     """The names with the highest scores: `fraction` of them, rounded half up, at least one.
+
+    >>> select_layers({"a": 0.1, "b": 0.4, "c": 0.2, "d": 0.3}, fraction=0.5)
+    ['b', 'd']
 
     Equal scores are ordered by name. Raise ValueError for a fraction outside (0, 1], no scores, or
     a score that is NaN.

@@ -68,6 +68,12 @@ class Formula:
 
     losses: see `Losses`. needs_clean: true if they read clean logits. attacks: (logits, clean
     logits) -> the 0-d loss that the attack raises, a sum over images; None: the cross-entropy.
+
+    >>> import torch.nn.functional as F
+    >>> def focal(logits, labels, clean, config):
+    ...     losses = F.cross_entropy(logits, labels, reduction="none")
+    ...     return (1 - torch.exp(-losses)) ** 2 * losses
+    >>> register_objective("focal", Formula(focal))
     """
 
     losses: Losses
@@ -77,6 +83,11 @@ class Formula:
 
 def register_objective(name: str, formula: Formula) -> None:
     """Make `--objective.name NAME` stand for this formula, in this process.
+
+    >>> import torch.nn.functional as F
+    >>> def plain(logits, labels, clean, config):
+    ...     return F.cross_entropy(logits, labels, reduction="none")
+    >>> register_objective("plain", Formula(plain))
 
     Raises ValueError for a name that is taken.
     """

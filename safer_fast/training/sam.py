@@ -12,6 +12,7 @@ from safer_fast.config.ranges import FACTOR
 from safer_fast.config.schema import SAMConfig
 from safer_fast.models.arenas import TrainedWeights, module_selection
 from safer_fast.models.perturbation import ascend_, restore_
+from safer_fast.models.robust_model import RobustModel
 
 
 def ascend_as_set_(selection: TrainedWeights, config: SAMConfig, is_relative: bool) -> None:
@@ -27,15 +28,19 @@ def ascend_as_set_(selection: TrainedWeights, config: SAMConfig, is_relative: bo
 class SharpnessAware:
     """SAM over some layers of any module, around any optimizer of its parameters.
 
-    One step is `ascend(loss)`, then `descend(loss)` of the same batch at the perturbed weights:
+    SAM: Foret et al., ICLR 2021; ASAM: Kwon et al., ICML 2021. One step is `ascend(loss)`, then
+    `descend(loss)` of the same batch at the perturbed weights.
 
-        sam = SharpnessAware(model, ["blocks.10.mlp.fc1"], optimizer, rho=0.05)
-        sam.ascend(objective(model(images), labels))
-        sam.descend(objective(model(images), labels))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    >>> sam = SharpnessAware(model, ["blocks.1.mlp.fc1"], optimizer, rho=0.05)
+    >>> loss = torch.nn.functional.cross_entropy
+    >>> sam.ascend(loss(model(images), labels))
+    >>> sam.descend(loss(model(images), labels))
 
     Args:
         model: the module; its parameters keep their storage.
-        names: names of the modules (layers) whose own parameters are perturbed and updated.
+        names: names of the modules (layers) whose own parameters are perturbed and updated, as
+            `rank_layers` returns them: relative to the network of a `RobustModel`.
         optimizer: must hold every one of these parameters; parameters of other layers that it
             holds have no gradient and are left alone.
         rho: radius of the perturbation over all selected weights together, at least 0.
@@ -98,6 +103,8 @@ class SharpnessAware:
 
 def _parameters_of(model: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:
     parameters: list[nn.Parameter] = []
+    if isinstance(model, RobustModel):
+        model, names = model.network, [name.removeprefix("network.") for name in names]
     for name in names:
         try:
             own = list(model.get_submodule(name).parameters(recurse=False))

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nan, nn
 
+from safer_fast import train_model
 from safer_fast.attacks.correctness import has_finite, is_right
 from safer_fast.attacks.pgd import pgd
 from safer_fast.attacks.replayed import ReplayedAttack
@@ -22,7 +23,6 @@ from safer_fast.runs.gallery import NO_CLASS, make_gallery, read_gallery, write_
 from safer_fast.runs.layout import GALLERY
 from safer_fast.runs.loggers.metrics_file import read_metrics
 from safer_fast.runs.report.page import write_report
-from safer_fast.train import train_model
 from safer_fast.training.objectives import Targets
 from tests.support.networks import build, images_and_labels
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nan
 
+from safer_fast import train_model
 from safer_fast.attacks.gradient_watch import Watch, is_blind
 from safer_fast.attacks.masking import suspicions
 from safer_fast.attacks.named import attack_spec
@@ -22,7 +23,6 @@ from safer_fast.export import main as export
 from safer_fast.runs.loggers.metrics_file import read_metrics
 from safer_fast.runs.report.page import write_report
 from safer_fast.runtime.cuda_graphs import Phase, Replays
-from safer_fast.train import train_model
 from tests.support.networks import build, images_and_labels
 
 FLAGS = [

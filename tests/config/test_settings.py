@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from torch import Tensor, nn
 
-from safer_fast import evaluate, register_criterion, select, train, train_model
+from safer_fast import evaluate, evaluate_run, register_criterion, select, train, train_model
+from safer_fast.config.checks import checked
 from safer_fast.config.command_line import parse_config
 from safer_fast.config.commands import DoctorConfig, EvaluateConfig, SelectConfig
-from safer_fast.config.conversion import checked
 from safer_fast.config.messages import as_line, shortened, suggested
 from safer_fast.config.ranges import find_ranges
 from safer_fast.config.schema import (
@@ -229,7 +229,7 @@ def test_settings_of_other_commands_are_checked_from_python_too(run: Path) -> No
     with pytest.raises(ValueError, match="--steps: expected at most 10,000, got 2147483648"):
         select.select(SelectConfig(str(run), steps=2**31))
     with pytest.raises(ValueError, match="--epsilon: expected a number or a fraction"):
-        evaluate.evaluate_run(EvaluateConfig(str(run), epsilon="8/x"))  # type: ignore[arg-type]
+        evaluate_run(EvaluateConfig(str(run), epsilon="8/x"))  # type: ignore[arg-type]
 
 
 def test_criteria_of_ones_own_are_known_to_select(

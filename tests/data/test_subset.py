@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from safer_fast import evaluate_run, train_model
 from safer_fast.config.command_line import parse_config
 from safer_fast.config.commands import EvaluateConfig
 from safer_fast.config.schema import DataConfig, Names
 from safer_fast.data import load_data
 from safer_fast.data.subset import draw, fixed_order, stratified
-from safer_fast.evaluate import evaluate_run
 from safer_fast.runs.gallery import read_gallery
 from safer_fast.runs.loggers.metrics_file import read_metrics
-from safer_fast.train import train_model
 
 NUM_CLASSES, EACH = 5, 12
 NUM_IMAGES = NUM_CLASSES * EACH

@@ -24,6 +24,7 @@ from torch.nn.functional import cross_entropy
 
 import safer_fast.evaluation.run
 from safer_fast import evaluate as command
+from safer_fast import evaluate_run, train_model
 from safer_fast.attacks.autoattack import LibraryAttacks, check_suits
 from safer_fast.attacks.named import AttackSpec, ThreatModel, attack_spec, margin
 from safer_fast.attacks.pgd import pgd
@@ -32,7 +33,6 @@ from safer_fast.config.command_line import parse_config
 from safer_fast.config.commands import EvaluateConfig
 from safer_fast.config.schema import Names, Radius
 from safer_fast.data import Batch, as_pixels, load_data
-from safer_fast.evaluate import evaluate_run
 from safer_fast.evaluation.accuracy import Accuracy, evaluate
 from safer_fast.evaluation.progress import ProgressDisplay
 from safer_fast.evaluation.store import Outcome, Store, names_of
@@ -43,7 +43,6 @@ from safer_fast.runtime.command import run
 from safer_fast.runtime.cuda_graphs import Phase, Replays
 from safer_fast.runtime.micro_batch import MicroBatch
 from safer_fast.runtime.seeds import derive_seed
-from safer_fast.train import train_model
 from tests.support.kills import Moment, send
 from tests.support.networks import PlainNetwork, build, images_and_labels
 from tests.support.ranks import Ending, Team, assert_status

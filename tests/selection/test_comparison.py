@@ -12,6 +12,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
+from safer_fast import train_model
 from safer_fast.attacks.pgd import default_step_size, pgd
 from safer_fast.config.command_line import parse_config
 from safer_fast.config.commands import SelectConfig
@@ -24,7 +25,6 @@ from safer_fast.selection.comparison import rank_correlation
 from safer_fast.selection.criteria import compared_criteria
 from safer_fast.selection.inputs import ScoredBy
 from safer_fast.selection.scoring import rank_layers, score_layers, select_layers
-from safer_fast.train import train_model
 from tests.support.kills import Server
 from tests.support.networks import build, images_and_labels
 

@@ -28,9 +28,9 @@ from unittest.mock import patch
 import torch
 from tqdm import tqdm
 
+from safer_fast import train_model
 from safer_fast.config.command_line import parse_config
 from safer_fast.runtime.command import run
-from safer_fast.train import train_model
 from safer_fast.training.trainer import Trainer
 
 MOST_SECONDS = 30

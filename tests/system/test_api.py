@@ -1,14 +1,25 @@
 """Public names are there, documented, and import nothing heavy before they are used."""
 
+import doctest
 import inspect
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import safer_fast
+from safer_fast.attacks.named import LOSSES
+from safer_fast.config.attack_names import ATTACKS
 from safer_fast.config.schema import ModelConfig
+from safer_fast.selection.criteria import CRITERIA
+from safer_fast.training.objectives import FORMULAS
+from tests.support import small_runs
 
 
 @pytest.mark.parametrize("name", safer_fast.__all__)
@@ -17,6 +28,57 @@ def test_public_names_are_documented(name: str) -> None:
     assert inspect.getdoc(item)
     signature = inspect.signature(item)
     assert all(p.annotation is not inspect.Parameter.empty for p in signature.parameters.values())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(small_runs.run(tmp_path_factory.mktemp("api") / "run", *small_runs.TINY))
+
+
+@pytest.fixture
+def tables() -> Iterator[None]:
+    """What examples register is forgotten."""
+    tables: list[dict[str, Any]] = [ATTACKS, LOSSES, CRITERIA, FORMULAS]
+    before = [dict(table) for table in tables]
+    yield
+    for table, rows in zip(tables, before, strict=True):
+        table.clear()
+        table.update(rows)
+
+
+def quietly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function without what it prints, which no example shows."""
+
+    def call(*arguments: Any, **settings: Any) -> Any:
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            return function(*arguments, **settings)
+
+    return call
+
+
+def is_settings(name: str) -> bool:
+    return name.endswith("Config") and name not in ("Config", "EvaluateConfig")
+
+
+@pytest.mark.parametrize("name", [n for n in safer_fast.__all__ if not is_settings(n)])
+@pytest.mark.usefixtures("tables")
+def test_the_example_of_every_public_name_runs(
+    name: str, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = ModelConfig(name="vit_tiny_patch16_224", patch_size=8, arguments={"depth": 2})
+    model = safer_fast.build_model(settings, num_classes=3, image_size=16)
+    world = {item: getattr(safer_fast, item) for item in safer_fast.__all__}
+    for speaker in ("evaluate_run", "train_model"):
+        world[speaker] = quietly(world[speaker])
+    world |= {"torch": torch, "RUN": run, "model": model}
+    world |= {"images": torch.rand(4, 3, 16, 16), "labels": torch.arange(4) % 3}
+    item = getattr(safer_fast, name)
+    test = doctest.DocTestParser().get_doctest(inspect.getdoc(item) or "", world, name, None, 0)
+    assert test.examples, f"{name} has no example"
+    output = StringIO()
+    failures = doctest.DocTestRunner().run(test, out=output.write).failed
+    assert not failures, output.getvalue()
 
 
 def test_unknown_names_are_attribute_errors() -> None:
@@ -42,9 +104,8 @@ def test_the_pieces_work_together_on_a_model_of_ones_own() -> None:
     attacked = safer_fast.pgd(model, images, labels, epsilon=0.03, step_size=0.01, steps=2)
     scores = safer_fast.rank_layers(model, [(attacked, labels)], rho=0.05)
     names = safer_fast.select_layers(scores, fraction=0.2)
-    network = model.network
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    sam = safer_fast.SharpnessAware(network, names, optimizer, rho=0.05)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sam = safer_fast.SharpnessAware(model, names, optimizer, rho=0.05)
     losses = []
     for _ in range(20):
         loss = torch.nn.functional.cross_entropy(model(attacked), labels)

@@ -9,13 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from safer_fast import train_model
+from safer_fast import evaluate_run, train_model
 from safer_fast.attacks.pgd import random_start
 from safer_fast.config.command_line import parse_config
 from safer_fast.config.commands import EvaluateConfig
 from safer_fast.config.schema import Names, OptimConfig
 from safer_fast.data import Batch, prefetch_to_device
-from safer_fast.evaluate import evaluate_run
 from safer_fast.models.arenas import ParameterArenas
 from safer_fast.models.robust_model import compile_blocks
 from safer_fast.runs.loggers.metrics_file import read_metrics

@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 import torch
 
+from safer_fast import evaluate_run
 from safer_fast.config.command_line import parse_config
 from safer_fast.config.commands import EvaluateConfig
 from safer_fast.config.schema import Names
-from safer_fast.evaluate import evaluate_run
 from safer_fast.runs.checkpoints.file import read_checkpoint
 from safer_fast.runs.checkpoints.folder import CheckpointFolder
 from safer_fast.runs.folder import clear_run_folder

@@ -11,10 +11,10 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from safer_fast import evaluate_run
 from safer_fast.config.command_line import parse_config
 from safer_fast.config.commands import EvaluateConfig
 from safer_fast.config.schema import Names
-from safer_fast.evaluate import evaluate_run
 from safer_fast.runs.loggers.metrics_file import read_metrics
 from safer_fast.training.trainer import Trainer
 from tests.support.kills import Server, lines_of

@@ -46,15 +46,15 @@ __all__ = [
 class Format(NamedTuple):
     """A data format: the way to recognise it and the function that opens it.
 
-    kind: how a path is recognised. word: it is the name; files: one or more files of this ending
-    for each split, given as a file, a folder or a pattern; file: one file of this ending that holds
-    all splits; folders: images in folders of classes. opener: MODULE.FUNCTION in this folder, which
-    is imported when it is used; it takes the paths of each split and an `OpenRequest`, and returns
-    a source for each split. is_archive: a folder of such files that also holds folders of splits is
-    read from these folders.
+    kind: how a path is recognised. word: it is the name; given: it is the name of data that Python
+    holds, see `giving`; files: one or more files of this ending for each split, given as a file, a
+    folder or a pattern; file: one file of this ending that holds all splits; folders: images in
+    folders of classes. opener: MODULE.FUNCTION in this folder, which is imported when it is used;
+    it takes the paths of each split and an `OpenRequest`, and returns a source for each split.
+    is_archive: a folder of such files that also holds folders of splits is read from these folders.
     """
 
-    kind: Literal["word", "files", "file", "folders"]
+    kind: Literal["word", "given", "files", "file", "folders"]
     name: str
     opener: str
     is_archive: bool = False
@@ -71,6 +71,7 @@ class Format(NamedTuple):
 FORMATS = (
     Format("word", "digits", "arrays.open_digits"),
     Format("word", "synthetic", "synthetic.open_synthetic"),
+    Format("given", "given", "given.open_given"),
     Format("files", ".parquet", "parquet.open_parquet"),
     Format("files", ".tar", "tar.open_tar", is_archive=True),
     Format("file", ".npz", "arrays.open_npz"),
@@ -135,6 +136,8 @@ def _expected() -> str:
 
 
 def _open(path: Path, request: OpenRequest) -> dict[str, Source]:
+    if str(path) in names_of("given"):
+        return _find("given", str(path)).open({}, request)
     if is_pattern(path):
         return _open_files({"all": expand_pattern(path, request.flag)}, request)
     if path.is_dir():

@@ -75,7 +75,7 @@ def open_npz(paths: dict[str, list[Path]], request: OpenRequest) -> dict[str, So
             if key not in wanted:
                 skipped.skip(f"{path}/{key}")
     return {
-        split: _source(arrays[images], arrays[labels], path, flag)
+        split: source_of_arrays(arrays[images], arrays[labels], path, flag)
         for split, (images, labels) in found.items()
     }
 
@@ -165,14 +165,17 @@ def _machine_error(
     return machine_error(error, flag, str(path))
 
 
-def _source(images: NDArray[Any], labels: NDArray[Any], path: Path, flag: str) -> ArraySource:
+def source_of_arrays(
+    images: NDArray[Any], labels: NDArray[Any], path: Path | str, flag: str
+) -> ArraySource:
+    """Check arrays and make a source of them; path: their origin, for messages."""
     # Some sets store labels as a column, [N, 1].
     if not np.issubdtype(labels.dtype, np.integer) or labels.shape[1:] not in ((), (1,)):
         raise ValueError(
             f"{flag}: expected integer labels [N], got {labels.dtype} "
             f"{list(labels.shape)} in {path}"
         )
-    rows = _as_bytes(_channels_last(images, path, flag), path, flag)
+    rows = as_bytes(channels_last(images, path, flag), path, flag)
     labels = labels.reshape(-1).astype(np.int64)
     if len(rows) != len(labels):
         raise ValueError(
@@ -182,7 +185,7 @@ def _source(images: NDArray[Any], labels: NDArray[Any], path: Path, flag: str) -
     return ArraySource(rows, labels, flag, str(path))
 
 
-def _channels_last(images: NDArray[Any], path: Path, flag: str) -> NDArray[Any]:
+def channels_last(images: NDArray[Any], path: Path | str, flag: str) -> NDArray[Any]:
     """Images as [N, H, W] if they are grey, else as [N, H, W, C]."""
     shape = list(images.shape)
     if images.ndim == 4 and images.shape[3] not in (1, 3, 4):
@@ -198,7 +201,7 @@ def _channels_last(images: NDArray[Any], path: Path, flag: str) -> NDArray[Any]:
     return images
 
 
-def _as_bytes(images: NDArray[Any], path: Path, flag: str) -> NDArray[np.uint8]:
+def as_bytes(images: NDArray[Any], path: Path | str, flag: str) -> NDArray[np.uint8]:
     """Images as uint8; floats in [0, 1] are rounded to the 256 levels of a byte."""
     if images.dtype == np.uint8:
         return images

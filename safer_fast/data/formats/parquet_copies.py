@@ -30,6 +30,7 @@ from safer_fast.data.formats.parquet_images import (
 from safer_fast.data.formats.parts import FileParts
 from safer_fast.runtime.machine_errors import machine_error
 from safer_fast.runtime.ranks import is_quiet
+from safer_fast.runtime.terminal import progress_bar
 from safer_fast.runtime.timing_cache import cache_file
 
 FOLDER = "parquet"
@@ -142,7 +143,7 @@ def _copy_missing(
         f"copying the images of {len(wanted)} parquet files ({num_bytes / 2**30:.1f} GiB) to "
         f"{folder}, once"
     )
-    for task in tqdm(wanted, "copying images", leave=False, disable=None):
+    for task in progress_bar(wanted, desc="copying images"):
         _copy(*task, flag)
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from safer_fast.data.bad_images import BadImages
 from safer_fast.data.formats.parts import FileParts
@@ -19,6 +18,7 @@ from safer_fast.data.formats.skipped import CLASS_NAMES, SkippedFiles
 from safer_fast.data.formats.source import EncodedSource, OpenRequest, Source
 from safer_fast.data.formats.tar_index import ShardIndex, index_shard
 from safer_fast.runtime.machine_errors import MachineError
+from safer_fast.runtime.terminal import progress_bar
 
 # Larger sets are indexed by several processes.
 LARGEST_ALONE = 2**30
@@ -84,7 +84,7 @@ def _index_all(shards: list[Path], flag: str) -> Iterator[ShardIndex]:
     pool = ProcessPoolExecutor(min(len(shards), os.cpu_count() or 1))
     try:
         found = pool.map(index, shards)
-        yield from tqdm(found, "reading shards", len(shards), leave=False, disable=None)
+        yield from progress_bar(found, desc="reading shards", total=len(shards))
     except BrokenProcessPool as error:
         raise MachineError(
             f"{flag}: expected processes that read shards and live, got: {error} "

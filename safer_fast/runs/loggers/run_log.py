@@ -13,6 +13,7 @@ from safer_fast.config.schema import LogConfig
 from safer_fast.runs.loggers.metrics_file import Event
 from safer_fast.runs.loggers.metrics_log import MetricsLog
 from safer_fast.runtime.ranks import Ranks
+from safer_fast.runtime.terminal import progress_bar
 
 T = TypeVar("T")
 
@@ -64,15 +65,13 @@ class RunLog:
     def bar(
         self, values: Iterable[T], total: int | None, label: str, initial: int = 0
     ) -> Iterable[T]:
-        """The values, with a progress bar on a terminal."""
-        disable = None if self._ranks.is_first else True
-        self._bar = tqdm(
+        """The values, with a progress bar on a terminal or in a notebook."""
+        self._bar = progress_bar(
             values,
+            is_shown=self._ranks.is_first,
             total=total,
             desc=label,
             initial=initial,
-            leave=False,
-            disable=disable,
             unit="batch",
         )
         return self._bar

@@ -1,0 +1,112 @@
+"""Parsers of settings: typed, with our help, and one clear line for a mistake."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
+from itertools import pairwise
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse.typing import register_type
+
+from safer_fast.config.help_text import HelpFormatter, tidy
+from safer_fast.config.messages import LONGEST_WORD, explained, shortened, typed
+from safer_fast.config.settings.types import Names, Radius
+from safer_fast.config.untrusted import ENDLESS_NUMBER
+
+CONTROL = re.compile("[\x00-\x1f\x7f]")
+T = TypeVar("T")
+
+
+def new_parser(command: str, description: str) -> ArgumentParser:
+    """Make a parser whose types and help follow the conventions of all commands."""
+    register_type(
+        Radius, serializer=float, deserializer=_parse_radius, fail_already_registered=False
+    )
+    register_type(Names, serializer=list, deserializer=_parse_names, fail_already_registered=False)
+    set_parsing_settings(
+        docstring_parse_attribute_docstrings=True,
+        # files must not make jsonargparse import or instantiate anything
+        import_path_denylist=["*"],
+        instantiate_subclass_spec_in_any=False,
+    )
+    return _Parser(
+        prog=f"python -m safer_fast.{command}",
+        description=description,
+        exit_on_error=False,
+        formatter_class=HelpFormatter,
+    )
+
+
+class _Parser(ArgumentParser):
+    """A parser whose help shows flags as they are typed: --batch-size, but --group.its_name."""
+
+    def format_help(self, *arguments: Any, **settings: Any) -> str:
+        return tidy(super().format_help(*arguments, **settings))
+
+
+def parse(parser: ArgumentParser, arguments: Sequence[str], kind: Callable[..., T]) -> T:
+    """Parse arguments to `kind`, a dataclass; raises ValueError with one clear line."""
+    for before, word in pairwise(["", *arguments]):
+        if ENDLESS_NUMBER.search(word):
+            awaits_value = before.startswith("--") and "=" not in before
+            named = word if word.startswith("--") else before if awaits_value else ""
+            flag = typed(named.partition("=")[0][2:]) if named else "RUN"
+            raise ValueError(f"{flag}: expected numbers of fewer digits, got {shortened(word)}")
+    return parsed(parser, kind, lambda: parser.parse_args(list(arguments)))
+
+
+def parsed(parser: ArgumentParser, kind: Callable[..., T], read: Callable[[], Any]) -> T:
+    """Convert the values that `read` returns to `kind`; raises ValueError with one line."""
+    try:
+        values = parser.instantiate(read())
+    except ArgumentError as error:
+        raise ValueError(explained(str(error), _settings_of(parser))) from None
+    except OverflowError:
+        raise ValueError("expected numbers below 1e308, got a larger one") from None
+    names = {item.name for item in fields(kind)} if is_dataclass(kind) else set()
+    parsed = kind(**{name: value for name, value in vars(values).items() if name in names})
+    _check_values(parsed)
+    return parsed
+
+
+def _check_values(config: Any, group: str = "") -> None:
+    """Raise ValueError for null in a setting that takes none, and for texts that can be no name.
+
+    jsonargparse accepts both.
+    """
+    for name, kind in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        flag = "RUN" if name in ("run", "runs") else typed(group + name)
+        if is_dataclass(value):
+            _check_values(value, f"{name}.")
+        elif value is None and type(None) not in get_args(kind):
+            raise ValueError(f"{flag}: expected a value, got null")
+        for text in [value] if isinstance(value, str) else value if isinstance(value, list) else []:
+            if CONTROL.search(text) or any(len(part) > LONGEST_WORD for part in text.split("/")):
+                raise ValueError(
+                    f"{flag}: expected a name or path without control characters, at most "
+                    f"{LONGEST_WORD} letters between slashes, got {shortened(repr(text))}"
+                )
+
+
+def _settings_of(parser: ArgumentParser) -> list[str]:
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    return [flag[2:] for flag in flags if flag.startswith("--")]
+
+
+def _parse_radius(value: Any) -> Radius:
+    try:
+        numerator, slash, denominator = str(value).partition("/")
+        return Radius(float(numerator) / float(denominator) if slash else float(numerator))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(
+            f"Expected a number or a fraction such as 8/255. Got value: {value}"
+        ) from None
+
+
+def _parse_names(value: Any) -> Names:
+    items = value.split(",") if isinstance(value, str) else value
+    return Names(str(item).strip() for item in items if str(item).strip())

@@ -1,0 +1,332 @@
+"""Data given in Python: arrays, datasets of torch and torchvision, and of Hugging Face."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.data import ConcatDataset, IterableDataset, Subset, TensorDataset
+
+from safer_fast.data.formats.arrays import as_bytes, channels_last, source_of_arrays
+from safer_fast.data.formats.source import Columns, EncodedSource, OpenRequest, Source
+from safer_fast.runtime.terminal import progress_bar
+
+WORD = "given"
+"""Value of `data.path` in a run that is trained on data given in Python."""
+SPLITS = ("train", "validation", "test")
+NUM_CHECKED = 16  # rows whose images are read twice, and whose labels are compared
+GivenData: TypeAlias = Any
+"""One data set, or a mapping from names of splits to one each."""
+
+
+@contextmanager
+def giving(data: GivenData | None, path: str | None) -> Iterator[str | None]:
+    """Let a data path name these data within the block; yields that path, or `path` without data.
+
+    data: as `train_model` takes them. Raises ValueError for names that are no splits, and for data
+    beside a path.
+    """
+    if data is None:
+        yield path
+        return
+    if path not in (None, WORD):
+        raise ValueError(f"data.path: expected none beside the data given in Python, got {path}")
+    token = _DATA.set(_Given(data))
+    try:
+        yield WORD
+    finally:
+        _DATA.reset(token)
+
+
+def open_given(_: dict[str, list[Path]], request: OpenRequest) -> dict[str, Source]:
+    """Open the data that `giving` has; raises ValueError outside of it."""
+    given = _DATA.get()
+    if given is None:
+        raise ValueError(
+            f"{request.flag}: expected a path, got {WORD!r}: the run was trained on data given in "
+            "Python; give them again with data=..., or name a path"
+        )
+    return given.open(request)
+
+
+class _Given:
+    """The data of a call of `train_model`; labels are read once, however often it is opened."""
+
+    def __init__(self, data: GivenData) -> None:
+        if isinstance(data, Mapping):
+            self._splits = {str(name): item for name, item in data.items()}
+            others = [name for name in self._splits if name not in SPLITS]
+            if others or not self._splits:
+                got = ", ".join(others) or "none"
+                raise ValueError(f"data: expected splits {', '.join(SPLITS)}, got {got}")
+        else:
+            self._splits = {"all": data}
+        self._opened: dict[Columns, dict[str, Source]] = {}
+
+    def open(self, request: OpenRequest) -> dict[str, Source]:
+        """Sources of all splits, new ones at each call: their labels may be renumbered."""
+        if request.columns not in self._opened:
+            self._opened[request.columns] = {
+                split: _source(item, "data" if split == "all" else f"data[{split!r}]", request)
+                for split, item in self._splits.items()
+            }
+        return {split: copy.copy(item) for split, item in self._opened[request.columns].items()}
+
+
+_DATA: ContextVar[_Given | None] = ContextVar("given data", default=None)
+
+
+class DatasetSource(Source):
+    """Rows of a map-style dataset whose items hold an image and a label.
+
+    dataset: has a length, and items in any form that `_parts` takes.
+    """
+
+    def __init__(self, dataset: Any, name: str, columns: Columns) -> None:
+        self.dataset, self.flag, self.name, self.columns = dataset, name, name, columns
+        self.class_names = _class_names(dataset)
+        self.labels = np.zeros(0, dtype=np.int64)
+
+    def read(self, index: int) -> Image.Image:
+        return _as_image(_parts(self.dataset[index], self)[0], self.describe(index))
+
+    def describe(self, index: int) -> str:
+        return f"row {index} of {self.name}"
+
+
+class EncodedRows(EncodedSource):
+    """Rows of a Hugging Face dataset whose images are not decoded: bytes, or paths of files.
+
+    dataset: with columns of images, `{"bytes": ..., "path": ...}`, and labels.
+    """
+
+    has_columns = True
+
+    def __init__(self, dataset: Any, name: str, image_column: str, label_column: str) -> None:
+        self.flag = self.name = name
+        self.images = dataset.select_columns([image_column])
+        self.column = image_column
+        labels, self.class_names = _column_of_labels(dataset, label_column, name)
+        self.labels, self.has_text_labels = labels, self.class_names is not None
+        names = getattr(dataset.features[label_column], "names", None)
+        if names is not None:
+            self.class_names, self.has_text_labels = [str(item) for item in names], False
+
+    def encoded(self, index: int) -> NDArray[np.uint8]:
+        image = self.images[index][self.column]
+        content = image["bytes"]
+        if content is None:
+            content = Path(image["path"]).read_bytes()
+        return np.frombuffer(content, dtype=np.uint8)
+
+    def describe(self, index: int) -> str:
+        return f"row {index} of {self.name}"
+
+
+def _source(data: Any, name: str, request: OpenRequest) -> Source:
+    """The source of one split; raises ValueError for data of another kind."""
+    pair = _arrays(data)
+    if pair is not None:
+        return source_of_arrays(*pair, name, name)
+    if hasattr(data, "column_names") and hasattr(data, "features"):
+        return _of_hugging_face(data, name, request.columns)
+    if isinstance(data, IterableDataset) or not (
+        hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    ):
+        raise ValueError(
+            f"{name}: expected images and labels as two arrays, or a dataset with a length and "
+            f"items by number, got {type(data).__name__}"
+        )
+    if not len(data):
+        raise ValueError(f"{name}: expected at least one image, got none")
+    source = DatasetSource(data, name, request.columns)
+    _check_images(source)
+    source.labels = _labels(source)
+    return source
+
+
+def _arrays(data: Any) -> tuple[NDArray[Any], NDArray[Any]] | None:
+    """Images and labels if the data is a pair of arrays or tensors, else None."""
+    if not (isinstance(data, tuple | list) and len(data) == 2):
+        return None
+    if not all(isinstance(item, np.ndarray | torch.Tensor) for item in data):
+        return None
+    images, labels = (np.asarray(item.cpu() if hasattr(item, "cpu") else item) for item in data)
+    return images, labels
+
+
+def _of_hugging_face(data: Any, name: str, columns: Columns) -> Source:
+    """The source of a `datasets.Dataset`, whose images are left encoded where they are."""
+    import datasets
+
+    if isinstance(data, datasets.IterableDataset):
+        raise ValueError(
+            f"{name}: expected a dataset with items by number, got a streamed one: load it with "
+            "streaming=False"
+        )
+    if not len(data):
+        raise ValueError(f"{name}: expected at least one image, got none")
+    if data.format["type"] == "custom":  # set_transform: images are what it returns
+        source = DatasetSource(data, name, columns)
+        _check_images(source)
+        source.labels = _labels(source)
+        return source
+    data = data.with_format(None)
+    features = data.features
+    image = _column(columns.image, "image", name, data, ("image", "img"), datasets.Image)
+    label = _column(columns.label, "label", name, data, ("label",), datasets.ClassLabel)
+    if not isinstance(features[image], datasets.Image):
+        raise ValueError(
+            f"{name}: expected a column of images, got {type(features[image]).__name__} in column "
+            f"{image}"
+        )
+    return EncodedRows(data.cast_column(image, datasets.Image(decode=False)), name, image, label)
+
+
+def _column(
+    wanted: str | None, role: str, name: str, data: Any, usual: Sequence[str], kind: type
+) -> str:
+    """The column that the setting names, else the usual one, else the only one of this kind."""
+    names = list(data.column_names)
+    if wanted is not None:
+        if wanted not in names:
+            raise ValueError(
+                f"data.{role}_column: expected a column of {name} ({', '.join(names)}), "
+                f"got {wanted}"
+            )
+        return wanted
+    found = [item for item in usual if item in names]
+    found = found[:1] or [item for item in names if isinstance(data.features[item], kind)]
+    if len(found) != 1:
+        raise ValueError(
+            f"{name}: expected one column {' or '.join(usual)}, or data.{role}_column, got "
+            f"{', '.join(found or names)}"
+        )
+    return found[0]
+
+
+def _column_of_labels(
+    data: Any, column: str, name: str
+) -> tuple[NDArray[np.int64], list[str] | None]:
+    """Labels [N] of a column of integers or texts; for texts the sorted texts too."""
+    values = np.asarray(data.select_columns([column])[:][column])
+    if np.issubdtype(values.dtype, np.integer) and values.ndim == 1:
+        return values.astype(np.int64), None
+    if values.dtype.kind == "U":
+        names, places = np.unique(values, return_inverse=True)
+        return places.astype(np.int64), [str(item) for item in names]
+    raise ValueError(
+        f"{name}: expected integers or texts without gaps as labels, got {values.dtype} in column "
+        f"{column}"
+    )
+
+
+def _labels(source: DatasetSource) -> NDArray[np.int64]:
+    """Labels [N]: those that the dataset lists if they agree with its items, else of each item."""
+    known = _listed_labels(source.dataset)
+    if known is not None and len(known) == len(source.dataset):
+        rows = _spread(len(known))
+        if all(_label(source, row) == known[row] for row in rows):
+            return known
+    shown = progress_bar(range(len(source.dataset)), desc=f"labels of {source.name}")
+    return np.array([_label(source, row) for row in shown], dtype=np.int64)
+
+
+def _listed_labels(dataset: Any) -> NDArray[np.int64] | None:
+    """Labels in an attribute of a dataset of torch or torchvision; None if there is none."""
+    if isinstance(dataset, Subset):
+        known = _listed_labels(dataset.dataset)
+        return None if known is None else known[np.asarray(dataset.indices)]
+    if isinstance(dataset, ConcatDataset):
+        parts = [_listed_labels(part) for part in dataset.datasets]
+        whole = [part for part in parts if part is not None]
+        return np.concatenate(whole) if len(whole) == len(parts) else None
+    if isinstance(dataset, TensorDataset):
+        return _integers(dataset.tensors[1]) if len(dataset.tensors) > 1 else None
+    for name in ("targets", "labels"):
+        if (values := getattr(dataset, name, None)) is not None:
+            return _integers(values)
+    return None
+
+
+def _integers(values: Any) -> NDArray[np.int64] | None:
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return array.astype(np.int64) if array.dtype.kind in "iu" and array.ndim == 1 else None
+
+
+def _class_names(dataset: Any) -> list[str] | None:
+    """Names of the classes where a dataset lists them, as torchvision's do."""
+    if isinstance(dataset, Subset):
+        return _class_names(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        found = [_class_names(part) for part in dataset.datasets]
+        return found[0] if all(names == found[0] for names in found) else None
+    names = getattr(dataset, "classes", None)
+    if isinstance(names, list | tuple) and names and all(isinstance(item, str) for item in names):
+        return list(names)
+    return None
+
+
+def _label(source: DatasetSource, row: int) -> int:
+    label = _parts(source.dataset[row], source)[1]
+    value = label.item() if getattr(label, "ndim", None) == 0 else label
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(
+            f"{source.name}: expected integers as labels, got {type(value).__name__} in row {row}"
+        )
+    return value
+
+
+def _parts(item: Any, source: DatasetSource) -> tuple[Any, Any]:
+    """Image and label of an item: of a tuple its first two, of a mapping those of its columns."""
+    if isinstance(item, Mapping):
+        columns = source.columns
+        image = next((key for key in (columns.image, "image", "img") if key in item), None)
+        label = next((key for key in (columns.label, "label") if key in item), None)
+        if image is not None and label is not None:
+            return item[image], item[label]
+    elif isinstance(item, tuple | list) and len(item) >= 2:
+        return item[0], item[1]
+    raise ValueError(
+        f"{source.name}: expected items (image, label) or {{'image': ..., 'label': ...}}, got "
+        f"{type(item).__name__}"
+    )
+
+
+def _check_images(source: DatasetSource) -> None:
+    """Raise ValueError for images that are none, or that are not the same at each reading."""
+    for row in _spread(len(source.dataset)):
+        first, second = (np.asarray(source.read(row)) for _ in range(2))
+        if first.shape != second.shape or (first != second).any():
+            raise ValueError(
+                f"{source.name}: expected the same image at each reading, got two of row {row}: "
+                "take random transforms out of the dataset; data.augmentation crops and flips"
+            )
+
+
+def _as_image(image: Any, where: str) -> Image.Image:
+    """The image as PIL has it; arrays [H, W], [H, W, C] or [C, H, W], uint8 or floats in [0, 1]."""
+    if isinstance(image, Image.Image):
+        return image
+    if not isinstance(image, np.ndarray | torch.Tensor):
+        raise ValueError(
+            f"{where}: expected a PIL image, an array or a tensor, got {type(image).__name__}"
+        )
+    array = np.asarray(image.cpu() if isinstance(image, torch.Tensor) else image)
+    rows = channels_last(array[None], where, "data")
+    return Image.fromarray(as_bytes(rows, where, "data")[0])
+
+
+def _spread(count: int) -> list[int]:
+    return [int(row) for row in np.linspace(0, count - 1, min(NUM_CHECKED, count))]

@@ -1,0 +1,47 @@
+"""Evaluation of a run, as Python and the command call it."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from safer_fast.config.checks import check_evaluation
+from safer_fast.config.commands import EvaluateConfig
+from safer_fast.config.conversion import converted
+from safer_fast.data.formats.given import giving
+from safer_fast.evaluation.accuracy import Accuracy
+from safer_fast.evaluation.run import evaluate_folder
+
+
+def evaluate_run(
+    config: EvaluateConfig | str | Path, *, data: Any = None, **settings: Any
+) -> list[Accuracy]:
+    """Evaluate a run folder; print the figures and append them to its metrics.jsonl.
+
+    An image is right under an attack if it is classified correctly without it and under it. Figures
+    that were measured before are not measured again. Under torchrun the processes share the images.
+    SIGINT and SIGTERM end it with SystemExit. Raises ValueError for a folder that is no run and for
+    data and settings that do not fit its model.
+
+    >>> clean, robust = evaluate_run(RUN, attacks="clean,pgd-5", num_images=50)
+    >>> 0 <= robust.accuracy <= clean.accuracy <= 1, robust.num_images
+    (True, 50)
+
+    Args:
+        config: the run folder, or all settings.
+        data: images in place of the run's test split, as `train_model` takes them; of several
+            splits test, else validation.
+        settings: fields of `EvaluateConfig`, beside a run folder.
+    """
+    if isinstance(config, str | Path):
+        config = EvaluateConfig(run=str(config), **settings)
+    elif settings:
+        raise ValueError(f"expected settings beside a run folder, got {min(settings)} beside all")
+    config = converted(config)
+    check_evaluation(config)
+    with giving(data, config.path) as path:
+        config.path = path
+        rows = evaluate_folder(config)
+    names = [field.name for field in fields(Accuracy)]
+    return [Accuracy(**{name: row[name] for name in names}) for row in rows]

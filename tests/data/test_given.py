@@ -1,0 +1,220 @@
+"""Data given in Python: every form trains the same run, and what is unfit is one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+from safer_fast import Config, evaluate_run, load_model, train_model
+from safer_fast.data.formats import EncodedSource, open_splits
+from safer_fast.data.formats.given import DatasetSource, giving
+
+DIGITS = load_digits()
+PIXELS = np.round(DIGITS.images * 255 / 16).astype(np.uint8)[:160]
+LABELS = DIGITS.target[:160].astype(np.int64)
+NAMES = [f"digit-{number}" for number in range(10)]
+
+
+class Items(Dataset[Any]):
+    """Items as a function of the row makes them, without a list of labels."""
+
+    def __init__(self, make: Any, count: int = 160) -> None:
+        self.make, self.count = make, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, row: int) -> Any:
+        return self.make(row)
+
+
+def pictures() -> list[Image.Image]:
+    return [Image.fromarray(pixels) for pixels in PIXELS]
+
+
+def hugging_face() -> Any:
+    rows = datasets.Dataset.from_dict({"image": pictures(), "label": LABELS.tolist()})
+    return rows.cast_column("label", datasets.ClassLabel(names=NAMES))
+
+
+def folder_dataset(folder: Path) -> ImageFolder:
+    for row, label in enumerate(LABELS):
+        (folder / NAMES[label]).mkdir(exist_ok=True, parents=True)
+        Image.fromarray(PIXELS[row]).save(folder / NAMES[label] / f"{row:03d}.png")
+    return ImageFolder(str(folder), transform=v2.Grayscale())
+
+
+FORMS = {
+    "arrays": lambda: (PIXELS, LABELS),
+    "floats": lambda: (PIXELS / 255, LABELS),
+    "tensors": lambda: (torch.tensor(PIXELS)[:, None], torch.tensor(LABELS)),
+    "tensor dataset": lambda: TensorDataset(torch.tensor(PIXELS)[:, None], torch.tensor(LABELS)),
+    "pictures": lambda: Items(lambda row: (pictures()[row], int(LABELS[row]))),
+    "float tensors": lambda: Items(lambda row: (torch.tensor(PIXELS[row]) / 255, LABELS[row])),
+    "dictionaries": lambda: Items(lambda row: {"image": PIXELS[row], "label": LABELS[row]}),
+    "subsets": lambda: ConcatDataset(
+        [Subset(Items(lambda row: (PIXELS[row], LABELS[row])), range(a, a + 80)) for a in (0, 80)]
+    ),
+    "hugging face": hugging_face,
+    "its tensors": lambda: hugging_face().with_format("torch"),
+    "its own transform": lambda: hugging_face().with_transform(lambda rows: rows),
+}
+
+
+def opened(data: Any) -> dict[str, Any]:
+    with giving(data, None) as path:
+        return dict(open_splits(path, "data.path"))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_has_the_same_pixels_and_labels(form: str) -> None:
+    source = opened(FORMS[form]())["all"]
+    assert np.array_equal(source.labels, LABELS)
+    for row in (0, 7, 159):
+        assert np.array_equal(np.asarray(source.read(row).convert("L")), PIXELS[row])
+
+
+def test_listed_labels_are_taken_only_where_items_agree(tmp_path: Path) -> None:
+    plain = folder_dataset(tmp_path / "a")
+    assert opened(plain)["all"].class_names == sorted(NAMES)
+    assert np.array_equal(opened(plain)["all"].labels, plain.targets)
+    turned = ImageFolder(
+        str(tmp_path / "a"), v2.Grayscale(), target_transform=lambda number: 9 - number
+    )
+    assert np.array_equal(opened(turned)["all"].labels, 9 - np.array(plain.targets))
+
+
+def test_images_of_hugging_face_stay_encoded() -> None:
+    source = opened(hugging_face())["all"]
+    assert isinstance(source, EncodedSource)
+    assert source.class_names == NAMES
+    assert bytes(source.encoded(0)[:4]) == b"\x89PNG"
+
+
+TEXTS = {"label": ["b", "a"] * 80}
+
+
+def test_texts_are_classes_in_their_order() -> None:
+    rows = datasets.Dataset.from_dict({"img": pictures(), **TEXTS})
+    source = opened(rows)["all"]
+    assert source.class_names == ["a", "b"]
+    assert source.labels[:2].tolist() == [1, 0]
+
+
+def random_flip(row: int) -> tuple[Any, int]:
+    return v2.RandomHorizontalFlip(0.5)(torch.tensor(PIXELS[row])[None]), int(LABELS[row])
+
+
+UNFIT: dict[str, tuple[Any, str]] = {
+    "number": (3, "data: expected images and labels as two arrays, or a dataset"),
+    "no split": ({"training": (PIXELS, LABELS)}, "data: expected splits train, validation, test"),
+    "none": ({}, "data: expected splits train, validation, test, got none"),
+    "normalised": ((PIXELS / 255 - 0.5, LABELS), r"expected float images in \[0, 1\], got -0.5"),
+    "normalised items": (
+        Items(lambda row: (torch.tensor(PIXELS[row]) / 255 - 0.5, 0)),
+        r"data: expected float images in \[0, 1\]",
+    ),
+    "counts": ((PIXELS, LABELS[:3]), "expected as many images as labels, got 160 and 3"),
+    "empty": (Items(lambda row: row, 0), "data: expected at least one image, got none"),
+    "random": (Items(random_flip), "data: expected the same image at each reading, got two of row"),
+    "alone": (Items(lambda row: PIXELS[row]), r"data: expected items \(image, label\)"),
+    "no label": (Items(lambda row: {"image": PIXELS[row]}), r"data: expected items \(image, label"),
+    "fractions": (
+        Items(lambda row: (PIXELS[row], 0.5)),
+        "data: expected integers as labels, got float in row 0",
+    ),
+    "text image": (Items(lambda row: ("a", 1)), "expected a PIL image, an array or a tensor"),
+    "no columns": (
+        datasets.Dataset.from_dict({"text": ["a"]}),
+        "data: expected one column image or img, or data.image_column, got text",
+    ),
+    "no images": (
+        datasets.Dataset.from_dict({"image": [1], "label": [1]}),
+        "data: expected a column of images, got Value in column image",
+    ),
+    "gaps": (
+        datasets.Dataset.from_dict({"image": pictures()[:2], "label": [1, None]}),
+        "data: expected integers or texts without gaps as labels",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_unfit_data_are_one_line_and_no_folder(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data, message = UNFIT[case]
+    with pytest.raises(ValueError, match=message) as caught:
+        train_model(CONFIG, data=data)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_streamed_datasets_are_refused() -> None:
+    with pytest.raises(ValueError, match="got a streamed one: load it with streaming=False"):
+        opened(hugging_face().to_iterable_dataset())
+
+
+CONFIG = Config.from_recipe(
+    "digits",
+    epochs=2,
+    selection={"warmup_epochs": 1, "num_images": 32},
+    attack={"clean_epochs": 0, "epsilon_warmup_epochs": 0, "steps": 2},
+    evaluation={"attacks": "clean,pgd-2", "steps": 2},
+    model={"patch_size": 4, "arguments": {"depth": 2, "embed_dim": 16, "num_heads": 2}},
+    runtime={"num_threads": 1},
+)
+
+
+def losses(run: Path) -> list[float]:
+    events = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [event["train_loss"] for event in events if event["event"] == "epoch"]
+
+
+@pytest.mark.slow
+def test_runs_on_given_data_train_the_same_resume_and_evaluate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = hugging_face()
+    data = {"train": rows.select(range(100)), "test": rows.select(range(100, 160))}
+    arrays = {"train": (PIXELS[:100], LABELS[:100]), "test": (PIXELS[100:], LABELS[100:])}
+    CONFIG.output = str(tmp_path / "run")
+    run = train_model(CONFIG, data=data)
+    assert load_model(run).class_names == NAMES
+    CONFIG.output = str(tmp_path / "other")
+    other = train_model(CONFIG, data=arrays)
+    assert losses(run) == losses(other)
+    # the run's own test images, measured again, are what it measured at its end
+    (clean,) = evaluate_run(run, attacks="clean", data=data["test"])
+    last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    own = [e for e in last if e["event"] == "evaluation" and e["weights"] == "last"]
+    assert clean.accuracy == own[0]["accuracy"]
+    CONFIG.output, CONFIG.resume = str(run), "auto"
+    capsys.readouterr()
+    assert train_model(CONFIG, data=data) == run
+    assert "finished already" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="got 'given': the run was trained on data given in Py"):
+        evaluate_run(run, attacks="clean", fresh=True)
+    with pytest.raises(ValueError, match=r"data.path: expected none beside the data given in Pyt"):
+        evaluate_run(run, path="digits", data=data)
+
+
+def test_pickled_sources_read_the_same_in_workers() -> None:
+    source = opened(FORMS["hugging face"]())["all"]
+    import pickle
+
+    copied = pickle.loads(pickle.dumps(source))
+    assert np.array_equal(np.asarray(copied.read(5)), np.asarray(source.read(5)))
+    assert isinstance(opened(FORMS["pictures"]())["all"], DatasetSource)
