@@ -1,4 +1,4 @@
-"""Final accuracies of finished runs as rows, and the table of them in README.md.
+"""Final accuracies of finished runs as rows, and the table of them in docs/results.md.
 
     python -m bench.accuracy RUN [RUN ...] [--name digits] [--precisions] [--output FILE.jsonl]
 

@@ -1,4 +1,4 @@
-"""The tables of README.md and pages of docs, written from the committed results.
+"""The tables of pages of docs, written from the committed results.
 
     python -m bench.table [--check]
 
@@ -34,7 +34,7 @@ from bench.time_table import time_tables, warm_start_table
 
 Row = dict[str, Any]
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/experiment.md", "docs/performance.md")
+PAGES = ("docs/results.md", "docs/experiment.md", "docs/performance.md")
 MARKED = re.compile(r"(<!-- table: (\w+) (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 SAME = (
     *("what", "case", "layers", "dtype", "deterministic", "compiled", "captured", "num_workers"),
@@ -70,7 +70,7 @@ def committed_rows() -> list[Row]:
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
-def with_tables(text: str, rows: Iterable[Row], name: str = "README.md") -> str:
+def with_tables(text: str, rows: Iterable[Row], name: str = "docs/results.md") -> str:
     """The text of the page `name` with what lies between each pair of marks written anew.
 
     Raises ValueError for a mark that names no table.

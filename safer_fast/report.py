@@ -17,6 +17,7 @@ from safer_fast.runtime.command import run
 class _Arguments:
     runs: list[str]
     output: str | None = None
+    picture: str | None = None
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -28,10 +29,30 @@ def main(arguments: Sequence[str]) -> None:
         type=str | None,
         help="the page to write; default: report.html in RUN, for several comparison.html here",
     )
+    parser.add_argument(
+        "--picture",
+        type=str | None,
+        help="a .png file to write in place of the page: layer map and attacked images of one run",
+    )
     asked = parse(parser, with_underscores(arguments), _Arguments)
     check_file(asked.output, "--output")
+    check_picture(asked.picture, asked.runs)
+    if asked.picture is not None:
+        from safer_fast.runs.report.picture import write_picture
+
+        print(f"wrote {write_picture(Path(asked.runs[0]), Path(asked.picture))}")
+        return
     output = None if asked.output is None else Path(asked.output)
     print(f"wrote {write_report([Path(folder) for folder in asked.runs], output)}")
+
+
+def check_picture(file: str | None, runs: Sequence[str]) -> None:
+    """Raise ValueError unless the picture is a .png file of one run."""
+    check_file(file, "--picture")
+    if file is not None and not file.lower().endswith(".png"):
+        raise ValueError(f"--picture: expected a .png file, got {file}")
+    if file is not None and len(runs) > 1:
+        raise ValueError(f"--picture: expected one run, got {len(runs)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""The tables of the README are those of the committed results."""
+"""The tables of the docs are those of the committed results, and so are the figures of README."""
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from bench import accuracy, table
 from bench.table import committed_rows, newest, with_tables
 
+ROOT = Path(__file__).parents[2]
 ORIGIN = {"device": "cpu, 2 threads, AVX512", "torch": "2.15.0", "date": "2026-01-02T03:04:05"}
 SPEED = {"p20_ms": 90.0, "p50_ms": 100.0, "p80_ms": 120.0, "images_per_second": 80.0, "mfu": 0.25}
 
@@ -40,9 +42,26 @@ def written(name: str, rows: list[dict[str, Any]]) -> str:
     return result.split("-->", 1)[1].split("<!--")[0]
 
 
-def test_the_tables_of_the_readme_are_those_of_the_committed_results() -> None:
-    text = (Path(__file__).parents[2] / "README.md").read_text()
+def test_the_tables_of_the_results_are_those_of_the_committed_rows() -> None:
+    text = (ROOT / "docs" / "results.md").read_text()
     assert with_tables(text, committed_rows()) == text, "run python -m bench.table"
+
+
+def test_the_figures_of_readme_are_those_of_the_tables() -> None:
+    why = (ROOT / "README.md").read_text().partition("## Why")[2].partition("\n## ")[0]
+    results = (ROOT / "docs" / "results.md").read_text()
+    times = [
+        f"{float(found):.1f}"
+        for found in re.findall(
+            r"^\| (?:ours, PGD-10|peers \w.*?, PGD-10) \| \d+ \| ([\d.]+)", results, re.M
+        )
+    ]
+    assert len(times) == 3
+    late = results.partition("from the late start")[2]
+    gained = re.findall(r"^\| SAFER \|.* \| \+([\d.]+) ± [\d.]+ \(p [\d.]+\) \|$", late, re.M)[0]
+    lost = re.findall(r"^\| SAFER \| .*? \| .*? \| -([\d.]+) ±", results, re.M)[0]
+    named = re.findall(r"\d+\.\d", why)
+    assert named[:5] == [*times, gained, lost]
 
 
 def test_peers_are_lines_and_settings_are_columns_from_the_plainest_to_the_fastest() -> None:

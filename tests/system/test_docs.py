@@ -164,6 +164,11 @@ def little(module: str, words: list[str]) -> list[str]:
     size: list[str] = []
     if "--config" in words:
         size = LARGE if "imagenet-vit-large" in words else LITTLE_VIT
+    if "--model.pretrained" in words:  # there is no network to fetch weights from
+        place = words.index("--model.pretrained")
+        assert words.pop(place + 1) == "true"
+        words.pop(place)
+        size = LARGE
     output = [] if "--output" in words else ["--output=new"]
     # RUN is finished: it cannot be resumed, but others start from its weights
     if "--model.checkpoint" not in words:
