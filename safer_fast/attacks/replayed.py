@@ -174,6 +174,11 @@ class ReplayedAttack:
             adversarial = from_patches(adversarial, model.patch_size, *size)
         return adversarial[:num_images]
 
+    def release(self) -> None:
+        """Free all buffers and recordings; the next attack makes them anew."""
+        self.replays.forget(self.name)
+        self.buffers, self._watches = Buffers(), {}
+
     def in_precision(self) -> AbstractContextManager[None]:
         """Make the model compute in the attack's own precision within a `with` block."""
         return nullcontext() if self.precision is None else self.precision.used()

@@ -11,9 +11,9 @@ from safer_fast.attacks.masking import has_gradients, starts_at_random, suspicio
 from safer_fast.attacks.named import ThreatModel
 
 if TYPE_CHECKING:
+    from safer_fast.attacks.replayed import ReplayedAttack
     from safer_fast.data import Batch
     from safer_fast.models.robust_model import RobustModel
-    from safer_fast.runtime.micro_batch import MicroBatch
     from safer_fast.runtime.ranks import Ranks
 
 
@@ -48,7 +48,7 @@ def evaluate(
     threat: ThreatModel,
     *,
     seed: int = 0,
-    micro_batch: MicroBatch | None = None,
+    attack: ReplayedAttack | None = None,
     ranks: Ranks | None = None,
     attacks_wrong: bool = False,
     is_compiled: bool = False,
@@ -57,21 +57,24 @@ def evaluate(
 
     An image is right under an attack if it is classified correctly without it and under it, as in
     RobustBench and in the evaluate command, which counts by the same code (batch.py). clean: no
-    attack; fgsm, pgd-K, cw, cw-K: see `attack_spec`, one restart. Every attack runs in the model's
-    own precision on as many images at a time as `micro_batch` says; default: a batch, or less where
-    memory ends. Random starts depend on the seed, the attack and an image's position, not on how
-    images are divided. attacks_wrong, is_compiled: see `BatchEvaluator`.
+    attack; fgsm, pgd-K, cw, cw-K: see `attack_spec`, one restart. `attack` says on how many images
+    at a time they run, and whether their iterations are replayed; default: a batch at a time, or
+    less where memory ends, not replayed. Random starts depend on the seed, the attack and an
+    image's position, not on how images are divided. attacks_wrong, is_compiled: see
+    `BatchEvaluator`.
     """
     import torch
 
     from safer_fast.attacks.replayed import ReplayedAttack
     from safer_fast.data import as_pixels
-    from safer_fast.evaluation.batch import BatchEvaluator
+    from safer_fast.evaluation.batch import BatchEvaluator, multiple_of
     from safer_fast.runtime.micro_batch import MicroBatch
     from safer_fast.runtime.ranks import Ranks
 
-    micro_batch, ranks = micro_batch or MicroBatch("--batch-size"), ranks or Ranks()
-    attack = ReplayedAttack(model, norm=threat.norm, micro_batch=micro_batch)
+    ranks = ranks or Ranks()
+    if attack is None:
+        parts = MicroBatch("--batch-size")
+        attack = ReplayedAttack(model, norm=threat.norm, micro_batch=parts)
     evaluator = BatchEvaluator(
         model,
         attack,
@@ -87,8 +90,11 @@ def evaluate(
     for batch in batches:
         if not batch.num_images:
             continue
+        attack.multiple = 1
         if is_compiled:  # all batches have one shape, padding included
             attack.multiple = len(batch.images)
+        elif attack.replays.can_record:
+            attack.multiple = multiple_of(len(batch.images))
         batch, count = batch.to(device, non_blocking=True), batch.num_images
         images, labels = as_pixels(batch.images[:count]), batch.labels[:count]
         clean = None

@@ -20,6 +20,14 @@ from safer_fast.config.attack_names import LIBRARY_ATTACKS, has_restarts
 from safer_fast.models.robust_model import RobustModel
 from safer_fast.runtime.seeds import derive_seed
 
+NUM_SHAPES = 8
+"""Sizes of attacked batches where each is compiled or recorded for."""
+
+
+def multiple_of(num_images: int) -> int:
+    """Number to fill batches of at most so many images up to a multiple of: few shapes occur."""
+    return -(-num_images // NUM_SHAPES)
+
 
 class BatchOutcome(NamedTuple):
     """Images of a batch under an attack, on the device.
@@ -82,6 +90,23 @@ class BatchEvaluator:
 
         clean: the outcome without an attack, which any other attack needs.
         """
+        found: list[BatchOutcome] = []
+
+        def measure_anew(_: int) -> None:
+            found.append(self._measure(name, images, labels, position, clean))
+
+        # memory may also end outside of parts, which are then made smaller
+        self.attack.micro_batch.run(len(labels), measure_anew)
+        return found[-1]
+
+    def _measure(
+        self,
+        name: str,
+        images: Tensor,
+        labels: Tensor,
+        position: int,
+        clean: BatchOutcome | None,
+    ) -> BatchOutcome:
         watch = Watch(len(labels), images.device)
         if name == "clean":
             return BatchOutcome(*self._classify(images, labels), watch.blind, watch.starts_right)
@@ -90,8 +115,10 @@ class BatchEvaluator:
         watch.starts_right.copy_(right)
         num_restarts = self.restarts if has_restarts(name) else 1
         for restart in range(num_restarts):
-            is_tried = torch.ones_like(right) if self.attacks_wrong else right
-            rows = is_tried.nonzero().squeeze(1)
+            if self.attacks_wrong:
+                rows = torch.arange(len(labels), device=images.device)
+            else:  # waits for the device
+                rows = right.nonzero().squeeze(1)
             if not len(rows):
                 break
             purpose = f"evaluation {name}" + (f" restart {restart}" if restart else "")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from safer_fast.attacks.adaptive import STRONG_STEPS
 from safer_fast.attacks.correctness import is_right
 from safer_fast.attacks.pgd import Norm, default_step_size, frozen, pgd
+from safer_fast.attacks.replayed import ReplayedAttack
 
 # Measured on 128 training images, every 2 to 5 epochs. Healthy FGSM-RS and PGD-2, 3 and 10 at usual
 # radii (digits 0.1, CIFAR-10 8/255; small ViTs and CNNs, 15 runs of 1 to 4 seeds): PGD-20 leaves
@@ -56,6 +57,7 @@ def count_right(
     steps: int,
     start: Tensor,
     norm: Norm = "linf",
+    attack: ReplayedAttack | None = None,
 ) -> Tensor:
     """Number of images classified correctly after the training attack and after PGD-20, int64 [2].
 
@@ -71,6 +73,8 @@ def count_right(
             size of `default_step_size`.
         start: where both attacks start [B, C, H, W], as training attacks do: a random point in the
             ball, or the images.
+        attack: on the same model and norm, runs the iterations, which it may replay; default: they
+            run as written.
 
     Raises:
         ValueError: labels that are no class numbers, no steps, or a ball that holds the image
@@ -83,17 +87,23 @@ def count_right(
         return counts
     with frozen(model), torch.no_grad():
         for count, (num_steps, size) in zip(counts, attacks, strict=True):
-            attacked = pgd(
-                model,
-                images,
-                labels,
-                epsilon=epsilon,
-                step_size=size,
-                steps=num_steps,
-                norm=norm,
-                start=start,
-                check_tensors=False,
-            )
+            if attack is None:
+                attacked = pgd(
+                    model,
+                    images,
+                    labels,
+                    epsilon=epsilon,
+                    step_size=size,
+                    steps=num_steps,
+                    norm=norm,
+                    start=start,
+                    check_tensors=False,
+                )
+            else:
+                radii = epsilon, size
+                attacked = attack.attack_images(
+                    images, labels, *radii, steps=num_steps, start=start
+                )
             count.copy_(is_right(model(attacked), labels).sum())
     return counts
 

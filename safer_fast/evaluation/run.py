@@ -17,7 +17,7 @@ from safer_fast.attacks.replayed import ReplayedAttack
 from safer_fast.config.attack_names import LIBRARY_ATTACKS, num_attack_steps
 from safer_fast.config.commands import EvaluateConfig
 from safer_fast.data import Batch, as_pixels, describe_subset
-from safer_fast.evaluation.batch import BatchEvaluator, BatchOutcome
+from safer_fast.evaluation.batch import BatchEvaluator, BatchOutcome, multiple_of
 from safer_fast.evaluation.log import log_rows, open_log
 from safer_fast.evaluation.progress import ProgressDisplay
 from safer_fast.evaluation.setup import EvaluationSetup, num_restarts, set_up_evaluation
@@ -33,8 +33,6 @@ from safer_fast.runtime.ranks import Ranks, connected
 from safer_fast.runtime.signals import Stopped, Stops
 
 GRACE_S = 25.0
-NUM_SHAPES = 8
-"""Sizes of batches that are compiled and recorded for."""
 
 
 def evaluate_folder(config: EvaluateConfig) -> list[dict[str, Any]]:
@@ -96,7 +94,7 @@ class Evaluator:
         is_shaped = runtime.is_compiled or runtime.is_captured
         replays = runtime.replays(log.say)
         parts = MicroBatch("--batch-size", "auto", replays.forget, log.say)
-        multiple = -(-min(config.batch_size, share) // NUM_SHAPES) if is_shaped else 1
+        multiple = multiple_of(min(config.batch_size, share)) if is_shaped else 1
         attack = ReplayedAttack(
             attacked.model, norm=threat.norm, micro_batch=parts, replays=replays, multiple=multiple
         )

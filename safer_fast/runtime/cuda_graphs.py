@@ -29,6 +29,9 @@ class Recorder(Protocol):
     def record(self, phase: Phase) -> Phase:
         """Record the phase without executing it; returns a function that replays it."""
 
+    def apart(self) -> Recorder:
+        """Return a recorder whose recordings share no memory with those of this one."""
+
 
 class Replays:
     """Calls phases: eagerly at first, then from a recording, if there is a recorder.
@@ -80,6 +83,10 @@ class Replays:
             self._in_step = {key for key in self._in_step if names and key[0] not in names}
         return len(self._recordings) < num_recordings
 
+    def apart(self) -> Replays:
+        """Return an object of the same kind, whose recordings and their memory are its own."""
+        return Replays(self._recorder and self._recorder.apart(), self._report)
+
     @property
     def can_record(self) -> bool:
         """True with a recorder: then tensors of a phase must outlive its calls."""
@@ -118,12 +125,16 @@ class CudaRecorder:
     """Records CUDA graphs, all on one side stream and in one pool of memory.
 
     Results that outlive a graph must be in tensors created outside it: all graphs reuse the memory
-    of the pool.
+    of the pool. stream: the side stream; default: a new one.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    def __init__(self, device: torch.device, stream: Any = None) -> None:
+        self._stream: Any = stream or torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._live: WeakSet[Any] = WeakSet()
+
+    def apart(self) -> CudaRecorder:
+        """See `Recorder.apart`: another pool, on the same stream, for which libraries are warm."""
+        return CudaRecorder(self._stream.device, self._stream)
 
     def warm_up(self, phase: Phase) -> None:
         """See `Recorder.warm_up`: libraries keep workspaces for each stream."""

@@ -281,30 +281,31 @@ def _operations(trainer: Trainer) -> dict[str, float]:
 
 
 def _evaluation_seconds(trainer: Trainer, stage: StageCost) -> float:
-    """Estimate the seconds of all evaluations from the second of two on a batch: one may compile.
+    """Estimate the seconds of all evaluations from the second of two on a batch.
 
-    Where steps take long, from a single evaluation of fewer images.
+    The first may compile and record. Where steps take long, a single one of fewer images counts.
     """
     config, data = trainer.config, trainer.data
     threat = ThreatModel(config.attack.norm, float(config.attack.epsilon))
-    attacks, parts = _attacks_during(config), trainer.engine.evaluation_batch
+    attacks = _attacks_during(config)
     (batch,) = islice(data.validation.epoch(1), 1)
     is_slow = stage.step_s > LONG_STEP_S
     if is_slow:
         most = max(1, int(batch.num_images * LONG_STEP_S / stage.step_s))
         batch = Batch(batch.images[:most], batch.labels[:most])
-    for _ in range(1 if is_slow else 2):
-        started = time.perf_counter()
-        evaluate(
-            trainer.model,
-            [batch],
-            attacks,
-            threat,
-            micro_batch=parts,
-            attacks_wrong=True,
-            is_compiled=trainer.engine.runtime.is_compiled,
-        )
-        elapsed = time.perf_counter() - started
+    with trainer.engine.evaluating() as attack:
+        for _ in range(1 if is_slow else 2):
+            started = time.perf_counter()
+            evaluate(
+                trainer.model,
+                [batch],
+                attacks,
+                threat,
+                attack=attack,
+                attacks_wrong=True,
+                is_compiled=trainer.engine.runtime.is_compiled,
+            )
+            elapsed = time.perf_counter() - started
     num_passes = batch.num_images * _passes(attacks)
     return elapsed * passes_of_evaluation(trainer) / num_passes
 

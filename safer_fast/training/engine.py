@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
@@ -30,6 +30,7 @@ from safer_fast.models.flops import costs
 from safer_fast.models.lora import Adapters, check_called
 from safer_fast.models.robust_model import compile_blocks, state_of
 from safer_fast.runtime.attention import Pinned
+from safer_fast.runtime.cuda_graphs import Replays
 from safer_fast.runtime.device import Runtime, decide_auto
 from safer_fast.runtime.micro_batch import MicroBatch
 from safer_fast.runtime.ranks import Ranks
@@ -98,7 +99,6 @@ class Engine:
         self.replays = self.runtime.replays(self._report)
         limits = config.runtime
         self.micro_batch = self._micro_batch("runtime.train_micro_batch", limits.train_micro_batch)
-        self.evaluation_batch = self._micro_batch("evaluation", "auto")
         self.objective = Objective(config.objective)
         self.attack = ReplayedAttack(
             self.model,
@@ -110,6 +110,14 @@ class Engine:
         )
         audited = replace(config.attack, precision=self.precision)
         self.audit = Audit(self.attack, audited, self.ranks, self._report)
+        own = self.replays.apart()
+        self._evaluation_attack = ReplayedAttack(
+            self.model,
+            norm=config.attack.norm,
+            micro_batch=MicroBatch("evaluation", "auto", self._free_for(own), self._report),
+            replays=own,
+            name="evaluation",
+        )
 
     def step_over(self, names: list[str] | None, rho: float, seed: int = 0) -> Step:
         """Make the step that trains these layers (None: every parameter), with a new optimizer.
@@ -165,6 +173,17 @@ class Engine:
                 yield
         finally:
             self.arenas.load_compute()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[ReplayedAttack]:
+        """The attack of evaluations; its memory is free again after the context, for training.
+
+        The weights that the network reads may change within it, its modules may not.
+        """
+        try:
+            yield self._evaluation_attack
+        finally:
+            self._evaluation_attack.release()
 
     @contextmanager
     def folded(self) -> Iterator[None]:
@@ -293,6 +312,21 @@ class Engine:
     def _micro_batch(self, flag: str, size: int | Literal["auto"]) -> MicroBatch:
         """A limit of images at a time; CUDA graphs are dropped when memory ends."""
         return MicroBatch(flag, size, self.replays.forget, self._report)
+
+    def _free_for(self, own: Replays) -> Callable[[], bool]:
+        """Make the function that frees memory for evaluations: their recordings, not training's.
+
+        It drops training's too where an eighth of a batch does not fit beside them: smaller parts
+        would take more time than recording anew does.
+        """
+        eighth = max(-(-self.config.batch_size // self.ranks.num_ranks) // 8, 1)
+
+        def free() -> bool:
+            size = self._evaluation_attack.micro_batch.size
+            is_small = size is not None and size <= eighth
+            return own.forget() or (is_small and self.replays.forget())
+
+        return free
 
     def _num_operations(self, data: Data) -> float:
         """Estimate the run's operations, a backward pass counted as one forward pass."""

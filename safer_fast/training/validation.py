@@ -13,7 +13,6 @@ from torch import Tensor
 from safer_fast.attacks.named import ThreatModel, attack_by_name
 from safer_fast.attacks.pgd import placed_start
 from safer_fast.attacks.radii import radii_at
-from safer_fast.attacks.replayed import ReplayedAttack
 from safer_fast.config.commands import EvaluateConfig
 from safer_fast.config.schema import Config, EvaluationConfig
 from safer_fast.data import Batch, Data, Loader, as_pixels
@@ -22,6 +21,7 @@ from safer_fast.evaluation.overfitting import AttackGap, count_right
 from safer_fast.runs.gallery import gallery_strip, make_gallery, write_gallery
 from safer_fast.runs.layout import RunFolder
 from safer_fast.runs.loggers.run_log import RunLog
+from safer_fast.runtime.micro_batch import MicroBatch
 from safer_fast.runtime.seeds import derive_seed
 from safer_fast.runtime.signals import Stops
 from safer_fast.training.engine import Engine
@@ -117,12 +117,8 @@ class Validator:
         threat = ThreatModel(config.norm, float(config.epsilon))
         images, labels = as_pixels(batch.images)[:count], batch.labels[:count]
         place, model = (self._seed_of, batch.position), self.engine.model
-        settings: dict[str, Any] = {
-            "norm": threat.norm,
-            "micro_batch": self.engine.evaluation_batch,
-        }
-        with self.engine.reading(source):
-            attack = ReplayedAttack(model, **settings)
+        with self.engine.reading(source), self.engine.evaluating() as attack:
+            attack.multiple = 1
             attacked = attack_by_name(name, attack, images, labels, threat.epsilon, place)
             gallery = make_gallery(model, images, labels, attacked)
         split = "test" if self.data.test is not None else "validation"
@@ -156,33 +152,23 @@ class Validator:
             self._watched = [batch.to(device) for batch in batches]
         counts = torch.zeros(3, dtype=torch.int64, device=device)
         attack: dict[str, Any] = {"epsilon": epsilon, "step_size": step_size, "norm": config.norm}
-        for batch in self.stops.watch(self._watched):
-            images, radius = as_pixels(batch.images), torch.full((), epsilon, device=device)
-            start = placed_start(
-                images, radius, config.norm, position=batch.position, seed_of=self._seed_of
-            )
-            count = partial(count_right, self.engine.model, steps=steps, **attack)
-            counts[:2] += self._in_parts(count, images, batch.labels, start)
-            counts[2] += batch.num_images
-        self.engine.ranks.sum_(counts)
-        return AttackGap.from_counts(counts[:2], int(counts[2]))
+        with self.engine.evaluating() as recorded:
+            if recorded.replays.can_record:  # else as written, with the bits of earlier versions
+                attack["attack"], recorded.multiple = recorded, 1
+            for batch in self.stops.watch(self._watched):
+                images, radius = as_pixels(batch.images), torch.full((), epsilon, device=device)
+                start = placed_start(
+                    images, radius, config.norm, position=batch.position, seed_of=self._seed_of
+                )
+                count = partial(count_right, self.engine.model, steps=steps, **attack)
+                parts = recorded.micro_batch
+                counts[:2] += _count_in_parts(parts, count, images, batch.labels, start)
+                counts[2] += batch.num_images
+            counts = self.engine.ranks.sum_(counts).cpu()
+            return AttackGap.from_counts(counts[:2], int(counts[2]))
 
     def _seed_of(self, number: int) -> int:
         return derive_seed(self.config.seed, "sentinel", number)
-
-    def _in_parts(
-        self, count: Callable[..., Tensor], images: Tensor, labels: Tensor, start: Tensor
-    ) -> Tensor:
-        """Sum of the counts [2] over parts of as many images as memory holds."""
-        total = torch.zeros(2, dtype=torch.int64, device=images.device)
-
-        def count_part(part: slice, images: Tensor, labels: Tensor, start: Tensor) -> None:
-            if part.start == 0:
-                total.zero_()
-            total.add_(count(images, labels, start=start))
-
-        self.engine.evaluation_batch.in_parts(count_part, images, labels, start)
-        return total
 
     def _accuracies(
         self,
@@ -196,14 +182,29 @@ class Validator:
         """Evaluate the weights of `source`; the network reads the masters again afterwards."""
         threat = ThreatModel(self.config.attack.norm, float(self.config.attack.epsilon))
         batches = self.stops.watch(loader.epoch(1, limit=limit))
-        with self.engine.reading(source):
+        with self.engine.reading(source), self.engine.evaluating() as attack:
             return evaluate(
                 self.engine.model,
                 self.log.bar(batches, len(loader) if limit is None else None, label),
                 attacks,
                 threat,
-                micro_batch=self.engine.evaluation_batch,
+                attack=attack,
                 ranks=self.engine.ranks,
                 is_compiled=self.engine.runtime.is_compiled,
                 **settings,
             )
+
+
+def _count_in_parts(
+    parts: MicroBatch, count: Callable[..., Tensor], images: Tensor, labels: Tensor, start: Tensor
+) -> Tensor:
+    """Sum of the counts [2] over parts of as many images as memory holds."""
+    total = torch.zeros(2, dtype=torch.int64, device=images.device)
+
+    def count_part(part: slice, images: Tensor, labels: Tensor, start: Tensor) -> None:
+        if part.start == 0:
+            total.zero_()
+        total.add_(count(images, labels, start=start))
+
+    parts.in_parts(count_part, images, labels, start)
+    return total

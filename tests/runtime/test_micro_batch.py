@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from safer_fast.attacks.named import ThreatModel
+from safer_fast.attacks.replayed import ReplayedAttack
 from safer_fast.data import Batch
 from safer_fast.evaluation.accuracy import evaluate
 from safer_fast.models.robust_model import RobustModel
@@ -167,7 +168,7 @@ def test_evaluation_survives_running_out_of_memory_with_the_same_figures() -> No
     results = []
     for num_images in (12, 4):
         batches = iter([Batch(images[:4], labels[:4]), Batch(images[4:], labels[4:])])
-        model = build()
+        model, at_once = build(), MicroBatch("evaluation", report=lines.append)
         with memory_for(model, num_images, with_gradients=True):
             results.append(
                 evaluate(
@@ -175,7 +176,7 @@ def test_evaluation_survives_running_out_of_memory_with_the_same_figures() -> No
                     batches,
                     ["clean", "fgsm", "pgd-3"],
                     ThreatModel("linf", 0.03),
-                    micro_batch=MicroBatch("evaluation", report=lines.append),
+                    attack=ReplayedAttack(model, micro_batch=at_once),
                     attacks_wrong=True,
                 )
             )

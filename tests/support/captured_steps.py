@@ -147,10 +147,15 @@ def run_large(gpu: FakeGpu, name: str) -> dict[str, Any]:
     }
 
 
+def without_libraries() -> None:
+    """Switch off cuDNN, which the fake GPU has none of."""
+    torch.backends.cudnn.enabled = False
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def main(images: str, *names: str) -> None:
     """Take the steps of these cases, one case after the other."""
-    torch.backends.cudnn.enabled = False  # the fake GPU has none
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    without_libraries()
     gpu = FakeGpu()
     for name in names:
         line = run_large(gpu, name) if name in MEMORY else run_case(gpu, name, images)

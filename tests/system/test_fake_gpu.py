@@ -1,4 +1,4 @@
-"""Steps on a GPU that is not there are captured whole, wait for nothing and ask for no memory."""
+"""Steps, audits and evaluations on a GPU that is not there are captured, and wait for nothing."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from safer_fast.training.step import RECORDED
+from tests.support.captured_runs import AUDIT_EVERY, EVALUATION_STEPS, MOST_STEPS
+from tests.support.captured_runs import CASES as RUNS
 from tests.support.captured_steps import MEMORY, SETTINGS
 from tests.support.fake_gpu import build, run, why_not
 from tests.support.networks import FAMILIES
@@ -27,7 +29,8 @@ def results(once: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory)
     library, folder = once("fake-gpu", build), tmp_path_factory.mktemp("images")
     images = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
     np.savez(folder / "train.npz", images=images, labels=np.arange(16) % 2)
-    lines = run(library, "tests.support.captured_steps", str(folder / "train.npz"), *CASES, *MEMORY)
+    # those that fill the memory come first: nothing of others is in it
+    lines = run(library, "tests.support.captured_steps", str(folder / "train.npz"), *MEMORY, *CASES)
     return {line["case"]: line for line in lines}
 
 
@@ -62,3 +65,76 @@ def test_on_a_gpu_the_attack_is_in_bf16_unless_the_run_is_not(results: Results) 
     others = {"fp32": "amp", "fp8 attack": "fp8", "compiled, fp8": "fp8"}
     for case in CASES:
         assert results[case]["precision"] == others.get(case, "bf16"), case
+
+
+@pytest.fixture(scope="module")
+def runs(once: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What happened in whole runs, one after the other in one process."""
+    folder = tmp_path_factory.mktemp("runs")
+    lines = run(once("fake-gpu", build), "tests.support.captured_runs", str(folder), *RUNS)
+    assert all(line["violations"] == 0 for line in lines), lines[-1]["last_violation"]
+    return {line["case"]: line for line in lines}
+
+
+def test_with_attack_steps_auto_the_same_recordings_are_replayed_for_any_number(
+    runs: Results,
+) -> None:
+    recorded = runs["run"]["recorded"]
+    assert recorded.count("attack") == 1
+    assert recorded.count("audit") == 4  # of both precisions, for audits of each and of K
+    selections = 2  # everything in the warm-up, then layers
+    assert recorded.count("first pass") == recorded.count("update") == selections
+    replayed = runs["run"]["steps"][14:]
+    chosen = [step["attack_steps"] for step in replayed]
+    assert len(set(chosen)) > 3
+    assert max(chosen) < MOST_STEPS
+    assert [bool(step["audits"]) for step in replayed] == [
+        number % AUDIT_EVERY == 0 for number in range(14, 14 + len(replayed))
+    ]
+    for step in replayed:
+        if step["audits"]:
+            assert step["waits"] > 0
+            assert step["graph_launches"] > 20 + step["attack_steps"]
+        else:
+            for name in ("waits", "copies_in", "copies_out", "allocations"):
+                assert step[name] == 0, name
+            assert step["graph_launches"] == step["attack_steps"] + 4
+            assert step["launches"] < 100
+
+
+def test_an_iteration_of_an_evaluation_in_training_is_one_launch_and_waits_for_nothing(
+    runs: Results,
+) -> None:
+    replays = runs["run"]["replays"]
+    assert replays
+    for counts in replays:
+        assert counts.pop("graph_launches") == 1
+        assert not any(counts.values()), counts
+    named: dict[str, list[dict[str, Any]]] = {}
+    for evaluation in runs["run"]["evaluations"]:
+        named.setdefault(evaluation["name"], []).append(evaluation)
+    for evaluation in named["on_validation"]:
+        clean, first, *_, last = evaluation["batches"]
+        assert (clean["waits"], first["recordings"], last["recordings"]) == (0, 1, 0)
+        assert last["graph_launches"] == EVALUATION_STEPS
+        assert last["waits"] == last["copies_out"] == last["allocations"] == 0
+    for evaluation in named["final_accuracies"]:
+        for batch in evaluation["batches"]:  # how many images are right is read from the device
+            assert batch["copies_out"] == (batch["attack"] != "clean")
+            assert batch["waits"] == batch["copies_out"] + batch["recordings"]
+    for evaluation in named["attack_gap"]:  # two batches; three iterations as written, one recorded
+        assert evaluation["num_replays"] == 2 * (evaluation["attack_steps"] + 20) - 4
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_evaluations_leave_the_recordings_and_the_memory_of_training_alone(
+    case: str, runs: Results
+) -> None:
+    evaluations = runs[case]["evaluations"]
+    assert len(evaluations) >= 4
+    for evaluation in evaluations:
+        assert {"attack", "first pass", "update"} <= set(evaluation["recorded_before"])
+        assert evaluation["keeps_recordings"]
+        assert evaluation["memory_kept"] <= 0
+    lines = runs[case]["lines"]
+    assert any("do not fit in memory" in line for line in lines) == (case == "memory"), lines
