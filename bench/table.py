@@ -3,10 +3,10 @@
     python -m bench.table [--check]
 
 A table lies between `<!-- table: peers cpu -->` and `<!-- /table -->`: the first word selects what
-was measured (peers, attack, ops, attention, data, accuracy, float8, traffic, time_to_accuracy,
-warm_start; experiment, sensitivity, selections, earlier, steps), the second where (cpu, gpu). Of
-several measurements of the same case the newest counts. `--check` writes nothing and fails if a
-table is out of date.
+was measured (peers, attack, ops, attention, data, accuracy, float8, traffic, roofline,
+time_to_accuracy, warm_start; experiment, sensitivity, selections, earlier, steps), the second where
+(cpu, gpu). Of several measurements of the same case the newest counts. `--check` writes nothing and
+fails if a table is out of date.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from bench.experiment.table import (
     sensitivity_tables,
 )
 from bench.experiment.tasks import IDENTITY
+from bench.roofline_table import MEASURED, roofline_table
 from bench.studies.float8_table import float8_tables, traffic_table
 from bench.time_table import time_tables, warm_start_table
 
@@ -40,7 +41,7 @@ SAME = (
     *("what", "case", "layers", "dtype", "deterministic", "compiled", "captured", "num_workers"),
     *("weights", "attack", "epsilon", "figure", "split"),
     "late_id",
-    *("part", "layer", "backward", "steps"),
+    *("part", "layer", "backward", "steps", "gpu"),
     *(name for name in IDENTITY if name != "case"),
 )
 OF_EXPERIMENT = ("sensitivity", "selections", "earlier", "steps")
@@ -86,6 +87,8 @@ def with_tables(text: str, rows: Iterable[Row], name: str = "docs/results.md") -
             )
         of = "experiment" if what in OF_EXPERIMENT else what
         chosen = [row for row in rows if kind(row) == of and place(row) == where]
+        if what == "roofline":  # what was measured stands beside it
+            chosen += [row for row in rows if kind(row) in MEASURED and place(row) == "gpu"]
         body = TABLES[what](newest(chosen)) if chosen else "Not measured yet.\n"
         return f"{start}\n{body}\n{end}"
 
@@ -201,6 +204,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "accuracy": accuracy_tables,
     "float8": float8_tables,
     "traffic": traffic_table,
+    "roofline": roofline_table,
     "experiment": experiment_tables,
     "sensitivity": sensitivity_tables,
     "selections": selection_tables,

@@ -8,6 +8,8 @@ PyTorch's own: `KNOWN` says with which versions it has been seen to work.
 from __future__ import annotations
 
 import copy
+import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -43,8 +45,28 @@ class Properties:
     bf16_per_s: float = 989e12
     fp8_per_s: float = 1979e12
 
+    @property
+    def instructions_per_s(self) -> float:
+        """Instructions of single threads: 128 a cycle and multiprocessor, at the clock of the peak.
 
+        An A100 has 2048 operations of dense bf16 products a cycle and multiprocessor, an H100
+        4096, a B200 8192.
+        """
+        cycles_per_s = self.bf16_per_s / self.multi_processor_count / PER_CYCLE[self.major]
+        return 128.0 * self.multi_processor_count * cycles_per_s
+
+
+PER_CYCLE = {8: 2048, 9: 4096, 10: 8192}
+"""Operations of dense bf16 products that a multiprocessor does in a cycle, by major capability."""
 H100 = Properties()
+INSTRUCTIONS = {
+    **dict.fromkeys(("constant", "output", "masked", "reduction", "store_reduction"), 0),
+    **{"erf": 24, "exp": 2, "rsqrt": 2, "truediv": 8, "index_expr": 2},
+}
+"""Instructions of one of Inductor's operations on one element; of all others 1. Chosen so that GELU
+in bf16, for which ptxas writes 36 for sm_90, counts 32."""
+OWN_INSTRUCTIONS = {"quantise_gelu_backward": 56, "quantise_gelu": 46}
+"""Instructions an element of our own kernels, as ptxas writes them for sm_90 in rows of 4,096."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +75,14 @@ class Kernel:
 
     name: of the library's function; of a Triton kernel, the operations of PyTorch that it joins.
     num_bytes: read and written, each tensor once. num_operations: of matrix products and attention,
-    in `dtype`; 0 for others.
+    in `dtype`; 0 for others. num_instructions: estimate of those of a Triton kernel.
     """
 
     name: str
     num_bytes: int
     num_operations: int = 0
     dtype: str = ""
+    num_instructions: int = 0
 
     @property
     def is_product(self) -> bool:
@@ -162,7 +185,8 @@ def _kernel(node: Any) -> Kernel:
     if not name:
         origins = [origin.meta for part in node.get_nodes() for origin in part.node.origins]
         joined = {str(meta.get("original_aten", "aten.")).split(".")[1] for meta in origins}
-        return Kernel(" ".join(sorted(joined - {""})), num_bytes)
+        name = " ".join(sorted(joined - {""}))
+        return Kernel(name, num_bytes, num_instructions=_instructions(node))
     shapes = [[int(size) for size in part.get_size()] for part in inner.inputs]
     if "attention" in name:
         batch, heads, tokens, size = shapes[1]
@@ -173,7 +197,30 @@ def _kernel(node: Any) -> Kernel:
         (m, k), (_, n) = shapes[first : first + 2]
         dtype = "fp8" if "scaled" in name else "bf16"
         return Kernel(name, num_bytes, 2 * m * n * k, dtype)
-    return Kernel(name, num_bytes)
+    own = next((count for part, count in OWN_INSTRUCTIONS.items() if part in name), 0)
+    return Kernel(name, num_bytes, num_instructions=own * math.prod(shapes[0] if own else ()))
+
+
+def _instructions(node: Any) -> int:
+    """Estimate of the instructions of a Triton kernel, in all threads.
+
+    What several of its loops over the same elements compute is counted once, as if rows stayed in
+    registers.
+    """
+    counted: dict[int, Counter[str]] = {}
+    for part in node.get_nodes():
+        if not hasattr(part, "_body"):  # no kernel of Triton
+            continue
+        num_elements = math.prod(int(size) for size in part.group[1])
+        own = Counter(part._body.op_counts)
+        seen = counted.setdefault(num_elements, Counter())
+        for name, count in own.items():
+            seen[name] = max(seen[name], count)
+    return sum(
+        num_elements * count * INSTRUCTIONS.get(name, 1)
+        for num_elements, counts in counted.items()
+        for name, count in counts.items()
+    )
 
 
 @contextmanager
