@@ -182,7 +182,7 @@ def time_ms(run: Callable[[], object], device: str) -> float:
         run()
         return (time.perf_counter() - start) * 1e3
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(1_000_000)
+    torch.cuda._sleep(10_000_000)
     before.record()
     run()
     after.record()

@@ -58,17 +58,22 @@ def run(library: Path, module: str, *arguments: str) -> list[dict[str, Any]]:
 
     library: the folder that `build` filled.
     """
-    places = dict.fromkeys(("TRITON_LIBCUDA_PATH", "LIBRARY_PATH"), str(library))
-    preloaded = str(library / "libcuda.so.1")
-    environment = os.environ | places | {"LD_PRELOAD": preloaded, _LIBRARY: preloaded}
-    environment |= {"OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     words = [sys.executable, "-m", module, *arguments]
+    environment = environment_with(library)
     result = subprocess.run(
         words, env=environment, capture_output=True, text=True, timeout=580, check=False
     )
     assert result.returncode == 0, result.stderr
     lines = [line for line in result.stdout.splitlines() if line.startswith("{")]
     return [json.loads(line) for line in lines]
+
+
+def environment_with(library: Path) -> dict[str, str]:
+    """The environment of a process that has the fake GPU."""
+    places = dict.fromkeys(("TRITON_LIBCUDA_PATH", "LIBRARY_PATH"), str(library))
+    preloaded = str(library / "libcuda.so.1")
+    places |= {"LD_PRELOAD": preloaded, _LIBRARY: preloaded}
+    return os.environ | places | {"OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
 
 class FakeGpu:

@@ -1,5 +1,6 @@
 """Steps, audits and evaluations on a GPU that is not there are captured, and wait for nothing."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tests.support.captured_runs import CASES as RUNS
 from tests.support.captured_steps import MEMORY, SETTINGS
 from tests.support.fake_gpu import build, run, why_not
 from tests.support.networks import FAMILIES
+from tests.support.rehearsal import rehearse
 
 pytestmark = [
     pytest.mark.slow,
@@ -138,3 +140,21 @@ def test_evaluations_leave_the_recordings_and_the_memory_of_training_alone(
         assert evaluation["memory_kept"] <= 0
     lines = runs[case]["lines"]
     assert any("do not fit in memory" in line for line in lines) == (case == "memory"), lines
+
+
+def test_the_script_for_a_machine_with_a_gpu_rehearses_all_its_parts(
+    once: Callable[..., Path], tmp_path: Path
+) -> None:
+    result = rehearse(once("fake-gpu", build), tmp_path)
+    assert result.returncode == 0, result.stderr
+    parts = (tmp_path / "out" / "summary.txt").read_text().splitlines()
+    failed = [part for part in parts if " exit 0, " not in part and " skipped: no " not in part]
+    assert not failed, result.stdout
+    names = [part.split()[0] for part in parts]
+    assert len(names) > 20
+    assert not any(name.endswith("-again") for name in names), names
+    lines = (tmp_path / "out" / "rows.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    measured = {str(row["what"]) for row in rows}
+    assert {"attack", "step", "peers", "float8", "attention"} < measured
+    assert all(row["captured"] for row in rows if row["what"] in ("step", "peers"))
