@@ -21,7 +21,13 @@ import torch
 
 from bench.measure import append, origin, quantiles, repeats
 from bench.ops import dtype_name
-from safer_fast.runtime.attention import Shape, random_inputs, run_backend, usable_backends
+from safer_fast.runtime.attention import (
+    Shape,
+    activate,
+    random_inputs,
+    run_backend,
+    usable_backends,
+)
 from safer_fast.runtime.timing_cache import milliseconds
 
 
@@ -86,6 +92,7 @@ def rows_of(
     times: dict[str, list[float]] = {name: [] for name in usable}
     for index in range(2 + num_repeats):
         for name in usable:
+            activate(name)
             elapsed = milliseconds(partial(run_backend, name, inputs), inputs[0].device)
             if index >= 2:
                 times[name].append(elapsed)

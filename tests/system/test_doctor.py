@@ -10,6 +10,7 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -199,6 +200,20 @@ def test_attention_names_the_kernels_that_work_and_why_the_others_do_not(
     assert not found.is_live
     assert found.detail.startswith("math work (flash: too old; ")
     assert found.remedy
+
+
+def test_attention_on_a_gpu_names_the_generations_that_come_in_packages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def usable(*case: Any) -> tuple[list[str], dict[str, str]]:
+        *_, device, names = case
+        assert device.type == "cuda"
+        return ["flash", "math"], {name: "is not installed" for name in names if name[:2] == "fa"}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(attention, "usable_backends", usable)
+    found = fast_paths._attention()
+    assert found.detail == "flash, math work (fa3: is not installed; fa4: is not installed)"
 
 
 def test_attention_on_a_device_that_fails_is_reported_and_not_raised(
