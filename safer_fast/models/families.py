@@ -37,6 +37,8 @@ class Uncut:
     blocks: Sequence[nn.Module] = ()
     num_tokens_read = 0
     """Number of leading tokens that the head reads of a plain ViT; 0 for other networks."""
+    compiles_stem = True
+    """False for a stem that changes its modules, which torch.compile would break into pieces."""
 
     def __init__(self, network: Any) -> None:
         self.network = network
@@ -103,6 +105,8 @@ class VitParts(Uncut):
 class EvaParts(VitParts):
     """EVA-02 and DINOv3 ViTs, whose blocks also take the rotary position embedding."""
 
+    compiles_stem = False
+
     def __init__(self, network: Any) -> None:
         super().__init__(network)
         self._ropes: dict[tuple[object, ...], Tensor] = {}
@@ -151,6 +155,8 @@ class EvaParts(VitParts):
 
 class ConvitParts(VitParts):
     """ConViT, whose class token joins after the gated blocks."""
+
+    compiles_stem = False
 
     def stem(self, x: Tensor) -> Tensor:
         network = self.network

@@ -66,7 +66,7 @@ class RobustModel(nn.Module):
         """Names of the parameters of each layer, by name, in order of definition."""
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.suffix(self.prefix(images, STEM), STEM)
+        return self.suffix(self.prefix(images, 0), 0)
 
     def enable_savings(self, names: Iterable[str], image_size: int) -> list[str]:
         """Enable `patch-order` and `class-token` (see exact_savings.py), before `.to(device)`.
@@ -99,13 +99,9 @@ class RobustModel(nn.Module):
         images: [B, C, H, W], or as `arrange` returns them.
         """
         with self._autocast():
-            if images.ndim == 3:
-                x = (images - self.mean_in_patches) / self.std_in_patches
-            else:
-                x = (images - self.mean) / self.std
             if cut == STEM:
-                return x
-            x = self._stem(x)
+                return self._normalised(images)
+            x = self._features(images)
             for index in range(cut):
                 assert not self._blocks.blocks[index].training, "the prefix must not be random"
                 x = self._blocks.block(index, x)
@@ -175,6 +171,16 @@ class RobustModel(nn.Module):
             yield
         finally:
             self._blocks.blocks = blocks
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        if images.ndim == 3:
+            return (images - self.mean_in_patches) / self.std_in_patches
+        return (images - self.mean) / self.std
+
+    def _features(self, images: Tensor) -> Tensor:
+        """Features that enter the first block."""
+        x = self._normalised(images)
+        return RobustModel._stem(self, x)  # as written: it is compiled as a part of this
 
     def _stem(self, x: Tensor) -> Tensor:
         features = self._blocks.stem(x)
@@ -261,7 +267,14 @@ def _is_frozen_batch_norm(name: str, module: nn.Module, trained: set[str]) -> bo
 
 
 def compile_blocks(model: RobustModel) -> None:
-    """Compile each block by itself, on its first call; identical blocks share the code."""
+    """Compile each block by itself, on its first call; identical blocks share the code.
+
+    So is the stem, with the normalisation of pixels, where its family allows it. Norm and head run
+    as written: of a class token they move next to nothing.
+    """
     allow_recompiling()
     for block in model.blocks:
         block.compile(dynamic=False)
+    if model.num_blocks and model._blocks.compiles_stem:
+        for name in ("_features", "_stem"):
+            setattr(model, name, torch.compile(getattr(model, name), dynamic=False))

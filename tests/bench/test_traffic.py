@@ -65,6 +65,29 @@ def test_cheaper_attacks_move_less_and_compute_as_much() -> None:
     assert fp8 < 0.9 * bf16
 
 
+class Stem(nn.Module):
+    """What a network computes below its first block, of pixels in patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = traffic._block_model(MODEL, SIZE)
+        self.model.enable_savings(("patch-order",), SIZE)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.model.prefix(pixels, 0)
+
+
+def test_normalising_pixels_and_placing_tokens_take_two_passes_each_way() -> None:
+    stem = Stem()
+    forward, backward = compiled_kernels(stem, torch.zeros(BATCH, 196, 768))
+    for kernels in (forward, backward):
+        assert [kernel.is_product for kernel in kernels] == [False, True, False]
+    pixels = BATCH * 196 * 768
+    narrow = 4 * 2 * 768  # mean and deviation of a patch
+    assert forward[0].num_bytes == (4 + 2) * pixels + narrow
+    assert backward[2].num_bytes == (2 + 4) * pixels + narrow // 2
+
+
 class Doubled(nn.Module):
     """A module whose kernels can be counted by hand."""
 
