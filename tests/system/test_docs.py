@@ -164,6 +164,10 @@ def little(module: str, words: list[str]) -> list[str]:
     size: list[str] = []
     if "--config" in words:
         size = LARGE if "imagenet-vit-large" in words else LITTLE_VIT
+        if "finetune" in words or "imagenette" in words:
+            size = [*LITTLE_VIT, "--model.patch_size=16", "--data.image_size=32"]
+        if "finetune" in words and "--model.pretrained" not in words:
+            size.append("--model.pretrained=false")
     if "--model.pretrained" in words:  # there is no network to fetch weights from
         place = words.index("--model.pretrained")
         assert words.pop(place + 1) == "true"

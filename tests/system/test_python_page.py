@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import safer_fast
 from safer_fast.config.schema import Config
+from safer_fast.data.formats import open_splits
 from tests.support import small_runs
 
 ROOT = Path(__file__).parents[2]
@@ -43,16 +44,21 @@ class LittleConfig(Config):
         return Config.from_recipe("digits", **LITTLE)
 
 
+def blocks_of(page: str) -> list[str]:
+    """The Python of a page, of which there must be some."""
+    text = (ROOT / page).read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert blocks
+    return blocks
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["docs/python.md"])
+@pytest.mark.parametrize("page", ["docs/python.md", "README.md"])
 def test_the_python_of_a_page_runs(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small_runs.run(tmp_path / "runs/x", *small_runs.TINY)
-    blocks = re.findall(
-        r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL
-    )
-    assert blocks
+    blocks = blocks_of(page)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(safer_fast, "Config", LittleConfig, raising=False)
     digits = load_digits()
@@ -71,3 +77,24 @@ def test_the_python_of_a_page_runs(
         with redirect_stdout(StringIO()):
             exec(compile(block, page, "exec"), world)
     assert isinstance(world.get("run", tmp_path), Path)
+
+
+class Batches:
+    """CIFAR-10 as torchvision has it, of noise."""
+
+    def __init__(self, root: str, train: bool, download: bool) -> None:
+        generator = np.random.default_rng(int(train))
+        self.data = generator.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+        self.targets = [row % 10 for row in range(20)]
+
+
+def test_batches_of_torchvision_become_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", Batches)
+    (block,) = blocks_of("docs/recipes.md")
+    exec(compile(block, "docs/recipes.md", "exec"), {})
+    splits = open_splits("cifar10.npz", "data.path")
+    assert {split: len(source) for split, source in splits.items()} == {"train": 20, "test": 20}
+    assert np.array_equal(np.asarray(splits["test"].read(3)), Batches("", False, False).data[3])
