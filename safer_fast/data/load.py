@@ -23,6 +23,7 @@ from safer_fast.data.classes import (
 )
 from safer_fast.data.fingerprint import fingerprint
 from safer_fast.data.formats import Columns, SkippedFiles, Source, names_of, open_splits
+from safer_fast.data.formats.hugging_face import PREFIX
 from safer_fast.data.formats.synthetic import SIZE as SYNTHETIC_SIZE
 from safer_fast.data.formats.synthetic import SyntheticSource
 from safer_fast.data.images import ImageFormat, find_num_channels, find_sizes, short_side
@@ -325,6 +326,8 @@ def _augmentation(config: DataConfig, image_size: int) -> str:
 def _name(path: str | None) -> str:
     if path is None or path in names_of("word"):
         return path or "digits"
+    if path.startswith(PREFIX):
+        return path.removeprefix(PREFIX).rpartition("/")[2].replace(":", "-") or "data"
     location = Path(path).expanduser().resolve()
     name = location.name if location.is_dir() else location.stem
     return re.sub(r"[-_.]*\{[^}]*\}", "", name) or "data"

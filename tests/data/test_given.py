@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
@@ -19,11 +18,7 @@ from torchvision.transforms import v2
 from safer_fast import Config, evaluate_run, load_model, train_model
 from safer_fast.data.formats import EncodedSource, open_splits
 from safer_fast.data.formats.given import DatasetSource, giving
-
-DIGITS = load_digits()
-PIXELS = np.round(DIGITS.images * 255 / 16).astype(np.uint8)[:160]
-LABELS = DIGITS.target[:160].astype(np.int64)
-NAMES = [f"digit-{number}" for number in range(10)]
+from tests.support.given import LABELS, NAMES, PIXELS, hugging_face, pictures
 
 
 class Items(Dataset[Any]):
@@ -37,15 +32,6 @@ class Items(Dataset[Any]):
 
     def __getitem__(self, row: int) -> Any:
         return self.make(row)
-
-
-def pictures() -> list[Image.Image]:
-    return [Image.fromarray(pixels) for pixels in PIXELS]
-
-
-def hugging_face() -> Any:
-    rows = datasets.Dataset.from_dict({"image": pictures(), "label": LABELS.tolist()})
-    return rows.cast_column("label", datasets.ClassLabel(names=NAMES))
 
 
 def folder_dataset(folder: Path) -> ImageFolder:

@@ -16,7 +16,8 @@ class DataConfig:
     path: str | None = None
     """A .parquet file or folder of them (Hugging Face image schema), a folder of images
     (train/CLASS/*.jpg), webdataset tar files (DIR or DIR/train-{000..099}.tar), an .npz file,
-    digits or synthetic (noise that costs nothing); default: digits, those of scikit-learn."""
+    hf:NAME of the Hugging Face hub or a folder of its save_to_disk, digits or synthetic (noise that
+    costs nothing); default: digits, those of scikit-learn."""
     validation_path: str | None = None
     """Validation data in the same formats; default: found with the training data or split off."""
     test_path: str | None = None

@@ -47,14 +47,15 @@ class Format(NamedTuple):
     """A data format: the way to recognise it and the function that opens it.
 
     kind: how a path is recognised. word: it is the name; given: it is the name of data that Python
-    holds, see `giving`; files: one or more files of this ending for each split, given as a file, a
-    folder or a pattern; file: one file of this ending that holds all splits; folders: images in
-    folders of classes. opener: MODULE.FUNCTION in this folder, which is imported when it is used;
-    it takes the paths of each split and an `OpenRequest`, and returns a source for each split.
-    is_archive: a folder of such files that also holds folders of splits is read from these folders.
+    holds, see `giving`; prefix: the path begins with the name; marked: a folder holds a file of
+    this name; files: one or more files of this ending for each split, given as a file, a folder or
+    a pattern; file: one file of this ending that holds all splits; folders: images in folders of
+    classes. opener: MODULE.FUNCTION in this folder, which is imported when it is used; it takes the
+    paths of each split and an `OpenRequest`, and returns a source for each split. is_archive: a
+    folder of such files that also holds folders of splits is read from these folders.
     """
 
-    kind: Literal["word", "given", "files", "file", "folders"]
+    kind: Literal["word", "given", "prefix", "marked", "files", "file", "folders"]
     name: str
     opener: str
     is_archive: bool = False
@@ -72,6 +73,9 @@ FORMATS = (
     Format("word", "digits", "arrays.open_digits"),
     Format("word", "synthetic", "synthetic.open_synthetic"),
     Format("given", "given", "given.open_given"),
+    Format("prefix", "hf:", "hugging_face.open_hub"),
+    Format("marked", "dataset_dict.json", "hugging_face.open_saved"),
+    Format("marked", "state.json", "hugging_face.open_saved"),
     Format("files", ".parquet", "parquet.open_parquet"),
     Format("files", ".tar", "tar.open_tar", is_archive=True),
     Format("file", ".npz", "arrays.open_npz"),
@@ -131,13 +135,16 @@ def _expected() -> str:
     return (
         f"a {' or '.join(names_of('files'))} file, a folder or pattern (train-{{000..099}}.tar) of "
         f"them, a folder of images ({', '.join(names_of('folders'))}), "
-        f"an {' or '.join(names_of('file'))} file, {' or '.join(names_of('word'))}"
+        f"an {' or '.join(names_of('file'))} file, hf:NAME, {' or '.join(names_of('word'))}"
     )
 
 
 def _open(path: Path, request: OpenRequest) -> dict[str, Source]:
     if str(path) in names_of("given"):
         return _find("given", str(path)).open({}, request)
+    for prefix in names_of("prefix"):
+        if str(path).startswith(prefix):
+            return _find("prefix", prefix).open({"all": [path]}, request)
     if is_pattern(path):
         return _open_files({"all": expand_pattern(path, request.flag)}, request)
     if path.is_dir():
@@ -154,6 +161,9 @@ def _open_folder(path: Path, request: OpenRequest) -> dict[str, Source]:
     Archives come after folders of splits: these may have been unpacked from them.
     """
     flag, skipped = request.flag, request.skipped
+    for mark in names_of("marked"):
+        if (path / mark).is_file():
+            return _find("marked", mark).open({"all": [path]}, request)
     archives = [item.name for item in FORMATS if item.is_archive]
     others = [ending for ending in names_of("files") if ending not in archives]
     splits: dict[str, Path] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, IterableDataset, Subset, TensorDataset
 
 from safer_fast.data.formats.arrays import as_bytes, channels_last, source_of_arrays
-from safer_fast.data.formats.source import Columns, EncodedSource, OpenRequest, Source
+from safer_fast.data.formats.source import Columns, OpenRequest, Source
 from safer_fast.runtime.terminal import progress_bar
 
 WORD = "given"
@@ -102,42 +102,17 @@ class DatasetSource(Source):
         return f"row {index} of {self.name}"
 
 
-class EncodedRows(EncodedSource):
-    """Rows of a Hugging Face dataset whose images are not decoded: bytes, or paths of files.
-
-    dataset: with columns of images, `{"bytes": ..., "path": ...}`, and labels.
-    """
-
-    has_columns = True
-
-    def __init__(self, dataset: Any, name: str, image_column: str, label_column: str) -> None:
-        self.flag = self.name = name
-        self.images = dataset.select_columns([image_column])
-        self.column = image_column
-        labels, self.class_names = _column_of_labels(dataset, label_column, name)
-        self.labels, self.has_text_labels = labels, self.class_names is not None
-        names = getattr(dataset.features[label_column], "names", None)
-        if names is not None:
-            self.class_names, self.has_text_labels = [str(item) for item in names], False
-
-    def encoded(self, index: int) -> NDArray[np.uint8]:
-        image = self.images[index][self.column]
-        content = image["bytes"]
-        if content is None:
-            content = Path(image["path"]).read_bytes()
-        return np.frombuffer(content, dtype=np.uint8)
-
-    def describe(self, index: int) -> str:
-        return f"row {index} of {self.name}"
-
-
 def _source(data: Any, name: str, request: OpenRequest) -> Source:
     """The source of one split; raises ValueError for data of another kind."""
     pair = _arrays(data)
     if pair is not None:
         return source_of_arrays(*pair, name, name)
     if hasattr(data, "column_names") and hasattr(data, "features"):
-        return _of_hugging_face(data, name, request.columns)
+        from safer_fast.data.formats.hugging_face import source_of_dataset
+
+        encoded = source_of_dataset(data, name, request.columns)
+        if encoded is not None:
+            return encoded
     if isinstance(data, IterableDataset) or not (
         hasattr(data, "__getitem__") and hasattr(data, "__len__")
     ):
@@ -161,72 +136,6 @@ def _arrays(data: Any) -> tuple[NDArray[Any], NDArray[Any]] | None:
         return None
     images, labels = (np.asarray(item.cpu() if hasattr(item, "cpu") else item) for item in data)
     return images, labels
-
-
-def _of_hugging_face(data: Any, name: str, columns: Columns) -> Source:
-    """The source of a `datasets.Dataset`, whose images are left encoded where they are."""
-    import datasets
-
-    if isinstance(data, datasets.IterableDataset):
-        raise ValueError(
-            f"{name}: expected a dataset with items by number, got a streamed one: load it with "
-            "streaming=False"
-        )
-    if not len(data):
-        raise ValueError(f"{name}: expected at least one image, got none")
-    if data.format["type"] == "custom":  # set_transform: images are what it returns
-        source = DatasetSource(data, name, columns)
-        _check_images(source)
-        source.labels = _labels(source)
-        return source
-    data = data.with_format(None)
-    features = data.features
-    image = _column(columns.image, "image", name, data, ("image", "img"), datasets.Image)
-    label = _column(columns.label, "label", name, data, ("label",), datasets.ClassLabel)
-    if not isinstance(features[image], datasets.Image):
-        raise ValueError(
-            f"{name}: expected a column of images, got {type(features[image]).__name__} in column "
-            f"{image}"
-        )
-    return EncodedRows(data.cast_column(image, datasets.Image(decode=False)), name, image, label)
-
-
-def _column(
-    wanted: str | None, role: str, name: str, data: Any, usual: Sequence[str], kind: type
-) -> str:
-    """The column that the setting names, else the usual one, else the only one of this kind."""
-    names = list(data.column_names)
-    if wanted is not None:
-        if wanted not in names:
-            raise ValueError(
-                f"data.{role}_column: expected a column of {name} ({', '.join(names)}), "
-                f"got {wanted}"
-            )
-        return wanted
-    found = [item for item in usual if item in names]
-    found = found[:1] or [item for item in names if isinstance(data.features[item], kind)]
-    if len(found) != 1:
-        raise ValueError(
-            f"{name}: expected one column {' or '.join(usual)}, or data.{role}_column, got "
-            f"{', '.join(found or names)}"
-        )
-    return found[0]
-
-
-def _column_of_labels(
-    data: Any, column: str, name: str
-) -> tuple[NDArray[np.int64], list[str] | None]:
-    """Labels [N] of a column of integers or texts; for texts the sorted texts too."""
-    values = np.asarray(data.select_columns([column])[:][column])
-    if np.issubdtype(values.dtype, np.integer) and values.ndim == 1:
-        return values.astype(np.int64), None
-    if values.dtype.kind == "U":
-        names, places = np.unique(values, return_inverse=True)
-        return places.astype(np.int64), [str(item) for item in names]
-    raise ValueError(
-        f"{name}: expected integers or texts without gaps as labels, got {values.dtype} in column "
-        f"{column}"
-    )
 
 
 def _labels(source: DatasetSource) -> NDArray[np.int64]:
