@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
+
+from jsonargparse import ArgumentParser
 
 from safer_fast.config.messages import shortened
 from safer_fast.config.parser import new_parser, parsed
@@ -24,8 +27,7 @@ def converted(config: T) -> T:
 
 def converted_to(kind: type[T], values: Mapping[str, Any]) -> T:
     """Make a dataclass of settings from nested values; raises ValueError as `converted` does."""
-    parser = new_parser("train", "")
-    parser.add_class_arguments(kind, None)
+    parser = _parser_of(kind)  # type: ignore[arg-type]
     plain = {name: _plain(value) for name, value in values.items()}
     for item in fields(kind):  # type: ignore[arg-type]
         is_group, value = is_dataclass(item.default_factory), plain.get(item.name, {})
@@ -37,6 +39,14 @@ def converted_to(kind: type[T], values: Mapping[str, Any]) -> T:
         return parsed(parser, kind, lambda: parser.parse_object(plain))
     except ValueError as error:
         raise ValueError(str(error).removeprefix("--config: ")) from None
+
+
+@cache
+def _parser_of(kind: type) -> ArgumentParser:
+    """Make the parser of a class of settings, once: that takes longer than to parse with it."""
+    parser = new_parser("train", "")
+    parser.add_class_arguments(kind, None)
+    return parser
 
 
 def _as_given(config: Any) -> dict[str, Any]:
