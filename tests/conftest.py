@@ -15,13 +15,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # and processes that compile for them would each import torch
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    gc.disable()  # until all tests are collected: imports make a million objects that stay
 
 import pytest
 import torch
 
 from safer_fast.data.dali import pipeline as dali_pipeline
+from tests.support import small_runs
 from tests.support.kills import Server, flags_for, write_photos
 from tests.support.pictures import NUM_IMAGES, SIZES, encode, num_alive, photo, write
+from tests.support.reports import without_reports
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -55,6 +58,7 @@ def pytest_collection_finish() -> None:
     """Never look for garbage in what was imported: it takes longer than many a test."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -62,6 +66,13 @@ def cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
     """A cache folder of the session for measured timings, in subprocesses too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_reports_that_nobody_reads() -> Iterator[None]:
+    """Runs draw no report; a test that reads one trains in `with_reports()`."""
+    with without_reports():
         yield
 
 
@@ -134,6 +145,13 @@ def finished(once: Once, server: Server, flags: list[str]) -> Path:
         assert (ending.status, ending.errors) == (0, ""), ending.output
 
     return once("finished", train)
+
+
+@pytest.fixture(scope="session")
+def small_run(once: Once) -> Path:
+    """The folder of a run on the digits with the flags SMALL, which tests only read or copy."""
+    torch.set_num_threads(1)
+    return once("small-run", small_runs.run)
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ from safer_fast.training.validation import Validator
 from tests.support.commands import last_line
 from tests.support.networks import build, images_and_labels
 from tests.support.ranks import FLAGS, together, write_digits
+from tests.support.reports import with_reports
 from tests.support.small_runs import SMALL, run
 from tests.support.tape import TapeRecorder
 
@@ -231,7 +232,8 @@ def events(folder: Path, kind: str) -> list[dict[str, Any]]:
 def test_a_run_says_how_many_iterations_it_took_and_how_strong_they_were(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = run(tmp_path / "run", *AUTO)
+    with with_reports():
+        folder = run(tmp_path / "run", *AUTO)
     steps = events(folder, "step")
     assert all(line["attack_steps"] == 0 for line in steps if line["epoch"] == 1)
     attacked = [line for line in steps if line["epoch"] > 2]  # a ramp begins at 0

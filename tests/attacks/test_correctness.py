@@ -25,6 +25,7 @@ from safer_fast.runs.loggers.metrics_file import read_metrics
 from safer_fast.runs.report.page import write_report
 from safer_fast.training.objectives import Targets
 from tests.support.networks import build, images_and_labels
+from tests.support.reports import with_reports
 
 FLAGS = [
     "--data.path=digits",
@@ -89,7 +90,8 @@ def test_a_training_on_nan_says_so_and_has_its_report(
 ) -> None:
     folder, start = tmp_path / "run", broken / "model.safetensors"
     flags = [f"--output={folder}", f"--model.checkpoint={start}", "--selection.criterion=random"]
-    train_model(parse_config([*FLAGS, *flags]))
+    with with_reports():
+        train_model(parse_config([*FLAGS, *flags]))
     said = capsys.readouterr().out
     assert "LOGITS NOT FINITE on 16 validation images" in said
     assert "last, test, clean: the logits of 797 of 797 images are not finite" in said

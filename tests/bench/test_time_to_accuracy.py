@@ -12,19 +12,23 @@ from bench.experiment.steps_table import interval
 from bench.studies import warm_start
 from bench.studies.warm_start import Crops
 from bench.time_table import time_tables, warm_start_table
-from tests.support.small_runs import TEST_IMAGES, run
+from tests.support.small_runs import TEST_IMAGES
 
 FLAGS = ["--selection.num_images=32", "--runtime.num_threads=1", "--attack.max_steps=4"]
-FLAGS += ["--data.max_images=192", "--evaluation.sentinel_images=0", "--attack.epsilon=0.1"]
+FLAGS += ["--data.max_images=54", "--batch-size=16", "--evaluation.sentinel_images=0"]
+FLAGS += ["--attack.epsilon=0.1"]
 
 
 @pytest.mark.slow
 def test_all_train_from_the_same_start_and_are_judged_alike(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    start, output = run(tmp_path / "start"), tmp_path / "rows.jsonl"
-    words = ["bench", "--start", str(start), "--train", "digits", "--test", str(TEST_IMAGES)]
-    words += ["--epochs", "4", "--num-test", "40", "--attacks", "clean,pgd-2,apgd-ce"]
+    output = tmp_path / "rows.jsonl"
+    words = ["bench", "--start", str(small_run), "--train", "digits", "--test", str(TEST_IMAGES)]
+    words += ["--epochs", "3", "--num-test", "16", "--attacks", "clean,pgd-2,apgd-ce"]
     monkeypatch.setattr(sys, "argv", [*words, "--output", str(output), *FLAGS])
     time_to_accuracy.main()
     rows = [json.loads(line) for line in output.read_text().splitlines()]
@@ -71,10 +75,10 @@ def test_perturbations_return_to_where_they_were(is_on: bool) -> None:
 
 @pytest.mark.slow
 def test_every_way_to_start_has_a_strength_for_each_epoch_but_the_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start, output = run(tmp_path / "start", "--attack.epsilon=0.1"), tmp_path / "rows.jsonl"
-    words = ["bench", "--start", str(start), "--train", "digits", "--epochs", "3"]
+    output = tmp_path / "rows.jsonl"
+    words = ["bench", "--start", str(small_run), "--train", "digits", "--epochs", "3"]
     words += ["--epsilon", "0.1", "--output", str(output), *FLAGS[:-1]]
     monkeypatch.setattr(sys, "argv", words)
     warm_start.main()

@@ -12,6 +12,8 @@ from contextlib import suppress
 from PIL import Image
 
 import safer_fast
+from safer_fast.config.command_line import parse_config
+from safer_fast.config.conversion import converted
 
 gc.disable()
 NAMES = [
@@ -33,5 +35,6 @@ for name in NAMES:
         importlib.import_module(name)
 Image.init()
 
+converted(parse_config([]))  # makes the parsers
 gc.freeze()
 gc.enable()

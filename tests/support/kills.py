@@ -26,6 +26,7 @@ from safer_fast.runs.checkpoints.file import Checkpoint, read_checkpoint
 from safer_fast.runs.loggers.metrics_file import read_metrics
 from safer_fast.runtime.command import run
 from tests.support.programs import Order, Program, Question
+from tests.support.reports import leave_out_drawings
 
 BACKENDS = ["device", "torch", "dali"]
 SIZE, NUM_CLASSES = 12, 4
@@ -231,6 +232,20 @@ class Server:
         """Start `python WORDS`, in a session of its own."""
         return Program(self._ask, words, env=env, start_new_session=True)
 
+    def popen(
+        self,
+        words: Sequence[str],
+        *,
+        stdout: IO[bytes],
+        env: Mapping[str, str],
+        cwd: Path,
+        **_: object,
+    ) -> Program:
+        """Start `python WORDS` where `subprocess.Popen` would; both streams go to a file."""
+        assert words[0] == sys.executable
+        settings = {"env": env, "cwd": cwd, "output": stdout.name, "start_new_session": True}
+        return Program(self._ask, words[1:], **settings)  # type: ignore[arg-type]
+
     def _start(
         self, name: str, words: Sequence[str], folder: Path, changes: Sequence[Moment | Patch]
     ) -> Training:
@@ -332,23 +347,12 @@ def _run(name: str, words: Sequence[str], texts: Sequence[Path], changes: Sequen
             os.dup2(file.fileno(), stream.fileno())
     command = importlib.import_module(f"safer_fast.{name}")
     if name == "train":
-        leave_out_reports()
+        leave_out_drawings()
     for change in changes:
         change.arm()
     sys.argv = [name, *words]
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _ASKING)
     run(command.main)
-
-
-def leave_out_reports() -> None:
-    """Replace `write_report` wherever it was imported: drawing takes longer than the run."""
-
-    def write_nothing(folders: Sequence[Path]) -> Path:
-        return folders[0] / "report.html"
-
-    for name, module in list(sys.modules.items()):
-        if name.startswith("safer_fast.") and "write_report" in vars(module):
-            vars(module)["write_report"] = write_nothing
 
 
 def _put(value: object, pipe: IO[bytes] | None) -> None:

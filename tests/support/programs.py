@@ -38,7 +38,7 @@ class Order:
         """Fork the process in which it is to run; return its number, 0 there."""
         # opened here: whoever reads waits for the first byte instead of finding nobody
         streams = [os.open(os.devnull, os.O_RDONLY)]
-        streams += [os.open(path, os.O_WRONLY) for path in self.outputs]
+        streams += [os.open(path, os.O_WRONLY | os.O_APPEND) for path in self.outputs]
         if (pid := os.fork()) == 0:
             for number, stream in enumerate(streams):
                 os.dup2(stream, number)
@@ -98,14 +98,17 @@ class Program:
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
         start_new_session: bool = False,
+        output: str | None = None,
     ) -> None:
+        """Start it. output: a file that what it prints is added to, in place of pipes."""
         self.args, self._ask = list(words), ask
         self.returncode: int | None = None
         place = Path(tempfile.mkdtemp(prefix="program-"))
-        names = (str(place / "stdout"), str(place / "stderr"))
-        for name in names:
+        names = (str(place / "stdout"), str(place / "stderr")) if output is None else (output,) * 2
+        self._streams = []
+        for name in names if output is None else ():
             os.mkfifo(name)
-        self._streams = [os.open(name, os.O_RDONLY | os.O_NONBLOCK) for name in names]
+            self._streams.append(os.open(name, os.O_RDONLY | os.O_NONBLOCK))
         environment = dict(os.environ if env is None else env)
         order = Order(words, str(cwd or os.getcwd()), environment, names, start_new_session)
         pid = ask(order)

@@ -25,7 +25,7 @@ from torch.distributed import TCPStore
 
 from safer_fast import train
 from safer_fast.runtime.command import run
-from tests.support.kills import leave_out_reports
+from tests.support.reports import leave_out_drawings
 
 PRELOADED = ["tests.system.test_distributed", "tests.support.imported"]
 NUM_IMAGES = {"train": 88, "test": 37}
@@ -151,7 +151,7 @@ def training(
 
 def command(flags: Sequence[str], *patches: Callable[[], object]) -> None:
     """`python -m safer_fast.train` as it is typed; a report would take longer than the run."""
-    leave_out_reports()
+    leave_out_drawings()
     for patch in patches:
         patch()
     sys.argv = ["train", *flags]

@@ -22,6 +22,7 @@ SMALL = [
     f"--data.test_path={TEST_IMAGES}",
     "--evaluation.steps=2",
     "--evaluation.max_images=64",
+    "--evaluation.sentinel_images=32",
     "--evaluation.attacks=clean,pgd-2",
     "--runtime.log_every_steps=2",
     "--runtime.num_threads=1",

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from torch.distributed.run import config_from_args, parse_args
 
-from safer_fast import train_model
-from safer_fast.config.command_line import parse_config
 from tests.support.kills import Server
 from tests.support.pictures import encode, photo
-from tests.support.small_runs import SMALL, TEST_IMAGES
+from tests.support.small_runs import TEST_IMAGES
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "safer_fast"
@@ -98,12 +95,12 @@ OF_PIP = [command for command in COMMANDS if command.startswith("pip install ")]
 
 
 @pytest.fixture(scope="module")
-def place(once: Any) -> Path:
+def place(once: Any, small_run: Path) -> Path:
     """A folder with all that commands name: data, and two finished runs."""
-    return Path(once("docs", make_place))
+    return Path(once("docs", partial(make_place, small_run)))
 
 
-def make_place(folder: Path) -> None:
+def make_place(small_run: Path, folder: Path) -> None:
     folder.mkdir()
     generator = np.random.default_rng(0)
     pictures = [encode(photo(32, 32, seed), "png") for seed in range(48)]
@@ -116,9 +113,8 @@ def make_place(folder: Path) -> None:
         file = folder / "DIR" / split / f"class-{index // 3 % 2}" / f"{index}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(picture)
-    torch.set_num_threads(1)
-    train_model(parse_config([*SMALL, f"--output={folder / 'RUN'}"]))
-    shutil.copytree(folder / "RUN", folder / "OTHER")
+    for name in ("RUN", "OTHER"):
+        shutil.copytree(small_run, folder / name)
     np.savez(
         folder / "other.npz",
         images=generator.integers(0, 256, (8, 8, 8), dtype=np.uint8),

@@ -16,6 +16,7 @@ from safer_fast.runs.layout import GALLERY
 from safer_fast.runs.loggers.metrics_file import read_metrics
 from safer_fast.train import main
 from safer_fast.training.trainer import Trainer
+from tests.support.reports import with_reports
 
 FLAGS = [
     "--model.name=vit_tiny_patch16_224",
@@ -62,7 +63,8 @@ def test_images_too_large_for_a_gallery_cost_the_gallery_alone(
     images[::2] = 200
     np.savez(tmp_path / "set.npz", images=images, labels=np.arange(10) % 2)
     output = tmp_path / "run"
-    main([*FLAGS, f"--data.path={tmp_path / 'set.npz'}", f"--output={output}"])
+    with with_reports():
+        main([*FLAGS, f"--data.path={tmp_path / 'set.npz'}", f"--output={output}"])
     said = capsys.readouterr().out
     assert "the gallery is left as it is: expected what a gallery can hold, got images" in said
     assert [event["event"] for event in read_metrics(output / "metrics.jsonl")][-1] == "end"
@@ -82,7 +84,7 @@ def test_a_report_that_cannot_be_written_does_not_end_a_run_with_an_error(
         (output / "report.html").mkdir()
 
     flags = [*FLAGS, "--model.patch_size=4", f"--data.path={tmp_path / 'set.npz'}"]
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, with_reports():
         patch.setattr(Trainer, "end_epoch", in_the_way)
         main([*flags, f"--output={output}"])
     assert "report: none (" in capsys.readouterr().out

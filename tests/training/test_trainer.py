@@ -18,13 +18,15 @@ from safer_fast.config.schema import Names
 from safer_fast.runs.loggers.metrics_file import read_metrics
 from safer_fast.training.trainer import Trainer
 from tests.support.kills import Server, lines_of
+from tests.support.reports import with_reports
 from tests.support.small_runs import NUM_TEST_IMAGES, SMALL, run
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small bf16 run that other tests only read."""
-    return run(tmp_path_factory.mktemp("runs") / "finished", "--amp=bf16")
+    with with_reports():
+        return run(tmp_path_factory.mktemp("runs") / "finished", "--amp=bf16")
 
 
 def weights(folder: Path, name: str = "model.safetensors") -> dict[str, torch.Tensor]:
@@ -156,7 +158,8 @@ def test_what_is_never_selected_stays_bit_identical(ema: list[str], tmp_path: Pa
     ids=lambda flags: " ".join(flags)[:48],
 )  # fmt: skip
 def test_baselines_and_variants_are_settings(flags: list[str], tmp_path: Path) -> None:
-    folder = run(tmp_path / "run", "--epochs=3", "--data.max_images=128", *flags)
+    few = ["--epochs=3", "--evaluation.every_epochs=3", "--data.max_images=128"]
+    folder = run(tmp_path / "run", *few, *flags)
     end = read_metrics(folder / "metrics.jsonl")[-1]
     assert end["event"] == "end"
     assert all(tensor.isfinite().all() for tensor in weights(folder).values())
