@@ -557,6 +557,7 @@ def test_a_run_in_fp8_says_what_its_audits_found(tmp_path: Path) -> None:
 def test_a_cheaper_attack_is_repeated_and_goes_on_bit_for_bit(
     tmp_path: Path, precise: tuple[str, ...]
 ) -> None:
+    precise = (*precise, "--evaluation.sentinel_images=0")
     whole = run(tmp_path / "whole", *precise)
     flags = [*SMALL, *precise, f"--output={tmp_path / 'run'}", "--resume=auto"]
     config = parse_config(flags)
@@ -617,7 +618,7 @@ def test_a_run_of_factors_in_fp8_multiplies_with_the_weights_that_they_were_adde
 
     monkeypatch.setattr(LowPrecision, "refresh", checked)
     factors = ("--selection.lora_rank=4", "--selection.fraction=0.2", "--optim.learning_rate=1e-2")
-    folder = run(tmp_path / "run", *IN_FP8, *factors)
+    folder = run(tmp_path / "run", *IN_FP8, "--evaluation.sentinel_images=0", *factors)
     events = read_metrics(folder / "metrics.jsonl")
     assert [event["event"] for event in events].count("selection") == 2
     assert num_copies

@@ -1,7 +1,9 @@
 """The CIFAR-10 experiment: its arms train, nothing is done twice, tables say what rows say."""
 
 import json
+import os
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -31,6 +33,7 @@ from bench.experiment.tasks import LATE, PEAK, Results, Task, Wanted, read_rows,
 from bench.experiment.worker import Job, Measure
 from safer_fast.attacks.radii import radii_at
 from safer_fast.config.command_line import parse_config
+from tests.support.kills import Server
 from tests.support.pictures import encode, photo
 
 MODEL = "vit_tiny_patch16_224"
@@ -197,10 +200,15 @@ def run_command(monkeypatch: pytest.MonkeyPatch, images: tuple[Path, Path], *wor
 
 
 def test_an_experiment_is_stopped_and_goes_on_and_does_nothing_twice(
-    images: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    images: tuple[Path, Path],
+    server: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(subprocess, "Popen", server.popen)  # workers that have imported already
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # threads of one would wait for other tests
     only = ("--seeds=1", "--starts=peak", "--arms=SAFER;start")
-    run_command(monkeypatch, images, *only, "--budget-minutes=0.05")
+    run_command(monkeypatch, images, *only, "--budget-minutes=0.01")
     assert "stopped, resumes in the next call" in capsys.readouterr().out
     assert not (images[0].parent / "rows.jsonl").exists()
     run_command(monkeypatch, images, *only, "--jobs=2")

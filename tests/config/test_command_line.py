@@ -249,7 +249,6 @@ def test_commands_refuse_what_is_no_run(name: str, server: Server, tmp_path: Pat
     assert list(folder.iterdir()) == []
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("name", ["train", "evaluate", "select", "report", "export", "doctor"])
 def test_help_answers_quickly_and_explains_every_flag(name: str) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -26,13 +26,20 @@ Results = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def results(once: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """What happened in each case; one process takes the steps of them all."""
-    library, folder = once("fake-gpu", build), tmp_path_factory.mktemp("images")
-    images = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
-    np.savez(folder / "train.npz", images=images, labels=np.arange(16) % 2)
-    # those that fill the memory come first: nothing of others is in it
-    lines = run(library, "tests.support.captured_steps", str(folder / "train.npz"), *MEMORY, *CASES)
+def results(once: Callable[..., Path]) -> Results:
+    """What happened in each case; one process takes the steps of them all, once for the session."""
+    library = once("fake-gpu", build)
+
+    def take_steps(folder: Path) -> None:
+        folder.mkdir()
+        images = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
+        np.savez(folder / "train.npz", images=images, labels=np.arange(16) % 2)
+        # those that fill the memory come first: nothing of others is in it
+        words = (str(folder / "train.npz"), *MEMORY, *CASES)
+        lines = run(library, "tests.support.captured_steps", *words)
+        (folder / "lines.json").write_text(json.dumps(lines))
+
+    lines = json.loads((once("captured-steps", take_steps) / "lines.json").read_text())
     return {line["case"]: line for line in lines}
 
 

@@ -13,7 +13,7 @@ from safer_fast import train_model
 from safer_fast.attacks.replayed import ReplayedAttack
 from safer_fast.config.command_line import parse_config
 from safer_fast.evaluation.batch import BatchEvaluator
-from safer_fast.models.flops import costs, ideal_flops
+from safer_fast.models.flops import MATMUL_SIZE, costs, ideal_flops
 from safer_fast.runs.gallery import make_gallery
 from safer_fast.training import dry_run as module
 from safer_fast.training.dry_run import (
@@ -29,26 +29,35 @@ from safer_fast.training.learner import Learner
 from safer_fast.training.selecting import choose_by_probe
 from safer_fast.training.trainer import Trainer
 from tests.support.kills import Server
+from tests.support.small_runs import TEST_IMAGES
 
 FLAGS = ["--data.max_images=300", "--batch-size=16", "--evaluation.max_images=50"]
 FLAGS += ["--selection.num_images=64", "--runtime.num_threads=1", "--attack.steps=3"]
 STEPS_PER_EPOCH = -(-300 // 16)
-ONE_STAGE = [*FLAGS, "--epochs=2", "--selection.warmup_epochs=0"]
-TWO_STAGES = [*FLAGS, "--epochs=2", "--selection.warmup_epochs=1"]
+NETWORK = ["--model.arguments={depth: 2, embed_dim: 16, num_heads: 2}"]
+SMALL = [*FLAGS, *NETWORK]
+ONE_STAGE = [*SMALL, "--epochs=2", "--selection.warmup_epochs=0"]
+TWO_STAGES = [*SMALL, "--epochs=2", "--selection.warmup_epochs=1"]
 NO_CUT = ["--model.name=xcit_nano_12_p8_224", "--model.patch_size=8", "--data.image_size=16"]
 NO_CUT += ["--model.arguments={depth: 1, cls_attn_layers: 1}"]
+
+
+@pytest.fixture(autouse=True)
+def smaller_matrix_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product whose time is the machine's rate takes a second, as long as all steps do."""
+    monkeypatch.setitem(MATMUL_SIZE, "cpu", 256)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
-        [*FLAGS, "--epochs=7", "--selection.warmup_epochs=4"],
+        [*SMALL, "--epochs=7", "--selection.warmup_epochs=4"],
         [*ONE_STAGE, "--sam.rho=0", "--optim.ema_decay=0.9"],
         [*TWO_STAGES, "--attack.steps=0"],
         [*TWO_STAGES, "--attack.epsilon=0"],
         [*ONE_STAGE, "--objective.name=trades", "--amp=bf16"],
-        [*ONE_STAGE, *NO_CUT],
+        [*FLAGS, "--epochs=2", "--selection.warmup_epochs=0", *NO_CUT],
         [*ONE_STAGE, "--batch-size=150"],
     ],
     ids=lambda flags: " ".join(flags[len(FLAGS) :])[:60],
@@ -98,7 +107,7 @@ def test_operations_are_those_that_the_method_needs_for_an_image(tmp_path: Path)
 
 
 def test_a_loss_that_reads_clean_images_needs_them_in_every_phase(tmp_path: Path) -> None:
-    flags = [*ONE_STAGE, "--selection.layers=blocks.2.mlp.fc1"]
+    flags = [*ONE_STAGE, "--selection.layers=blocks.1.mlp.fc1"]
     (plain,) = dry_run(parse_config(flags)).stages
     (trades,) = dry_run(parse_config([*flags, "--objective.name=trades"])).stages
     config = parse_config([*flags, "--output", str(tmp_path / "run")])
@@ -110,8 +119,9 @@ def test_a_loss_that_reads_clean_images_needs_them_in_every_phase(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_compiled_code_needs_the_same_operations() -> None:
-    flags = [*TWO_STAGES, "--batch-size=1", "--data.max_images=40", "--model.arguments.depth=2"]
+def test_compiled_code_needs_the_same_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_evaluation_seconds", lambda *_: 1.0)  # compiles for its own size
+    flags = [*TWO_STAGES, "--batch-size=1", "--data.max_images=40", "--model.arguments.depth=1"]
     eager = dry_run(parse_config(flags)).stages
     compiled = dry_run(parse_config([*flags, "--runtime.compile=on"])).stages
     assert [stage.operations for stage in compiled] == [stage.operations for stage in eager]
@@ -130,19 +140,18 @@ def test_steps_run_under_the_full_attack(
         return rate
 
     monkeypatch.setattr(Learner, "take_step", watched)
-    dry_run(parse_config([*FLAGS, *epochs]))
+    dry_run(parse_config([*SMALL, *epochs]))
     assert len(seen) == 2 * NUM_STEPS
     assert all(epsilon == pytest.approx(0.1) and steps == 3 for epsilon, steps in seen)
 
 
-@pytest.mark.slow
 def test_evaluations_are_counted_as_a_run_makes_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = ["--epochs=5", "--selection.warmup_epochs=1", "--evaluation.every_epochs=2"]
     flags += ["--evaluation.steps=2", "--evaluation.attacks=clean,fgsm,pgd-3"]
     flags += ["--data.max_images=64", "--attack.steps=0", "--output", str(tmp_path / "run")]
-    config = parse_config([*FLAGS, *flags])
+    config = parse_config([*SMALL, f"--data.test_path={TEST_IMAGES}", *flags])
     num_passes = 0
 
     def attacked(own: Any, images: torch.Tensor, *arguments: Any, **settings: Any) -> Any:
@@ -179,13 +188,12 @@ def test_the_flag_needs_no_value_and_takes_one(flag: list[str]) -> None:
     assert not parse_config(["--dry-run", "false", "--epochs=80"]).dry_run
 
 
-@pytest.mark.slow
 def test_the_command_prints_both_stages_and_writes_nothing(server: Server, tmp_path: Path) -> None:
-    result = command(server, tmp_path, *FLAGS, "--epochs=80", "--dry-run")
+    result = command(server, tmp_path, *SMALL, "--epochs=80", "--dry-run")
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines.index("warm-up") < lines.index("safer") < lines.index("the whole run")
-    for words in (" and 14 more", "images/s", "GFLOP per image", "TFLOP/s", "MiB", "it ends 2"):
+    for words in (" and 6 more", "images/s", "GFLOP per image", "TFLOP/s", "MiB", "it ends 2"):
         assert words in result.stdout
     assert f"  training    {80 * STEPS_PER_EPOCH} steps, 0:" in result.stdout
     assert list(tmp_path.iterdir()) == []
@@ -210,7 +218,6 @@ def test_training_itself_refuses_to_pass_for_a_dry_run(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
 def test_slow_steps_end_with_the_time_and_the_table_says_how_many_there_were(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

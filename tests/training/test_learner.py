@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import pytest
 import torch
 
 from safer_fast.config.command_line import parse_config
@@ -18,12 +17,12 @@ FLAGS = [
     "--attack.epsilon_warmup_epochs=0",
     "--optim.ema_decay=0.8",
     "--data.max_images=64",
+    "--evaluation.attacks=clean",
     "--runtime.device=cpu",
     "--runtime.num_threads=1",
 ]
 
 
-@pytest.mark.slow
 def test_a_loaded_state_is_trained_on_bit_for_bit(tmp_path: Path) -> None:
     trainers = [
         Trainer(parse_config([*FLAGS, f"--output={tmp_path / name}"]))
