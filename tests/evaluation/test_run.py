@@ -786,6 +786,7 @@ def test_no_bit_of_a_line_changes_an_outcome(tmp_path: Path, stored: Path) -> No
             load(tmp_path)
 
 
+@pytest.mark.slow
 def test_evaluations_at_once_write_every_figure_once(folder: Path, tmp_path: Path) -> None:
     alone = shutil.copytree(folder, tmp_path / "alone")
     assert_status(0, evaluated(1, alone))

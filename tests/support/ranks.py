@@ -27,7 +27,7 @@ from safer_fast import train
 from safer_fast.runtime.command import run
 from tests.support.reports import leave_out_drawings
 
-PRELOADED = ["tests.system.test_distributed", "tests.support.imported"]
+PRELOADED = ["tests.support.imported", "tests.system.test_distributed"]
 NUM_IMAGES = {"train": 88, "test": 37}
 # 62 training images in batches of 16, 16, 15 and 15, which neither two nor three ranks can share
 # evenly; 26 validation images in batches of 13. Warm-up, then SAFER with two selections.
