@@ -273,12 +273,106 @@ def test_the_same_run_gives_the_same_page(folder: Path, page: Page, tmp_path: Pa
 
 def test_the_headline_has_a_row_for_each_weights_and_a_column_for_each_attack(page: Page) -> None:
     expected = (
-        "weights clean, 10,000 images PGD-20, ε = 8/255 Linf, 10,000 images AutoAttack "
-        "start test split 77.1 % 76.3\N{EN DASH}77.9 42.1 % 41.1\N{EN DASH}43.1 \N{EN DASH} "
-        "best test split 80.1 % 79.3\N{EN DASH}80.9 45.1 % 44.1\N{EN DASH}46.1 \N{EN DASH} "
+        "weights clean, 10,000 images PGD-20, ε = 8/255 Linf, 10,000 images "
+        "start test split 77.1 % 76.3\N{EN DASH}77.9 42.1 % 41.1\N{EN DASH}43.1 "
+        "best test split 80.1 % 79.3\N{EN DASH}80.9 45.1 % 44.1\N{EN DASH}46.1 "
         "last test split 79.1 % "
     )
     assert expected in page.text()
+
+
+def verdict_of(*folders: Path) -> str:
+    found = re.search(r'<p class="sentence">(.*?)</p>', write_report(folders).read_text())
+    assert found
+    return unescape(found[1])
+
+
+def test_the_verdict_says_what_was_gained_at_which_threat_model_and_how_sure(page: Page) -> None:
+    assert "<h1>SAFER</h1>" in page.source
+    assert (
+        "SAFER gained 3.0 points of robust accuracy: 42.1 % at the start, 45.1 % after it (95 % "
+        "interval +1.6 to +4.4, one run), under PGD-20, ε = 8/255 Linf, 10,000 images of the test "
+        "split, best weights; clean accuracy +3.0 points."
+    ) in page.text()
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "images", "words"),
+    [
+        (0.30, 1000, "lost 12.1 points of robust accuracy: 42.1 % at the start, 30.0 % after it"),
+        (0.44, 1000, "that can be told from chance: 42.1 % at the start, 44.0 % after it (+1.9"),
+        (0.44, 999, "reached 44.0 % robust accuracy"),
+    ],
+)
+def test_the_verdict_says_no_more_than_the_images_tell(
+    accuracy: float, images: int, words: str, tmp_path: Path
+) -> None:
+    folder = make_run(tmp_path / "run", epochs=1, is_finished=False)
+    assert verdict_of(folder) == (
+        "So far: 1 of 40 epochs, and no accuracy under attack has been measured yet."
+    )
+    add_events(
+        folder,
+        _evaluation(1, "start", "pgd-20", 0.421) | {"num_images": 1000},
+        _evaluation(1, "last", "pgd-20", accuracy) | {"num_images": images},
+    )
+    assert words in verdict_of(folder)
+
+
+def test_the_verdict_on_several_runs_names_the_most_robust(tmp_path: Path) -> None:
+    one, other = (make_run(tmp_path / n, shift=s) for n, s in (("weak", 0.0), ("strong", 0.02)))
+    assert verdict_of(one, other).startswith(
+        "strong is the most robust with 47.1 % robust accuracy (95 % interval 46.1 to 48.1) under "
+        "PGD-20, ε = 8/255 Linf, 10,000 images of the test split, best weights: +2.0 points over "
+        "weak (95 % interval +0.6 to +3.4"
+    )
+    add_events(other, _evaluation(40, "best", "pgd-50", 0.4))
+    assert "do not compare" in verdict_of(one, other)
+
+
+@pytest.mark.parametrize(
+    ("settings", "title"),
+    [
+        ("data: {path: null}\nselection: {criterion: all}\nsam: {rho: 0}", "PGD-AT on digits"),
+        ("data: {path: x/cifar10-train.parquet}\nattack: {steps: 0}", "Clean training on cifar10"),
+        (
+            "selection: {criterion: all, radius: relative}\nsam: {rho: 0.01, layerwise: true}\n"
+            "objective: {name: trades}",
+            "AWP with TRADES<",
+        ),
+        (
+            "selection: {criterion: random}\nsam: {rho: 0}",
+            "Fine-tuning of random layers without SAM<",
+        ),
+    ],
+)
+def test_the_title_names_method_and_data(settings: str, title: str, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", epochs=1)
+    (folder / "run.yaml").write_text(settings)
+    assert f"<h1>{title}" in write_report([folder]).read_text()
+
+
+def test_columns_and_rows_that_hold_nothing_are_left_out(page: Page, tmp_path: Path) -> None:
+    assert "AutoAttack" not in page.text()
+    assert "cut" in page.text()
+    folder = make_run(tmp_path / "run", epochs=2, selected_at=(2,))
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for event in events:
+        event.pop("peak_memory_mib", None)
+        event |= {"cut": None} if event["event"] == "selection" else {}
+    write_events(folder, events)
+    text = Page(write_report([folder])).text()
+    assert "peak memory" not in text
+    assert "epoch criterion selected layers 2 sharpness" in text
+
+
+def test_captions_are_one_short_sentence_each(page: Page) -> None:
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", page.source)
+    assert len(captions) == len(CURVES) + 3
+    for caption in captions:
+        assert caption.endswith(".")
+        assert ". " not in caption, caption
+        assert len(unescape(caption)) < 220, caption
 
 
 def test_the_headline_takes_the_strongest_pgd_in_the_ball_of_training(tmp_path: Path) -> None:
@@ -316,7 +410,7 @@ def test_figures_that_do_not_compare_say_so_in_their_cells(tmp_path: Path) -> No
         _evaluation(1, "last", "pgd-50", 0.25) | {"epsilon": 0.1},
     )
     headline = Page(write_report([folder])).text().partition("All evaluations")[0]
-    assert "weights clean PGD AutoAttack best" in headline
+    headline = headline[headline.index("weights clean PGD best") :]
     assert "PGD-20, ε = 8/255 Linf, 100 images" in headline
     assert "PGD-50, ε = 0.1 Linf, 10,000 images" in headline
     assert "100 images" in headline[headline.index("70.0 %") : headline.index("50.0 %")]
@@ -338,7 +432,7 @@ def test_figures_of_two_seeds_are_both_listed_and_the_newest_is_in_the_headline(
     older, newer = _evaluation(1, "last", "pgd-20", 0.51), _evaluation(1, "last", "pgd-20", 0.52)
     add_events(folder, older, newer | {"seed": 0, "restarts": 1, "norm": "linf", "source": None})
     headline, _, full = Page(write_report([folder])).text().partition("All evaluations (2)")
-    assert "PGD-20, ε = 8/255 Linf, 10,000 images AutoAttack last test split" in headline
+    assert "PGD-20, ε = 8/255 Linf, 10,000 images last test split" in headline
     assert "52.0 %" in headline
     assert "51.0 %" not in headline
     assert "ε = 8/255 Linf, seed 0, 10,000 images 52.0 %" in full

@@ -56,22 +56,29 @@ class Evaluation:
         return int(steps) if steps.isascii() and steps.isdigit() and len(steps) < 10 else math.inf
 
 
+def weights_and_splits(run: ReportedRun) -> list[tuple[str, str]]:
+    """Weights and splits that accuracies were measured of, start first."""
+    return sorted({(one.weights, one.split) for one in _evaluations(run)}, key=_place_order)
+
+
+def strongest(run: ReportedRun, kind: str, weights: str, split: str) -> Evaluation | None:
+    """The hardest test by a kind of attack: on the model itself, in training's ball, most steps."""
+    return _strongest(run, _evaluations(run), kind, weights, split)
+
+
 def headline(runs: Sequence[ReportedRun]) -> Table:
     """A row for each run, weights and split: clean, under the strongest PGD, and AutoAttack.
 
     Rows of one split stand together, and name it in a column where there are several.
     """
     found = [_evaluations(run) for run in runs]
-    places = [
-        (index, *place)
-        for index, evaluations in enumerate(found)
-        for place in sorted({(one.weights, one.split) for one in evaluations}, key=_place_order)
-    ]
+    places = [(i, *place) for i, run in enumerate(runs) for place in weights_and_splits(run)]
     has_splits = len({split for _, _, split in places}) > 1
     places.sort(key=lambda place: place[2] if has_splits else "")
     columns = [
         _column(title, [_strongest(runs[i], found[i], kind, *place) for i, *place in places])
         for kind, title in _HEADLINE.items()
+        if any(one.kind == kind and not one.source for ones in found for one in ones)
     ]
     names = ["split"] * has_splits + ["run"] * (len(runs) > 1) + ["weights"]
     rows = []
@@ -88,7 +95,7 @@ def all_evaluations(runs: Sequence[ReportedRun]) -> Table:
     keys = sorted({key for _, column in columns for key in column}, key=_order)
     rows = []
     for key in keys:
-        own = [Cell(key.split), Cell(key.attack, ", ".join(_facts(key).values()))]
+        own = [Cell(key.split), Cell(key.attack, ", ".join(facts_of(key).values()))]
         own = own if is_alone else [Cell(key.weights), *own]
         rows.append([*own, *(_accuracy(column.get(key), has_loss=True) for _, column in columns)])
     named = ["split", "attack"] if is_alone else ["weights", "split", "attack"]
@@ -174,7 +181,6 @@ def _evaluation(event: Mapping[str, Any], run: ReportedRun) -> Evaluation:
 def _strongest(
     run: ReportedRun, evaluations: Sequence[Evaluation], kind: str, weights: str, split: str
 ) -> Evaluation | None:
-    """The hardest test by a kind of attack: on the model itself, in training's ball, most steps."""
     own = run.setting("attack.norm"), run.number("attack.epsilon") or 0.0
 
     def strength(one: Evaluation) -> tuple[Any, ...]:
@@ -206,15 +212,20 @@ def _column(title: str, column: Sequence[Evaluation | None]) -> tuple[str, list[
 
 def _headline_facts(one: Evaluation) -> dict[str, str]:
     """Facts that a column must not mix; seeds may: they differ by less than the intervals say."""
-    facts = _facts(replace(one, seed=None))
-    return {"attack": _HEADLINE.get(one.kind, one.kind) + _steps_note(one)} | facts
+    facts = facts_of(replace(one, seed=None))
+    return {"attack": attack_name(one)} | facts
+
+
+def attack_name(one: Evaluation) -> str:
+    """The attack as a heading names it: PGD-20."""
+    return _HEADLINE.get(one.kind, one.kind) + _steps_note(one)
 
 
 def _steps_note(one: Evaluation) -> str:
     return "" if one.num_steps == math.inf else f"-{one.num_steps}"
 
 
-def _facts(one: Evaluation) -> dict[str, str]:
+def facts_of(one: Evaluation) -> dict[str, str]:
     """Facts that an accuracy depends on besides weights, split and attack, in words."""
     facts = {}
     if one.epsilon > 0:
@@ -263,7 +274,7 @@ def _class_table(columns: Sequence[Evaluation], names: Sequence[str]) -> Table:
             cells.append(Cell(text, is_different=value is not None and value == low))
         rows.append([Cell(names[number] if number < len(names) else str(number)), *cells])
     headings = [
-        ", ".join([f"{one.weights} {one.split} {one.attack}", *_facts(one).values()])
+        ", ".join([f"{one.weights} {one.split} {one.attack}", *facts_of(one).values()])
         for one in columns
     ]
     return Table(["class", *headings], rows)

@@ -71,10 +71,9 @@ def _section(title: str, gallery: Gallery, facts: GalleryFacts) -> GallerySectio
     fooled = [card for card in right if card.verdict == "fooled"]
     ball = f", \N{GREEK SMALL LETTER EPSILON} = {radius(facts.epsilon)}" if facts.epsilon else ""
     caption = (
-        f"Images of the {facts.split} split, what {facts.attack}{ball} adds to them (amplified; "
-        f"grey is no change), and both together; {facts.weights} weights. {len(right)} of {count} "
-        f"were classified rightly before, {len(fooled)} of these no longer after. See whether the "
-        "perturbation follows what is in the image, as it does for a robust model, or is noise."
+        f"Images of the {facts.split} split, what {facts.attack}{ball} adds (amplified), and both, "
+        f"with {facts.weights} weights: {len(right)} of {count} were classified rightly before, "
+        f"{len(fooled)} of these no longer after."
     )
     is_pixelated = max(gallery.images.shape[2:]) <= _SMALL
     return GallerySection(title, cards, caption, is_pixelated)

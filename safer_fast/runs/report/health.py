@@ -25,23 +25,19 @@ def health_figures(runs: Sequence[ReportedRun]) -> list[Figure]:
             [_only_with_sam(run) for run in runs],
             "loss_rise",
             "SAM: rise of the loss",
-            "Mean loss at w + e over that at w. It should be above 0: e leads uphill. Near 0, rho "
-            "is too small to matter; as large as the loss itself, rho is too large.",
+            "Loss at w + e over that at w; rho is too small near 0, too large near the loss.",
         ),
         curve_figure(
             runs,
             "gradient_norm",
             "Norm of the gradient",
-            "Over the layers that are trained. It should stay within an order of magnitude; a "
-            "jump is instability, a new selection or a rising epsilon.",
+            "Over the trained layers; a jump is instability, a new selection or a rising epsilon.",
         ),
         curve_figure(
             runs,
             "gradient_cosine",
             "SAM: cosine of both gradients",
-            "Between the gradients of the two passes. Healthy is below 1 and well above 0: at 1 "
-            "the second pass repeats the first, rho being too small to matter; near 0 the two "
-            "have little to do with each other, rho being too large.",
+            "Between the gradients of both passes; rho is too small at 1, too large near 0.",
         ),
     ]
     return [figure for figure in drawn if figure is not None]
@@ -53,8 +49,7 @@ def speed_figures(runs: Sequence[ReportedRun]) -> list[Figure]:
         runs,
         "images_per_second",
         "Speed",
-        "Training images per second. It steps up where fewer layers are trained, and should "
-        "be level between two selections.",
+        "Training images per second; selections change the work of a step.",
     )
     drawn = [speed, _stage_figure(runs)]
     return [figure for figure in drawn if figure is not None]
@@ -74,17 +69,15 @@ def _attack_figure(runs: Sequence[ReportedRun]) -> Figure | None:
         return None
     title = "Attack, step by step"
     caption = (
-        "Share of training images that are classified wrongly after each step of the attack; step "
-        "0 is the random start. It should rise and flatten: a line that still rises at its end "
-        "says that the attack has too few steps, a level one that the attack finds nothing. Where "
-        "audits lower their number, the line is level behind the last."
+        "Training images classified wrongly by the step of the attack; a line that still rises at "
+        "its end has too few"
     )
     if len(runs) > 1:
-        caption += " Shown is the last epoch of each run."
+        caption += " (last epoch of each run)"
     drawing = draw_curves(
         curves, identity="attack", title=title, is_share=True, across="step of the attack"
     )
-    return Figure(title, [drawing], caption, legend if len(runs) == 1 else [])
+    return Figure(title, [drawing], f"{caption}.", legend if len(runs) == 1 else [])
 
 
 def _audit_figures(runs: Sequence[ReportedRun]) -> list[Figure | None]:
@@ -96,14 +89,13 @@ def _audit_figures(runs: Sequence[ReportedRun]) -> list[Figure | None]:
             runs,
             "attack_steps",
             "Iterations of the training attack",
-            "At the end of each epoch. Audits choose as few as attack nearly as well as PGD-20.",
+            "Chosen by audits, as few as attack nearly as well as PGD-20.",
         ),
         curve_figure(
             runs,
             "attack_strength",
             "Strength of the training attack",
-            "Loss after it over loss after PGD-20, on images of audits. It should stay above "
-            "attack.strength; well below, the model overfits to the training attack.",
+            "Loss after it over that after PGD-20; well below attack.strength, the model overfits.",
         ),
     ]
 
@@ -138,21 +130,18 @@ def _stage_figure(runs: Sequence[ReportedRun]) -> Figure | None:
     if not timed or not names:
         return None
     title = "Time of a step by stage"
-    caption = (
-        "Mean milliseconds per step. The attack should take most of it and data next to nothing; "
-        "ascent and descent, the two passes of SAM, shrink where few and deep layers are selected."
-    )
+    caption = "Mean milliseconds of the parts of a step"
     if len(runs) == 1:
         epochs = [event["epoch"] for event in timed[0][1]]
         layers = {name: [_stage_ms(event, name) for event in timed[0][1]] for name in names}
         drawing = draw_areas(epochs, layers, identity="stages", title=title)
     else:
-        caption += " Shown is the median of the epochs since the last selection of each run."
+        caption += ", median since the last selection of each run"
         layers = {name: [_recent_ms(*one, name) for one in timed] for name in names}
         labels = [run.name for run, _ in timed]
         drawing = draw_bars(labels, layers, identity="stages", title=title)
     legend = [LegendEntry(name, index, is_area=True) for index, name in enumerate(names)]
-    return Figure(title, [drawing], caption, legend, has_line_for_each_run=False)
+    return Figure(title, [drawing], f"{caption}.", legend, has_line_for_each_run=False)
 
 
 def _recent_ms(run: ReportedRun, events: Sequence[dict[str, Any]], name: str) -> float:

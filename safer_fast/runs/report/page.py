@@ -9,7 +9,7 @@ from typing import Any
 from safer_fast.runs.figures import layer_map
 from safer_fast.runs.figures.canvas import RUN_COLOURS, as_svg
 from safer_fast.runs.layout import RunFolder
-from safer_fast.runs.report import evaluations, health, tables, training
+from safer_fast.runs.report import evaluations, health, tables, training, verdict
 from safer_fast.runs.report.gallery import galleries
 from safer_fast.runs.report.reading import ReportedRun, read_runs
 from safer_fast.runs.report.training import Figure
@@ -40,6 +40,8 @@ def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
     )
     page = templates.get_template("report.html.jinja").render(
         runs=read,
+        title=verdict.title(read),
+        verdict=verdict.verdict(read),
         alarms=[*training.alarms(read), *evaluations.alarms(read)],
         headline=evaluations.headline(read),
         evaluations=evaluations.all_evaluations(read),
@@ -85,15 +87,11 @@ def _map_figure(run: ReportedRun, index: int, is_one_of_many: bool) -> Figure | 
         chosen = event.get("selected", [])
         drawing = layer_map.draw_layer_map(event["scores"], chosen, limits=limits, title=title)
         drawings.append(as_svg(drawing, f"map-{index}-{number}", title))
-    caption = (
-        "Layers by depth (across) and kind (down), coloured by score, one map for each selection, "
-        "all on one scale. White dots are the layers chosen: see whether they wander or settle. "
-        "The deeper the first dot, the more of each step is skipped."
-    )
+    caption = "Layers by depth and kind, coloured by score on one scale; white dots are chosen"
     if len(shown) < len(scored):
-        caption += f" {len(shown)} of {len(scored)} selections are shown."
+        caption += f"; {len(shown)} of {len(scored)} selections are shown"
     title = f"Layer map of {run.name}" if is_one_of_many else "Layer map"
-    return Figure(title, drawings, caption, is_wide=True, has_line_for_each_run=False)
+    return Figure(title, drawings, f"{caption}.", is_wide=True, has_line_for_each_run=False)
 
 
 def _choice_figures(runs: Sequence[ReportedRun]) -> list[Figure]:
@@ -105,11 +103,7 @@ def _choice_figures(runs: Sequence[ReportedRun]) -> list[Figure]:
             title = run.name if len(runs) > 1 else ""
             drawing = layer_map.draw_choices(chosen, title=title)
             drawings.append(as_svg(drawing, f"choices-{index}", title or "Selections over time"))
-    caption = (
-        "Layers that were ever selected, from the first of the network to the last, and when. Rows "
-        "that go through say that selection has settled; a scatter says that the scores of the "
-        "layers are too close, or too noisy, to be distinguished."
-    )
+    caption = "Layers that were ever selected, and when; rows that go through have settled."
     figure = Figure("", drawings, caption, is_wide=True, has_line_for_each_run=False)
     return [figure] if drawings else []
 

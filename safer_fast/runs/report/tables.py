@@ -35,7 +35,22 @@ def overview(runs: Sequence[ReportedRun]) -> Table:
     """Each run in a dozen lines: model and data, progress, accuracies, speed."""
     columns = [_overview(run) for run in runs]
     rows = [[Cell(name), *(column[name] for column in columns)] for name in columns[0]]
-    return Table(["", *_columns(runs, "")], rows)
+    return Table(["", *_columns(runs, "")], [row for row in rows if _has_text(row[1:])])
+
+
+def without_empty_columns(table: Table) -> Table:
+    """The table without columns that hold nothing, but for those that name its rows."""
+    used = [
+        index
+        for index in range(len(table.headings))
+        if index < table.num_keys or _has_text([row[index] for row in table.rows])
+    ]
+    rows = [[row[index] for index in used] for row in table.rows]
+    return Table([table.headings[index] for index in used], rows, table.num_keys)
+
+
+def _has_text(cells: Iterable[Cell]) -> bool:
+    return any(cell.text != NOTHING or cell.note for cell in cells)
 
 
 def selections(runs: Sequence[ReportedRun]) -> Table:
@@ -52,7 +67,7 @@ def selections(runs: Sequence[ReportedRun]) -> Table:
         for run in runs
         for event in run.selections
     ]
-    return Table(["run"] * (len(runs) > 1) + headings, rows)
+    return without_empty_columns(Table(["run"] * (len(runs) > 1) + headings, rows))
 
 
 def settings(runs: Sequence[ReportedRun]) -> Table:
@@ -128,7 +143,7 @@ def _overview(run: ReportedRun) -> dict[str, Cell]:
         "model": Cell(shown(run.setting("model.name"))),
         "attack in training": Cell(_attack(run)),
         "method": Cell(_method(run)),
-        "epochs": Cell(_progress(run), "" if run.is_finished else "not finished"),
+        "epochs": Cell(progress(run), "" if run.is_finished else "not finished"),
         "training time": Cell(_duration(run.time_s)),
         "best robust accuracy": best,
         "last robust accuracy": last,
@@ -221,7 +236,8 @@ def _method(run: ReportedRun) -> str:
     return f"{percent(share or 0.0)} of layers by {criterion}, {sam}"
 
 
-def _progress(run: ReportedRun) -> str:
+def progress(run: ReportedRun) -> str:
+    """Epochs that are done, of those planned."""
     done = max(run.series("epoch"), default=0)
     planned = run.setting("epochs")
     return f"{done} of {planned}" if planned else str(done)

@@ -45,7 +45,7 @@ def training_figures(runs: Sequence[ReportedRun]) -> list[Figure]:
             runs,
             "learning_rate",
             "Learning rate",
-            "The schedule; each stage (warm-up, SAFER) runs the whole of it.",
+            "Each stage (warm-up, SAFER) runs the whole schedule.",
         ),
         _epsilon_figure(runs),
     ]
@@ -108,13 +108,8 @@ def _robust_figure(runs: Sequence[ReportedRun]) -> Figure | None:
         return None
     title = "Robust accuracy, training and validation"
     marks = _selection_marks(runs)
-    caption = (
-        "Accuracy under attack. The shaded gap is robust overfitting: it grows where training goes "
-        "on rising and validation does not. It is shaded once the training attack is at full "
-        "epsilon."
-    )
-    if marks:
-        caption += " Dotted verticals are selections of layers."
+    lines = ", dotted lines are selections of layers" if marks else ""
+    caption = f"Accuracy under attack; the shaded gap is robust overfitting{lines}."
     caught = [(run, events) for run in runs if (events := _catastrophes(run))]
     for run, events in caught:
         caption += f" Red: CATASTROPHIC OVERFITTING in {_epochs_in_words(events)}"
@@ -133,16 +128,9 @@ def _clean_figure(runs: Sequence[ReportedRun]) -> Figure | None:
         return None
     has_training = any(gap.upper.points() for gap in gaps)
     title = "Clean accuracy, training and validation" if has_training else "Clean accuracy"
-    caption = (
-        "Accuracy without an attack, on the validation split. Robustness is usually paid for here: "
-        "a fall while robust accuracy rises is that trade."
-    )
+    caption = "Accuracy without an attack; robustness is usually paid for here."
     if has_training:
-        caption += (
-            " The dashed line is of training images where their attack starts, at random noise "
-            "within the ball: nearly their clean accuracy. Far above the solid line it is "
-            "ordinary overfitting."
-        )
+        caption = "Accuracy without an attack; in training at the random start of the attack."
     drawing = draw_curves(curves, identity="clean", title=title, is_share=True)
     return Figure(title, [drawing], caption, _both_splits(runs) if has_training else [])
 
@@ -155,16 +143,9 @@ def _loss_figure(runs: Sequence[ReportedRun]) -> Figure | None:
         return None
     has_validation = any(gap.upper.points() for gap in gaps)
     title = "Loss, training and validation" if has_validation else "Training loss"
-    caption = (
-        "Mean loss on adversarial training images, that of the objective. It should fall; a jump "
-        "up is a rising epsilon, a new stage or instability."
-    )
+    caption = "Mean loss under attack; a jump up is a rising epsilon, a new stage or instability."
     if has_validation:
-        caption += (
-            " Solid is the cross-entropy on attacked images of the validation split: where it "
-            "turns up while training still falls, the model overfits. The gap is shaded at "
-            "full epsilon, if the objective is plain cross-entropy too."
-        )
+        caption = "Mean loss under attack; where validation turns up, the model overfits."
     else:
         curves = [replace(curve, is_dashed=False) for curve in curves]
     shaded = [gap for gap, run in zip(gaps, runs, strict=True) if _is_cross_entropy(run)]
@@ -205,7 +186,6 @@ def _epsilon_figure(runs: Sequence[ReportedRun]) -> Figure | None:
         runs,
         "epsilon",
         "Epsilon in training" + (" (in 255ths)" if is_in_255ths else ""),
-        "Radius of the training attack. Until it is level, losses and training accuracies of two "
-        "epochs do not compare.",
+        "Radius of the training attack; epochs compare once it is level.",
         scale=255 if is_in_255ths else 1,
     )

@@ -1,0 +1,175 @@
+"""The verdict of a report: what was gained against the start, at which threat model, how sure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import hypot
+from pathlib import Path
+
+from safer_fast.config.messages import shortened
+from safer_fast.runs.accuracies import interval
+from safer_fast.runs.report.evaluations import (
+    Evaluation,
+    attack_name,
+    facts_of,
+    strongest,
+    weights_and_splits,
+)
+from safer_fast.runs.report.reading import ReportedRun, flatten
+from safer_fast.runs.report.tables import percent, progress
+
+_ROBUST = ("autoattack", "pgd")
+_MINUS = "\N{MINUS SIGN}"
+
+
+def title(runs: Sequence[ReportedRun]) -> str:
+    """Method and data, as far as they are known."""
+    methods = {method_name(run) for run in runs}
+    data = {data_name(run) for run in runs}
+    names = [next(iter(methods))] if len(methods) == 1 else []
+    names += [f"on {next(iter(data))}"] if len(data) == 1 and "" not in data else []
+    name = " ".join(names)
+    if len(runs) == 1:
+        return name
+    return f"{len(runs)} runs compared" + (f": {name}" if name else "")
+
+
+def verdict(runs: Sequence[ReportedRun]) -> str:
+    """One sentence on what the runs reached, empty where nothing under attack was measured."""
+    return _of_one(runs[0]) if len(runs) == 1 else _of_several(runs)
+
+
+def method_name(run: ReportedRun) -> str:
+    """A short name of the way in which the run trains."""
+    criterion, rho = run.setting("selection.criterion"), run.setting("sam.rho")
+    if run.setting("attack.steps") == 0:
+        return "Clean training"
+    objective = str(run.setting("objective.name") or "pgd-at")
+    base = "PGD-AT" if objective == "pgd-at" else shortened(objective.upper())
+    if criterion is None:
+        return "Adversarial training"
+    if criterion == "all" and not run.setting("selection.layers"):
+        if not rho:
+            return base
+        is_awp = run.setting("sam.layerwise") and run.setting("selection.radius") == "relative"
+        own = "AWP" if is_awp else "SAM on all layers"
+    elif criterion == "sharpness" and rho and not run.setting("selection.layers"):
+        own = "SAFER"
+    else:
+        layers = "named" if run.setting("selection.layers") else shortened(str(criterion))
+        own = f"Fine-tuning of {layers} layers {'with' if rho else 'without'} SAM"
+    return own if base == "PGD-AT" else f"{own} with {base}"
+
+
+def data_name(run: ReportedRun) -> str:
+    """A short name of the data; empty where it is not known."""
+    if "data.path" not in flatten(run.config):
+        return ""
+    return shortened(Path(str(run.setting("data.path") or "digits")).stem)
+
+
+def difference(start: Evaluation, end: Evaluation) -> tuple[float, float, float]:
+    """Gain from start to end and its 95 % interval (Newcombe, 1998, of Wilson's intervals).
+
+    It takes the accuracies as those of different images, which is cautious for the same ones.
+    """
+    first, last = start.accuracy, end.accuracy
+    assert first is not None
+    assert last is not None
+    low_0, high_0 = interval(first, start.num_images)
+    low_1, high_1 = interval(last, end.num_images)
+    gain = last - first
+    below, above = hypot(last - low_1, high_0 - first), hypot(high_1 - last, first - low_0)
+    return gain, gain - below, gain + above
+
+
+def _of_one(run: ReportedRun) -> str:
+    begun = "" if run.is_finished else "So far: "
+    places = weights_and_splits(run)
+    split = "test" if "test" in {split for _, split in places} else next((s for _, s in places), "")
+    end = next((w for w in ("best", "last") if (w, split) in places), None)
+    if end is None or (robust := _robust(run, end, split)) is None:
+        return f"{begun}{progress(run)} epochs, and no accuracy under attack has been measured yet."
+    clean, first_clean = (strongest(run, "clean", w, split) for w in (end, "start"))
+    start = strongest(run, robust.kind, "start", split)
+    where = _where(robust, end, split)
+    if start is None or replace(start, weights=end) != robust:
+        also = f" and {percent(clean.accuracy)} without" if clean and clean.accuracy else ""
+        return (
+            f"{begun}{method_name(run)} reached {_share(robust)} {where}{also}; "
+            "there is no start to compare with."
+        )
+    gain, low, high = difference(start, robust)
+    also = ""
+    if clean and first_clean and replace(first_clean, weights=end) == clean:
+        gained = (clean.accuracy or 0.0) - (first_clean.accuracy or 0.0)
+        also = f"; clean accuracy {_points(gained)} points"
+    interval_ = f"95 % interval {_points(low)} to {_points(high)}, one run"
+    reached = f"{_bound(robust)}{percent(robust.accuracy or 0.0)}"
+    change = f"{percent(start.accuracy or 0.0)} at the start, {reached} after it"
+    if low <= 0 <= high:
+        what = (
+            "made no difference to robust accuracy that can be told from chance: "
+            f"{change} ({_points(gain)} points, {interval_})"
+        )
+    else:
+        verb = "gained" if gain > 0 else "lost"
+        what = f"{verb} {abs(100 * gain):.1f} points of robust accuracy: {change} ({interval_})"
+    return f"{begun}{method_name(run)} {what}, {where}{also}."
+
+
+def _of_several(runs: Sequence[ReportedRun]) -> str:
+    found = []
+    for run in runs:
+        places = weights_and_splits(run)
+        ends = [(w, "test") for w in ("best", "last") if (w, "test") in places]
+        if not ends or (robust := _robust(run, *ends[0])) is None:
+            return f"{run.name} has no accuracy under attack on its test split yet."
+        found.append((run, robust))
+    first = found[0][1]
+    if any(replace(one, weights=first.weights) != first for _, one in found):
+        return "The runs were measured under different attacks: their figures do not compare."
+    (best, top), (second, other), *_ = sorted(found, key=lambda pair: -(pair[1].accuracy or 0))
+    gain, low, high = difference(other, top)
+    lead = f"{_points(gain)} points over {second.name}"
+    sure = f"95 % interval {_points(low)} to {_points(high)}, one run each"
+    chance = ", which can be chance" if low <= 0 <= high else ""
+    where = _where(top, top.weights, "test")
+    return f"{best.name} is the most robust with {_share(top)} {where}: {lead} ({sure}){chance}."
+
+
+def _robust(run: ReportedRun, weights: str, split: str) -> Evaluation | None:
+    """The strongest evaluation under attack; of AutoAttack and PGD the one that the start has."""
+    found = [strongest(run, kind, weights, split) for kind in _ROBUST]
+    known = [one for one in found if one is not None and one.num_images > 0]
+    starts = [strongest(run, one.kind, "start", split) for one in known]
+    comparable = [
+        one
+        for one, start in zip(known, starts, strict=True)
+        if start is not None and replace(start, weights=weights) == one
+    ]
+    return next(iter([*comparable, *known]), None)
+
+
+def _where(one: Evaluation, weights: str, split: str) -> str:
+    """The threat model of an accuracy, its images and weights."""
+    facts = ", ".join(facts_of(replace(one, seed=None)).values())
+    return f"under {attack_name(one)}, {facts} of the {split} split, {weights} weights"
+
+
+def _share(one: Evaluation) -> str:
+    low, high = interval(one.accuracy or 0.0, one.num_images)
+    return (
+        f"{_bound(one)}{percent(one.accuracy or 0.0)} robust accuracy "
+        f"(95 % interval {100 * low:.1f} to {100 * high:.1f})"
+    )
+
+
+def _bound(one: Evaluation) -> str:
+    """A word for accuracies of which gradient masking is suspected."""
+    return "at most " if one.gradient_masking else ""
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f}".replace("-", _MINUS)
