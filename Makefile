@@ -22,12 +22,12 @@ test: install
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/*/*.cpp kernels/csrc/*)
+$(INSTALLED): pyproject.toml setup.py $(wildcard kernels/CMakeLists.txt kernels/*/*.cpp kernels/csrc/*)
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel cmake ninja
-	$(BIN)/python -m pip install --quiet torch torchvision
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
-	$(BIN)/python -m pip install --quiet --no-deps torchattacks
+	$(BIN)/python -m pip install --quiet --upgrade pip uv
+	.ci/pip-install $(BIN) torch torchvision "setuptools>=77" wheel cmake ninja
+	.ci/pip-install $(BIN) --no-build-isolation --editable ".[dev]"
+	.ci/pip-install $(BIN) --no-deps torchattacks
 	touch $@
 
 native: install
