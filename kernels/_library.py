@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 LIBRARY = Path(__file__).parent / "libsafer_fast_cpu.so"
-REBUILD = "make native"
+IS_INSTALLED = not (Path(__file__).parents[1] / "setup.py").is_file()
+REBUILD = "safer-fast doctor --build-native" if IS_INSTALLED else "make native"
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,17 @@ def load_library(path: Path) -> None:
         torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
         built_for = ctypes.CDLL(str(path)).safer_fast_torch_version
     except (OSError, AttributeError) as error:
-        raise ImportError(f"{path} does not load, rebuild it with `{REBUILD}`: {error}") from error
+        raise ImportError(
+            f"{path} does not load, rebuild it with `{REBUILD}`: {error}", name="safer_fast.kernels"
+        ) from error
     built_for.restype = ctypes.c_char_p
     version = built_for().decode()
     # another torch may lay out tensors differently, which would corrupt memory
     if version != torch.__version__:
         raise ImportError(
             f"{path} was built for torch {version}, this is {torch.__version__}: "
-            f"rebuild it with `{REBUILD}`"
+            f"rebuild it with `{REBUILD}`",
+            name="safer_fast.kernels",
         )
 
 

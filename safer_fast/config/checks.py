@@ -17,8 +17,6 @@ from safer_fast.config.conversion import converted
 from safer_fast.config.messages import shortened, typed
 from safer_fast.config.schema import SAVINGS, Config
 
-HINT = "pixels are in [0, 1]; write 8/255, not 8"
-
 
 def checked(config: Config) -> Config:
     """Convert and check a configuration made in Python; returns a copy."""
@@ -71,7 +69,7 @@ def check_ball(
     of radius and step in messages.
     """
     if norm == "linf":
-        largest, words = 1.0, "a radius in [0, 1] for linf"
+        largest, words = 1.0, "0 to 1"
     else:
         channels, *edges = shape or (ranges.CHANNELS, ranges.EDGE, ranges.EDGE)
         largest = math.sqrt(math.prod((channels, *edges)))
@@ -79,13 +77,20 @@ def check_ball(
         if shape:
             words += " of " + "x".join(map(str, shape))
     if not 0 <= epsilon <= largest:
-        raise ValueError(f"{flags[0]}: expected {words}, got {epsilon:g} ({HINT})")
+        raise ValueError(f"{flags[0]}: expected {words}, got {_in_255ths(epsilon)}")
     diameter = 2 * (epsilon or largest)
     if step_size is not None and not 0 <= step_size <= diameter * (1 + 1e-6):
         raise ValueError(
             f"{flags[1]}: expected at most {diameter:.4g}, the diameter of the ball, got "
-            f"{step_size:g} ({HINT})"
+            f"{_in_255ths(step_size)}"
         )
+
+
+def _in_255ths(value: float) -> str:
+    """A radius out of range, with the fraction that it probably stands for."""
+    if 1 <= value <= 255:
+        return f"{value:g}: did you mean {value:g}/255?"
+    return f"{value:g} (pixels are in [0, 1])"
 
 
 def check_new(config: Config) -> None:

@@ -27,6 +27,19 @@ OPEN_FLAGS = (
     "attack.epsilon_warmup_epochs",
 )
 """Settings that training chooses by data and weights if they are not given."""
+FIRST_FLAGS = (
+    "config",
+    "data.path",
+    "model.name",
+    "model.checkpoint",
+    "attack.epsilon",
+    "epochs",
+    "batch_size",
+    "amp",
+    "output",
+    "dry_run",
+)
+"""Ten settings that `train --help` explains; the others follow by group."""
 
 
 def parse_config(arguments: Sequence[str], described: Mapping[str, Any] | None = None) -> Config:
@@ -79,7 +92,12 @@ def scaled_by_epochs(arguments: Sequence[str]) -> list[str]:
 def _train_parser() -> ArgumentParser:
     """The parser of `train`, built once: that takes longer than to parse with it."""
     parser = new_parser("train", "Train a robust vision transformer.")
-    parser.add_argument("--config", action="config", help=f"a YAML file or {recipe_names()}")
+    parser.first = FIRST_FLAGS
+    parser.add_argument(
+        "--config",
+        action="config",
+        help=f"a YAML file or {recipe_names()}; without it and --data.path: {DEFAULT_RECIPE}",
+    )
     parser.add_class_arguments(Config, None)
     return parser
 

@@ -131,3 +131,4 @@ class DoctorConfig:
     """Images per batch in the check of the data, if a path is given."""
     data: DataConfig = field(default_factory=DataConfig)
     json: bool = False
+    build_native: bool = False

@@ -100,12 +100,15 @@ def typed(flag: str) -> str:
 def suggested(name: str, known: Sequence[str]) -> str | None:
     """The setting among `known` that `name` probably means; None if none is similar.
 
-    Names that other projects use come first, then settings of the same name in another group.
+    Names that other projects use come first, then settings of the same name in another group,
+    similar ones, and those of which it is a word.
     """
     own = name.rpartition(".")[2]
     same = [other for other in known if other.rpartition(".")[2] == own]
     usual = [other for other in _USUAL.get(own, ()) if other in known]
-    return next(iter([*usual, *same, *get_close_matches(name, known, n=1)]), None)
+    close = get_close_matches(name, known, n=1)
+    holding = [other for other in known if own in re.split(r"[._]", other)]
+    return next(iter([*usual, *same, *close, *holding]), None)
 
 
 def explained(message: str, known: Sequence[str]) -> str:
@@ -117,9 +120,13 @@ def explained(message: str, known: Sequence[str]) -> str:
     if found := re.match(r"unrecognized arguments: (\S+)", message):
         flag = found[1].partition("=")[0]
         close = suggested(flag.lstrip("-"), known)
+        flag = typed(flag[2:]) if flag.startswith("--") else flag
         return f"unknown flag {shortened(flag)}" + (
             f", did you mean {typed(close)}?" if close else ""
         )
+    if found := re.match(r"ambiguous option: (\S+) could match (.*)", message):
+        names = " or ".join(typed(name[2:]) for name in found[2].split(", "))
+        return f"unknown flag {typed(found[1][2:])}, did you mean {names}?"
     if found := re.match(r"(?:Group '(.+?)' does not accept option|Option) '(.+?)'", message):
         name = f"{found[1]}.{found[2]}" if found[1] else found[2]
         close = suggested(name, known)
@@ -131,7 +138,11 @@ def explained(message: str, known: Sequence[str]) -> str:
         return message
     flag, text = typed(found[1]), found[2]
     if text.startswith("Unable to load config"):
-        return f"{flag}: expected names with values such as {{name: value}}, got another value"
+        close = next((name for name in _USUAL.get(found[1], ()) if name in known), None)
+        hint = f", did you mean {typed(close)}?" if close else ""
+        return (
+            f"{flag}: expected names with values such as {{name: value}}, got another value{hint}"
+        )
     if value := re.search(r"(?:Got|Given) value: (?:type: .*?Given value: )?(.*)$", text):
         expected, got = _expected(text), "null" if value[1] == "None" else value[1]
         hint = "; a space follows each colon" if re.match(r"\{.*:[^ ]", got) else ""

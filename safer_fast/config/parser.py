@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from jsonargparse.typing import register_type
 
-from safer_fast.config.help_text import HelpFormatter, tidy
+from safer_fast import __version__
+from safer_fast.config.completion import is_completing, prepare_completion
+from safer_fast.config.help_text import GroupedParser, HelpFormatter
 from safer_fast.config.messages import LONGEST_WORD, explained, shortened, typed
+from safer_fast.config.recipe_files import recipes
 from safer_fast.config.settings.types import Names, Radius
 from safer_fast.config.untrusted import ENDLESS_NUMBER
 
@@ -20,7 +25,7 @@ CONTROL = re.compile("[\x00-\x1f\x7f]")
 T = TypeVar("T")
 
 
-def new_parser(command: str, description: str) -> ArgumentParser:
+def new_parser(command: str, description: str) -> GroupedParser:
     """Make a parser whose types and help follow the conventions of all commands."""
     register_type(
         Radius, serializer=float, deserializer=_parse_radius, fail_already_registered=False
@@ -32,23 +37,31 @@ def new_parser(command: str, description: str) -> ArgumentParser:
         import_path_denylist=["*"],
         instantiate_subclass_spec_in_any=False,
     )
-    return _Parser(
-        prog=f"python -m safer_fast.{command}",
+    parser = GroupedParser(
+        prog=_program(command),
         description=description,
         exit_on_error=False,
         formatter_class=HelpFormatter,
     )
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"safer_fast {__version__}",
+        help="Print the version.",
+    )
+    return parser
 
 
-class _Parser(ArgumentParser):
-    """A parser whose help shows flags as they are typed: --batch-size, but --group.its_name."""
-
-    def format_help(self, *arguments: Any, **settings: Any) -> str:
-        return tidy(super().format_help(*arguments, **settings))
+def _program(command: str) -> str:
+    """A command as its user calls it."""
+    is_script = Path(sys.argv[0]).stem == "safer-fast"
+    return f"safer-fast {command}" if is_script else f"python -m safer_fast.{command}"
 
 
 def parse(parser: ArgumentParser, arguments: Sequence[str], kind: Callable[..., T]) -> T:
     """Parse arguments to `kind`, a dataclass; raises ValueError with one clear line."""
+    if is_completing():
+        prepare_completion(parser, recipes())
     for before, word in pairwise(["", *arguments]):
         if ENDLESS_NUMBER.search(word):
             awaits_value = before.startswith("--") and "=" not in before

@@ -40,5 +40,9 @@ def read_settings(file: Path, flag: str) -> dict[str, Any]:
 
 def recipe_names() -> str:
     """The names of all recipes, for messages."""
-    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    return f"one of the recipes {', '.join(names)}"
+    return f"one of the recipes {', '.join(recipes())}"
+
+
+def recipes() -> list[str]:
+    """The names of all recipes."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))

@@ -23,6 +23,10 @@ def run(main: Callable[[Sequence[str]], None], *, outlives_reader: bool = False)
         sys.stdout.flush()
     except (ValueError, OSError, FloatingPointError) as error:
         fail(str(error))
+    except ImportError as error:
+        if error.name != "safer_fast.kernels":  # its native library was built for another torch
+            raise
+        fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import runpy
 import shutil
 import subprocess
 import sysconfig
@@ -17,7 +18,9 @@ from pathlib import Path
 from safer_fast.config.messages import first_line
 from safer_fast.runtime.machine import lines_of, num_usable_cores
 
-_INSTALL = "make install"
+_IS_SOURCE_TREE = (Path(__file__).parents[2] / "setup.py").is_file()
+_INSTALL = "make install" if _IS_SOURCE_TREE else "install safer_fast again with pip"
+_BUILD = "make native" if _IS_SOURCE_TREE else "safer-fast doctor --build-native"
 # Headers included by compiled code of a block: torch.compile needs a compiler that finds them all.
 _PROBE = "#include <Python.h>\n#include <omp.h>\n#include <vector>\nint main() { return 0; }\n"
 OPTIONAL = {
@@ -59,6 +62,14 @@ def diagnose() -> list[Check]:
         _threads(),
         *(_optional(name, purpose) for name, purpose in OPTIONAL.items()),
     ]
+
+
+def build_native() -> None:
+    """Build the native library for the torch that is installed; raises ValueError if it fails."""
+    spec = find_spec("safer_fast.kernels")  # not imported: that loads the library
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    runpy.run_path(f"{spec.submodule_search_locations[0]}/_build.py")["build_installed"]()
 
 
 def _torch() -> Check:
@@ -118,13 +129,13 @@ def _native() -> Check:
     try:
         from safer_fast.kernels import native_status
     except ImportError as error:
-        return Check("native library", False, str(error), f"{_INSTALL}, then make native")
+        return Check("native library", False, str(error), _BUILD)
     status = native_status()
     if status.library is not None:
         return Check("native library", True, Path(status.library).name)
     reason = f"{status.library_reason}; plain PyTorch serves the CPU instead"
     is_off = "SAFER_FAST_NATIVE" in status.library_reason
-    remedy = "unset SAFER_FAST_NATIVE" if is_off else "make native"
+    remedy = "unset SAFER_FAST_NATIVE" if is_off else _BUILD
     return Check("native library", False, reason, remedy)
 
 

@@ -1,6 +1,7 @@
 """Command lines: recipes, flags in any order, and one clear line for every mistake."""
 
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -87,6 +88,11 @@ def test_a_saved_configuration_repeats_the_run(tmp_path: Path) -> None:
 MISTAKES: list[tuple[list[str], str]] = [
     (["--foo", "1"], "unknown flag --foo"),
     (["--attack.epsilonn", "1"], "unknown flag --attack.epsilonn, did you mean --attack.epsilon?"),
+    (["--attack.eps", "8"], "unknown flag --attack.eps, did you mean --attack.epsilon or"),
+    (["--threads", "8"], "unknown flag --threads, did you mean --runtime.num_threads?"),
+    (["--dry-runn"], "unknown flag --dry-runn, did you mean --dry-run?"),
+    (["--model", "x"], "--model: expected names with values such as {name: value}, got another"),
+    (["--help", "atack"], "log, all, got atack, did you mean attack?"),
     (["--amp", "fp3"], "--amp: expected one of off, bf16, got fp3"),
     (["--epochs", "1.5"], "--epochs: expected a whole number, got 1.5"),
     (["--epochs", "0"], "--epochs: expected at least 1, got 0"),
@@ -95,7 +101,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["--attack.epsilon", "abc"], "--attack.epsilon: expected a number or a fraction such as"),
     (["--attack.epsilon", "8/0"], "--attack.epsilon: expected a number or a fraction such as"),
     (["--attack.epsilon", "nan"], "--attack.epsilon: expected a radius"),
-    (["--attack.epsilon", "8"], "write 8/255, not 8"),
+    (["--attack.epsilon", "8"], "--attack.epsilon: expected 0 to 1, got 8: did you mean 8/255?"),
     (["--attack.norm"], "--attack.norm: expected one argument"),
     (["--attack.norm", "l1"], "--attack.norm: expected one of linf, l2, got l1"),
     (["--sam.adaptive", "maybe"], "--sam.adaptive: expected true or false, got maybe"),
@@ -252,7 +258,7 @@ def test_commands_refuse_what_is_no_run(name: str, server: Server, tmp_path: Pat
 @pytest.mark.parametrize("name", ["train", "evaluate", "select", "report", "export", "doctor"])
 def test_help_answers_quickly_and_explains_every_flag(name: str) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    result = command(name, "--help")
+    result = command(name, "--help", "all")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     # seconds of work, not of waiting for other processes of a busy machine
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5
@@ -266,6 +272,40 @@ def test_help_answers_quickly_and_explains_every_flag(name: str) -> None:
     assert shown.startswith(f"usage: python -m safer_fast.{name} ")
     for word in ("<class", "Literal[", "Union[", "Path to a configuration file", "type: int"):
         assert word not in shown
+
+
+def shown_help(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        parse_config(["--help", *words])
+    assert exit_.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_explains_ten_flags_and_names_all_others(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = shown_help(capsys)
+    explained = re.findall(r"^  (--\S+)", shown, re.MULTILINE)
+    assert len(explained) == 10
+    assert {"--config", "--data.path", "--attack.epsilon", "--output", "--dry-run"} <= {*explained}
+    assert "default: 8/255" in shown
+    index = shown[shown.index("more flags") :]
+    groups = Config().to_dict()
+    for name, values in groups.items():
+        if isinstance(values, dict):
+            assert f"\n  {name} " in index
+        for setting in values if isinstance(values, dict) else ():
+            assert f"--{name}.{setting}" in explained or setting in index
+        if not isinstance(values, dict):
+            flag = "--" + name.replace("_", "-")
+            assert flag in explained or flag in index
+    assert len(shown.splitlines()) < 100
+
+
+def test_help_of_a_group_explains_it_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    explained = re.findall(r"^  (--\S+)", shown_help(capsys, "attack"), re.MULTILINE)
+    assert explained == [f"--attack.{name}" for name in Config().to_dict()["attack"]]
+    everything = shown_help(capsys, "all")
+    assert all(flag in everything for flag in explained)
+    assert "--seed" in shown_help(capsys, "run")
 
 
 @pytest.mark.parametrize(

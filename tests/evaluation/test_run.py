@@ -863,7 +863,7 @@ def test_files_that_are_none_are_neither_read_nor_written(tmp_path: Path, stored
         ({"seed": -1}, r"--seed: expected a whole number from 0 to 2\^31, got -1"),
         ({"epsilon": Radius(-1)}, r"--epsilon: expected a radius of at least 0, got -1"),
         ({"epsilon": Radius("nan")}, r"--epsilon: expected a radius of at least 0, got nan"),
-        ({"epsilon": Radius(8)}, r"--epsilon: expected a radius in \[0, 1\] for linf, got 8 .*"),
+        ({"epsilon": Radius(8)}, r"--epsilon: expected 0 to 1, got 8: did you mean 8/255\?"),
         ({"norm": "l2"}, r"--epsilon: expected a radius for l2, got none: .*"),
         ({"source": "nowhere"}, r"--source: expected a run folder with run.yaml, got nowhere"),
     ],

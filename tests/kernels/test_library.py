@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from safer_fast.kernels import _library, native_status
+from safer_fast.runtime.command import run
+from tests.support.commands import refused
 
 ROOT = Path(__file__).parents[2]
 
@@ -86,6 +88,15 @@ def test_a_library_built_for_another_torch_names_both(monkeypatch) -> None:
         _library.load_library(_library.LIBRARY)
     assert f"was built for torch {built_for}, this is 1.0.0" in str(raised.value)
     assert "`make native`" in str(raised.value)
+
+
+def test_a_command_with_such_a_library_ends_with_one_line(capsys) -> None:
+    def main(words: object) -> None:
+        raise ImportError("built for torch 1, this is 2: rebuild it", name="safer_fast.kernels")
+
+    assert refused(main, [], capsys) == "error: built for torch 1, this is 2: rebuild it\n"
+    with pytest.raises(ImportError, match="another"):
+        run(lambda words: __import__("another_module"))
 
 
 def test_without_triton_there_is_a_reason(monkeypatch, fresh_status) -> None:

@@ -1,4 +1,4 @@
-"""Every flag of every command with every hostile value: the flags are those that `--help` lists.
+"""Every flag of every command with every hostile value; the flags are those of `--help all`.
 
 `python -m tests.system.hostile [--share 1] [--seed 0]` tries them in this process, each until all
 checks of the command are passed; tests/system/test_hostile.py tries a sample.
@@ -163,7 +163,7 @@ def flags_of(command: str) -> list[str]:
     """The flags that the help of a command lists; "" stands for what has no flag (RUN)."""
     main = import_module(f"safer_fast.{command}").main
     with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
-        main(["--help"])
+        main(["--help", "all"])
     flags = re.findall(r"^ +(?:-h, )?(--[\w.-]+)", shown.getvalue(), re.MULTILINE)
     return [flag for flag in dict.fromkeys(flags) if flag != "--help"] + [""] * (
         "RUN" in LITTLE[command]

@@ -32,8 +32,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONT
 PAGES += [ROOT / "bench" / "README.md"]
 RECIPES = sorted((ROOT / "safer_fast" / "config" / "recipes").glob("*.yaml"))
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-INLINE = re.compile(r"`((?:python|torchrun|make|pip) [^`]+)`")
-OURS = re.compile(r"(?:\w+=\S+ )*(?:srun )?(?:python|torchrun|make|pip|hf) ")
+INLINE = re.compile(r"`((?:python|torchrun|make|pip|safer-fast) [^`]+)`")
+OURS = re.compile(r"(?:\w+=\S+ )*(?:srun )?(?:python|torchrun|make|pip|hf|safer-fast) ")
+PROGRAM = re.compile(r"(?<![\w-])safer-fast (?=[a-z])")
 LITTLE = [
     "--epochs=2",
     "--batch-size=16",
@@ -82,11 +83,15 @@ def all_commands() -> list[str]:
         header = re.search(r"^# Command: +(.*?)(?:  +\(.*)?$", recipe.read_text(), re.MULTILINE)
         assert header, recipe
         found.append(header[1])
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(PROGRAM.sub("python -m safer_fast.", one) for one in found))
 
 
 COMMANDS = all_commands()
-OF_THE_PACKAGE = [command for command in COMMANDS if "-m safer_fast." in command]
+OF_THE_PACKAGE = [
+    command
+    for command in COMMANDS
+    if "-m safer_fast." in command and "--build-native" not in command  # test_package.py
+]
 OF_TORCHRUN = [command for command in OF_THE_PACKAGE if "torchrun" in command]
 OF_BENCH = [command for command in COMMANDS if "-m bench." in command or "bench/test_" in command]
 OF_SCRIPTS = [command for command in COMMANDS if re.match(r"python \w+\.py", command)]

@@ -25,6 +25,7 @@ OF_OTHERS = {
     "sbatch": "cpus-per-task gpus-per-node nodes ntasks-per-node open-mode requeue signal",
     "git": "porcelain short untracked-files",
     "pip": "no-build-isolation no-deps",
+    "cmake": "build fresh parallel",
     "docker": "shm-size",
     "nvidia-smi": "query-gpu",
     "tensorboard": "logdir",
