@@ -28,10 +28,11 @@ from safer_fast.training.checkpointing import Saver
 from safer_fast.training.engine import Engine
 from safer_fast.training.learner import Learner
 from safer_fast.training.validation import Validator
-from tests.support.captured_steps import flags_of, without_libraries
+from tests.support.captured_steps import BATCH_SIZE, flags_of, without_libraries
 from tests.support.fake_gpu import FakeGpu
 
 NUM_IMAGES = {"train": 64, "validation": 24, "test": 20}
+STEPS_PER_EPOCH = NUM_IMAGES["train"] // BATCH_SIZE
 SMALL, LARGE = 32, 256
 """Edges of images in pixels, of the case `memory` the latter."""
 EVALUATION_STEPS = 4
