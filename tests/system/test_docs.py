@@ -87,10 +87,16 @@ def all_commands() -> list[str]:
 
 
 COMMANDS = all_commands()
+OF_INSTALLATIONS = [
+    "python -m safer_fast",
+    "python -m safer_fast.doctor --build-native",
+    "pip wheel --no-build-isolation --no-deps .",
+]
+"""Commands that test_package.py runs, in environments of their own."""
 OF_THE_PACKAGE = [
     command
     for command in COMMANDS
-    if "-m safer_fast." in command and "--build-native" not in command  # test_package.py
+    if "-m safer_fast." in command and command not in OF_INSTALLATIONS
 ]
 OF_TORCHRUN = [command for command in OF_THE_PACKAGE if "torchrun" in command]
 OF_BENCH = [command for command in COMMANDS if "-m bench." in command or "bench/test_" in command]
@@ -311,7 +317,7 @@ def test_what_pip_is_told_to_install_is_among_our_extras(command: str) -> None:
 def test_the_commands_of_the_docs_are_found() -> None:
     assert "python -m safer_fast.train --amp bf16" in COMMANDS
     assert sum("torchrun" in command for command in OF_THE_PACKAGE) >= 5
-    known = (OF_THE_PACKAGE, OF_BENCH, OF_SCRIPTS, OF_MAKE, OF_PIP)
+    known = (OF_THE_PACKAGE, OF_INSTALLATIONS, OF_BENCH, OF_SCRIPTS, OF_MAKE, OF_PIP)
     rest = [c for c in COMMANDS if not any(c in kind for kind in known)]
     assert [c for c in rest if not c.startswith(("hf ", "pip download "))] == []
 
