@@ -30,6 +30,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "safer_fast"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
 PAGES += [ROOT / "bench" / "README.md"]
+# lines of a tutorial run one after the other: test_tutorials.py
+PAGES = [page for page in PAGES if not page.name.startswith("tutorial-")]
 RECIPES = sorted((ROOT / "safer_fast" / "config" / "recipes").glob("*.yaml"))
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:python|torchrun|make|pip|safer-fast) [^`]+)`")
