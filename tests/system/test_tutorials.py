@@ -99,3 +99,20 @@ def test_your_own_images_from_the_folder_to_the_exported_model(
     assert "autoattack" in (here / "flowers-hub" / "README.md").read_text().lower()
     for file in ("flowers/report.html", "flowers-onnx/model.onnx"):
         assert (here / file).is_file(), file
+
+
+def test_a_notebook_cell_by_cell(here: Path) -> None:
+    changes = {
+        "epochs=20": "epochs=2, model={'name': 'vit_tiny_patch16_224', 'arguments': "
+        f"{NETWORK}, 'patch_size': 4}}, runtime={{'num_threads': 1}}",
+        "warmup_epochs = 15": "warmup_epochs = 1",
+        "config.attack.epsilon_warmup_epochs = 2, 4": "config.attack.epsilon_warmup_epochs = 0, 0",
+        "images[:1000], digits.target[:1000]": "images[:64], digits.target[:64]",
+        "images[1000:], digits.target[1000:]": "images[1000:1100], digits.target[1000:1100]",
+    }
+    world = play("tutorial-notebook", {}, changes)
+    assert 0 <= world["attacked"].accuracy <= world["clean"].accuracy <= 1
+    moved = (world["adversarial"] - world["pixels"]).abs().max()
+    assert 0 < moved <= world["epsilon"] + 1e-6
+    assert (here / "attacked.png").is_file()
+    assert (here / "runs/notebook/report.html").is_file()
