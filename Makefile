@@ -22,7 +22,7 @@ test: install
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml setup.py $(wildcard kernels/CMakeLists.txt kernels/*/*.cpp kernels/csrc/*)
+$(INSTALLED): pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/CMakeLists.txt kernels/*/*.cpp kernels/csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip uv
 	.ci/pip-install $(BIN) torch torchvision "setuptools>=77" wheel cmake ninja

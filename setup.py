@@ -16,7 +16,12 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 BUILDER = runpy.run_path(str(ROOT / "kernels" / "_build.py"))
 SOURCES = ["kernels/csrc/register.cpp", "kernels/attack/cpu.cpp", "kernels/sam/cpu.cpp"]
-DEPENDS = ["kernels/CMakeLists.txt", "kernels/csrc/ops.h", "kernels/csrc/vectorize.h"]
+DEPENDS = [
+    "CMakeLists.txt",
+    "kernels/CMakeLists.txt",
+    "kernels/csrc/ops.h",
+    "kernels/csrc/vectorize.h",
+]
 EXTENSION = Extension("safer_fast.kernels.native", SOURCES, depends=DEPENDS)
 
 
@@ -31,7 +36,7 @@ class BuildNative(build_ext):
         """Put the library where setuptools looks for it."""
         target = Path(self.get_ext_fullpath(ext.name))
         try:
-            BUILDER["build_library"](ROOT / "build" / "native", target)
+            BUILDER["build_library"](ROOT / "build" / "native", target, ROOT)
         except subprocess.CalledProcessError as error:
             raise SystemExit(
                 f"safer_fast: building the native library failed: {error}\n"

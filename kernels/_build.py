@@ -57,8 +57,8 @@ def find_program(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
 
 
-def build_library(folder: Path, target: Path) -> Path:
-    """Build the sources beside this file in `folder`; put the library at `target`, returned.
+def build_library(folder: Path, target: Path, source: Path = KERNELS) -> Path:
+    """Build `source`, by default the files beside this one, in `folder`; the library is `target`.
 
     Raises CalledProcessError if CMake or the compiler fails; they say why on standard error.
     """
@@ -73,7 +73,7 @@ def build_library(folder: Path, target: Path) -> Path:
     }
     cmake = find_program("cmake")
     assert cmake is not None
-    configure = [cmake, "--fresh", "-S", str(KERNELS), "-B", str(folder)]
+    configure = [cmake, "--fresh", "-S", str(source), "-B", str(folder)]
     configure += [f"-D{name}={value}" for name, value in settings.items()]
     ninja = find_program("ninja")
     if ninja:
