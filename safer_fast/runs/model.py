@@ -29,8 +29,8 @@ def load_model(
     >>> robust.threat_model
     ThreatModel(norm='linf', epsilon=0.1)
     >>> logits = robust(torch.rand(2, 1, 8, 8))
-    >>> [robust.class_names[number] in "0123456789" for number in logits.argmax(1)]
-    [True, True]
+    >>> robust.class_names[logits[0].argmax()] in "0123456789"
+    True
 
     Args:
         run: the folder.

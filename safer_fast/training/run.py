@@ -34,7 +34,7 @@ def train_model(config: Config, notes: Iterable[str] = (), *, data: Any = None) 
     ...     "clean_epochs": 0, "epsilon_warmup_epochs": 0, "steps": 2})
     >>> folder = train_model(config, data={
     ...     "train": (images[:400], labels[:400]), "test": (images[400:500], labels[400:500])})
-    >>> (folder / "report.html").is_file()
+    >>> (folder / "model.safetensors").is_file()
     True
 
     Args:

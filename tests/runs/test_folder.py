@@ -109,7 +109,7 @@ def test_timm_makes_of_images_what_the_run_was_evaluated_on(name: str, tmp_path:
         written = json.loads((where / "config.json").read_text())["pretrained_cfg"]
         assert written == (said if where == run else said | {"license": "other"})
         config = resolve_model_data_config(timm.create_model(f"local-dir:{where}", pretrained=True))
-        assert config["input_size"] == (len(config["mean"]), size, size)
+        assert tuple(config["input_size"]) == (len(config["mean"]), size, size)
         transform = create_transform(**config, is_training=False)
         mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
         files = sorted((folder / "val").glob("*/*"))

@@ -16,6 +16,9 @@ from safer_fast.runs.loggers import logger, tensorboard
 from safer_fast.runs.report.page import write_report
 from safer_fast.training import results
 
+LAYER_MAP = logger.layer_map
+"""Draws the map of layers that a run logs."""
+
 
 @contextmanager
 def without_reports() -> Iterator[None]:

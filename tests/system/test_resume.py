@@ -25,6 +25,7 @@ from safer_fast.config.schema import Names
 from safer_fast.runs.checkpoints.file import read_checkpoint
 from safer_fast.runs.checkpoints.folder import CheckpointFolder
 from safer_fast.runs.folder import clear_run_folder
+from safer_fast.runs.loggers import logger, tensorboard
 from safer_fast.training.trainer import Trainer
 from tests.support.kills import (
     BACKENDS,
@@ -40,6 +41,7 @@ from tests.support.kills import (
     flags_for,
     send,
 )
+from tests.support.reports import LAYER_MAP
 from tests.system.soak import WITH_BATCH_NORMS, cut_in_half, flip_a_bit, soak
 
 SELECTOR = "safer_fast.training.selecting.LayerSelector"
@@ -643,10 +645,17 @@ def limit_files(num_bytes: int) -> None:
 FREE = partial(limit_files, resource.RLIM_INFINITY)
 
 
+def fill_disk_with_maps() -> None:
+    """Let no file grow beyond 60 kB, and write maps of layers in their real size."""
+    for place in (logger, tensorboard):
+        vars(place)["layer_map"] = LAYER_MAP
+    limit_files(60_000)
+
+
 def test_what_does_not_fit_on_the_disk_is_reported_and_training_goes_on(
     train: Train, twins: Twins, tmp_path: Path
 ) -> None:
-    full = Moment(f"{STEP}.update", call=3, act=partial(limit_files, 60_000))
+    full = Moment(f"{STEP}.update", call=3, act=fill_disk_with_maps)
     status, output, errors = train(EACH_STEP, full)
     assert (status, errors) == (0, ""), output
     differences = State.of(tmp_path / "run").differences(twins.state("device"))

@@ -16,6 +16,7 @@ import timm
 from safetensors.torch import save_file
 
 from tests.support.pictures import encode, photo
+from tests.support.reports import with_reports
 
 DOCS = Path(__file__).parents[2] / "docs"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -36,7 +37,8 @@ def play(page: str, little: Mapping[str, list[str]], changes: Mapping[str, str])
     world: dict[str, Any] = {}
     for language, block in BLOCK.findall(text):
         if language == "python":
-            exec(compile(block, page, "exec"), world)
+            with with_reports():
+                exec(compile(block, page, "exec"), world)
         elif language == "bash":
             for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines():
                 run(shlex.split(line), little)
@@ -50,7 +52,8 @@ def run(words: list[str], little: Mapping[str, list[str]]) -> None:
         return
     assert words[:2] == ["python", "-m"], words
     main: Callable[[list[str]], None] = import_module(words[2]).main
-    main([*words[3:], *little.get(words[2].removeprefix("safer_fast."), [])])
+    with with_reports():
+        main([*words[3:], *little.get(words[2].removeprefix("safer_fast."), [])])
 
 
 @pytest.fixture(autouse=True)
