@@ -15,6 +15,7 @@ import pytest
 import timm
 from safetensors.torch import save_file
 
+from tests.support import small_runs
 from tests.support.pictures import encode, photo
 from tests.support.reports import with_reports
 
@@ -119,3 +120,16 @@ def test_a_notebook_cell_by_cell(here: Path) -> None:
     assert 0 < moved <= world["epsilon"] + 1e-6
     assert (here / "attacked.png").is_file()
     assert (here / "runs/notebook/report.html").is_file()
+
+
+@pytest.mark.slow
+def test_from_an_old_run_to_a_papers_table(here: Path) -> None:
+    for name, seed in {"safer": 1, "baseline": 2}.items():
+        flags = [*small_runs.TINY, f"--seed={seed}", f"--data.test_path={small_runs.TEST_IMAGES}"]
+        small_runs.run(here / "runs" / name, *flags)
+    play("tutorial-paper", {"evaluate": ["--num-images=12"]}, {})
+    table = (here / "table.tex").read_text().splitlines()
+    assert [line.partition(" ")[0] for line in table[2:4]] == ["baseline", "safer"]
+    assert all(re.fullmatch(r"\w+( & \d+\.\d){3} \\\\", line) for line in table[2:4])
+    assert (here / "comparison.html").is_file()
+    assert "autoattack" in (here / "safer-hub" / "README.md").read_text().lower()
