@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from safer_fast.config import ranges
@@ -80,12 +82,20 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
+    def __post_init__(self) -> None:
+        """Make groups of dictionaries; one with unknown names stays as it is until it is used."""
+        for item in fields(self):
+            value, kind = getattr(self, item.name), item.default_factory
+            if isinstance(value, Mapping) and is_dataclass(kind):
+                with suppress(TypeError):
+                    setattr(self, item.name, kind(**value))
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain nested dictionaries, ready for YAML or JSON."""
         return asdict(self)
 
     @classmethod
-    def from_recipe(cls, name: str, **changes: Any) -> Config:
+    def from_recipe(cls, name: str | Path, **changes: Any) -> Config:
         """Read a recipe by name, or a YAML file such as a run.yaml, and change some settings.
 
         changes: settings by name; a dictionary for a group changes what it names and leaves the
@@ -94,7 +104,7 @@ class Config:
         from safer_fast.config.conversion import converted_to
         from safer_fast.config.recipe_files import find_settings, read_settings
 
-        settings = read_settings(find_settings(name, "recipe"), "recipe")
+        settings = read_settings(find_settings(str(name), "recipe"), "recipe")
         for key, value in changes.items():
             group = settings.get(key)
             if isinstance(group, Mapping) and isinstance(value, Mapping):

@@ -66,6 +66,8 @@ class RobustModel(nn.Module):
         """Names of the parameters of each layer, by name, in order of definition."""
 
     def forward(self, images: Tensor) -> Tensor:
+        if images.ndim != 4 and self.patch_size is None:
+            raise ValueError(f"images: expected [B, C, H, W], got {list(images.shape)}")
         return self.suffix(self.prefix(images, 0), 0)
 
     def enable_savings(self, names: Iterable[str], image_size: int) -> list[str]:

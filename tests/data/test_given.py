@@ -44,6 +44,8 @@ def folder_dataset(folder: Path) -> ImageFolder:
 FORMS = {
     "arrays": lambda: (PIXELS, LABELS),
     "floats": lambda: (PIXELS / 255, LABELS),
+    "a list of labels": lambda: (PIXELS, LABELS.tolist()),
+    "with gradients": lambda: ((torch.tensor(PIXELS) / 255).requires_grad_(), torch.tensor(LABELS)),
     "tensors": lambda: (torch.tensor(PIXELS)[:, None], torch.tensor(LABELS)),
     "tensor dataset": lambda: TensorDataset(torch.tensor(PIXELS)[:, None], torch.tensor(LABELS)),
     "pictures": lambda: Items(lambda row: (pictures()[row], int(LABELS[row]))),
@@ -79,6 +81,12 @@ def test_listed_labels_are_taken_only_where_items_agree(tmp_path: Path) -> None:
         str(tmp_path / "a"), v2.Grayscale(), target_transform=lambda number: 9 - number
     )
     assert np.array_equal(opened(turned)["all"].labels, 9 - np.array(plain.targets))
+    assert opened(turned)["all"].class_names is None  # they are those of other numbers
+
+
+def test_names_of_splits_are_words_as_those_of_files() -> None:
+    pair = (PIXELS, LABELS)
+    assert set(opened({"training": pair, "val": pair})) == {"train", "validation"}
 
 
 def test_images_of_hugging_face_stay_encoded() -> None:
@@ -104,7 +112,10 @@ def random_flip(row: int) -> tuple[Any, int]:
 
 UNFIT: dict[str, tuple[Any, str]] = {
     "number": (3, "data: expected images and labels as two arrays, or a dataset"),
-    "no split": ({"training": (PIXELS, LABELS)}, "data: expected splits train, validation, test"),
+    "no split": (
+        {"unsupervised": (PIXELS, LABELS)},
+        "data: expected splits train, validation, test",
+    ),
     "none": ({}, "data: expected splits train, validation, test, got none"),
     "normalised": ((PIXELS / 255 - 0.5, LABELS), r"expected float images in \[0, 1\], got -0.5"),
     "normalised items": (

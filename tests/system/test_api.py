@@ -81,6 +81,19 @@ def test_the_example_of_every_public_name_runs(
     assert not failures, output.getvalue()
 
 
+def test_groups_may_be_dictionaries_and_recipes_paths(run: str) -> None:
+    config = safer_fast.Config(attack={"epsilon": "4/255"})  # type: ignore[arg-type]
+    config.attack.steps = 3
+    assert config.attack == safer_fast.AttackConfig(epsilon="4/255", steps=3)  # type: ignore[arg-type]
+    assert safer_fast.Config.from_recipe(Path(run) / "run.yaml").epochs == 1
+
+
+def test_a_model_says_what_shape_it_takes(run: str) -> None:
+    model = safer_fast.load_model(run, device="cpu")
+    with pytest.raises(ValueError, match=r"images: expected \[B, C, H, W\], got \[1, 8, 8\]"):
+        model(torch.rand(1, 8, 8))
+
+
 def test_unknown_names_are_attribute_errors() -> None:
     with pytest.raises(AttributeError, match="no attribute 'fgsm'"):
         safer_fast.fgsm  # noqa: B018

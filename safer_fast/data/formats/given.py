@@ -17,6 +17,7 @@ from torch.utils.data import ConcatDataset, IterableDataset, Subset, TensorDatas
 
 from safer_fast.data.formats.arrays import as_bytes, channels_last, source_of_arrays
 from safer_fast.data.formats.source import Columns, OpenRequest, Source
+from safer_fast.data.formats.splits import split_of
 from safer_fast.runtime.terminal import progress_bar
 
 WORD = "given"
@@ -62,7 +63,7 @@ class _Given:
 
     def __init__(self, data: GivenData) -> None:
         if isinstance(data, Mapping):
-            self._splits = {str(name): item for name, item in data.items()}
+            self._splits = {split_of(str(key)) or str(key): item for key, item in data.items()}
             others = [name for name in self._splits if name not in SPLITS]
             if others or not self._splits:
                 got = ", ".join(others) or "none"
@@ -129,12 +130,17 @@ def _source(data: Any, name: str, request: OpenRequest) -> Source:
 
 
 def _arrays(data: Any) -> tuple[NDArray[Any], NDArray[Any]] | None:
-    """Images and labels if the data is a pair of arrays or tensors, else None."""
+    """Images and labels if the data is a pair of arrays or tensors, else None.
+
+    Labels may be a list of integers, as datasets of torchvision have them.
+    """
     if not (isinstance(data, tuple | list) and len(data) == 2):
         return None
+    if isinstance(data[1], list) and isinstance(data[0], np.ndarray | torch.Tensor):
+        data = (data[0], np.asarray(data[1]))
     if not all(isinstance(item, np.ndarray | torch.Tensor) for item in data):
         return None
-    images, labels = (np.asarray(item.cpu() if hasattr(item, "cpu") else item) for item in data)
+    images, labels = map(_array, data)
     return images, labels
 
 
@@ -145,6 +151,7 @@ def _labels(source: DatasetSource) -> NDArray[np.int64]:
         rows = _spread(len(known))
         if all(_label(source, row) == known[row] for row in rows):
             return known
+        source.class_names = None  # a target_transform changes labels, not the list of names
     shown = progress_bar(range(len(source.dataset)), desc=f"labels of {source.name}")
     return np.array([_label(source, row) for row in shown], dtype=np.int64)
 
@@ -232,9 +239,14 @@ def _as_image(image: Any, where: str) -> Image.Image:
         raise ValueError(
             f"{where}: expected a PIL image, an array or a tensor, got {type(image).__name__}"
         )
-    array = np.asarray(image.cpu() if isinstance(image, torch.Tensor) else image)
+    array = _array(image)
     rows = channels_last(array[None], where, "data")
     return Image.fromarray(as_bytes(rows, where, "data")[0])
+
+
+def _array(values: Any) -> NDArray[Any]:
+    """An array, or a tensor of any device as one."""
+    return np.asarray(values.detach().cpu() if isinstance(values, torch.Tensor) else values)
 
 
 def _spread(count: int) -> list[int]:
