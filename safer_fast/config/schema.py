@@ -85,7 +85,8 @@ class Config:
     def __post_init__(self) -> None:
         """Make groups of dictionaries; one with unknown names stays as it is until it is used."""
         for item in fields(self):
-            value, kind = getattr(self, item.name), item.default_factory
+            value: Any = getattr(self, item.name)
+            kind: Any = item.default_factory
             if isinstance(value, Mapping) and is_dataclass(kind):
                 with suppress(TypeError):
                     setattr(self, item.name, kind(**value))
