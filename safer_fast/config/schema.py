@@ -86,8 +86,9 @@ class Config:
         """Make groups of dictionaries; one with unknown names stays as it is until it is used."""
         for item in fields(self):
             value: Any = getattr(self, item.name)
-            kind: Any = item.default_factory
-            if isinstance(value, Mapping) and is_dataclass(kind):
+            is_group = isinstance(value, Mapping) and is_dataclass(item.default_factory)
+            if is_group:
+                kind: Any = item.default_factory
                 with suppress(TypeError):
                     setattr(self, item.name, kind(**value))
 
