@@ -66,6 +66,10 @@ def create_run_folder(config: Config, data_name: str, lock: RunLock | None = Non
     """
     today = datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = Path(config.output or printable(f"runs/{today}-{config.model.name}-{data_name}"))
+    base, number = folder.name, 1
+    while config.output is None and folder.exists():  # begun in the same second
+        number += 1
+        folder = folder.with_name(f"{base}-{number}")
     is_begun = lock is not None and RunFolder(folder).lock.exists()  # its lock names the owner
     if not is_begun:
         check_output(folder)
