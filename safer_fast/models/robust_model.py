@@ -68,6 +68,8 @@ class RobustModel(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if images.ndim != 4 and self.patch_size is None:
             raise ValueError(f"images: expected [B, C, H, W], got {list(images.shape)}")
+        if not images.is_floating_point():
+            raise ValueError(f"images: expected floats in [0, 1], got {images.dtype}")
         return self.suffix(self.prefix(images, 0), 0)
 
     def enable_savings(self, names: Iterable[str], image_size: int) -> list[str]:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from safer_fast.config.attack_names import ThreatModel
 from safer_fast.models.robust_model import RobustModel
 from safer_fast.runs.folder import load_run
+
+Device = Literal["auto", "cpu", "cuda"]
 
 
 def load_model(
     run: str | Path,
     weights: Literal["last", "best"] = "last",
     *,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    device: Device = "auto",
     amp: Literal["run", "off", "bf16"] = "run",
 ) -> RobustModel:
     """Load the model of a run folder: an nn.Module in eval mode, pixels in, logits out.
@@ -38,6 +40,8 @@ def load_model(
         device: where it computes; auto: on a GPU if there is one.
         amp: its precision; run: the one that it was trained in.
     """
+    if device not in get_args(Device):
+        raise ValueError(f"device: expected auto, cpu or cuda, got {device!r:.80}")
     loaded = load_run(Path(run), weights, device, amp=amp)
     model, attack = loaded.model, loaded.config.attack
     model.class_names, model.image_size = loaded.class_names, loaded.image_size

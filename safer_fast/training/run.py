@@ -53,6 +53,11 @@ def train_model(config: Config, notes: Iterable[str] = (), *, data: Any = None) 
     check_new(config)
     if config.dry_run:
         raise ValueError("--dry-run: expected false where a run is trained, got true")
+    for name in ("validation_path", "test_path") if data is not None else ():
+        if (other := getattr(config.data, name)) is not None:
+            raise ValueError(
+                f"data.{name}: expected none beside the data given in Python, got {other}"
+            )
     uses_gpu = config.runtime.device != "cpu"
     with giving(data, config.data.path) as path, connected(uses_gpu) as ranks, RunLock() as lock:
         config.data.path = path

@@ -21,6 +21,12 @@ from safer_fast.data.formats.given import DatasetSource, giving
 from tests.support.given import LABELS, NAMES, PIXELS, hugging_face, pictures
 
 
+class Named(TensorDataset):
+    """A dataset with one name for two of its classes."""
+
+    classes = ("a", "a", *"bcdefghi")
+
+
 class Items(Dataset[Any]):
     """Items as a function of the row makes them, without a list of labels."""
 
@@ -116,11 +122,16 @@ UNFIT: dict[str, tuple[Any, str]] = {
         {"unsupervised": (PIXELS, LABELS)},
         "data: expected splits train, validation, test",
     ),
+    "twice": ({"val": (PIXELS, LABELS), "dev": (PIXELS, LABELS)}, "got validation twice"),
     "none": ({}, "data: expected splits train, validation, test, got none"),
     "normalised": ((PIXELS / 255 - 0.5, LABELS), r"expected float images in \[0, 1\], got -0.5"),
     "normalised items": (
         Items(lambda row: (torch.tensor(PIXELS[row]) / 255 - 0.5, 0)),
         r"data: expected float images in \[0, 1\]",
+    ),
+    "names": (
+        Named(torch.tensor(PIXELS), torch.tensor(LABELS)),
+        "data: expected a name for each class, got 'a' twice",
     ),
     "counts": ((PIXELS, LABELS[:3]), "expected as many images as labels, got 160 and 3"),
     "empty": (Items(lambda row: row, 0), "data: expected at least one image, got none"),
@@ -178,6 +189,12 @@ CONFIG = Config.from_recipe(
 def losses(run: Path) -> list[float]:
     events = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [event["train_loss"] for event in events if event["event"] == "epoch"]
+
+
+def test_no_other_path_is_mixed_with_given_data() -> None:
+    config = Config.from_recipe("digits", data={"test_path": "digits"})
+    with pytest.raises(ValueError, match=r"data.test_path: expected none beside the data given"):
+        train_model(config, data=(PIXELS, LABELS))
 
 
 @pytest.mark.slow

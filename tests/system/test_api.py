@@ -92,6 +92,10 @@ def test_a_model_says_what_shape_it_takes(run: str) -> None:
     model = safer_fast.load_model(run, device="cpu")
     with pytest.raises(ValueError, match=r"images: expected \[B, C, H, W\], got \[1, 8, 8\]"):
         model(torch.rand(1, 8, 8))
+    with pytest.raises(ValueError, match=r"images: expected floats in \[0, 1\], got torch.uint8"):
+        model(torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="device: expected auto, cpu or cuda, got 'xx'"):
+        safer_fast.load_model(run, device="xx")  # type: ignore[arg-type]
 
 
 def test_unknown_names_are_attribute_errors() -> None:

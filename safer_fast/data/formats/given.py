@@ -63,7 +63,10 @@ class _Given:
 
     def __init__(self, data: GivenData) -> None:
         if isinstance(data, Mapping):
-            self._splits = {split_of(str(key)) or str(key): item for key, item in data.items()}
+            names = [split_of(str(key)) or str(key) for key in data]
+            if doubled := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"data: expected each split once, got {doubled[0]} twice")
+            self._splits = dict(zip(names, data.values(), strict=True))
             others = [name for name in self._splits if name not in SPLITS]
             if others or not self._splits:
                 got = ", ".join(others) or "none"
@@ -126,6 +129,9 @@ def _source(data: Any, name: str, request: OpenRequest) -> Source:
     source = DatasetSource(data, name, request.columns)
     _check_images(source)
     source.labels = _labels(source)
+    names = source.class_names or []
+    if doubled := [item for item in names if names.count(item) > 1]:
+        raise ValueError(f"{name}: expected a name for each class, got {doubled[0]!r} twice")
     return source
 
 
