@@ -17,6 +17,19 @@ PADDING = {"shift": 1, "crop": 4}
 """Pixels of zero padding around each image before it is cropped, by kind of augmentation."""
 
 
+LARGEST_UNAUGMENTED_SIZE = 16
+LARGEST_CROP_SIZE = 64
+
+
+def choose_augmentation(name: str, image_size: int) -> str:
+    """The augmentation that `data.augmentation` means for images of this edge in pixels."""
+    if name != "auto":
+        return name
+    if image_size <= LARGEST_UNAUGMENTED_SIZE:
+        return "none"
+    return "crop" if image_size <= LARGEST_CROP_SIZE else "random-resized-crop"
+
+
 @dataclass(frozen=True)
 class Draws:
     """Random offsets and flips of all images for one epoch.

@@ -9,14 +9,13 @@ import torch
 
 from safer_fast.config.schema import DataConfig
 from safer_fast.data.bad_images import BadImages
-from safer_fast.data.batch import Loader
 from safer_fast.data.dali.loader import DaliLoader
 from safer_fast.data.dali.pipeline import PipelineSlot, why_no_dali
 from safer_fast.data.formats import EncodedSource, Source
 from safer_fast.data.formats.synthetic import SyntheticSource
 from safer_fast.data.images import LARGEST_UNCROPPED_SIZE, ImageFormat, find_sizes
 from safer_fast.data.loaders import CpuSetLoader, GpuSetLoader, StreamLoader, SyntheticLoader
-from safer_fast.data.order import Ordering
+from safer_fast.data.order import OrderedLoader, Ordering
 from safer_fast.data.reading import decode_all
 from safer_fast.data.subset import Indices
 
@@ -45,7 +44,7 @@ class Backends:
             self.device, self.image_format, num_threads, config.prefetch, report
         )
 
-    def loader(self, source: Source, rows: Indices, ordering: Ordering) -> Loader:
+    def loader(self, source: Source, rows: Indices, ordering: Ordering) -> OrderedLoader:
         """Make a loader of these rows with the backend that `data.backend` names.
 
         auto: the first of device, dali and torch that can load them. Raises ValueError if the
@@ -68,7 +67,9 @@ class Backends:
                 raise ValueError(f"data.backend: expected auto or torch, got {wanted}: {reason}")
         raise AssertionError("torch loads everything")
 
-    def _make(self, backend: str, source: Source, rows: Indices, ordering: Ordering) -> Loader:
+    def _make(
+        self, backend: str, source: Source, rows: Indices, ordering: Ordering
+    ) -> OrderedLoader:
         config = self.config
         if backend == "dali":
             assert isinstance(source, EncodedSource)

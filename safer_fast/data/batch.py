@@ -83,6 +83,10 @@ class Loader(Protocol):
         """Number of images in the split, over all ranks."""
 
     @property
+    def images_per_epoch(self) -> int:
+        """Number of images of a whole epoch, over all ranks: of the split, and extra ones."""
+
+    @property
     def digest(self) -> str:
         """Hash of the number of images and their classes in order, sixteen hexadecimal digits."""
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from safer_fast.config.schema import DataConfig
+from safer_fast.data.augmentation import choose_augmentation
 from safer_fast.data.backends import Backends
 from safer_fast.data.bad_images import BadImages
 from safer_fast.data.batch import Loader
@@ -21,6 +23,7 @@ from safer_fast.data.classes import (
     notes_on_classes,
     relabel,
 )
+from safer_fast.data.extra import MixedLoader
 from safer_fast.data.fingerprint import fingerprint
 from safer_fast.data.formats import Columns, SkippedFiles, Source, names_of, open_splits
 from safer_fast.data.formats.hugging_face import PREFIX
@@ -31,15 +34,13 @@ from safer_fast.data.order import Ordering
 from safer_fast.data.subset import Indices, draw
 from safer_fast.runtime.seeds import derive_seed
 
-LARGEST_UNAUGMENTED_SIZE = 16
-LARGEST_CROP_SIZE = 64
-
 
 @dataclass
 class Data:
     """The loaders of a run, and the facts about the data that its model needs.
 
-    name: "digits" or the stem of the path. test: None if there is no test data.
+    name: "digits" or the stem of the path. test: None if there is no test data. num_extra: number
+    of extra images in all.
     num_channels: 1 for grey images, else 3. image_size: edge in pixels of the images that the
     loaders yield. short_side: size that the short side of an image is resized to before its centre
     is evaluated. validation_rows: rows of the training data that form the validation split, sorted;
@@ -58,6 +59,7 @@ class Data:
     short_side: int
     validation_rows: list[int] | None
     fingerprint: str
+    num_extra: int = 0
     bad: BadImages = field(default_factory=BadImages)
     notes: list[str] = field(default_factory=list)
 
@@ -67,10 +69,12 @@ class _Splits:
     train: Source
     validation: Source | None
     test: Source | None
+    extra: Source | None
 
     def all(self) -> list[Source]:
         """All sources, training data first."""
-        return [source for source in (self.train, self.validation, self.test) if source is not None]
+        sources = (self.train, self.validation, self.test, self.extra)
+        return [source for source in sources if source is not None]
 
 
 def load_data(
@@ -98,17 +102,22 @@ def load_data(
     bad = BadImages(config.bad_images, report)
     skipped = SkippedFiles()
     splits = _open(config, bad, skipped)
+    if splits.extra is not None and splits.train.class_names is not None:
+        relabel(splits.extra, splits.train.class_names)
     class_names = agree_on_classes(splits.train, splits.all()[1:])
     image_format = _agree_on_images(splits, config.image_size)
     rows = _divide(splits, config, seed)
     cut_by = "validation_fraction" if config.max_images is None else "max_images"
     check_several(*rows["train"], class_names, f"data.{cut_by}")
-    backends = Backends(config, image_format, len(class_names), device or torch.device("cpu"), bad)
+    new_backends = partial(
+        Backends, config, image_format, len(class_names), device or torch.device("cpu"), bad
+    )
+    backends = new_backends()
     evaluation = Ordering(evaluation_batch_size or batch_size, seed, rank=rank, num_ranks=num_ranks)
     training = replace(
         evaluation,
         batch_size=batch_size,
-        augmentation=_augmentation(config, image_format.size),
+        augmentation=choose_augmentation(config.augmentation, image_format.size),
         # timm mixes pairs
         multiple=2 if config.mixup or config.cutmix else 1,
     )
@@ -116,9 +125,17 @@ def load_data(
         split: backends.loader(source, numbers, training if split == "train" else evaluation)
         for split, (source, numbers) in rows.items()
     }
+    train, num_extra = loaders["train"], 0
+    if splits.extra is not None:
+        rows["extra"] = splits.extra, np.arange(len(splits.extra))
+        # of its own seed, and of its own pipeline of DALI: both loaders are read in turns
+        ordering = replace(training, seed=derive_seed(seed, "extra"))
+        loaders["extra"] = new_backends().loader(*rows["extra"], ordering)
+        num_extra = loaders["extra"].num_images
+        train = MixedLoader(train, loaders["extra"], training, config.extra_fraction)
     return Data(
         name=_name(config.path),
-        train=loaders["train"],
+        train=train,
         validation=loaders["validation"],
         test=loaders.get("test"),
         num_classes=len(class_names),
@@ -128,11 +145,12 @@ def load_data(
         short_side=_short_side(splits, image_format),
         validation_rows=rows["validation"][1].tolist() if splits.validation is None else None,
         fingerprint=fingerprint(rows, loaders, class_names, image_format),
+        num_extra=num_extra,
         bad=bad,
         notes=[
             *skipped.lines(),
             *notes_on_classes(*rows["train"], class_names),
-            *_batch_notes(loaders["train"], batch_size),
+            *_batch_notes(train, batch_size),
             *backends.notes,
         ],
     )
@@ -192,7 +210,7 @@ def find_image_size(config: DataConfig) -> int:
 
 def _batch_notes(train: Loader, batch_size: int) -> list[str]:
     """A note on a batch size that the training images do not fill, as a list."""
-    if train.num_images >= batch_size:
+    if train.images_per_epoch >= batch_size:
         return []
     return [f"batch_size: all {train.num_images} training images are one batch, not {batch_size}"]
 
@@ -224,7 +242,10 @@ def _open(config: DataConfig, bad: BadImages, skipped: SkippedFiles) -> _Splits:
         train,
         _open_one(config, "validation", bad, skipped) or found.get("validation"),
         _open_one(config, "test", bad, skipped) or found.get("test"),
+        _open_one(config, "extra", bad, skipped) or found.get("extra"),
     )
+    if splits.extra and any(isinstance(item, SyntheticSource) for item in (train, splits.extra)):
+        raise ValueError("data.extra_path: expected images beside images, got synthetic")
     for role, name in vars(columns).items():
         if name is not None and not any(source.has_columns for source in splits.all()):
             raise ValueError(
@@ -241,14 +262,15 @@ def _columns(config: DataConfig) -> Columns:
 def _open_one(
     config: DataConfig, split: str, bad: BadImages, skipped: SkippedFiles
 ) -> Source | None:
-    path = config.validation_path if split == "validation" else config.test_path
+    path = getattr(config, f"{split}_path")
     if path is None:
         return None
+    wanted = "train" if split == "extra" else split
     found = open_splits(path, f"data.{split}_path", bad, skipped, _columns(config))
-    source = found.get(split) or found.get("all")
+    source = found.get(wanted) or found.get("all")
     if source is None:
         raise ValueError(
-            f"data.{split}_path: expected {split} data, got only {', '.join(found)} in {path}"
+            f"data.{split}_path: expected {wanted} data, got only {', '.join(found)} in {path}"
         )
     return source
 
@@ -313,14 +335,6 @@ def _divide(splits: _Splits, config: DataConfig, seed: int) -> dict[str, tuple[S
         if source is not None:
             rows[split] = (source, np.arange(len(source)))
     return rows
-
-
-def _augmentation(config: DataConfig, image_size: int) -> str:
-    if config.augmentation != "auto":
-        return config.augmentation
-    if image_size <= LARGEST_UNAUGMENTED_SIZE:
-        return "none"
-    return "crop" if image_size <= LARGEST_CROP_SIZE else "random-resized-crop"
 
 
 def _name(path: str | None) -> str:

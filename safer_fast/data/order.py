@@ -63,9 +63,12 @@ class OrderedLoader(ABC):
                 "data.path: expected an image that can be read in every split, got none"
             )
         self.ordering = replace(ordering, batch_size=min(ordering.batch_size, num_images))
-        largest = -(-num_images // len(self))
-        part = -(-largest // ordering.num_ranks)
-        self.batch_size = -(-part // ordering.multiple) * ordering.multiple
+        self.batch_size = self._part_of(-(-num_images // len(self)))
+
+    @property
+    def images_per_epoch(self) -> int:
+        """See `Loader.images_per_epoch`."""
+        return self.num_images
 
     @property
     def digest(self) -> str:
@@ -81,8 +84,7 @@ class OrderedLoader(ABC):
     def epoch(self, number: int, start: int = 0, limit: int | None = None) -> Iterator[Batch]:
         """See `Loader.epoch`."""
         is_training = self.augmentation is not None
-        order = self._permutation("order", number) if is_training else self._evaluation_order(limit)
-        parts = self._parts(np.array_split(order, len(self)), limit)[start:]
+        parts = self._parts(self._batches(number, limit), limit)[start:]
         batches = self._read_parts(parts, number if is_training else None, self.batch_size)
         # images that were left out, or readers that do not fill up
         return (batch.padded(self.batch_size) for batch in batches)
@@ -104,6 +106,17 @@ class OrderedLoader(ABC):
         Images that cannot be read and are to be skipped are left out of their batch. Batches may
         already be filled up to `size`, if that saves a copy.
         """
+
+    def _batches(self, number: int, limit: int | None) -> list[Indices]:
+        """Indices of the images of each batch of epoch `number`, over all ranks."""
+        is_training = self.augmentation is not None
+        order = self._permutation("order", number) if is_training else self._evaluation_order(limit)
+        return np.array_split(order, len(self))
+
+    def _part_of(self, num_images: int) -> int:
+        """Number of images of a rank's part of a batch, padding included."""
+        part = -(-num_images // self.ordering.num_ranks)
+        return -(-part // self.ordering.multiple) * self.ordering.multiple
 
     def _read_parts(
         self, parts: Sequence[RankShare], epoch: int | None, size: int

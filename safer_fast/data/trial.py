@@ -46,6 +46,7 @@ def _describe(data: Data) -> str:
     num_test = data.test.num_images if data.test is not None else 0
     return (
         f"{data.num_classes} classes, {data.train.num_images} training, "
+        f"{f'{data.num_extra} extra, ' if data.num_extra else ''}"
         f"{data.validation.num_images} validation, {num_test} test images of "
         f"{data.num_channels}x{data.image_size}x{data.image_size}; training would use "
         f"{data.train.backend}" + "".join(f"; {note}" for note in data.notes)

@@ -119,7 +119,7 @@ def _evaluation_data(config: EvaluateConfig, loaded: LoadedRun, ranks: Ranks) ->
         )
         return Path(config.path).stem, data
     own = load_data(
-        settings.data,
+        replace(settings.data, extra_path=None),
         batch_size=settings.batch_size,
         seed=settings.seed,
         evaluation_batch_size=config.batch_size,

@@ -31,6 +31,7 @@ _FREE = {
     "data.path",
     "data.validation_path",
     "data.test_path",
+    "data.extra_path",
     "data.backend",
     "data.num_workers",
     "data.prefetch",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,7 +105,7 @@ def _batches(config: SelectConfig, loaded: LoadedRun) -> list[tuple[torch.Tensor
 
     device = loaded.model.mean.device
     data = load_data(
-        loaded.config.data,
+        replace(loaded.config.data, extra_path=None),
         batch_size=loaded.config.batch_size,
         seed=loaded.config.seed,
         device=device,

@@ -23,7 +23,7 @@ def describe_run(config: Config, engine: Engine, data: Data) -> dict[str, Any]:
         device = torch.cuda.get_device_name(runtime.device)
     num_weights = sum(parameter.numel() for parameter in model.parameters())
     num_test = 0 if data.test is None else data.test.num_images
-    largest = -(-data.train.num_images // len(data.train))  # over all ranks
+    largest = -(-data.train.images_per_epoch // len(data.train))  # over all ranks
     notes = [*engine.notes, *data.notes, *weaknesses(config)]
     if data.bad.num_different:
         count = data.bad.num_different
@@ -34,6 +34,7 @@ def describe_run(config: Config, engine: Engine, data: Data) -> dict[str, Any]:
     validation = {}
     if limit is not None and limit < of_images:
         validation["validation"] = describe_subset(limit, of_images)
+    num_images = f"{data.train.num_images} training{_extra(data)}"
     return {
         "safer_fast": __version__,
         "torch": torch.__version__,
@@ -42,7 +43,7 @@ def describe_run(config: Config, engine: Engine, data: Data) -> dict[str, Any]:
         "precision": _precision(config, runtime.device.type == "cuda"),
         "model": f"{config.model.name}, {num_weights:,} weights, {len(model.layers)} layers",
         "speed": _speed(engine),
-        "data": f"{data.name}, {data.num_classes} classes, {data.train.num_images} training, "
+        "data": f"{data.name}, {data.num_classes} classes, {num_images}, "
         f"{data.validation.num_images} validation, {num_test} test images of "
         f"{data.num_channels}x{data.image_size}x{data.image_size}; "
         f"{len(data.train)} batches of {largest} by {data.train.backend}",
@@ -50,6 +51,14 @@ def describe_run(config: Config, engine: Engine, data: Data) -> dict[str, Any]:
         "attack": _attack(config.attack),
         "notes": notes,
     }
+
+
+def _extra(data: Data) -> str:
+    """Number and share of extra images, for the words on training images."""
+    if not data.num_extra:
+        return ""
+    share = 1 - data.train.num_images / data.train.images_per_epoch
+    return f" (and {data.num_extra} extra, {share:.0%} of each batch)"
 
 
 def _attack(config: AttackConfig) -> str:

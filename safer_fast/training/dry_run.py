@@ -209,7 +209,7 @@ def _cost_of(trainer: Trainer, stage: Stage, most_s: float) -> StageCost:
         num_steps=stage.num_epochs * len(trainer.data.train),
         step_s=statistics.median(times[min(NUM_WARM_UP, len(times) - 1) :]),
         num_taken=len(times),
-        batch_size=-(-trainer.data.train.num_images // len(trainer.data.train)),
+        batch_size=-(-trainer.data.train.images_per_epoch // len(trainer.data.train)),
         operations=operations,
         peak_memory_mib=trainer.runtime.peak_memory_mib(),
         attack_steps=attack_steps,

@@ -339,7 +339,7 @@ class Engine:
         if config.attack.steps == "auto":
             steps = min(steps, EXPECTED_STEPS)
         passes = steps + (2 if config.sam.rho > 0 else 1)
-        return config.epochs * data.train.num_images * passes * 2 * forward
+        return config.epochs * data.train.images_per_epoch * passes * 2 * forward
 
     def _report(self, line: str) -> None:
         """Print a line on a change during training, above progress bars, on rank 0 alone."""

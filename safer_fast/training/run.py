@@ -42,12 +42,12 @@ def train_model(config: Config, notes: Iterable[str] = (), *, data: Any = None) 
             (`epsilon="8/255"`).
         notes: lines for the run's introduction.
         data: the images, in place of `config.data.path`: one data set, or a mapping from train,
-            validation and test to one each. A data set is a pair of arrays or tensors, images [N,
-            H, W], [N, H, W, C] or [N, C, H, W], uint8 or floats in [0, 1], and integer labels [N];
-            a dataset of torch with a length, whose items are an image (of PIL, an array or a
-            tensor, without random transforms) and a label; or a dataset of Hugging Face. Floats
-            are rounded to the 256 levels of a byte. A validation split is cut from the training
-            data if there is none.
+            validation, test and extra (see `data.extra_path`) to one each. A data set is a pair of
+            arrays or tensors, images [N, H, W], [N, H, W, C] or [N, C, H, W], uint8 or floats in
+            [0, 1], and integer labels [N]; a dataset of torch with a length, whose items are an
+            image (of PIL, an array or a tensor, without random transforms) and a label; or a
+            dataset of Hugging Face. Floats are rounded to the 256 levels of a byte. A validation
+            split is cut from the training data if there is none.
     """
     config = checked(config)
     check_new(config)

@@ -77,7 +77,7 @@ class TrainingLog:
         figures = epoch_figures(
             totals,
             epsilon=radii_at(self.config.attack, epoch)[0],
-            num_images=self.data.train.num_images,
+            num_images=self.data.train.images_per_epoch,
             peak_memory_mib=self.engine.runtime.peak_memory_mib(),
             is_sharpness_aware=step.health.is_sharpness_aware,
         )

@@ -120,10 +120,10 @@ UNFIT: dict[str, tuple[Any, str]] = {
     "number": (3, "data: expected images and labels as two arrays, or a dataset"),
     "no split": (
         {"unsupervised": (PIXELS, LABELS)},
-        "data: expected splits train, validation, test",
+        "data: expected splits train, validation, test, extra",
     ),
     "twice": ({"val": (PIXELS, LABELS), "dev": (PIXELS, LABELS)}, "got validation twice"),
-    "none": ({}, "data: expected splits train, validation, test, got none"),
+    "none": ({}, "data: expected splits train, validation, test, extra, got none"),
     "normalised": ((PIXELS / 255 - 0.5, LABELS), r"expected float images in \[0, 1\], got -0.5"),
     "normalised items": (
         Items(lambda row: (torch.tensor(PIXELS[row]) / 255 - 0.5, 0)),

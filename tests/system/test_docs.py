@@ -133,12 +133,14 @@ def make_place(small_run: Path, folder: Path) -> None:
         images=generator.integers(0, 256, (8, 8, 8), dtype=np.uint8),
         labels=np.arange(8),
     )
+    made = generator.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    np.savez(folder / "1m.npz", images=made, labels=np.arange(20) % 10)
 
 
 @pytest.fixture
 def here(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The place that commands are typed in; runs that they change are copies."""
-    for name in ("DIR", "cifar10-train.parquet", "cifar10-test.parquet", "other.npz"):
+    for name in ("DIR", "cifar10-train.parquet", "cifar10-test.parquet", "other.npz", "1m.npz"):
         (tmp_path / name).symlink_to(place / name)
     for name in ("RUN", "OTHER"):
         shutil.copytree(place / name, tmp_path / name)

@@ -274,6 +274,18 @@ def test_statistics_of_batch_norms_come_back(train: Train, ends_alike: Train) ->
     ends_alike(flags=WITH_BATCH_NORMS)
 
 
+def test_extra_images_come_in_the_same_batches(
+    backend: str, photos: Path, train: Train, ends_alike: Train
+) -> None:
+    flags = (f"--data.extra_path={photos}", "--data.extra_fraction=0.5")
+    for call in (STEPS_PER_EPOCH + 2, WARMUP_EPOCHS * STEPS_PER_EPOCH):
+        kill = Moment(f"{STEP}.update", call)
+        ending = train(EACH_STEP, kill, flags=flags, backend=backend)
+        assert ending.status == -signal.SIGKILL
+    ends_alike(flags=flags, backend=backend)
+    assert re.search(r"training \(and \d+ extra, \d+% of each batch\)", ending.output)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("graphs", ["on", "off"])

@@ -23,6 +23,11 @@ class DataConfig:
     test_path: str | None = None
     """Data for the final figures, in the same formats; default: found with the training data, or
     none."""
+    extra_path: str | None = None
+    """More training data, such as generated images, in the same formats (its training split);
+    they fill a share of every batch. Default: none."""
+    extra_fraction: float = ranged(0.7, between(0.001, 0.999))
+    """Share of each batch that the images of extra_path fill; an epoch counts the others."""
     validation_fraction: float = ranged(0.1, between(0.001, 0.9))
     """Share of training rows used as validation split if the data has none, in (0, 1)."""
     max_images: int | None = ranged(None, at_least(1, ranges.IMAGES))

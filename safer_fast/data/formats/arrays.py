@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
+import struct
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, NamedTuple
+from zipfile import ZIP_STORED
 
 import numpy as np
 from numpy.lib.npyio import NpzFile
@@ -18,6 +21,9 @@ from safer_fast.data.formats.splits import names_split, split_of
 from safer_fast.runtime.machine_errors import machine_error, physical_memory
 
 NUM_TRAINING_DIGITS = 1000
+# Arrays of images from this many bytes on stay on disk, if they are stored as they are.
+MAPPED_FROM = 2**28
+ZIP_HEADER = 30
 # Names of arrays, in any case, alone or with a word for a split: x_train, val_labels.
 PAIRS = (("images", "labels"), ("image", "label"), ("x", "y"))
 
@@ -41,6 +47,40 @@ class ArraySource(Source):
 
     def describe(self, index: int) -> str:
         return f"row {index} of {self.name}"
+
+
+class MappedSource(ArraySource):
+    """Rows of an uncompressed array of an .npz file, which stays on disk.
+
+    Worker processes map the file anew: its pages are in memory once, for all of them.
+    """
+
+    def __init__(self, array: StoredArray, labels: NDArray[np.int64], flag: str) -> None:
+        images = channels_last(array.map(), array.path, flag)
+        super().__init__(images, labels, flag, str(array.path))
+        self.array = array
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "images": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.images = channels_last(self.array.map(), self.array.path, self.flag)
+
+
+class StoredArray(NamedTuple):
+    """The place of an array in a file: offset in bytes, and its layout."""
+
+    path: Path
+    offset: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    is_fortran: bool
+
+    def map(self) -> NDArray[Any]:
+        """Map the array, read-only."""
+        order: Literal["F", "C"] = "F" if self.is_fortran else "C"
+        return np.memmap(self.path, self.dtype, "r", self.offset, self.shape, order)
 
 
 def open_digits(_: dict[str, list[Path]], request: OpenRequest) -> dict[str, Source]:
@@ -69,15 +109,57 @@ def open_npz(paths: dict[str, list[Path]], request: OpenRequest) -> dict[str, So
     with path.open("rb") as file, _open_archive(file, path, flag) as archive:
         found = _find_arrays(archive.files, path, flag)
         wanted = [key for keys in found.values() for key in keys]
-        _check_memory(archive, wanted, path, flag)
-        arrays = {key: _load(archive, key, path, flag) for key in wanted}
+        stored = {images: _find_stored(archive, file, images, path) for images, _ in found.values()}
+        mapped = {key: array for key, array in stored.items() if array is not None}
+        loaded = [key for key in wanted if key not in mapped]
+        _check_memory(archive, loaded, path, flag)
+        arrays = {key: _load(archive, key, path, flag) for key in loaded}
         for key in archive.files:
             if key not in wanted:
                 skipped.skip(f"{path}/{key}")
-    return {
-        split: source_of_arrays(arrays[images], arrays[labels], path, flag)
-        for split, (images, labels) in found.items()
-    }
+    sources: dict[str, Source] = {}
+    for split, (images, labels) in found.items():
+        if images not in mapped:
+            sources[split] = source_of_arrays(arrays[images], arrays[labels], path, flag)
+            continue
+        # checked on one image, whose dtype and number of dimensions are those of all
+        array, first = mapped[images], mapped[images].map()[:1]
+        numbers = _class_numbers(arrays[labels], path, flag)
+        source_of_arrays(first, numbers[:1], path, flag)
+        _check_lengths(array.shape[0], numbers, path, flag)
+        sources[split] = MappedSource(array, numbers, flag)
+    return sources
+
+
+def _find_stored(archive: NpzFile, file: BinaryIO, key: str, path: Path) -> StoredArray | None:
+    """The place of a large array of bytes that is stored without compression; else None.
+
+    Arrays that are anything else, and all that looks damaged, are left to numpy, which reads them
+    whole and says what is wrong.
+    """
+    if archive.zip is None:
+        return None
+    try:
+        member = archive.zip.getinfo(f"{key}.npy")
+        if member.compress_type != ZIP_STORED or member.file_size < MAPPED_FROM:
+            return None
+        with archive.zip.open(member) as content:
+            version = np.lib.format.read_magic(content)
+            read = {(1, 0): "read_array_header_1_0", (2, 0): "read_array_header_2_0"}[version]
+            shape, is_fortran, dtype = getattr(np.lib.format, read)(content)
+            num_header_bytes = content.tell()
+        # the header of a member in a zip file: its name and extra field have lengths of two bytes
+        file.seek(member.header_offset)
+        header = file.read(ZIP_HEADER)
+        lengths = struct.unpack("<HH", header[ZIP_HEADER - 4 :])
+    except Exception:
+        return None
+    num_bytes = math.prod(shape) * dtype.itemsize
+    offset = member.header_offset + ZIP_HEADER + sum(lengths) + num_header_bytes
+    is_whole = num_header_bytes + num_bytes == member.file_size
+    if dtype != np.uint8 or not is_whole or offset + num_bytes > path.stat().st_size:
+        return None
+    return StoredArray(path, offset, dtype, shape, is_fortran)
 
 
 def _find_arrays(names: list[str], path: Path, flag: str) -> dict[str, tuple[str, str]]:
@@ -132,7 +214,8 @@ def _check_memory(archive: NpzFile, wanted: list[str], path: Path, flag: str) ->
     if num_bytes > (memory := physical_memory()):
         raise ValueError(
             f"{flag}: expected arrays that fit in memory ({memory / 2**30:.1f} GiB), "
-            f"got {num_bytes / 2**30:.1f} GiB in {path}"
+            f"got {num_bytes / 2**30:.1f} GiB in {path}; uint8 images that numpy.savez stores, "
+            "without compression, are read from the disk"
         )
 
 
@@ -169,20 +252,28 @@ def source_of_arrays(
     images: NDArray[Any], labels: NDArray[Any], path: Path | str, flag: str
 ) -> ArraySource:
     """Check arrays and make a source of them; path: their origin, for messages."""
-    # Some sets store labels as a column, [N, 1].
+    numbers = _class_numbers(labels, path, flag)
+    rows = as_bytes(channels_last(images, path, flag), path, flag)
+    _check_lengths(len(rows), numbers, path, flag)
+    return ArraySource(rows, numbers, flag, str(path))
+
+
+def _class_numbers(labels: NDArray[Any], path: Path | str, flag: str) -> NDArray[np.int64]:
+    """Labels as int64 [N]; some sets store them as a column, [N, 1]."""
     if not np.issubdtype(labels.dtype, np.integer) or labels.shape[1:] not in ((), (1,)):
         raise ValueError(
             f"{flag}: expected integer labels [N], got {labels.dtype} "
             f"{list(labels.shape)} in {path}"
         )
-    rows = as_bytes(channels_last(images, path, flag), path, flag)
-    labels = labels.reshape(-1).astype(np.int64)
-    if len(rows) != len(labels):
+    return labels.reshape(-1).astype(np.int64)
+
+
+def _check_lengths(num_images: int, labels: NDArray[np.int64], path: Path | str, flag: str) -> None:
+    if num_images != len(labels):
         raise ValueError(
             f"{flag}: expected as many images as labels, "
-            f"got {len(rows)} and {len(labels)} in {path}"
+            f"got {num_images} and {len(labels)} in {path}"
         )
-    return ArraySource(rows, labels, flag, str(path))
 
 
 def channels_last(images: NDArray[Any], path: Path | str, flag: str) -> NDArray[Any]:

@@ -22,7 +22,7 @@ from safer_fast.runtime.terminal import progress_bar
 
 WORD = "given"
 """Value of `data.path` in a run that is trained on data given in Python."""
-SPLITS = ("train", "validation", "test")
+SPLITS = ("train", "validation", "test", "extra")
 NUM_CHECKED = 16  # rows whose images are read twice, and whose labels are compared
 GivenData: TypeAlias = Any
 """One data set, or a mapping from names of splits to one each."""

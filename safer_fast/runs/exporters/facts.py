@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,9 +60,9 @@ def comparison_images(loaded: LoadedRun) -> torch.Tensor:
 
     shape = (_NUM_COMPARED, loaded.num_channels, loaded.image_size, loaded.image_size)
     try:
-        data = load_data(
-            loaded.config.data, batch_size=loaded.config.batch_size, seed=loaded.config.seed
-        )
+        config = loaded.config
+        own = replace(config.data, extra_path=None)
+        data = load_data(own, batch_size=config.batch_size, seed=config.seed)
         return as_pixels(next(iter(data.train.probe(_NUM_COMPARED, 0))).images)
     except (ValueError, OSError):
         return torch.rand(shape, generator=torch.Generator().manual_seed(0))

@@ -192,5 +192,6 @@ def _card(config: ExportConfig, loaded: LoadedRun) -> ModelCard:
 def _without_folders(line: str) -> str:
     """A line of run.yaml in which paths are cut to their last names: folders are private."""
     name, colon, value = line.partition(": ")
-    is_path = name.strip() in ("path", "validation_path", "test_path", "checkpoint", "output")
+    key = name.strip()
+    is_path = key == "path" or key.endswith("_path") or key in ("checkpoint", "output")
     return f"{name}{colon}{Path(value).name}" if is_path else line
