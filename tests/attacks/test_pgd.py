@@ -28,6 +28,28 @@ def test_adversarial_images_stay_in_the_ball_and_in_the_unit_cube(norm: Norm, st
     assert torch.equal(images, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("norm", "epsilon"), [("linf", 8 / 255), ("linf", 0.003), ("l2", 0.5)])
+def test_rounding_to_half_precision_leaves_no_pixel_out_of_the_ball(
+    norm: Norm, epsilon: float, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(32, 3, 8, 8, generator=generator)
+    images[:3] = torch.tensor([0, epsilon, 1]).view(3, 1, 1, 1)
+    images = images.to(dtype)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5)).to(dtype)
+    labels = torch.arange(32) % 5
+    sizes = {"epsilon": epsilon, "step_size": epsilon / 2}
+    for steps in (0, 1, 5):
+        attacked = pgd(model, images, labels, **sizes, steps=steps, norm=norm, generator=generator)
+        change = (attacked.double() - images.double()).flatten(1)
+        length = change.abs().amax(1) if norm == "linf" else change.norm(dim=1)
+        assert attacked.dtype == dtype
+        assert (length <= epsilon * (1 + 1e-7)).all()
+        assert (length >= 0.8 * epsilon).any()
+        assert ((attacked >= 0) & (attacked <= 1)).all()
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_the_attack_raises_the_loss_of_every_image(norm: Norm) -> None:
     model, (images, labels) = build(), images_and_labels(16)
