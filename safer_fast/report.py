@@ -11,6 +11,7 @@ from safer_fast.config.command_line import with_underscores
 from safer_fast.config.parser import new_parser, parse
 from safer_fast.runs.report.page import write_report
 from safer_fast.runtime.command import run
+from safer_fast.runtime.files import check_writable
 
 
 @dataclass
@@ -42,6 +43,9 @@ def main(arguments: Sequence[str]) -> None:
 
         print(f"wrote {write_picture(Path(asked.runs[0]), Path(asked.picture))}")
         return
+    if asked.output is None:
+        place = Path(asked.runs[0]) if len(asked.runs) == 1 else Path()
+        check_writable(place, "--output", "give a file elsewhere")
     output = None if asked.output is None else Path(asked.output)
     print(f"wrote {write_report([Path(folder) for folder in asked.runs], output)}")
 

@@ -28,6 +28,7 @@ from safer_fast.runs.accuracies import accuracy_table, class_table, notes
 from safer_fast.runs.folder import LoadedRun
 from safer_fast.runs.loggers.run_log import RunLog
 from safer_fast.runtime.device import decide_auto
+from safer_fast.runtime.files import check_writable
 from safer_fast.runtime.micro_batch import MicroBatch
 from safer_fast.runtime.ranks import Ranks, connected
 from safer_fast.runtime.signals import Stopped, Stops
@@ -39,6 +40,7 @@ def evaluate_folder(config: EvaluateConfig) -> list[dict[str, Any]]:
     """Measure, print and return a row for each attack; append new ones to metrics.jsonl."""
     folder = Path(config.run)
     with connected(config.device != "cpu") as ranks, Stops(Ranks(), GRACE_S) as stops:
+        check_writable(folder, "RUN", "make it writable, or evaluate a copy of it")
         setup = set_up_evaluation(config, ranks)
         log = open_log(folder, ranks)
         num_images = setup.loader.num_images

@@ -204,7 +204,7 @@ def load_run(
     weights_file = files.weights(weights)
     for file in (files.config, files.model_config, weights_file):
         if not file.is_file():
-            raise ValueError(f"RUN: expected a run folder with {file.name}, got {folder}")
+            raise ValueError(_without_model(files, file))
     config = _config_of(folder)
     config.runtime.device = device  # type: ignore[assignment]
     config.data.backend = "auto"  # what this machine has
@@ -243,6 +243,20 @@ def load_run(
         runtime,
         weights_file,
         arenas,
+    )
+
+
+def _without_model(files: RunFolder, missing: Path) -> str:
+    """The message for a folder without a file of a run that has ended, and a way to get there."""
+    folder = printable(str(files.path))
+    if not files.config.is_file() or files.model_config.is_file():
+        return f"RUN: expected a run folder with {missing.name}, got {folder}"
+    found = sorted(files.checkpoints.glob("step-*.safetensors"))
+    state = f"whose newest checkpoint is {found[-1].name}" if found else "without a checkpoint yet"
+    command = f"--config {shlex.quote(f'{folder}/{CONFIG}')} --output {shlex.quote(folder)}"
+    return (
+        f"RUN: expected a run that has ended, got {folder}, {state}: unless it still trains, "
+        f"{'resume' if found else 'begin'} it with {command} --resume auto"
     )
 
 

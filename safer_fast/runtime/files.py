@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import stat
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -83,6 +84,22 @@ def check_no_link(folder: Path) -> None:
     """Raise ValueError if the folder is a link: files written in it would be elsewhere."""
     if folder.is_symlink():
         raise ValueError(f"{folder}: expected a folder of the run, got a link")
+
+
+def check_writable(folder: Path, flag: str, remedy: str) -> None:
+    """Raise ValueError with a remedy if files cannot be made in a folder that exists."""
+    if not folder.is_dir():
+        return
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return
+        raise ValueError(
+            f"{flag}: expected a folder that can be written, got {folder} ({error.strerror}); "
+            f"{remedy}"
+        ) from None
 
 
 def sync_folder(folder: Path) -> None:

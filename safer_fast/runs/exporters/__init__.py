@@ -14,6 +14,7 @@ from safer_fast.runs.exporters.onnx import check_packages, write_onnx
 from safer_fast.runs.exporters.robustbench import write_robustbench
 from safer_fast.runs.exporters.timm import write_timm
 from safer_fast.runs.layout import RunFolder
+from safer_fast.runtime.files import check_writable
 from safer_fast.runtime.kept_folder import unfinished
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ def export(config: ExportConfig) -> Path:
         raise ValueError(f"--format: expected one of {', '.join(EXPORTERS)}, got {got}")
     folder = Path(config.output or RunFolder(Path(config.run)).export(config.format))
     check_output(folder)
+    place = next(path for path in folder.absolute().parents if path.exists())
+    check_writable(place, "--output", "give a folder elsewhere")
     exporter = EXPORTERS[config.format]
     exporter.check()
     loaded = load_run(Path(config.run), config.weights, "cpu")
