@@ -39,7 +39,7 @@ def main() -> None:
     elif name == "--version":
         print(f"safer_fast {__version__}")
     else:
-        close = get_close_matches(name, COMMANDS, n=1)
+        close = get_close_matches(name, [*COMMANDS, "--help", "--version"], n=1)
         hint = f", did you mean {close[0]}?" if close else ""
         fail(f"expected one of {', '.join(COMMANDS)}, got {shortened(name)}{hint}")
 

@@ -6,19 +6,21 @@ from collections.abc import Sequence
 
 from safer_fast.config.checks import check_evaluation
 from safer_fast.config.command_line import with_underscores
-from safer_fast.config.commands import EvaluateConfig
+from safer_fast.config.commands import DATA_FIELDS, EvaluateConfig
+from safer_fast.config.doors import speaking_flags
 from safer_fast.config.parser import new_parser, parse
 from safer_fast.runtime.command import import_all, run
 
 
+@speaking_flags()
 def main(arguments: Sequence[str]) -> None:
     """Run `python -m safer_fast.evaluate RUN [flags]`: print tables, append to metrics.jsonl."""
     parser = new_parser("evaluate", "Measure clean and robust accuracy of a run.")
     parser.add_class_arguments(EvaluateConfig, None, skip={"run"})
     parser.add_argument("run", type=str, metavar="RUN", help="run folder")
     words = with_underscores(arguments)
-    for name in ("path", "image_column", "label_column"):
-        words = [word.replace(f"--data.{name}", f"--{name}", 1) for word in words]
+    for name, own in DATA_FIELDS.items():
+        words = [word.replace(f"--{name}", f"--{own}", 1) for word in words]
     words = [f"{word}=true" if word == "--fresh" else word for word in words]
     config = parse(parser, words, EvaluateConfig)
     check_evaluation(config)

@@ -8,6 +8,7 @@ from pathlib import Path
 from safer_fast.config.command_line import with_underscores
 from safer_fast.config.commands import SelectConfig
 from safer_fast.config.conversion import converted
+from safer_fast.config.doors import door, speaking_flags
 from safer_fast.config.parser import new_parser, parse
 from safer_fast.runs.layout import RunFolder
 from safer_fast.runtime.command import import_all, run
@@ -23,6 +24,7 @@ from safer_fast.selection.comparison_output import (
 )
 
 
+@speaking_flags()
 def main(arguments: Sequence[str]) -> None:
     """`python -m safer_fast.select RUN [flags]`: print the ranked layers, write them as JSON."""
     parser = new_parser("select", "Score the layers of a trained model by every criterion.")
@@ -33,6 +35,7 @@ def main(arguments: Sequence[str]) -> None:
     select(config)
 
 
+@door()
 def select(config: SelectConfig) -> list[str]:
     """Score the layers of a run's model; print and write the tables; return the selected names.
 
@@ -51,8 +54,7 @@ def select(config: SelectConfig) -> list[str]:
         for name, by_layer in measured.scores.items()
     }
     correlations = rank_correlations(measured.scores)
-    print(score_table(measured.scores, selected))
-    print("\n" + correlation_table(correlations))
+    print(f"{score_table(measured.scores, selected)}\n\n{correlation_table(correlations)}")
     folder = RunFolder(Path(config.run))
     output = Path(config.output) if config.output else folder.selection
     save_json(comparison_content(config, chosen, measured, selected, correlations), output)
@@ -67,12 +69,10 @@ def select(config: SelectConfig) -> list[str]:
 
 def _with_plot_file(words: Sequence[str]) -> list[str]:
     """The words with `--plot` alone as `--plot=`: a file that it may name has a known ending."""
-    joined = []
-    for index, word in enumerate(words):
-        following = words[index + 1] if index + 1 < len(words) else ""
-        has_file = following.endswith(FORMATS)
-        joined.append("--plot=" if word == "--plot" and not has_file else word)
-    return joined
+    return [
+        "--plot=" if word == "--plot" and not following.endswith(FORMATS) else word
+        for word, following in zip(words, [*words[1:], ""], strict=True)
+    ]
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from safer_fast.config.command_line import find_open_flags, parse_config, scaled_by_epochs
+from safer_fast.config.doors import speaking_flags
 from safer_fast.runtime.command import import_all, run
 
 
+@speaking_flags()
 def main(arguments: Sequence[str]) -> None:
     """`python -m safer_fast.train [--config RECIPE] [--dry-run] [flags]`; see `--help`."""
     config = parse_config(arguments)

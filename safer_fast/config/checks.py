@@ -178,7 +178,8 @@ def _check_together(config: Config) -> None:
     if selection.warmup_epochs >= config.epochs and selection.warmup_epochs > 0:
         raise ValueError(
             f"--selection.warmup_epochs: expected less than --epochs {config.epochs}, "
-            f"got {selection.warmup_epochs}; where a recipe sets it, give it too"
+            f"got {selection.warmup_epochs}; give --selection.warmup_epochs "
+            f"{3 * config.epochs // 4} too, where a recipe sets it"
         )
     size = config.data.image_size
     shape = None if size is None else (ranges.CHANNELS, size, size)

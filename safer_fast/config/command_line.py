@@ -15,8 +15,8 @@ from jsonargparse import ArgumentParser
 from safer_fast.config.checks import check_config
 from safer_fast.config.messages import shortened
 from safer_fast.config.parser import new_parser, parse
-from safer_fast.config.recipe_files import RECIPES, find_settings, read_settings, recipe_names
-from safer_fast.config.recipe_scale import scaled
+from safer_fast.config.recipe_files import find_settings, read_settings, recipe_names, recipes
+from safer_fast.config.recipe_scale import is_too_short, scaled
 from safer_fast.config.schema import Config
 
 DEFAULT_RECIPE = "digits"
@@ -79,13 +79,25 @@ def find_open_flags(arguments: Sequence[str]) -> list[str]:
 
 
 def scaled_by_epochs(arguments: Sequence[str]) -> list[str]:
-    """Notes on settings of the default recipe that are scaled to a typed `--epochs`."""
-    words = with_underscores(arguments)
-    if {"--config", "--data.path"} & {word.partition("=")[0] for word in words}:
+    """Notes on settings of a recipe that are scaled to a typed `--epochs`."""
+    words, name = _without(with_underscores(arguments), "--config")
+    if name is None and "--data.path" in {word.partition("=")[0] for word in words}:
         return []
-    recipe = _check_mapping(RECIPES / f"{DEFAULT_RECIPE}.yaml")
-    why = f"as large a share of the epochs as in the recipe {DEFAULT_RECIPE}"
-    return [f"--{flag} {value:g}: {why}" for flag, value in scaled(recipe, words).items()]
+    recipe = _check_mapping(find_settings(name or DEFAULT_RECIPE, "--config"))
+    source = f"the recipe {name or DEFAULT_RECIPE}" if name in (None, *recipes()) else name
+    why = f"as large a share of the epochs as in {source}"
+    return [f"--{flag} {value:g}: {why}" for flag, value in _scaled(name, recipe, words).items()]
+
+
+def _scaled(
+    name: str | None, recipe: Mapping[str, Any], words: Sequence[str]
+) -> dict[str, int | float]:
+    """Settings of a recipe that are scaled to `--epochs`.
+
+    Those of the default recipe always are, those of one that is named (`name`) where its warm-up
+    would leave no epoch for SAFER.
+    """
+    return scaled(recipe, words) if name is None or is_too_short(recipe, words) else {}
 
 
 @cache
@@ -125,17 +137,13 @@ def _config_first(words: Sequence[str], described: Mapping[str, Any]) -> list[st
     words, name = _without(words, "--config")
     given = {word.partition("=")[0] for word in words}
     network = _without(words, "--model.name")[1]
-    is_default = name is None and "--data.path" not in given
-    if is_default:
-        name = DEFAULT_RECIPE
-    if name is None:
+    if name is None and "--data.path" in given:
         return _as_words(described, network) + words
-    file = find_settings(name, "--config")
-    model = _check_mapping(file).get("model", {})
+    file = find_settings(name or DEFAULT_RECIPE, "--config")
+    content = _check_mapping(file)
+    model = content.get("model", {})
     first = ["--config", str(file)]
-    if is_default:
-        content = _check_mapping(file)
-        first += [f"--{flag}={value}" for flag, value in scaled(content, words).items()]
+    first += [f"--{flag}={value}" for flag, value in _scaled(name, content, words).items()]
     if "--model.name" in given:  # arguments of the recipe's model do not fit another one
         first += ["--model.arguments", "{}"]
     if "--model.checkpoint" in given:

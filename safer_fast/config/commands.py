@@ -6,10 +6,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from safer_fast.config import ranges
+from safer_fast.config.hints import hinting
 from safer_fast.config.ranges import above_zero, at_least, ranged
 from safer_fast.config.schema import DataConfig, Names, Radius
 
+DATA_FIELDS = {f"data.{name}": name for name in ("path", "image_column", "label_column")}
+"""Settings of a run's data that evaluations call by names of their own."""
 
+
+@hinting
 @dataclass
 class EvaluateConfig:
     """Model, attacks and data of an evaluation.
@@ -36,11 +41,12 @@ class EvaluateConfig:
     source_weights: str = "last"
     """last or best, of --source."""
     path: str | None = None
-    """Data to evaluate on, in any format of --data.path; default: the run's test split."""
+    """Data to evaluate on, in any format of train's --data.path, which may be written here too;
+    default: the run's test split."""
     image_column: str | None = None
-    """Column of images in parquet files, with --data.path; default: the run's."""
+    """Column of images in parquet files, with --path; default: the run's."""
     label_column: str | None = None
-    """Column of labels in parquet files, with --data.path; default: the run's."""
+    """Column of labels in parquet files, with --path; default: the run's."""
     num_images: int | None = ranged(None, at_least(1, ranges.IMAGES))
     """Use only this many images, a fixed subset stratified by class; default: all."""
     batch_size: int = ranged(256, at_least(1, ranges.IMAGES))
@@ -55,6 +61,7 @@ class EvaluateConfig:
     """Measure again what has already been measured."""
 
 
+@hinting
 @dataclass
 class SelectConfig:
     """Model, criteria and attack of a comparison of scores."""
@@ -102,6 +109,7 @@ class SelectConfig:
     selection.svg in the run folder."""
 
 
+@hinting
 @dataclass
 class ExportConfig:
     """Model and format of an export."""

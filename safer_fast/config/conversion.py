@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from jsonargparse import ArgumentParser
 
+from safer_fast.config.hints import hint
 from safer_fast.config.messages import shortened
 from safer_fast.config.parser import new_parser, parsed
 
@@ -54,7 +55,10 @@ def _as_given(config: Any) -> dict[str, Any]:
     given = {}
     known = [item.name for item in fields(config)]
     if unknown := [name for name in vars(config) if name not in known]:
-        raise ValueError(f"{type(config).__name__}: unknown setting {shortened(unknown[0])!r}")
+        close = hint(unknown[0], known)
+        raise ValueError(
+            f"{type(config).__name__}: unknown setting {shortened(unknown[0])!r}{close}"
+        )
     for item in fields(config):
         value = getattr(config, item.name)
         group: type = item.default_factory  # type: ignore[assignment]

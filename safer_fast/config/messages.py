@@ -106,7 +106,7 @@ def suggested(name: str, known: Sequence[str]) -> str | None:
     own = name.rpartition(".")[2]
     same = [other for other in known if other.rpartition(".")[2] == own]
     usual = [other for other in _USUAL.get(own, ()) if other in known]
-    close = get_close_matches(name, known, n=1)
+    close = get_close_matches(name, known, n=1) or get_close_matches(own, known, n=1)
     holding = [other for other in known if own in re.split(r"[._]", other)]
     return next(iter([*usual, *same, *close, *holding]), None)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from safer_fast.config.hints import hint
 from safer_fast.config.messages import LONGEST_WORD, shortened
 from safer_fast.config.untrusted import MOST_YAML, load_yaml, read_text
 
@@ -22,9 +23,15 @@ def find_settings(name: str, flag: str) -> Path:
 def read_settings(file: Path, flag: str) -> dict[str, Any]:
     """Read the settings in a file; raises ValueError naming `flag` for a file without settings."""
     if not file.is_file():
-        raise ValueError(f"{flag}: expected a YAML file or {recipe_names()}, got {str(file)!r}")
+        found = hint(str(file), recipes())
+        raise ValueError(
+            f"{flag}: expected a YAML file or {recipe_names()}, got {str(file)!r}{found}"
+        )
     try:
         content = load_yaml(read_text(file, MOST_YAML))
+    except UnicodeDecodeError as error:
+        number = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{flag}: expected YAML in {file}: line {number}: no UTF-8") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{flag}: expected YAML in {file}: {error}") from None
     if not isinstance(content, dict):

@@ -1,4 +1,4 @@
-"""Scaling of the default recipe's ramps to a run of another number of epochs."""
+"""Scaling of a recipe's ramps to a run of another number of epochs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def scaled(recipe: Mapping[str, Any], words: Sequence[str]) -> dict[str, int | f
 
     Empty if the warm-up is typed too. words: arguments, with underscores.
     """
-    epochs = _epochs(words)
+    epochs = typed_epochs(words)
     typed = {word.partition("=")[0] for word in words}
     if (
         epochs is None
@@ -28,12 +28,20 @@ def scaled(recipe: Mapping[str, Any], words: Sequence[str]) -> dict[str, int | f
     for flag in SCALED:
         group, name = flag.split(".")
         own = recipe.get(group, {}).get(name, 0)
-        if own and not typed & {f"--{flag}", f"--{group}"}:
+        if isinstance(own, int | float) and own and not typed & {f"--{flag}", f"--{group}"}:
             values[flag] = own * share if flag.startswith("optim.") else int(own * share)
     return values
 
 
-def _epochs(words: Sequence[str]) -> int | None:
+def is_too_short(recipe: Mapping[str, Any], words: Sequence[str]) -> bool:
+    """True if the typed `--epochs` are no more than the recipe's warm-up, which needs them all."""
+    epochs, own = typed_epochs(words), recipe.get("epochs")
+    warmup = recipe.get("selection", {}).get(WARMUP.partition(".")[2])
+    is_known = type(own) is int and type(warmup) is int and own > warmup
+    return is_known and epochs is not None and 0 < epochs <= warmup
+
+
+def typed_epochs(words: Sequence[str]) -> int | None:
     """The last number typed for `--epochs`; None if there is none."""
     found = None
     for word, following in pairwise([*words, ""]):

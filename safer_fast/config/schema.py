@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from safer_fast.config import ranges
+from safer_fast.config.doors import door
+from safer_fast.config.hints import hinting
 from safer_fast.config.ranges import at_least, ranged
 from safer_fast.config.settings.attack import AttackConfig
 from safer_fast.config.settings.data import DataConfig
@@ -40,6 +42,7 @@ __all__ = [
 ]
 
 
+@hinting
 @dataclass
 class Config:
     """All settings of a run, in groups.
@@ -97,6 +100,7 @@ class Config:
         return asdict(self)
 
     @classmethod
+    @door()
     def from_recipe(cls, name: str | Path, **changes: Any) -> Config:
         """Read a recipe by name, or a YAML file such as a run.yaml, and change some settings.
 

@@ -33,7 +33,19 @@ def load_yaml(text: str) -> Any:
         return yaml.safe_load(text)
     except Exception as error:
         # PyYAML raises any exception on crafted input.
-        raise ValueError(str(error) or type(error).__name__) from None
+        raise ValueError(_fault(error, text) or type(error).__name__) from None
+
+
+def _fault(error: Exception, text: str) -> str:
+    """The message of an error in one line, with the number of the line where there is one."""
+    if isinstance(error, yaml.MarkedYAMLError):
+        mark, problem = error.problem_mark or error.context_mark, error.problem or error.context
+        if mark is not None and problem:
+            return f"line {mark.line + 1}: {problem}"
+    if isinstance(error, yaml.reader.ReaderError):
+        number = text.count("\n", 0, error.position) + 1
+        return f"line {number}: unacceptable character {chr(error.character)!a}"
+    return " ".join(str(error).split())
 
 
 def _scalars(text: str) -> Iterator[str]:

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from safer_fast.config.checks import check_evaluation
-from safer_fast.config.commands import EvaluateConfig
+from safer_fast.config.commands import DATA_FIELDS, EvaluateConfig
 from safer_fast.config.conversion import converted
+from safer_fast.config.doors import door
 from safer_fast.data.formats.given import giving
 from safer_fast.evaluation.accuracy import Accuracy
 from safer_fast.evaluation.run import evaluate_folder
 
 
+@door(DATA_FIELDS)
 def evaluate_run(
     config: EvaluateConfig | str | Path, *, data: Any = None, **settings: Any
 ) -> list[Accuracy]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from safer_fast.config.schema import ModelConfig
 from safer_fast.models.arenas import ParameterArenas
+from safer_fast.models.arguments import check_arguments
 from safer_fast.models.families import split_into_blocks
 from safer_fast.models.initial_weights import Weights, load_source
 from safer_fast.models.robust_model import RobustModel, find_layers
@@ -252,6 +253,7 @@ def _create(
             return create()  # an architecture for images of any size
     except (TypeError, AssertionError, ValueError, ZeroDivisionError, LookupError) as error:
         _check_transformer(config.name, _outline(config.name))
+        check_arguments(config, timm.model_entrypoint(config.name).__module__, str(error))
         raise ValueError(
             f"model: {config.name} takes no {num_channels}x{image_size}x{image_size} images with "
             f"patch_size {config.patch_size} and arguments {config.arguments}: {error}"

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from safer_fast.config.attack_names import ThreatModel
+from safer_fast.config.doors import door
 from safer_fast.models.robust_model import RobustModel
 from safer_fast.runs.folder import load_run
 
 Device = Literal["auto", "cpu", "cuda"]
 
 
+@door()
 def load_model(
     run: str | Path,
     weights: Literal["last", "best"] = "last",

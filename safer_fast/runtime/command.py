@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
+from safer_fast.config.doors import in_flags
 from safer_fast.config.messages import as_line
 from safer_fast.runtime.ranks import is_quiet
 from safer_fast.runtime.streams import secure_streams
@@ -22,7 +23,7 @@ def run(main: Callable[[Sequence[str]], None], *, outlives_reader: bool = False)
         main(sys.argv[1:])
         sys.stdout.flush()
     except (ValueError, OSError, FloatingPointError) as error:
-        fail(str(error))
+        fail(in_flags(str(error)))
     except ImportError as error:
         if error.name != "safer_fast.kernels":  # its native library was built for another torch
             raise

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from safer_fast.config.checks import check_file, check_ranges
 from safer_fast.config.commands import SelectConfig
 from safer_fast.config.messages import shortened
-from safer_fast.runtime.files import write_whole
+from safer_fast.runtime.files import check_writable, write_whole
 from safer_fast.runtime.terminal import aligned
 from safer_fast.selection.comparison import CriteriaScores, Scores
 
@@ -62,6 +62,8 @@ def check_settings(config: SelectConfig) -> None:
         raise ValueError(f"--plot: expected a .svg or .png file, got {shortened(config.plot)}")
     check_file(config.output, "--output")
     check_file(config.plot, "--plot")
+    if not config.output or config.plot == "":
+        check_writable(Path(config.run), "--output", "give a file elsewhere")
     check_criterion(config.criterion, "--criterion", list(CRITERIA))
     for name in config.criteria:
         check_criterion(name, "--criteria", compared_criteria())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safer_fast.config.checks import check_new, checked
+from safer_fast.config.doors import door
 from safer_fast.config.schema import Config
 from safer_fast.data.formats.given import giving
 from safer_fast.runs.lock import RunLock
@@ -18,6 +19,7 @@ from safer_fast.runtime.signals import Stopped
 from safer_fast.training.trainer import Trainer
 
 
+@door()
 def train_model(config: Config, notes: Iterable[str] = (), *, data: Any = None) -> Path:
     """Train the model that `config` describes; return the run folder, complete with its report.
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from safer_fast.config.command_line import RECIPES, parse_config
+from safer_fast.config.command_line import parse_config
+from safer_fast.config.recipe_files import RECIPES
 from safer_fast.config.schema import Config
 from safer_fast.runs.folder import save_config
 from tests.support.commands import refused
@@ -115,7 +116,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["--data.path", "nowhere"], "data.path: expected"),
     (["--model.name", "resnet18"], "model.name: expected a vision transformer"),
     (["--model.name", "vit_tinny"], "model.name: expected a model of timm, got 'vit_tinny'"),
-    (["--model.arguments.hight", "3"], "takes no 1x8x8 images"),
+    (["--model.arguments.hight", "3"], "--model.arguments: expected arguments of vit_tiny"),
     (["--model.checkpoint", "none.safetensors"], "model.checkpoint: expected a run folder"),
     (["--selection.layers", "block.*"], "selection.layers: expected names or patterns"),
     (["--selection.from_block", "4"], "selection.from_block: expected less than the 4 blocks"),

@@ -888,7 +888,7 @@ def test_a_source_of_other_classes_is_refused(folder: Path, trained: Path) -> No
     content = json.loads(file.read_text())
     content["safer_fast"]["class_names"][0] = "nought"
     file.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"^--source: expected a model of the same classes as RUN"):
+    with pytest.raises(ValueError, match=r"^source: expected a model of the same classes as RUN"):
         evaluate_run(settings(trained, source=str(folder)))
 
 

@@ -109,7 +109,7 @@ def test_the_default_recipe_keeps_its_shares_of_other_epochs() -> None:
         "--attack.epsilon_warmup_epochs 2",
         "--optim.warmup_epochs 0.5",
     ]
-    for words in ([], ["--epochs=80"], ["--epochs=8", "--config=digits"]):
+    for words in ([], ["--epochs=80"], ["--epochs=70", "--config=digits"]):
         assert scaled_by_epochs(words) == []
 
 

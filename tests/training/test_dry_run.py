@@ -213,7 +213,7 @@ def test_a_mistake_is_one_line_all_the_same(server: Server, tmp_path: Path) -> N
 
 def test_training_itself_refuses_to_pass_for_a_dry_run(tmp_path: Path) -> None:
     config = parse_config(["--dry-run", "--output", str(tmp_path / "run")])
-    with pytest.raises(ValueError, match="--dry-run: expected false"):
+    with pytest.raises(ValueError, match=r"^dry_run: expected false"):
         train_model(config)
     assert list(tmp_path.iterdir()) == []
 

@@ -51,6 +51,10 @@ def open_hub(paths: dict[str, list[Path]], request: OpenRequest) -> dict[str, So
     datasets = _library(request.flag)
     (path,) = paths["all"]
     name, _, config = str(path).removeprefix(PREFIX).partition(":")
+    if not name:
+        raise ValueError(
+            f"{request.flag}: expected the name of a dataset, hf:NAME or hf:NAME:CONFIG, got {path}"
+        )
     try:
         data = datasets.load_dataset(name, config or None)
     except Exception as error:  # of the library, the network or the hub

@@ -1,0 +1,72 @@
+"""Hints for Python: an unknown argument or setting is refused with the nearest name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from functools import wraps
+from typing import Any, TypeVar
+
+Kind = TypeVar("Kind", bound=type)
+SETTINGS: set[str] = set()
+"""Settings of all classes that `hinting` has seen; `group.name` for those in groups."""
+
+
+def hinting(kind: Kind) -> Kind:
+    """Make a dataclass of settings, and the groups in it, refuse unknown names with a hint.
+
+    They raise TypeError, as Python does.
+    """
+    known = []
+    for item in fields(kind):
+        group: Any = item.default_factory
+        known.append(item.name)
+        if is_dataclass(group):
+            inner = [f"{item.name}.{setting.name}" for setting in fields(group)]
+            known += inner
+            _refuse_unknown(group, inner, f"{item.name}.")
+    _refuse_unknown(kind, known)
+    SETTINGS.update(known)
+    return kind
+
+
+def check_arguments(where: str, given: Collection[str], known: Collection[str]) -> None:
+    """Raise TypeError for the first name of an argument that a function does not have."""
+    for name in given:
+        if name not in known:
+            raise TypeError(f"{where}: unknown argument {name!r}{hint(name, list(known))}")
+
+
+def hint(name: str, known: Sequence[str], group: str = "") -> str:
+    """The words `, did you mean ...?` for an unknown name; empty if none is similar.
+
+    group: beginning of the known names that is not shown.
+    """
+    from safer_fast.config.messages import suggested
+
+    close = suggested(group + name, known)
+    return f", did you mean {close.removeprefix(group)!r}?" if close else ""
+
+
+def _refuse_unknown(kind: Any, known: Sequence[str], group: str = "") -> None:
+    initialise: Callable[..., None] = kind.__init__
+    if hasattr(initialise, "__wrapped__"):  # a group of several classes
+        return
+    own = {item.name for item in fields(kind)}
+
+    @wraps(initialise)
+    def checked(self: Any, *values: Any, **settings: Any) -> None:
+        for name, value in settings.items():
+            if name not in own:
+                name = _with_first(name, value)
+                found = hint(name, known, group)
+                raise TypeError(f"{kind.__name__}: unknown setting {name!r}{found}")
+        initialise(self, *values, **settings)
+
+    kind.__init__ = checked
+
+
+def _with_first(name: str, value: Any) -> str:
+    """The name, that of an unknown group with its first setting."""
+    is_group = isinstance(value, Mapping) and value
+    return f"{name}.{next(iter(value))}" if is_group else name

@@ -1,0 +1,187 @@
+"""Messages name arguments and fields where Python asks, flags where a command does."""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from safer_fast import AttackConfig, Config, EvaluateConfig, evaluate_run, load_model, train_model
+from safer_fast.config.command_line import parse_config, scaled_by_epochs
+from tests.support.commands import refused
+
+UNKNOWN: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
+    (Config, {"epohcs": 3}, "Config: unknown setting 'epohcs', did you mean 'epochs'?"),
+    (Config, {"lr": 1}, "Config: unknown setting 'lr', did you mean 'optim.learning_rate'?"),
+    (Config, {"train": {"epohcs": 3}}, "unknown setting 'train.epohcs', did you mean 'epochs'?"),
+    (Config, {"xyzzy": 3}, "Config: unknown setting 'xyzzy'"),
+    (AttackConfig, {"eps": 1}, "AttackConfig: unknown setting 'eps', did you mean 'epsilon'?"),
+    (EvaluateConfig, {"atacks": ""}, "unknown setting 'atacks', did you mean 'attacks'?"),
+    (
+        train_model,
+        {"confg": 1},
+        "train_model(): unknown argument 'confg', did you mean 'config'",
+    ),
+    (evaluate_run, {"config": "x", "num_imges": 3}, "'num_imges', did you mean 'num_images'?"),
+    (load_model, {"run": "x", "wights": 3}, "argument 'wights', did you mean 'weights'?"),
+]
+
+
+@pytest.mark.parametrize(("function", "settings", "message"), UNKNOWN, ids=lambda v: str(v)[:40])
+def test_an_unknown_argument_gets_the_nearest_name(
+    function: Callable[..., Any], settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TypeError, match=re.escape(message)) as caught:
+        function(**settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_attribute_that_is_no_setting_gets_the_nearest_name() -> None:
+    config = Config()
+    config.attack.epsilom = 3  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="unknown setting 'epsilom', did you mean 'epsilon'"):
+        train_model(config)
+
+
+MISTAKES: list[tuple[dict[str, Any], list[str], str]] = [
+    ({"epochs": 0}, ["--epochs=0"], "epochs: expected at least 1, got 0"),
+    ({"batch_size": "x"}, ["--batch-size=x"], "batch-size: expected a whole number, got x"),
+    ({"attack": {"epsilon": 8}}, ["--attack.epsilon=8"], "attack.epsilon: expected 0 to 1, got 8"),
+    ({"resume": "auto"}, ["--resume=auto"], "resume: expected --output with the folder of the run"),
+    ({"data": {"path": "no"}}, ["--data.path=no"], "data.path: expected a .parquet or .tar file"),
+    (
+        {"epochs": 4, "selection": {"warmup_epochs": 4}},
+        ["--epochs=4", "--selection.warmup_epochs=4"],
+        "selection.warmup_epochs: expected less than --epochs 4, got 4; give "
+        "--selection.warmup_epochs 3 too",
+    ),
+    (
+        {"model": {"arguments": {"dpth": 2}}},
+        ["--model.arguments={dpth: 2}"],
+        "model.arguments: expected arguments of vit_",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "words", "message"), MISTAKES, ids=lambda v: str(v)[:40])
+def test_a_mistake_names_a_field_in_python_and_a_flag_in_a_command(
+    settings: dict[str, Any],
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from safer_fast.train import main
+
+    monkeypatch.chdir(tmp_path)
+    assert refused(main, words, capsys).startswith(f"error: --{message}")
+    in_python = re.escape(message.replace("--", "").replace("batch-size", "batch_size"))
+    with pytest.raises(ValueError, match=f"^{in_python}") as caught:
+        train_model(Config(**settings))
+    assert "--" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_argument_that_the_network_lacks_gets_the_nearest_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safer_fast.train import main
+
+    for name, wrong, right in (
+        ("vit_tiny_patch16_224", "dpth", "depth"),
+        ("swin_tiny_patch4_window7_224", "dephts", "depths"),
+        ("convit_tiny", "num_head", "num_heads"),
+    ):
+        words = [f"--model.name={name}", f"--model.arguments={{{wrong}: 2}}"]
+        line = refused(main, [*words, f"--output={tmp_path / 'run'}"], capsys)
+        expected = f"expected arguments of {name}, got {wrong!r}, did you mean {right!r}?"
+        assert line == f"error: --model.arguments: {expected}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        (b"epochs: 3\nattack:\n  epsilon: [1\nfoo: }\n", "line 4: expected ',' or ']'"),
+        (b"epochs: 3\n\tattack: 2\n", r"line 2: found character '\\t' that cannot start any token"),
+        (b"epochs: 3\nseed: \xff\n", "line 2: no UTF-8"),
+        (b'epochs: 3\nseed: "\x07"\n', "line 2: unacceptable character"),
+        (b"epochs: !!python/name:os.system\n", "line 1: could not determine a constructor"),
+    ],
+)
+def test_broken_yaml_gets_one_line_with_file_line_and_problem(
+    text: bytes, fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safer_fast.train import main
+
+    file = tmp_path / "mine.yaml"
+    file.write_bytes(text)
+    with pytest.raises(ValueError, match=f"^recipe: expected YAML in {file}: {fault}") as caught:
+        Config.from_recipe(file)
+    assert "\n" not in str(caught.value)
+    line = refused(main, ["--config", str(file)], capsys)
+    assert line == f"error: --config{str(caught.value).removeprefix('recipe')}\n"
+
+
+def test_a_recipe_that_there_is_not_gets_the_nearest_name() -> None:
+    with pytest.raises(ValueError, match="got 'cifar10-safr', did you mean 'cifar10-safer'"):
+        Config.from_recipe("cifar10-safr")
+
+
+def test_few_epochs_shorten_the_warm_up_of_a_recipe_that_would_take_them_all() -> None:
+    def ramps(*words: str) -> tuple[int, int, int, float]:
+        config = parse_config(["--config", *words])
+        selection, attack = config.selection, config.attack
+        epochs = selection.warmup_epochs, attack.clean_epochs, attack.epsilon_warmup_epochs
+        return *epochs, config.optim.warmup_epochs
+
+    assert ramps("finetune") == (15, 0, 5, 1)
+    assert ramps("finetune", "--epochs=4") == (3, 0, 1, 0.2)
+    assert ramps("finetune", "--epochs=16") == (15, 0, 5, 1)
+    assert ramps("cifar10-safer", "--epochs", "1") == (0, 0, 0, 0)
+    assert ramps("finetune", "--epochs=4", "--selection.warmup-epochs=2") == (2, 0, 5, 1)
+    notes = scaled_by_epochs(["--config=finetune", "--epochs=4"])
+    why = "as large a share of the epochs as in the recipe finetune"
+    assert notes[0] == f"--selection.warmup_epochs 3: {why}"
+    assert scaled_by_epochs(["--config=finetune", "--epochs=16"]) == []
+
+
+@pytest.mark.parametrize(
+    ("word", "close"), [("trian", "train"), ("--hepl", "--help"), ("--versoin", "--version")]
+)
+def test_a_misspelt_command_gets_the_nearest_word(
+    word: str, close: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safer_fast import __main__
+
+    monkeypatch.setattr(sys, "argv", ["safer-fast", word])
+    with pytest.raises(SystemExit) as caught:
+        __main__.main()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.endswith(f"got {word}, did you mean {close}?\n")
+
+
+def test_the_name_of_no_dataset_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("datasets")
+    from safer_fast.train import main
+
+    for path in ("hf:", "hf::plain"):
+        line = refused(main, [f"--data.path={path}"], capsys)
+        expected = "expected the name of a dataset, hf:NAME or hf:NAME:CONFIG"
+        assert line == f"error: --data.path: {expected}, got {path}\n"
+
+
+def test_a_command_called_from_python_speaks_flags_and_a_function_after_it_does_not() -> None:
+    from safer_fast.evaluate import main
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^--attacks: expected clean"):
+            main(["run", "--attacks=cleen"])
+        with pytest.raises(ValueError, match=r"^RUN: expected a run folder"):
+            main(["run"])
+        with pytest.raises(ValueError, match=r"^attacks: expected clean"):
+            evaluate_run("run", attacks="cleen")
+        with pytest.raises(ValueError, match=r"^run: expected a run folder"):
+            evaluate_run("run")
