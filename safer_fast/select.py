@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from safer_fast.config.command_line import with_underscores
@@ -71,7 +72,7 @@ def _with_plot_file(words: Sequence[str]) -> list[str]:
     """The words with `--plot` alone as `--plot=`: a file that it may name has a known ending."""
     return [
         "--plot=" if word == "--plot" and not following.endswith(FORMATS) else word
-        for word, following in zip(words, [*words[1:], ""], strict=True)
+        for word, following in pairwise([*words, ""])
     ]
 
 
