@@ -8,6 +8,7 @@ from safer_fast.config.checks import check_evaluation
 from safer_fast.config.command_line import with_underscores
 from safer_fast.config.commands import DATA_FIELDS, EvaluateConfig
 from safer_fast.config.doors import speaking_flags
+from safer_fast.config.evaluation_tables import check_tables
 from safer_fast.config.parser import new_parser, parse
 from safer_fast.runtime.command import import_all, run
 
@@ -24,6 +25,7 @@ def main(arguments: Sequence[str]) -> None:
     words = [f"{word}=true" if word == "--fresh" else word for word in words]
     config = parse(parser, words, EvaluateConfig)
     check_evaluation(config)
+    check_tables(config)
     import_all("safer_fast.evaluation.entry")  # --help does not wait for torch
     from safer_fast.evaluation.entry import evaluate_run
 

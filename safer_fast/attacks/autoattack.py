@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class LibraryAttacks:
     def __init__(
         self,
         model: torch.nn.Module,
-        norm: Norm,
+        norm: Norm | Literal["l1"],
         num_classes: int,
         micro_batch: MicroBatch,
         report: Callable[[str], None] = print,
@@ -113,7 +113,7 @@ class LibraryAttacks:
     def _suite(self, device: torch.device, epsilon: float, seed: int) -> Any:
         from pyautoattack import AutoAttack
 
-        norm = {"linf": "Linf", "l2": "L2"}[self.norm]
+        norm = {"linf": "Linf", "l2": "L2", "l1": "L1"}[self.norm]
         suite = AutoAttack(
             self.model, norm=norm, eps=epsilon, version="standard", device=device, seed=seed
         )
@@ -154,7 +154,7 @@ class _Handler(logging.Handler):
         self._report(record.getMessage())
 
 
-def check_suits(name: str, norm: Norm, num_classes: int, image_size: int) -> None:
+def check_suits(name: str, norm: str, num_classes: int, image_size: int) -> None:
     """Raise ValueError naming `--attacks` where the attack is not made for such a model."""
     facts = facts_of(name)
     assert facts is not None, name
@@ -164,8 +164,8 @@ def check_suits(name: str, norm: Norm, num_classes: int, image_size: int) -> Non
             f"--attacks: expected at least {facts.least_classes} classes for {name}, got "
             f"{num_classes}" + (f"; in its place: --attacks {','.join(fits)}" if fits else "")
         )
-    if norm == "l2" and image_size < facts.least_size_l2:
+    if norm in ("l2", "l1") and image_size < facts.least_size_l2:
         raise ValueError(
             f"--attacks: expected images of at least {facts.least_size_l2} pixels a side for "
-            f"{name} in l2, got {image_size}"
+            f"{name} in {norm}, got {image_size}"
         )

@@ -15,14 +15,20 @@ from safer_fast.config.messages import shortened
 class ThreatModel:
     """The ball around each image that attacks stay in.
 
-    norm: linf or l2. epsilon: radius, for pixels in [0, 1].
+    norm: linf, l2 or, for attacks of AutoAttack, l1. epsilon: radius, for pixels in [0, 1].
 
     >>> ThreatModel("linf", 8 / 255).norm
     'linf'
     """
 
-    norm: Literal["linf", "l2"]
+    norm: Literal["linf", "l2", "l1"]
     epsilon: float
+
+    def __str__(self) -> str:
+        radius = f"{self.epsilon:.4g}"
+        if self.norm == "linf":
+            radius = f"{self.epsilon * 255:.4g}/255"
+        return f"{self.norm} {radius}"
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,8 @@ class AttackFacts:
     attack too. has_gradients: images without a gradient of use are counted. is_random: it starts at
     a random point, and can be restarted. is_library: pyautoattack computes it, for the evaluate
     command alone. least_classes: its loss compares so many logits. least_size_l2: edge in pixels of
-    the smallest images that it is made for in l2.
+    the smallest images that it is made for in l2 and l1. Only attacks of the library are made for
+    l1, and clean, which is in no ball.
     """
 
     loss: str
@@ -90,6 +97,12 @@ def check_attack_name(name: str, flag: str, others: Sequence[str] = ()) -> None:
         raise ValueError(f"{flag}: expected {known}, got {shortened(repr(name))}")
     if facts is not None and not facts.is_library and (facts.steps or 0) > ranges.ITERATIONS:
         raise ValueError(f"{flag}: expected at most {ranges.ITERATIONS:,} iterations, got {name}")
+
+
+def fits_norm(name: str, norm: str) -> bool:
+    """True if an attack by this name is made for a norm."""
+    facts = facts_of(name)
+    return norm != "l1" or name == "clean" or (facts is not None and facts.is_library)
 
 
 def num_attack_steps(name: str) -> int:

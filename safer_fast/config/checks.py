@@ -72,8 +72,9 @@ def check_ball(
         largest, words = 1.0, "0 to 1"
     else:
         channels, *edges = shape or (ranges.CHANNELS, ranges.EDGE, ranges.EDGE)
-        largest = math.sqrt(math.prod((channels, *edges)))
-        words = f"a radius for l2 of at most {largest:.4g}, the diagonal of all images"
+        largest = float(math.prod((channels, *edges)))
+        largest = math.sqrt(largest) if norm == "l2" else largest
+        words = f"a radius for {norm} of at most {largest:.4g}, the diagonal of all images"
         if shape:
             words += " of " + "x".join(map(str, shape))
     if not 0 <= epsilon <= largest:

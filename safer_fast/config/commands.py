@@ -28,10 +28,12 @@ class EvaluateConfig:
     attacks: Names = field(default_factory=lambda: Names(["clean", "fgsm", "pgd-20"]))
     """Attacks, comma-separated: clean, fgsm, pgd-K, cw, cw-K, apgd-ce, apgd-dlr, square,
     autoattack; docs/evaluation.md."""
-    norm: Literal["linf", "l2"] | None = None
-    """Norm of the ball; default: the run's."""
+    norm: Literal["linf", "l2", "l1"] | None = None
+    """Norm of the ball; l1: for attacks of AutoAttack alone; default: the run's."""
     epsilon: Radius | None = ranged(None, ranges.EPSILON)
     """Radius of the ball; default: the run's."""
+    threat_models: Names = field(default_factory=Names)
+    """Several balls in one table, such as linf:8/255,l2:0.5,l1:12, in place of norm and epsilon."""
     restarts: int = ranged(1, at_least(1, ranges.ITERATIONS))
     """Random starts of pgd and cw; an image that any of them fools counts as wrong."""
     weights: str = "last"
@@ -43,6 +45,13 @@ class EvaluateConfig:
     path: str | None = None
     """Data to evaluate on, in any format of train's --data.path, which may be written here too;
     default: the run's test split."""
+    other_data: Names = field(default_factory=Names)
+    """More data in the same table, paths separated by commas, attacked alike."""
+    corruptions: Names = field(default_factory=Names)
+    """Corruptions of ImageNet-C, made on the fly at five severities: all, or names such as
+    fog,snow; clean accuracy (pip install "safer_fast[corruptions]")."""
+    json: str | None = None
+    """File for all figures, a JSON list of objects."""
     image_column: str | None = None
     """Column of images in parquet files, with --path; default: the run's."""
     label_column: str | None = None

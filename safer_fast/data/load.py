@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,15 +24,24 @@ from safer_fast.data.classes import (
     notes_on_classes,
     relabel,
 )
+from safer_fast.data.corrupted import CorruptedSource, Corruption
 from safer_fast.data.extra import MixedLoader
 from safer_fast.data.fingerprint import fingerprint
-from safer_fast.data.formats import Columns, SkippedFiles, Source, names_of, open_splits
+from safer_fast.data.formats import SkippedFiles, Source, names_of, open_splits
 from safer_fast.data.formats.hugging_face import PREFIX
 from safer_fast.data.formats.synthetic import SIZE as SYNTHETIC_SIZE
 from safer_fast.data.formats.synthetic import SyntheticSource
-from safer_fast.data.images import ImageFormat, find_num_channels, find_sizes, short_side
+from safer_fast.data.images import ImageFormat, find_sizes, short_side
 from safer_fast.data.order import Ordering
-from safer_fast.data.subset import Indices, draw
+from safer_fast.data.splits import (
+    Splits,
+    agree_on_images,
+    check_channels,
+    columns_of,
+    divide,
+    open_all,
+)
+from safer_fast.data.subset import Indices
 from safer_fast.runtime.seeds import derive_seed
 
 
@@ -64,19 +74,6 @@ class Data:
     notes: list[str] = field(default_factory=list)
 
 
-@dataclass
-class _Splits:
-    train: Source
-    validation: Source | None
-    test: Source | None
-    extra: Source | None
-
-    def all(self) -> list[Source]:
-        """All sources, training data first."""
-        sources = (self.train, self.validation, self.test, self.extra)
-        return [source for source in sources if source is not None]
-
-
 def load_data(
     config: DataConfig,
     *,
@@ -101,12 +98,12 @@ def load_data(
     _check_settings(config)
     bad = BadImages(config.bad_images, report)
     skipped = SkippedFiles()
-    splits = _open(config, bad, skipped)
+    splits = open_all(config, bad, skipped)
     if splits.extra is not None and splits.train.class_names is not None:
         relabel(splits.extra, splits.train.class_names)
     class_names = agree_on_classes(splits.train, splits.all()[1:])
-    image_format = _agree_on_images(splits, config.image_size)
-    rows = _divide(splits, config, seed)
+    image_format = agree_on_images(splits, config.image_size)
+    rows = divide(splits, config, seed)
     cut_by = "validation_fraction" if config.max_images is None else "max_images"
     check_several(*rows["train"], class_names, f"data.{cut_by}")
     new_backends = partial(
@@ -168,18 +165,20 @@ def load_evaluation_data(
     device: torch.device | None = None,
     rank: int = 0,
     num_ranks: int = 1,
+    corruption: Corruption | None = None,
 ) -> Loader:
     """Make a loader of other data for a trained model.
 
     It has the test split at `path`, else the validation split, else all data without splits.
     config: how the data is loaded. Images are resized to `image_size`. class_names: of the model;
     the data may have all or some of them, matched by name where it has names; default: not
-    compared. Rank 0 prints a line that counts files that were passed over.
+    compared. Rank 0 prints a line that counts files that were passed over. corruption: images are
+    corrupted by it.
     Raises ValueError as `load_data` does, also for labels and channels that the model does not
     have.
     """
     bad, skipped = BadImages(config.bad_images), SkippedFiles()
-    found = open_splits(path, "data.path", bad, skipped, _columns(config))
+    found = open_splits(path, "data.path", bad, skipped, columns_of(config))
     source = found.get("test") or found.get("validation") or found.get("all")
     if source is None:
         raise ValueError(
@@ -188,20 +187,75 @@ def load_evaluation_data(
     if class_names is not None:
         relabel(source, class_names)
     check_classes(source, class_names, num_classes)
-    _check_channels(source, num_channels)
+    check_channels(source, num_channels)
     for line in skipped.lines() if rank == 0 else []:
         bad.report(f"note:       {line}")
+    rows = source, np.arange(len(source))
     image_format = ImageFormat(image_size, num_channels)
-    backends = Backends(config, image_format, num_classes, device or torch.device("cpu"), bad)
-    ordering = Ordering(batch_size, seed=0, rank=rank, num_ranks=num_ranks)
-    return backends.loader(source, np.arange(len(source)), ordering)
+    parts = _Parts(batch_size, device or torch.device("cpu"), rank, num_ranks)
+    return _evaluation_loader(rows, config, image_format, num_classes, bad, parts, corruption)
+
+
+def load_own_split(
+    config: DataConfig,
+    *,
+    batch_size: int,
+    seed: int,
+    device: torch.device | None = None,
+    rank: int = 0,
+    num_ranks: int = 1,
+    corruption: Corruption | None = None,
+) -> tuple[str, Loader]:
+    """Make a loader of the test split of a run's data, else of its validation split; name it.
+
+    It yields what the loader of `load_data` does, without loading the training images.
+    config, seed: those of the run. corruption: images are corrupted by it. Raises ValueError as
+    `load_data` does.
+    """
+    bad = BadImages(config.bad_images)
+    splits = open_all(replace(config, extra_path=None), bad, SkippedFiles())
+    class_names = agree_on_classes(splits.train, splits.all()[1:])
+    image_format = agree_on_images(splits, config.image_size)
+    rows = divide(splits, config, seed)
+    name = "test" if "test" in rows else "validation"
+    parts = _Parts(batch_size, device or torch.device("cpu"), rank, num_ranks)
+    num_classes = len(class_names)
+    return name, _evaluation_loader(
+        rows[name], config, image_format, num_classes, bad, parts, corruption
+    )
+
+
+class _Parts(NamedTuple):
+    """The size of batches, and the part of each that a rank loads to its device."""
+
+    batch_size: int
+    device: torch.device
+    rank: int
+    num_ranks: int
+
+
+def _evaluation_loader(
+    rows: tuple[Source, Indices],
+    config: DataConfig,
+    image_format: ImageFormat,
+    num_classes: int,
+    bad: BadImages,
+    parts: _Parts,
+    corruption: Corruption | None,
+) -> Loader:
+    source, numbers = rows
+    if corruption is not None:
+        source = CorruptedSource(source, image_format, corruption)
+    backends = Backends(config, image_format, num_classes, parts.device, bad)
+    ordering = Ordering(parts.batch_size, seed=0, rank=parts.rank, num_ranks=parts.num_ranks)
+    return backends.loader(source, numbers, ordering)
 
 
 def find_image_size(config: DataConfig) -> int:
     """Edge in pixels of the images that `load_data` will yield; raises ValueError as it does."""
     if config.image_size is not None:
         return config.image_size
-    train = _open(config, BadImages(config.bad_images, lambda _: None), SkippedFiles()).train
+    train = open_all(config, BadImages(config.bad_images, lambda _: None), SkippedFiles()).train
     if isinstance(train, SyntheticSource):
         return SYNTHETIC_SIZE
     width, _ = next(iter(find_sizes([train])))
@@ -229,112 +283,13 @@ def _check_settings(config: DataConfig) -> None:
         raise ValueError(f"data.prefetch: expected at least 1, got {config.prefetch}")
 
 
-def _open(config: DataConfig, bad: BadImages, skipped: SkippedFiles) -> _Splits:
-    """Open all splits; explicitly named ones take precedence over those found with the data."""
-    columns = _columns(config)
-    found = open_splits(config.path, "data.path", bad, skipped, columns)
-    train = found.get("train") or found.get("all")
-    if train is None:
-        raise ValueError(
-            f"data.path: expected training data, got only {', '.join(found)} in {config.path}"
-        )
-    splits = _Splits(
-        train,
-        _open_one(config, "validation", bad, skipped) or found.get("validation"),
-        _open_one(config, "test", bad, skipped) or found.get("test"),
-        _open_one(config, "extra", bad, skipped) or found.get("extra"),
-    )
-    if splits.extra and any(isinstance(item, SyntheticSource) for item in (train, splits.extra)):
-        raise ValueError("data.extra_path: expected images beside images, got synthetic")
-    for role, name in vars(columns).items():
-        if name is not None and not any(source.has_columns for source in splits.all()):
-            raise ValueError(
-                f"data.{role}_column: expected parquet files, which have columns, "
-                f"got {config.path or 'digits'}"
-            )
-    return splits
-
-
-def _columns(config: DataConfig) -> Columns:
-    return Columns(config.image_column, config.label_column)
-
-
-def _open_one(
-    config: DataConfig, split: str, bad: BadImages, skipped: SkippedFiles
-) -> Source | None:
-    path = getattr(config, f"{split}_path")
-    if path is None:
-        return None
-    wanted = "train" if split == "extra" else split
-    found = open_splits(path, f"data.{split}_path", bad, skipped, _columns(config))
-    source = found.get(wanted) or found.get("all")
-    if source is None:
-        raise ValueError(
-            f"data.{split}_path: expected {wanted} data, got only {', '.join(found)} in {path}"
-        )
-    return source
-
-
-def _agree_on_images(splits: _Splits, image_size: int | None) -> ImageFormat:
-    """Return the size and number of channels shared by all splits; raises ValueError otherwise."""
-    train, *others = splits.all()
-    num_channels = find_num_channels(train)
-    for source in others:
-        _check_channels(source, num_channels)
-    if image_size is not None or isinstance(train, SyntheticSource):
-        return ImageFormat(image_size or SYNTHETIC_SIZE, num_channels)
-    sizes = find_sizes(splits.all())
-    (width, height), example = next(iter(sizes.items()))
-    if len(sizes) > 1 or width != height:
-        expected = "one size for all images" if len(sizes) > 1 else "square images"
-        examples = [f"{w}x{h} ({where})" for (w, h), where in sizes.items()]
-        raise ValueError(
-            f"data.image_size: expected {expected} or --data.image_size, "
-            f"got {' and '.join(examples[:2])}"
-        )
-    return ImageFormat(width, num_channels, example)
-
-
-def _short_side(splits: _Splits, image_format: ImageFormat) -> int:
+def _short_side(splits: Splits, image_format: ImageFormat) -> int:
     """Size of the short side before the centre crop; images of the right size are not resized."""
     size, short = image_format.size, short_side(image_format.size)
     if image_format.example is not None or short == size:
         return size
     evaluated = splits.test or splits.validation or splits.train
     return size if set(find_sizes([evaluated])) == {(size, size)} else short
-
-
-def _check_channels(source: Source, num_channels: int) -> None:
-    kinds = {1: "grey", 3: "colour"}
-    if (got := find_num_channels(source)) != num_channels:
-        raise ValueError(
-            f"{source.flag}: expected {kinds[num_channels]} images like the training data, "
-            f"got {kinds[got]} ones: {source.describe(0)}"
-        )
-
-
-def _divide(splits: _Splits, config: DataConfig, seed: int) -> dict[str, tuple[Source, Indices]]:
-    """Source and sorted rows of each split, at most max_images for training."""
-    generator = np.random.default_rng(derive_seed(seed, "split"))
-    num_rows = len(splits.train)
-    order = generator.permutation(num_rows)
-    num_validation = 0
-    if splits.validation is None:
-        num_validation = round(num_rows * config.validation_fraction)
-        if not 0 < num_validation < num_rows:
-            raise ValueError(
-                "data.validation_fraction: expected at least one image for validation and one "
-                f"for training, got {config.validation_fraction} of {num_rows}"
-            )
-    training, validation = np.sort(order[num_validation:]), np.sort(order[:num_validation])
-    if config.max_images is not None:
-        drawn = draw(generator.permutation(training), splits.train.labels, config.max_images)
-        training = np.sort(drawn)
-    rows = {"train": (splits.train, training), "validation": (splits.train, validation)}
-    for split, source in (("validation", splits.validation), ("test", splits.test)):
-        if source is not None:
-            rows[split] = (source, np.arange(len(source)))
-    return rows
 
 
 def _name(path: str | None) -> str:

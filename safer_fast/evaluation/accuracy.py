@@ -73,6 +73,7 @@ def evaluate(
 
     ranks = ranks or Ranks()
     if attack is None:
+        assert threat.norm != "l1", "only attacks of the library are made for l1"
         parts = MicroBatch("--batch-size")
         attack = ReplayedAttack(model, norm=threat.norm, micro_batch=parts)
     evaluator = BatchEvaluator(

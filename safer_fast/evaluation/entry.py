@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,25 @@ from safer_fast.config.checks import check_evaluation
 from safer_fast.config.commands import DATA_FIELDS, EvaluateConfig
 from safer_fast.config.conversion import converted
 from safer_fast.config.doors import door
+from safer_fast.config.evaluation_tables import check_tables, is_table
 from safer_fast.data.formats.given import giving
 from safer_fast.evaluation.accuracy import Accuracy
 from safer_fast.evaluation.run import evaluate_folder
+from safer_fast.evaluation.several import evaluate_several
+
+
+@dataclass(frozen=True)
+class RunAccuracy(Accuracy):
+    """An accuracy with the norm of its ball, None for clean images, and the name of its data."""
+
+    norm: str | None = None
+    split: str = ""
 
 
 @door(DATA_FIELDS)
 def evaluate_run(
     config: EvaluateConfig | str | Path, *, data: Any = None, **settings: Any
-) -> list[Accuracy]:
+) -> list[RunAccuracy]:
     """Evaluate a run folder; print the figures and append them to its metrics.jsonl.
 
     An image is right under an attack if it is classified correctly without it and under it. Figures
@@ -42,8 +52,9 @@ def evaluate_run(
         raise ValueError(f"expected settings beside a run folder, got {min(settings)} beside all")
     config = converted(config)
     check_evaluation(config)
+    check_tables(config)
     with giving(data, config.path) as path:
         config.path = path
-        rows = evaluate_folder(config)
-    names = [field.name for field in fields(Accuracy)]
-    return [Accuracy(**{name: row[name] for name in names}) for row in rows]
+        rows = evaluate_several(config) if is_table(config) else evaluate_folder(config)
+    names = [field.name for field in fields(RunAccuracy)]
+    return [RunAccuracy(**{name: row[name] for name in names}) for row in rows]

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from safer_fast.attacks.autoattack import LibraryAttacks
 from safer_fast.attacks.masking import has_gradients, starts_at_random, with_verdicts
+from safer_fast.attacks.pgd import Norm
 from safer_fast.attacks.replayed import ReplayedAttack
 from safer_fast.config.attack_names import LIBRARY_ATTACKS, num_attack_steps
 from safer_fast.config.commands import EvaluateConfig
 from safer_fast.data import Batch, as_pixels, describe_subset
+from safer_fast.data.corrupted import Corruption
 from safer_fast.evaluation.batch import BatchEvaluator, BatchOutcome, multiple_of
 from safer_fast.evaluation.log import log_rows, open_log
 from safer_fast.evaluation.progress import ProgressDisplay
@@ -36,12 +38,17 @@ from safer_fast.runtime.signals import Stopped, Stops
 GRACE_S = 25.0
 
 
-def evaluate_folder(config: EvaluateConfig) -> list[dict[str, Any]]:
-    """Measure, print and return a row for each attack; append new ones to metrics.jsonl."""
+def evaluate_folder(
+    config: EvaluateConfig, corruption: Corruption | None = None, is_part: bool = False
+) -> list[dict[str, Any]]:
+    """Measure and return a row for each attack; append new ones to metrics.jsonl.
+
+    corruption: images are corrupted by it. is_part: print no table by class, for corruptions none.
+    """
     folder = Path(config.run)
     with connected(config.device != "cpu") as ranks, Stops(Ranks(), GRACE_S) as stops:
         check_writable(folder, "RUN", "make it writable, or evaluate a copy of it")
-        setup = set_up_evaluation(config, ranks)
+        setup = set_up_evaluation(config, ranks, corruption)
         log = open_log(folder, ranks)
         num_images = setup.loader.num_images
         if config.num_images is not None and config.num_images < num_images:
@@ -59,11 +66,16 @@ def evaluate_folder(config: EvaluateConfig) -> list[dict[str, Any]]:
         rows = evaluator.rows(ranks)
         rows = [row for row in rows if row["attack"] in config.attacks]
         rows = with_verdicts(rows)
+        if corruption is not None:
+            own = {"corruption": corruption.name, "severity": corruption.severity}
+            rows = [row | own for row in rows]
         epoch = setup.model.config.epochs
         if ranks.is_first:
             log_rows(rows, folder, epoch, log)
-        log.say("\n".join([accuracy_table(rows), *notes(rows)]))
-        log.say(class_table(rows, setup.model.class_names))
+        if corruption is None:
+            log.say("\n".join([accuracy_table(rows), *notes(rows)]))
+        if not is_part:
+            log.say(class_table(rows, setup.model.class_names))
     return rows
 
 
@@ -97,8 +109,10 @@ class Evaluator:
         replays = runtime.replays(log.say)
         parts = MicroBatch("--batch-size", "auto", replays.forget, log.say)
         multiple = multiple_of(min(config.batch_size, share)) if is_shaped else 1
+        # in l1 only the library attacks
+        norm: Norm = "linf" if threat.norm == "l1" else threat.norm
         attack = ReplayedAttack(
-            attacked.model, norm=threat.norm, micro_batch=parts, replays=replays, multiple=multiple
+            attacked.model, norm=norm, micro_batch=parts, replays=replays, multiple=multiple
         )
         library = LibraryAttacks(attacked.model, threat.norm, num_classes, parts, log.say)
         self.batches = BatchEvaluator(

@@ -8,10 +8,11 @@ from typing import Any
 
 from safer_fast.attacks.autoattack import check_suits
 from safer_fast.attacks.named import ThreatModel
-from safer_fast.config.attack_names import has_restarts
+from safer_fast.config.attack_names import LIBRARY_ATTACKS, fits_norm, has_restarts
 from safer_fast.config.checks import check_ball
 from safer_fast.config.commands import EvaluateConfig
-from safer_fast.data import Loader, load_data, load_evaluation_data
+from safer_fast.data import Loader, load_evaluation_data, load_own_split
+from safer_fast.data.corrupted import Corruption
 from safer_fast.evaluation.store import Store, file_digest
 from safer_fast.models.weights_file import MODEL_CONFIG
 from safer_fast.runs.folder import LoadedRun, load_run
@@ -35,7 +36,9 @@ class EvaluationSetup:
     stores: dict[str, Store]
 
 
-def set_up_evaluation(config: EvaluateConfig, ranks: Ranks) -> EvaluationSetup:
+def set_up_evaluation(
+    config: EvaluateConfig, ranks: Ranks, corruption: Corruption | None = None
+) -> EvaluationSetup:
     """Load all inputs; raise ValueError, one line, for those that do not fit together."""
     # the run that is loaded last decides on process-wide settings
     source = None if config.source is None else _load_source(config, config.source, ranks)
@@ -49,10 +52,15 @@ def set_up_evaluation(config: EvaluateConfig, ranks: Ranks) -> EvaluationSetup:
     )
     threat = _threat(config, model)
     for name in config.attacks:
+        if not fits_norm(name, threat.norm):
+            raise ValueError(
+                f"--attacks: expected attacks for {threat.norm}, {', '.join(LIBRARY_ATTACKS)}, "
+                f"got {name}"
+            )
         check_suits(name, threat.norm, len(model.class_names), model.image_size)
     if source is not None:
         _check_source(source, model)
-    split, loader = _evaluation_data(config, model, ranks)
+    split, loader = _evaluation_data(config, model, ranks, corruption)
     ranks.check_same(loader.digest, "--data.path", "images and labels")
     stores = _stores(config, model, source, threat, ranks)
     return EvaluationSetup(model, source or model, threat, split, loader, stores)
@@ -99,11 +107,14 @@ def _check_source(source: LoadedRun, model: LoadedRun) -> None:
         )
 
 
-def _evaluation_data(config: EvaluateConfig, loaded: LoadedRun, ranks: Ranks) -> tuple[str, Loader]:
+def _evaluation_data(
+    config: EvaluateConfig, loaded: LoadedRun, ranks: Ranks, corruption: Corruption | None
+) -> tuple[str, Loader]:
     """The name of the split and its loader: the data given, else the run's own."""
+    suffix = "" if corruption is None else f", {corruption}"
     settings = loaded.config
     parts: dict[str, Any] = {"rank": ranks.rank, "num_ranks": ranks.num_ranks}
-    parts["device"] = loaded.model.mean.device
+    parts |= {"device": loaded.model.mean.device, "corruption": corruption}
     if config.path is not None:
         columns = {name: getattr(config, name) for name in ("image_column", "label_column")}
         given = {name: column for name, column in columns.items() if column is not None}
@@ -117,15 +128,11 @@ def _evaluation_data(config: EvaluateConfig, loaded: LoadedRun, ranks: Ranks) ->
             class_names=loaded.class_names,
             **parts,
         )
-        return Path(config.path).stem, data
-    own = load_data(
-        replace(settings.data, extra_path=None),
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        evaluation_batch_size=config.batch_size,
-        **parts,
+        return Path(config.path).stem + suffix, data
+    name, own = load_own_split(
+        settings.data, batch_size=config.batch_size, seed=settings.seed, **parts
     )
-    return ("validation", own.validation) if own.test is None else ("test", own.test)
+    return name + suffix, own
 
 
 def _stores(

@@ -1,0 +1,199 @@
+"""Several threat models, data sets and corruptions: each figure is that of an evaluation alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from safer_fast import evaluate as command
+from safer_fast import evaluate_run
+from safer_fast.data.corrupted import Corruption, corrupt
+from safer_fast.evaluation.several import table
+from safer_fast.runtime.command import run
+from tests.support import small_runs
+from tests.support.ranks import Team, assert_status
+
+ATTACKS = "clean,pgd-2,apgd-ce"
+BALLS = "linf:0.05,l2:1/2,l1:2"
+NUM_IMAGES = 20
+
+
+@pytest.fixture
+def folder(small_run: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(small_run, tmp_path / "run")
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    """Noise in the format of the digits."""
+    images = np.random.default_rng(0).integers(0, 256, (NUM_IMAGES, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "noise.npz", images=images, labels=np.arange(NUM_IMAGES) % 10)
+    return tmp_path / "noise.npz"
+
+
+def flags_of(folder: Path, other: Path, file: Path) -> list[str]:
+    words = [str(folder), f"--attacks={ATTACKS}", f"--threat-models={BALLS}"]
+    words += [f"--num-images={NUM_IMAGES}", f"--other-data={other}", f"--json={file}"]
+    return [*words, "--device=cpu"]
+
+
+def figure_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    keys = ("split", "attack", "norm", "epsilon", "accuracy", "loss", "num_images")
+    return tuple(row[key] for key in keys)
+
+
+def test_a_table_holds_the_figures_of_evaluations_alone(
+    folder: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "figures.json"
+    command.main(flags_of(folder, other, file))
+    output = capsys.readouterr().out
+    rows = json.loads(file.read_text())
+    assert len(rows) == 2 * (3 + 2 + 1)  # clean once, and no pgd in l1
+    assert "note: l1 2: pgd-2 left out, made for linf and l2" in output
+    single = {figure_of(row) for row in rows if row["norm"] == "l2"}
+    for path in (None, str(other)):
+        found = evaluate_run(
+            str(folder),
+            attacks="pgd-2",
+            norm="l2",
+            epsilon="1/2",
+            num_images=NUM_IMAGES,
+            path=path,
+            fresh=True,
+        )
+        alone = {(f.split, f.attack, f.norm, f.epsilon, f.accuracy, f.loss) for f in found}
+        assert alone <= {figure[:-1] for figure in single}
+    lines = output.splitlines()
+    start = next(n for n, line in enumerate(lines) if line.startswith("accuracy in %"))
+    assert [line.split()[0] for line in lines[start + 1 :]][:2] == ["test", "noise"]
+    assert "pgd-2 l2 0.5" in lines[start]
+    assert "apgd-ce l1 2" in lines[start]
+    robust = next(r for r in rows if (r["attack"], r["norm"]) == ("apgd-ce", "l1"))
+    clean = next(r for r in rows if r["attack"] == "clean")
+    assert robust["accuracy"] <= clean["accuracy"]
+
+
+def evaluate_in_rank(words: list[str]) -> None:
+    command.main(words)
+
+
+def test_ranks_find_the_same_table(folder: Path, other: Path, tmp_path: Path) -> None:
+    alone = shutil.copytree(folder, tmp_path / "alone")
+    files = tmp_path / "two.json", tmp_path / "one.json"
+    words = [
+        flags_of(place, other, file) for place, file in zip((folder, alone), files, strict=True)
+    ]
+    words = [[word.replace(",apgd-ce", ",fgsm") for word in some] for some in words]
+    words = [[word.replace(",l1:2", "") for word in some] for some in words]
+    assert_status(0, Team(2, evaluate_in_rank, words[0]).endings())
+    command.main(words[1])
+    two, one = (json.loads(file.read_text()) for file in files)
+    assert [figure_of(row) for row in two] == [figure_of(row) for row in one]
+
+
+@pytest.fixture(scope="session")
+def large_run(once: Callable[..., Path]) -> Path:
+    """A run on digits of 32 pixels."""
+    flags = ["--data.image_size=32", "--model.patch_size=16", "--data.max_images=64"]
+    flags.append(f"--data.test_path={small_runs.TEST_IMAGES}")
+    return once("run-of-32-pixels", partial(run_tiny, flags=flags))
+
+
+def run_tiny(folder: Path, flags: list[str]) -> Path:
+    return small_runs.run(folder, *small_runs.TINY, *flags)
+
+
+def test_corruptions_are_made_on_the_fly_and_averaged(
+    large_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("imagecorruptions")
+    folder = shutil.copytree(large_run, tmp_path / "run")
+    words = [str(folder), "--attacks=clean", "--corruptions=contrast,glass_blur", "--device=cpu"]
+    words += ["--num-images=40", f"--json={tmp_path / 'a.json'}"]
+    command.main(words)
+    first = json.loads((tmp_path / "a.json").read_text())
+    assert "mean of 2 corruptions" in capsys.readouterr().out
+    made = [(row.get("corruption"), row.get("severity")) for row in first]
+    expected = [(name, number) for name in ("contrast", "glass_blur") for number in range(1, 6)]
+    assert made == [(None, None), *expected]
+    assert len({row["loss"] for row in first}) == len(first)
+    # measured again: corrupted images and figures are the same
+    command.main([*words, "--fresh", "--batch-size=7"])
+    again = json.loads((tmp_path / "a.json").read_text())
+    assert [row["accuracy"] for row in again] == [row["accuracy"] for row in first]
+    assert np.allclose([r["loss"] for r in again], [r["loss"] for r in first], rtol=0, atol=1e-4)
+    assert '"split": "test, contrast 5"' in (folder / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_corruption_depends_on_its_seed_alone(mode: str) -> None:
+    pytest.importorskip("imagecorruptions")
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).convert(mode)
+    for name in ("glass_blur", "shot_noise", "fog"):
+        np.random.seed(3)
+        before = np.random.get_state()[1].copy()
+        one, two, other = (corrupt(image, Corruption(name, 3), seed) for seed in (5, 5, 6))
+        assert np.array_equal(np.random.get_state()[1], before)
+        assert one.mode == mode
+        assert np.array_equal(one, two)
+        assert not np.array_equal(one, other)
+        assert not np.array_equal(one, image)
+
+
+def test_the_table_has_a_line_for_each_corruption_and_their_mean() -> None:
+    def row(split: str, accuracy: float, **own: Any) -> dict[str, Any]:
+        plain = {"attack": "clean", "norm": None, "epsilon": 0.0}
+        return {"split": split, "accuracy": accuracy, **plain, **own}
+
+    rows = [row("test", 0.9), row("test, fog 1", 0.5, corruption="fog", severity=1)]
+    rows += [row("test, fog 2", 0.3, corruption="fog", severity=2)]
+    rows += [row("test, snow 1", 0.2, corruption="snow", severity=1)]
+    lines = [line.split() for line in table(rows).splitlines()]
+    assert [line[-1] for line in lines] == ["clean", "90.00", "40.00", "20.00", "30.00"]
+
+
+MISTAKES = {
+    "no radius": ("--threat-models=linf", "--threat-models: expected linf:EPSILON, l2:EPSILON or"),
+    "no such norm": ("--threat-models=l7:1", "--threat-models: expected linf:EPSILON, l2:EPSILON"),
+    "too large": (
+        "--threat-models=linf:8",
+        "--threat-models: expected 0 to 1, got 8: did you mean",
+    ),
+    "beside": (
+        "--threat-models=l2:1 --norm=l2",
+        "--threat-models: expected no --norm or --epsilon",
+    ),
+    "nothing for l1": ("--attacks=pgd-2 --threat-models=l1:2", "--attacks: expected an attack for"),
+    "pgd in l1": (
+        "--norm=l1 --epsilon=1 --attacks=clean,pgd-2",
+        "--attacks: expected attacks for l1",
+    ),
+    "unknown": ("--corruptions=fogg", "did you mean fog?"),
+    "too small": ("--corruptions=fog", "--corruptions: expected images of at least 32 pixels"),
+    "no such data": ("--other-data=none.npz", "data.path: expected a .parquet"),
+    "no such folder": ("--json=none/a.json", "--json: expected a file in a folder that exists"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_gets_one_line(
+    case: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words, message = MISTAKES[case]
+    given = [str(folder), "--num-images=2", "--device=cpu", *words.split()]
+    monkeypatch.setattr("sys.argv", ["evaluate", *given])
+    with pytest.raises(SystemExit) as stop:
+        run(command.main)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
