@@ -64,6 +64,16 @@ _CHANGES: dict[str, Settings] = {
 }
 SENSITIVITY = {f"SAFER, {what}": {**_SAFER, **settings} for what, settings in _CHANGES.items()}
 """SAFER with one setting changed; `Scale.arms` adds those that hang on the scale."""
+_OPTIMIZERS: dict[str, Settings] = {
+    "Muon": {"optim.name": "muon"},
+    "SGD": {"optim.name": "sgd", "optim.learning_rate": 0.1, "optim.weight_decay": 1e-4},
+}
+OPTIMIZER_ARMS: dict[str, Settings] = {
+    f"{name}, {what}": {**ARMS[name], **settings}
+    for name in ("PGD-AT", "SAFER")
+    for what, settings in _OPTIMIZERS.items()
+}
+"""Arms with another optimizer than AdamW: Muon with AdamW's rate, SGD with that of the recipes."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +129,7 @@ class Scale:
             "optim.schedule": "cosine",
             "optim.warmup_epochs": 0.5,
         }
-        return shared | {**self.arms()[arm], "optim.learning_rate": rate}
+        return shared | {"optim.learning_rate": rate, **self.arms()[arm]}
 
     def arms(self) -> dict[str, Settings]:
         """All arms by name: those of the table, where candidates begin, and sensitivity."""
@@ -136,7 +146,7 @@ class Scale:
         }
         if self.every_epochs != 5:
             more["SAFER, selected every 5"] = {**_SAFER, "selection.every_epochs": 5}
-        return ARMS | upper | SENSITIVITY | more | STEPS_ARMS
+        return ARMS | upper | SENSITIVITY | more | OPTIMIZER_ARMS | STEPS_ARMS
 
     def _shared(self, model: str) -> dict[str, object]:
         steps = self.attack_steps

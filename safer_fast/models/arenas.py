@@ -23,6 +23,8 @@ class Range:
     master: Tensor
     gradient: Tensor
     is_decayed: bool = True
+    shape: tuple[int, ...] = ()
+    """Shape of the parameter it holds; empty where neighbours are merged."""
 
 
 @dataclass(frozen=True)
@@ -171,12 +173,14 @@ class ParameterArenas:
     def _range(
         self, place: ParameterSlot, gradient: Tensor, offset: int, size: int | None = None
     ) -> Range:
+        shape = place.shape if size is None else ()
         size = _aligned(place.num_elements) if size is None else size
         return Range(
             compute=self.compute[place.dtype].narrow(0, place.compute_offset, size),
             master=self.master.narrow(0, place.master_offset, size),
             gradient=gradient.narrow(0, offset, size),
             is_decayed=place.is_decayed,
+            shape=shape,
         )
 
     def _compute_view(self, name: str) -> Tensor:

@@ -135,6 +135,16 @@ class RobustModel(nn.Module):
         """The blocks, from the image to the head; the whole network if it is not divided."""
         return list(self._blocks.blocks) or [self.network]
 
+    @property
+    def inner_layers(self) -> list[str]:
+        """Names of the layers in blocks; of a network without blocks, of all but first and last."""
+        if self.num_blocks:
+            return [name for name in self.layers if 0 <= self.block_of(name) < self.num_blocks]
+        known: Mapping[str, Any] = getattr(self.network, "pretrained_cfg", None) or {}
+        ends = [known.get(kind) or () for kind in ("first_conv", "classifier")]
+        outer = {name for end in ends for name in ([end] if isinstance(end, str) else end)}
+        return [name for name in self.layers if name not in outer]
+
     def block_of(self, name: str) -> int:
         """Return the block of a layer or parameter: STEM below, `num_blocks` for norm and head."""
         return self._blocks.block_of(name)

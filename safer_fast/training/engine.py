@@ -133,7 +133,7 @@ class Engine:
         return Step(
             model=self.model,
             selection=selection,
-            optimizer=build_optimizer(config.optim, selection),
+            optimizer=build_optimizer(config.optim, selection, self.model.inner_layers),
             objective=self.objective,
             sam=replace(config.sam, rho=rho),
             attack=self.attack,

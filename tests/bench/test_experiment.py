@@ -18,7 +18,16 @@ from scipy.stats import ttest_rel
 from bench.experiment import __main__ as experiment
 from bench.experiment import figure as experiment_figure
 from bench.experiment import jobs as experiment_jobs
-from bench.experiment.arms import ARMS, BASELINE, MAIN, SCALES, STEPS_ARMS, UPPER, Scale
+from bench.experiment.arms import (
+    ARMS,
+    BASELINE,
+    MAIN,
+    OPTIMIZER_ARMS,
+    SCALES,
+    STEPS_ARMS,
+    UPPER,
+    Scale,
+)
 from bench.experiment.jobs import Jobs
 from bench.experiment.pool import Pool
 from bench.experiment.table import (
@@ -102,13 +111,19 @@ def test_every_arm_is_a_run_that_the_command_line_takes(tmp_path: Path) -> None:
 
 
 def test_arms_differ_in_what_their_names_say() -> None:
-    settings = {arm: SCALES["full"].arm_settings("deit_tiny_patch16_224", arm) for arm in ARMS}
+    arms = [*ARMS, *OPTIMIZER_ARMS]
+    settings = {arm: SCALES["full"].arm_settings("deit_tiny_patch16_224", arm) for arm in arms}
 
     def changed(arm: str, base: str) -> set[str]:
         names = settings[arm].keys() | settings[base].keys()
         return {n for n in names if settings[arm].get(n) != settings[base].get(n)}
 
     assert changed("PGD-AT, low rate", BASELINE) == {"optim.learning_rate"}
+    assert changed("PGD-AT, Muon", BASELINE) == {"optim.name"}
+    assert changed("SAFER, Muon", "SAFER") == {"optim.name"}
+    assert changed("SAFER, SGD", "SAFER") == {
+        f"optim.{of}" for of in ("name", "learning_rate", "weight_decay")
+    }
     assert changed("SAM on all", BASELINE) == {"sam.rho"}
     assert changed("random, SAM", "SAFER") == {"selection.criterion"}
     assert changed("least sharp, SAM", "SAFER") == {"selection.criterion"}

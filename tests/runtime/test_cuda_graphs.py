@@ -24,6 +24,7 @@ from tests.support.tape import TapeRecorder
 SETTINGS: dict[str, dict[str, Any]] = {
     "sgd": {},
     "adamw": {"optim": OptimConfig(learning_rate=1e-3)},
+    "muon": {"optim": OptimConfig(name="muon", learning_rate=1e-3)},
     "clipped": {"clip_norm": 0.01},
     "adaptive": {"adaptive": True},
     "one pass": {"rho": 0.0},

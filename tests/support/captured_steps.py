@@ -46,6 +46,8 @@ FLAGS = [
 SETTINGS: dict[str, list[str]] = {
     "sgd": ["--optim.name=sgd"],
     "adamw, clipped": ["--optim.name=adamw", "--optim.clip_norm=0.01"],
+    "muon, clipped": ["--optim.name=muon", "--optim.clip_norm=0.01"],
+    "muon, low-rank factors": ["--optim.name=muon", "--selection.lora_rank=4"],
     "trades": ["--objective.name=trades"],
     "mart, l2": ["--objective.name=mart", "--attack.norm=l2", "--attack.epsilon=0.5"],
     "asam": ["--sam.adaptive=true"],

@@ -54,7 +54,7 @@ def make_step(
     step = Step(
         model=model,
         selection=selection,
-        optimizer=build_optimizer(optim or sgd(), selection),
+        optimizer=build_optimizer(optim or sgd(), selection, model.inner_layers),
         objective=Objective(ObjectiveConfig(name=objective)),  # type: ignore[arg-type]
         sam=SAMConfig(rho=rho, adaptive=adaptive),
         attack=attack,

@@ -24,11 +24,11 @@ def select(device: str = "cpu") -> tuple[ParameterArenas, TrainedWeights]:
     return arenas, selection
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "muon"])
 def test_an_update_moves_the_selected_masters_and_no_others(name: Any) -> None:
     arenas, selection = select()
     before = arenas.state_dict()
-    optimizer = build_optimizer(OptimConfig(name=name, learning_rate=0.1), selection)
+    optimizer = build_optimizer(OptimConfig(name=name, learning_rate=0.1), selection, LAYERS)
     optimizer.step()
     moved = {n for n, t in arenas.state_dict().items() if not torch.equal(t, before[n])}
     assert moved == {f"{layer}.{kind}" for layer in LAYERS for kind in ("weight", "bias")}

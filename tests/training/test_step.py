@@ -215,7 +215,9 @@ def test_another_layer_of_the_same_kind_compiles_nothing_new() -> None:
     assert counts[3] == counts[0] + 1
 
 
-@pytest.mark.parametrize("optim", [OptimConfig(), None], ids=["adamw", "sgd"])
+@pytest.mark.parametrize(
+    "optim", [OptimConfig(), None, OptimConfig(name="muon")], ids=["adamw", "sgd", "muon"]
+)
 @pytest.mark.parametrize("objective", ["pgd-at", "trades", "mart"])
 def test_the_step_never_waits_for_the_device(objective: str, optim: OptimConfig | None) -> None:
     step, _ = make_step(
@@ -254,7 +256,9 @@ def test_memory_is_stable_over_two_hundred_steps() -> None:
     assert (resident[1] - resident[0]) * os.sysconf("SC_PAGE_SIZE") <= 2 * 2**20
 
 
-@pytest.mark.parametrize("optim", [OptimConfig(), None], ids=["adamw", "sgd"])
+@pytest.mark.parametrize(
+    "optim", [OptimConfig(), None, OptimConfig(name="muon")], ids=["adamw", "sgd", "muon"]
+)
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     optim: OptimConfig | None,
 ) -> None:

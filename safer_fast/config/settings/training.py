@@ -42,8 +42,9 @@ class SAMConfig:
 class OptimConfig:
     """The optimizer and its schedule; each stage (warm-up, SAFER) runs the whole schedule."""
 
-    name: Literal["adamw", "sgd", "apex-adam", "apex-sgd", "apex-lamb"] = "adamw"
-    """torch's fused AdamW or SGD, or NVIDIA apex's fused optimizers if apex is built."""
+    name: Literal["adamw", "sgd", "muon", "apex-adam", "apex-sgd", "apex-lamb"] = "adamw"
+    """torch's fused AdamW or SGD; muon: Muon for the matrices of blocks and AdamW for the rest, by
+    AdamW's rate and decay (docs/method.md); or NVIDIA apex's fused optimizers if apex is built."""
     learning_rate: float = ranged(1e-3, above_zero(ranges.FACTOR))
     """Peak learning rate."""
     safer_learning_rate: float | None = ranged(None, above_zero(ranges.FACTOR))
