@@ -71,7 +71,7 @@ def cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
 
 @pytest.fixture(scope="session", autouse=True)
 def no_reports_that_nobody_reads() -> Iterator[None]:
-    """Runs draw no report; a test that reads one trains in `with_reports()`."""
+    """Runs draw neither report nor maps; a test that reads them trains in `with_reports()`."""
     with without_reports():
         yield
 

@@ -13,7 +13,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from safer_fast.runs.figures import layer_map
 from safer_fast.runs.layout import METRICS
 from safer_fast.runs.loggers.metrics_file import read_metrics, uninterrupted
 from safer_fast.runs.loggers.metrics_log import MetricsLog
+from tests.support.reports import with_reports
 
 EPOCH: dict[str, Any] = {
     "train_loss": 0.5,
@@ -161,6 +162,14 @@ def test_figures_of_transferred_images_have_a_name_of_their_own(tmp_path: Path) 
     ]
 
 
+@pytest.fixture
+def drawn_maps() -> Iterator[None]:
+    """Maps of layers are drawn, as in the runs of users."""
+    with with_reports():
+        yield
+
+
+@pytest.mark.usefixtures("drawn_maps")
 def test_tensorboard_has_a_map_of_the_layers_for_each_selection(tmp_path: Path) -> None:
     others = {"scores": {"head": 2.0, "blocks.0.attn.qkv": 1.0}, "selected": ["head"]}
     with MetricsLog(tmp_path) as log:
@@ -174,6 +183,7 @@ def test_tensorboard_has_a_map_of_the_layers_for_each_selection(tmp_path: Path) 
     assert one.tobytes() != other.tobytes()
 
 
+@pytest.mark.usefixtures("drawn_maps")
 def test_a_resumed_run_has_the_maps_of_its_last_twelve_selections(tmp_path: Path) -> None:
     with MetricsLog(tmp_path) as log:
         log._loggers.clear()  # drawing all of them takes seconds
@@ -186,6 +196,7 @@ def test_a_resumed_run_has_the_maps_of_its_last_twelve_selections(tmp_path: Path
     assert steps == list(range(2, 15))
 
 
+@pytest.mark.usefixtures("drawn_maps")
 def test_a_map_that_cannot_be_drawn_is_told_once_and_ends_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,17 +22,22 @@ LAYER_MAP = logger.layer_map
 
 @contextmanager
 def without_reports() -> Iterator[None]:
-    """Runs of this process end without a report: drawing takes as long as a small run."""
+    """Runs of this process end without a report, and write maps of layers of one pixel.
+
+    Drawing takes as long as a small run.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(results, "write_report", write_nothing)
+        patch.setattr(tensorboard, "layer_map", one_pixel)
         yield
 
 
 @contextmanager
 def with_reports() -> Iterator[None]:
-    """Runs of this process end with their report, as those of users do."""
+    """Runs of this process end with their report and draw maps, as those of users do."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(results, "write_report", write_report)
+        patch.setattr(tensorboard, "layer_map", LAYER_MAP)
         yield
 
 
@@ -41,10 +46,15 @@ def leave_out_drawings() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("safer_fast.") and "write_report" in vars(module):
             vars(module)["write_report"] = write_nothing
+    for place in (logger, tensorboard):
+        vars(place)["layer_map"] = one_pixel
+
+
+def one_pixel(*_: Any) -> tuple[bytes, int, int]:
+    """Return a map of layers that takes no time to draw."""
     pixel = io.BytesIO()
     Image.new("L", (1, 1)).save(pixel, "png")
-    for place in (logger, tensorboard):
-        vars(place)["layer_map"] = lambda _: (pixel.getvalue(), 1, 1)
+    return pixel.getvalue(), 1, 1
 
 
 def write_nothing(folders: Sequence[Path], *_: Any) -> Path:
