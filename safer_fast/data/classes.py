@@ -51,9 +51,9 @@ def check_several(source: Source, rows: Indices, names: list[str], flag: str | N
 
 
 def relabel(source: Source, names: list[str]) -> None:
-    """Renumber the labels of a source that has only some of these classes, matched by name."""
+    """Renumber the labels of a source that has all or some of these classes, matched by name."""
     own = source.class_names
-    if own is not None and set(own) < set(names):
+    if own is not None and own != names and set(own) <= set(names):
         numbers = np.array([names.index(name) for name in own])
         source.labels, source.class_names = numbers[source.labels], names
 

@@ -33,6 +33,7 @@ from safer_fast.data.formats.synthetic import SIZE as SYNTHETIC_SIZE
 from safer_fast.data.formats.synthetic import SyntheticSource
 from safer_fast.data.images import ImageFormat, find_sizes, short_side
 from safer_fast.data.order import Ordering
+from safer_fast.data.overlap import notes_on_overlap
 from safer_fast.data.splits import (
     Splits,
     agree_on_images,
@@ -147,6 +148,7 @@ def load_data(
         notes=[
             *skipped.lines(),
             *notes_on_classes(*rows["train"], class_names),
+            *notes_on_overlap(splits.train, {"validation": splits.validation, "test": splits.test}),
             *_batch_notes(train, batch_size),
             *backends.notes,
         ],

@@ -28,12 +28,13 @@ def write_splits(
     path: Path, *splits: str, num_images: int = 3, classes: tuple[str, ...] = CLASSES
 ) -> Path:
     """Folders of classes with PNGs of 8 x 8 pixels in each of these folders."""
-    for split in splits:
+    for place, split in enumerate(splits):
         for name in classes:
             folder = path / split / name
             folder.mkdir(parents=True)
             for number in range(3):
-                (folder / f"{number}.png").write_bytes(encode(photo(8, 8, number), "png"))
+                image = photo(8, 8, 10 * place + number)
+                (folder / f"{number}.png").write_bytes(encode(image, "png"))
     return path
 
 
@@ -74,11 +75,13 @@ def test_folders_are_splits_by_the_words_that_tell_those_of_files(
 
 
 def test_shards_may_lie_in_folders_of_splits(tmp_path: Path) -> None:
-    image = encode(photo(8, 8), "png")
-    members = [
-        member for n in range(4) for member in ((f"{n}.png", image), (f"{n}.cls", b"%d" % (n % 2)))
-    ]
-    for split in ("Train", "valid"):
+    for seed, split in enumerate(("Train", "valid")):
+        image = encode(photo(8, 8, seed), "png")
+        members = [
+            member
+            for n in range(4)
+            for member in ((f"{n}.png", image), (f"{n}.cls", b"%d" % (n % 2)))
+        ]
         (tmp_path / split).mkdir()
         write_tar(tmp_path / split / "000.TAR", members)
     (tmp_path / "Train" / "._000.tar").write_bytes(b"AppleDouble")
@@ -217,7 +220,9 @@ def test_members_of_shards_are_hidden_by_the_same_names(tmp_path: Path) -> None:
     file = write_tar(tmp_path / "a.tar", [*hidden, *(member for pair in pairs for member in pair)])
     data = load(file, validation_path=str(file))
     assert data.train.num_images == data.validation.num_images == 3
-    assert data.notes == [f"data: passed over 8 files, such as {file}/__MACOSX/0.png"]
+    passed, same = data.notes
+    assert passed == f"data: passed over 8 files, such as {file}/__MACOSX/0.png"
+    assert same.startswith("data.validation_path: the validation split holds the training images")
 
 
 def test_a_class_of_nothing_but_other_files_is_an_error(tmp_path: Path) -> None:
