@@ -221,7 +221,7 @@ def test_runs_on_given_data_train_the_same_resume_and_evaluate(
     assert "finished already" in capsys.readouterr().out
     with pytest.raises(ValueError, match="got 'given': the run was trained on data given in Py"):
         evaluate_run(run, attacks="clean", fresh=True)
-    with pytest.raises(ValueError, match=r"data.path: expected none beside the data given in Pyt"):
+    with pytest.raises(ValueError, match=r"^path: expected none beside the data given in Python"):
         evaluate_run(run, path="digits", data=data)
 
 
