@@ -19,6 +19,11 @@ from safer_fast.models.exact_savings import (
 from safer_fast.models.families import STEM, Uncut
 from safer_fast.runtime.device import allow_recompiling
 
+FARTHEST = 1
+"""Distance from [0, 1] that a value may have: searches step outside before they are clipped."""
+BATCHES_CHECKED = 3
+"""Batches on a GPU that are looked at: each waits for the device."""
+
 
 class RobustModel(nn.Module):
     """A timm classifier of pixels in [0, 1], with its layers by name and its blocks run separately.
@@ -60,6 +65,9 @@ class RobustModel(nn.Module):
         """Edge in pixels of the images that it was trained on, of such a model."""
         self.threat_model: ThreatModel | None = None
         """The ball that it was trained against, of such a model."""
+        self.unchecked_batches: int | None = None
+        """Batches on a GPU whose pixels `forward` will look at, of such a model; None: it looks at
+        none, nor on a CPU."""
         self.new_layers: list[str] = []
         """Layers missing in the weights it was built with, such as a head for other classes."""
         self.layers = find_layers(self.network, norms)
@@ -70,7 +78,34 @@ class RobustModel(nn.Module):
             raise ValueError(f"images: expected [B, C, H, W], got {list(images.shape)}")
         if not images.is_floating_point():
             raise ValueError(f"images: expected floats in [0, 1], got {images.dtype}")
+        if self.unchecked_batches is not None:
+            self._check_pixels(images)
         return self.suffix(self.prefix(images, 0), 0)
+
+    def check_pixels(self) -> None:
+        """Let `forward` raise ValueError for values far outside [0, 1], as in images of 0..255.
+
+        On a CPU it looks at every batch, on a GPU at the first ones.
+        """
+        self.unchecked_batches = BATCHES_CHECKED
+
+    def _check_pixels(self, images: Tensor) -> None:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not images.numel():
+            return
+        if images.device.type != "cpu":
+            is_captured = images.is_cuda and torch.cuda.is_current_stream_capturing()
+            if not self.unchecked_batches or is_captured:
+                return
+            self.unchecked_batches -= 1
+        try:
+            low, high = torch.stack(images.detach().aminmax()).tolist()
+        except RuntimeError:  # tensors without values: fake ones, or those within torch.func.vmap
+            return
+        if low < -FARTHEST or high > 1 + FARTHEST:
+            raise ValueError(
+                f"images: expected pixels in [0, 1], got values from {low:g} to {high:g} (divide "
+                "bytes by 255; the model normalises by itself)"
+            )
 
     def enable_savings(self, names: Iterable[str], image_size: int) -> list[str]:
         """Enable `patch-order` and `class-token` (see exact_savings.py), before `.to(device)`.

@@ -24,8 +24,9 @@ def load_model(
     """Load the model of a run folder: an nn.Module in eval mode, pixels in, logits out.
 
     It takes float images [B, C, H, W] in [0, 1], which it normalises itself, and returns float32
-    logits [B, K]. Its `class_names` are in the order of the logits, `threat_model` is the ball that
-    it was trained against, `image_size` the edge in pixels of its images; `network` is timm's
+    logits [B, K]; values far outside, such as bytes as floats, are a ValueError (on a GPU in the
+    first batches). Its `class_names` are in the order of the logits, `threat_model` is the ball
+    that it was trained against, `image_size` the edge in pixels of its images; `network` is timm's
     module. The folder is one of a finished run. Raises ValueError, one line, for a folder that is
     no run, and for damaged files.
 
@@ -47,5 +48,6 @@ def load_model(
     loaded = load_run(Path(run), weights, device, amp=amp)
     model, attack = loaded.model, loaded.config.attack
     model.class_names, model.image_size = loaded.class_names, loaded.image_size
+    model.check_pixels()
     model.threat_model = ThreatModel(attack.norm, float(attack.epsilon))
     return model

@@ -98,6 +98,24 @@ def test_a_model_says_what_shape_it_takes(run: str) -> None:
         safer_fast.load_model(run, device="xx")  # type: ignore[arg-type]
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of attention under vmap
+def test_a_loaded_model_refuses_bytes_as_floats_and_normalised_pixels(run: str) -> None:
+    model = safer_fast.load_model(run, device="cpu")
+    images = torch.rand(2, 1, 8, 8)
+    for wrong, range_ in ((255 * images, "0"), ((images - 0.5) / 0.2, "-2")):
+        wrong[0, 0, 0, :2] = torch.tensor([float(range_), wrong.max()])
+        message = rf"images: expected pixels in \[0, 1\], got values from {range_}.* to [\d.]+ \("
+        with pytest.raises(ValueError, match=message):
+            model(wrong)
+    outside = (images * 1.5 - 0.25).requires_grad_()  # as a search has it before it clips
+    torch.autograd.grad(model(outside).sum(), outside)
+    batched = torch.func.vmap(lambda image: model(image[None])[0])(images)
+    assert torch.allclose(batched, model(images), atol=1e-5)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(images), model(images), atol=1e-5)
+    torch.export.export(model, (images,))
+
+
 def test_unknown_names_are_attribute_errors() -> None:
     with pytest.raises(AttributeError, match="no attribute 'fgsm'"):
         safer_fast.fgsm  # noqa: B018
