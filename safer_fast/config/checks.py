@@ -127,8 +127,8 @@ def check_new(config: Config) -> None:
         raise ValueError("--evaluation.attacks: expected at least one attack, got none")
 
 
-def check_evaluation(config: EvaluateConfig) -> None:
-    """Raise ValueError for settings that fit no run."""
+def check_evaluation(config: EvaluateConfig, is_given: bool = False) -> None:
+    """Raise ValueError for settings that fit no run; is_given: data is given in Python."""
     if not config.attacks:
         raise ValueError("--attacks: expected at least one attack, got none")
     for name in config.attacks:
@@ -140,7 +140,7 @@ def check_evaluation(config: EvaluateConfig) -> None:
             f"got only {shortened(config.source_weights)}"
         )
     for name in ("image_column", "label_column"):
-        if (column := getattr(config, name)) is not None and config.path is None:
+        if (column := getattr(config, name)) is not None and config.path is None and not is_given:
             raise ValueError(f"--data.{name}: expected --data.path beside it, got only {column}")
 
 

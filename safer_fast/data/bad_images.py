@@ -27,10 +27,12 @@ class BadImages:
         self._known: set[str] = set()
         self._said: set[str] = set()
 
-    def refuse(self, message: str) -> None:
-        """Count and report a bad image, or raise `message` as ValueError with a remedy."""
+    def refuse(self, fault: str | ValueError) -> None:
+        """Count and report a bad image, or raise its fault as ValueError with a remedy."""
+        message = str(fault)
         if self.policy == "error":
-            raise ValueError(f"{message}; --data.bad_images skip leaves such images out")
+            cause = fault.__cause__ if isinstance(fault, ValueError) else None
+            raise ValueError(f"{message}; --data.bad_images skip leaves such images out") from cause
         self._count += 1
         if message in self._known:
             return

@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional
 
 from safer_fast.data.augmentation import Crop
 from safer_fast.data.formats import EncodedSource, Source
-from safer_fast.data.formats.source import IMAGE_FORMATS
+from safer_fast.data.formats.source import IMAGE_FORMATS, RowError
 from safer_fast.runtime.machine_errors import machine_error
 
 GREY_MODES = {"1", "L", "LA"}
@@ -190,6 +190,8 @@ def crop_to(image: ImageOrTensor, crop: Crop, size: int) -> ImageOrTensor:
 
 def _unreadable(source: Source, index: int, error: Exception) -> ValueError:
     """The error for an image that cannot be read, or for a machine that cannot read it."""
+    if isinstance(error, RowError) and not machine_error(error, source.flag, ""):
+        return BadImageError(str(error))
     return machine_error(error, source.flag, source.describe(index)) or BadImageError(
         f"{source.flag}: expected an image, got an unreadable one: {source.describe(index)}"
     )

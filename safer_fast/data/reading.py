@@ -31,16 +31,17 @@ NUM_RANDOM_OPERATIONS = 2
 
 
 class Samples(NamedTuple):
-    """Images that were read, and messages about those left out.
+    """Images that were read, and the faults of those left out.
 
     images: uint8 [B, C, S, S]. labels: int64 [B]. indices: int64 [N], the indices of the first N
-    images; the others are padding. messages: a line for each image left out.
+    images; the others are padding. faults: an error of one line for each image left out; its cause
+    is lost on the way from a worker process.
     """
 
     images: Tensor
     labels: Tensor
     indices: Indices
-    messages: list[str]
+    faults: list[ValueError]
 
     def batch(self) -> Batch:
         """The images and labels as a batch."""
@@ -71,8 +72,8 @@ def usable(samples: Samples | ValueError, bad: BadImages) -> Samples:
     """Report the bad images to `bad` and return the samples; raise them if they are an error."""
     if isinstance(samples, ValueError):
         raise samples
-    for message in samples.messages:
-        bad.refuse(message)
+    for fault in samples.faults:
+        bad.refuse(fault)
     return samples
 
 
@@ -129,7 +130,7 @@ class Reader(Dataset[Any]):
             self.randaugment = v2.RandAugment(NUM_RANDOM_OPERATIONS, randaugment, fill=grey)
 
     def __getitems__(self, indices: list[int]) -> Samples | ValueError:
-        """Read images, labels and messages on bad images; any other error is returned.
+        """Read images, labels and faults of bad images; any other error is returned.
 
         An error is returned and not raised, because DataLoader would re-raise it as a page of
         traceback.
@@ -145,13 +146,13 @@ class Reader(Dataset[Any]):
         num_slots = max(self.size, len(indices))
         images = np.empty((num_slots, num_channels, edge, edge), dtype=np.uint8)
         read: list[int] = []
-        messages: list[str] = []
+        faults: list[ValueError] = []
         for index in indices:
             try:
                 images[len(read)] = _channels_first(self._read(index))
                 read.append(index)
             except BadImageError as error:
-                messages.append(str(error))
+                faults.append(error)
             except ValueError as error:
                 return ValueError(str(error))
         known = np.array(read, dtype=np.int64)
@@ -161,7 +162,7 @@ class Reader(Dataset[Any]):
         labels = torch.empty(num_slots, dtype=torch.int64)
         labels[: len(read)] = torch.from_numpy(self.source.labels[self.rows[known]])
         pixels = fill_(torch.from_numpy(images), len(read))
-        return Samples(pixels, fill_(labels, len(read)), known, messages)
+        return Samples(pixels, fill_(labels, len(read)), known, faults)
 
     def _read(self, index: int) -> Image.Image:
         image = decode(self.source, int(self.rows[index]), self.image_format)

@@ -8,7 +8,7 @@ import numpy as np
 
 from safer_fast.config.schema import DataConfig
 from safer_fast.data.bad_images import BadImages
-from safer_fast.data.formats import Columns, SkippedFiles, Source, open_splits
+from safer_fast.data.formats import Columns, SkippedFiles, Source, names_of, open_splits
 from safer_fast.data.formats.synthetic import SIZE as SYNTHETIC_SIZE
 from safer_fast.data.formats.synthetic import SyntheticSource
 from safer_fast.data.images import ImageFormat, find_num_channels, find_sizes
@@ -48,10 +48,10 @@ def open_all(config: DataConfig, bad: BadImages, skipped: SkippedFiles) -> Split
         raise ValueError("data.extra_path: expected images beside images, got synthetic")
     for role, name in vars(columns).items():
         if name is not None and not any(source.has_columns for source in splits.all()):
-            raise ValueError(
-                f"data.{role}_column: expected parquet files, which have columns, "
-                f"got {config.path or 'digits'}"
-            )
+            kinds = "parquet files, which have columns"
+            if config.path in names_of("given"):
+                kinds = "dictionaries or a dataset of Hugging Face, whose columns have names"
+            raise ValueError(f"data.{role}_column: expected {kinds}, got {config.path or 'digits'}")
     return splits
 
 

@@ -51,7 +51,7 @@ def evaluate_run(
     elif settings:
         raise ValueError(f"expected settings beside a run folder, got {min(settings)} beside all")
     config = converted(config)
-    check_evaluation(config)
+    check_evaluation(config, data is not None)
     check_tables(config)
     with giving(data, config.path) as path:
         config.path = path

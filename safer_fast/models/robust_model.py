@@ -90,7 +90,8 @@ class RobustModel(nn.Module):
         self.unchecked_batches = BATCHES_CHECKED
 
     def _check_pixels(self, images: Tensor) -> None:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not images.numel():
+        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore
+        if is_traced or not images.numel():
             return
         if images.device.type != "cpu":
             is_captured = images.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -16,7 +16,9 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from safer_fast import Config, evaluate_run, load_model, train_model
-from safer_fast.data.formats import EncodedSource, open_splits
+from safer_fast.config.schema import DataConfig
+from safer_fast.data import load_data
+from safer_fast.data.formats import EncodedSource, SkippedFiles, open_splits
 from safer_fast.data.formats.given import DatasetSource, giving
 from tests.support.given import LABELS, NAMES, PIXELS, hugging_face, pictures
 
@@ -29,6 +31,8 @@ class Named(TensorDataset):
 
 class Items(Dataset[Any]):
     """Items as a function of the row makes them, without a list of labels."""
+
+    targets: list[int]
 
     def __init__(self, make: Any, count: int = 160) -> None:
         self.make, self.count = make, count
@@ -57,6 +61,9 @@ FORMS = {
     "pictures": lambda: Items(lambda row: (pictures()[row], int(LABELS[row]))),
     "float tensors": lambda: Items(lambda row: (torch.tensor(PIXELS[row]) / 255, LABELS[row])),
     "dictionaries": lambda: Items(lambda row: {"image": PIXELS[row], "label": LABELS[row]}),
+    "labels of shape (1,)": lambda: TensorDataset(
+        torch.tensor(PIXELS)[:, None], torch.tensor(LABELS)[:, None]
+    ),
     "subsets": lambda: ConcatDataset(
         [Subset(Items(lambda row: (PIXELS[row], LABELS[row])), range(a, a + 80)) for a in (0, 80)]
     ),
@@ -137,7 +144,32 @@ UNFIT: dict[str, tuple[Any, str]] = {
     "empty": (Items(lambda row: row, 0), "data: expected at least one image, got none"),
     "random": (Items(random_flip), "data: expected the same image at each reading, got two of row"),
     "alone": (Items(lambda row: PIXELS[row]), r"data: expected items \(image, label\)"),
-    "no label": (Items(lambda row: {"image": PIXELS[row]}), r"data: expected items \(image, label"),
+    "no label": (
+        Items(lambda row: {"image": PIXELS[row]}),
+        r"data: expected items \(image, label\), or with a key label or the one that "
+        "data.label_column names, got keys image$",
+    ),
+    "other keys": (
+        Items(lambda row: {"pixel_values": PIXELS[row], "labels": 1}),
+        "key image or img or the one that data.image_column names, got keys pixel_values, labels$",
+    ),
+    "other columns": (
+        datasets.Dataset.from_dict({"pixel_values": [1], "labels": [1]}),
+        "expected one column image or img, or data.image_column, got pixel_values, labels",
+    ),
+    "hidden labels": (
+        (PIXELS, 0 * LABELS - 1),
+        r"data: expected labels .* got -1: row 0 of data \(all labels are -1, as where they are h",
+    ),
+    "booleans": ((PIXELS, LABELS > 4), r"data: expected integer labels \[N\], got bool"),
+    "boolean items": (
+        Items(lambda row: (PIXELS[row], bool(LABELS[row] > 4))),
+        "data: expected integers as labels, got bool in row 0",
+    ),
+    "one-hot": (
+        Items(lambda row: (PIXELS[row], np.eye(10)[LABELS[row]])),
+        r"data: expected integers as labels, got ndarray \[10\] in row 0",
+    ),
     "fractions": (
         Items(lambda row: (PIXELS[row], 0.5)),
         "data: expected integers as labels, got float in row 0",
@@ -168,6 +200,86 @@ def test_unfit_data_are_one_line_and_no_folder(
         train_model(CONFIG, data=data)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def broken_at(number: int) -> Items:
+    """Items of which one raises an error of the user's code."""
+
+    def item(row: int) -> tuple[Any, int]:
+        return (PIXELS[row], int(LABELS[row])) if row != number else {}["no such key"]
+
+    return Items(item)
+
+
+@pytest.mark.parametrize("row", [0, 3])
+def test_a_row_that_raises_is_named_with_its_cause(
+    row: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = rf"^data\['train'\]: expected an image and a label in row {row}, got KeyError: 'no s"
+    with pytest.raises(ValueError, match=message) as caught:
+        train_model(CONFIG, data={"train": broken_at(row), "test": (PIXELS, LABELS)})
+    assert isinstance(caught.value.__cause__, KeyError)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("policy", ["error", "skip"])
+def test_a_row_that_raises_when_it_is_decoded_is_named_or_left_out(policy: str) -> None:
+    broken = broken_at(3)
+    broken.targets = LABELS.tolist()  # so that only some rows are read at the start
+    config = DataConfig(bad_images=policy, num_workers=0)  # type: ignore[arg-type]
+    said: list[str] = []
+    with giving({"train": broken}, None) as config.path:
+        if policy == "skip":
+            load_data(config, batch_size=16, seed=0, report=said.append)
+            (line,) = said
+            assert line.startswith(
+                "left out: data['train']: expected an image and a label in row 3"
+            )
+            return
+        with pytest.raises(ValueError, match=r"row 3, got KeyError: .* skip leaves such") as caught:
+            load_data(config, batch_size=16, seed=0)
+    cause = caught.value.__cause__
+    while cause is not None and not isinstance(cause, KeyError):
+        cause = cause.__cause__
+    assert isinstance(cause, KeyError)
+
+
+def test_keys_of_items_are_named_by_the_settings_of_columns() -> None:
+    items = Items(lambda row: {"pixel_values": PIXELS[row], "labels": LABELS[row]})
+    config = DataConfig(image_column="pixel_values", label_column="labels")
+    with giving(items, None) as config.path:
+        data = load_data(config, batch_size=16, seed=0)
+    assert data.num_classes == 10
+    config = DataConfig(image_column="pixels")
+    message = (
+        r"data.image_column: expected a key of the items of data \(pixel_values, labels\), got"
+    )
+    with giving(items, None) as config.path, pytest.raises(ValueError, match=message):
+        load_data(config, batch_size=16, seed=0)
+
+
+def test_a_test_split_that_hides_its_labels_is_not_used_and_named() -> None:
+    config = DataConfig()
+    hidden = (PIXELS[:8], 0 * LABELS[:8] - 1)
+    with giving({"train": (PIXELS, LABELS), "test": hidden}, None) as config.path:
+        data = load_data(config, batch_size=16, seed=0)
+    assert data.test is None
+    assert data.notes == ["data: data['test'] is not used, all its labels are -1"]
+
+
+def test_a_test_split_of_a_file_that_hides_its_labels_is_not_used_too(tmp_path: Path) -> None:
+    file, skipped = tmp_path / "a.npz", SkippedFiles()
+    arrays = {
+        "x_train": PIXELS,
+        "y_train": LABELS,
+        "x_test": PIXELS[:8],
+        "y_test": -(LABELS[:8] ** 0),
+    }
+    np.savez(file, **arrays)
+    assert set(open_splits(str(file), "data.path", skipped=skipped)) == {"train"}
+    (line,) = skipped.lines()
+    assert line == f"data: the test split in {file} is not used, all its labels are -1"
 
 
 def test_streamed_datasets_are_refused() -> None:
@@ -215,6 +327,10 @@ def test_runs_on_given_data_train_the_same_resume_and_evaluate(
     last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     own = [e for e in last if e["event"] == "evaluation" and e["weights"] == "last"]
     assert clean.accuracy == own[0]["accuracy"]
+    keyed = Items(lambda row: {"pixel_values": PIXELS[100 + row], "labels": LABELS[100 + row]}, 60)
+    names = {"image_column": "pixel_values", "label_column": "labels"}
+    (again,) = evaluate_run(run, attacks="clean", data=keyed, **names)
+    assert again.accuracy == clean.accuracy
     CONFIG.output, CONFIG.resume = str(run), "auto"
     capsys.readouterr()
     assert train_model(CONFIG, data=data) == run

@@ -97,7 +97,7 @@ class DaliLoader(OrderedLoader):
             try:
                 self._add(request, index, crop_seed)
             except BadImageError as error:
-                request.messages.append(str(error))
+                request.faults.append(error)
         return request
 
     def _add(self, request: Request, index: int, crop_seed: int | None) -> None:

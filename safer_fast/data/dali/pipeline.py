@@ -116,7 +116,7 @@ class DecodingRun:
         else:
             images = _copied(output, stream)[: len(labels)]
             labels = labels.to(self.device, non_blocking=True)
-        return Samples(images, labels, indices, request.messages)
+        return Samples(images, labels, indices, request.faults)
 
 
 def _build(inputs: Iterator[tuple[Any, ...]], batch_size: int, slot: PipelineSlot) -> Any:

@@ -25,7 +25,7 @@ class Request:
     """Parts of image files that make one batch.
 
     files: encoded images. sizes: width and height of each in pixels. crops: the part of each; None:
-    the centre, as `fit` takes it. indices: of the images in the split. messages: a line for each
+    the centre, as `fit` takes it. indices: of the images in the split. faults: an error for each
     image left out. batch_size: the batch is filled up to this many images.
     """
 
@@ -36,7 +36,7 @@ class Request:
     crops: list[Crop | None] = field(default_factory=list)
     indices: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
-    messages: list[str] = field(default_factory=list)
+    faults: list[ValueError] = field(default_factory=list)
 
     def add(
         self,

@@ -18,6 +18,7 @@ from safer_fast.data.formats.source import (
     Source,
     check_labels,
     empty_classes,
+    hides_labels,
 )
 from safer_fast.data.formats.splits import (
     expand_pattern,
@@ -116,9 +117,18 @@ def open_splits(
         raise machine_error(error, flag, place) or ValueError(
             f"{flag}: expected {_expected()}, got {place} ({reason})"
         ) from error
+    for split in [name for name in splits if name in ("validation", "test")]:
+        if len(splits) > 1 and hides_labels(splits[split]):
+            request.skipped.skip_unlabelled(_origin(splits[split], split, path))
+            del splits[split]
     for source in splits.values():
         _check(source, location)
     return splits
+
+
+def _origin(source: Source, split: str, path: str) -> str:
+    """The name of a split for a note; that of data given in Python is its flag."""
+    return source.flag if path in names_of("given") else f"the {split} split in {path}"
 
 
 def names_of(kind: str) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import ConcatDataset, IterableDataset, Subset, TensorDataset
 
+from safer_fast.config.messages import first_line, printable
 from safer_fast.data.formats.arrays import as_bytes, channels_last, source_of_arrays
-from safer_fast.data.formats.source import Columns, OpenRequest, Source
+from safer_fast.data.formats.source import Columns, OpenRequest, RowError, Source
 from safer_fast.data.formats.splits import split_of
+from safer_fast.runtime.machine_errors import machine_error
 from safer_fast.runtime.terminal import progress_bar
 
 WORD = "given"
@@ -100,7 +102,23 @@ class DatasetSource(Source):
         self.labels = np.zeros(0, dtype=np.int64)
 
     def read(self, index: int) -> Image.Image:
-        return _as_image(_parts(self.dataset[index], self)[0], self.describe(index))
+        return _as_image(self.parts(index)[0], self.describe(index))
+
+    def parts(self, index: int) -> tuple[Any, Any]:
+        """Image and label of a row; raises ValueError as `item` does, and for other items."""
+        return _parts(self.item(index), self)
+
+    def item(self, index: int) -> Any:
+        """The item of a row; raises RowError, with the cause, where the dataset raises."""
+        try:
+            return self.dataset[index]
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise machine_error(error, self.name, self.describe(index)) or RowError(
+                f"{self.name}: expected an image and a label in row {index}, got "
+                f"{type(error).__name__}: {printable(first_line(error))}"
+            ) from error
 
     def describe(self, index: int) -> str:
         return f"row {index} of {self.name}"
@@ -127,8 +145,9 @@ def _source(data: Any, name: str, request: OpenRequest) -> Source:
     if not len(data):
         raise ValueError(f"{name}: expected at least one image, got none")
     source = DatasetSource(data, name, request.columns)
-    _check_images(source)
-    source.labels = _labels(source)
+    readable = _check_images(source, request.bad.policy == "skip")
+    source.has_columns = isinstance(source.item(readable[0]), Mapping)
+    source.labels = _labels(source, readable)
     names = source.class_names or []
     if doubled := [item for item in names if names.count(item) > 1]:
         raise ValueError(f"{name}: expected a name for each class, got {doubled[0]!r} twice")
@@ -150,11 +169,11 @@ def _arrays(data: Any) -> tuple[NDArray[Any], NDArray[Any]] | None:
     return images, labels
 
 
-def _labels(source: DatasetSource) -> NDArray[np.int64]:
-    """Labels [N]: those that the dataset lists if they agree with its items, else of each item."""
+def _labels(source: DatasetSource, rows: Sequence[int]) -> NDArray[np.int64]:
+    """Labels [N]: those that the dataset lists if they agree with the items of some rows, else of
+    each item."""
     known = _listed_labels(source.dataset)
     if known is not None and len(known) == len(source.dataset):
-        rows = _spread(len(known))
         if all(_label(source, row) == known[row] for row in rows):
             return known
         source.class_names = None  # a target_transform changes labels, not the list of names
@@ -201,11 +220,14 @@ def _class_names(dataset: Any) -> list[str] | None:
 
 
 def _label(source: DatasetSource, row: int) -> int:
-    label = _parts(source.dataset[row], source)[1]
-    value = label.item() if getattr(label, "ndim", None) == 0 else label
+    label = source.parts(row)[1]
+    # some datasets have arrays of one number
+    value = label.item() if getattr(label, "shape", None) in ((), (1,)) else label
     if not isinstance(value, int) or isinstance(value, bool):
+        shape = f" {list(value.shape)}" if hasattr(value, "shape") else ""
         raise ValueError(
-            f"{source.name}: expected integers as labels, got {type(value).__name__} in row {row}"
+            f"{source.name}: expected integers as labels, got {type(value).__name__}{shape} in row "
+            f"{row}"
         )
     return value
 
@@ -214,11 +236,9 @@ def _parts(item: Any, source: DatasetSource) -> tuple[Any, Any]:
     """Image and label of an item: of a tuple its first two, of a mapping those of its columns."""
     if isinstance(item, Mapping):
         columns = source.columns
-        image = next((key for key in (columns.image, "image", "img") if key in item), None)
-        label = next((key for key in (columns.label, "label") if key in item), None)
-        if image is not None and label is not None:
-            return item[image], item[label]
-    elif isinstance(item, tuple | list) and len(item) >= 2:
+        image = _key(item, columns.image, "image", ("image", "img"), source)
+        return item[image], item[_key(item, columns.label, "label", ("label",), source)]
+    if isinstance(item, tuple | list) and len(item) >= 2:
         return item[0], item[1]
     raise ValueError(
         f"{source.name}: expected items (image, label) or {{'image': ..., 'label': ...}}, got "
@@ -226,15 +246,53 @@ def _parts(item: Any, source: DatasetSource) -> tuple[Any, Any]:
     )
 
 
-def _check_images(source: DatasetSource) -> None:
-    """Raise ValueError for images that are none, or that are not the same at each reading."""
+def _key(
+    item: Mapping[Any, Any],
+    wanted: str | None,
+    role: str,
+    usual: Sequence[str],
+    source: DatasetSource,
+) -> str:
+    """The key that the setting names, else the usual one."""
+    found = [key for key in (usual if wanted is None else [wanted]) if key in item]
+    if found:
+        return found[0]
+    keys = printable(", ".join(map(str, item))) or "none"
+    if wanted is not None:
+        raise ValueError(
+            f"data.{role}_column: expected a key of the items of {source.name} ({keys}), got "
+            f"{wanted}"
+        )
+    raise ValueError(
+        f"{source.name}: expected items (image, label), or with a key {' or '.join(usual)} or the "
+        f"one that data.{role}_column names, got keys {keys}"
+    )
+
+
+def _check_images(source: DatasetSource, skips: bool) -> list[int]:
+    """Read some rows twice; raise ValueError for images that are none, or other ones each time.
+
+    Returns the rows that could be read. skips: that others could not is no error yet; they are left
+    out when they are decoded.
+    """
+    readable, fault = [], None
     for row in _spread(len(source.dataset)):
-        first, second = (np.asarray(source.read(row)) for _ in range(2))
+        try:
+            first, second = (np.asarray(source.read(row)) for _ in range(2))
+        except RowError as error:
+            if not skips:
+                raise
+            fault = error
+            continue
+        readable.append(row)
         if first.shape != second.shape or (first != second).any():
             raise ValueError(
                 f"{source.name}: expected the same image at each reading, got two of row {row}: "
                 "take random transforms out of the dataset; data.augmentation crops and flips"
             )
+    if fault is not None and not readable:
+        raise fault
+    return readable
 
 
 def _as_image(image: Any, where: str) -> Image.Image:

@@ -29,6 +29,7 @@ class SkippedFiles:
     def __init__(self) -> None:
         self._num_files = self._num_folders = self._num_deep = 0
         self._example = self._hidden_example = self._deep_example = ""
+        self._unlabelled: list[str] = []
 
     def skip(self, path: str, is_folder: bool = False) -> None:
         """Count a file or folder that is not read."""
@@ -49,6 +50,10 @@ class SkippedFiles:
         for path, is_folder in rest:
             self.skip(path, is_folder)
 
+    def skip_unlabelled(self, split: str) -> None:
+        """Note a split without labels, on which nothing can be measured."""
+        self._unlabelled.append(split)
+
     def count_deeper(self, folder: str) -> None:
         """Count a folder below that of a class, whose images belong to the class."""
         self._num_deep += 1
@@ -59,6 +64,7 @@ class SkippedFiles:
         self._num_files += other._num_files
         self._num_folders += other._num_folders
         self._num_deep += other._num_deep
+        self._unlabelled += other._unlabelled
         self._example = self._example or other._example
         self._hidden_example = self._hidden_example or other._hidden_example
         self._deep_example = self._deep_example or other._deep_example
@@ -72,6 +78,10 @@ class SkippedFiles:
         for count in _count(self._num_deep, "folder"):
             example = printable(self._deep_example)
             found.append(f"data: classes have images in {count} below their own, such as {example}")
+        found += [
+            f"data: {printable(split)} is not used, all its labels are -1"
+            for split in self._unlabelled
+        ]
         return found
 
 

@@ -40,6 +40,10 @@ class OpenRequest:
     columns: Columns
 
 
+class RowError(ValueError):
+    """A row that cannot be read, in one line that names it; its cause is what was raised."""
+
+
 class Source(ABC):
     """Labelled images on disk or in memory; picklable, for worker processes.
 
@@ -122,7 +126,13 @@ def check_labels(source: Source, num_classes: int) -> None:
         raise ValueError(
             f"{source.flag}: expected labels in 0..{num_classes - 1}, "
             f"got {source.labels[bad[0]]}: {source.describe(int(bad[0]))}"
+            + (" (all labels are -1, as where they are hidden)" if hides_labels(source) else "")
         )
+
+
+def hides_labels(source: Source) -> bool:
+    """True if every label is -1, as test splits of the hub have them."""
+    return bool(len(source)) and bool((source.labels == -1).all())
 
 
 def empty_classes(labels: NDArray[np.int64], num_classes: int) -> list[int]:
