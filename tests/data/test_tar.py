@@ -17,7 +17,7 @@ from PIL import Image
 from safer_fast.config.schema import DataConfig
 from safer_fast.data import load_data
 from safer_fast.data.bad_images import BadImages
-from safer_fast.data.formats import Source, open_splits, tar
+from safer_fast.data.formats import SkippedFiles, Source, open_splits, tar
 from safer_fast.data.formats.tar import TarSource
 from tests.support.cases import named
 from tests.support.sets import Member, write_tar
@@ -139,6 +139,22 @@ LABELS: list[tuple[list[Member], int]] = [
 def test_labels_come_from_cls_or_json(tmp_path: Path, members: list[Member], label: int) -> None:
     file = write_tar(tmp_path / "a.tar", [("0.png", encode(0)), *members])
     assert open_all(file).labels.tolist() == [label]
+
+
+def test_samples_whose_json_has_another_class_than_their_cls_are_noted(tmp_path: Path) -> None:
+    contents = [b'{"label": 1}', b'{"label": 7}', b'{"label": 2}', b'{"label": "dog"}', b"?"]
+    members: list[Member] = []
+    for number, content in enumerate(contents):
+        key = str(number)
+        members += [(f"{key}.png", encode(0)), (f"{key}.cls", b"7"), (f"{key}.json", content)]
+    file = write_tar(tmp_path / "a.tar", members)
+    skipped = SkippedFiles()
+    source = open_splits(str(file), "data.path", skipped=skipped)["all"]
+    assert source.labels.tolist() == [7] * 5
+    (line,) = skipped.lines()
+    assert (
+        line == f"data: .cls counts in 2 samples whose .json has another class: sample 0 of {file}"
+    )
 
 
 def test_class_names_are_the_lines_of_the_file_beside_the_shards(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ class SkippedFiles:
         self._num_files = self._num_folders = self._num_deep = 0
         self._example = self._hidden_example = self._deep_example = ""
         self._unlabelled: list[str] = []
+        self._num_contradicting, self._contradiction = 0, ""
 
     def skip(self, path: str, is_folder: bool = False) -> None:
         """Count a file or folder that is not read."""
@@ -54,6 +55,11 @@ class SkippedFiles:
         """Note a split without labels, on which nothing can be measured."""
         self._unlabelled.append(split)
 
+    def contradict(self, sample: str) -> None:
+        """Count a sample whose .json names another class than its .cls, which is taken."""
+        self._num_contradicting += 1
+        self._contradiction = self._contradiction or sample
+
     def count_deeper(self, folder: str) -> None:
         """Count a folder below that of a class, whose images belong to the class."""
         self._num_deep += 1
@@ -65,6 +71,8 @@ class SkippedFiles:
         self._num_folders += other._num_folders
         self._num_deep += other._num_deep
         self._unlabelled += other._unlabelled
+        self._num_contradicting += other._num_contradicting
+        self._contradiction = self._contradiction or other._contradiction
         self._example = self._example or other._example
         self._hidden_example = self._hidden_example or other._hidden_example
         self._deep_example = self._deep_example or other._deep_example
@@ -82,6 +90,9 @@ class SkippedFiles:
             f"data: {printable(split)} is not used, all its labels are -1"
             for split in self._unlabelled
         ]
+        for count in _count(self._num_contradicting, "sample"):
+            example = printable(self._contradiction)
+            found.append(f"data: .cls counts in {count} whose .json has another class: {example}")
         return found
 
 

@@ -66,6 +66,8 @@ def index_shard(shard: Path, flag: str) -> ShardIndex:
         samples, damaged_at = _walk(file, flag, skipped)
         for sample in samples:
             label = _find_label(sample, file)
+            if isinstance(label, int) and _json_label(sample, file) not in (None, label):
+                skipped.contradict(f"sample {sample.key} of {shard}")
             if len(sample.images) == 1 and isinstance(label, int):
                 rows.append((*sample.images[0], label))
                 keys.append(sample.key.encode()[:LONGEST_KEY])
@@ -141,16 +143,28 @@ def _find_label(sample: _Sample, file: BinaryIO) -> int | str | None:
     if extent := sample.labels.get("cls"):
         text = _read(file, extent).decode("ascii", "replace").strip()
         return int(text) if INTEGER.fullmatch(text) else reprlib.repr(text)
-    if extent := sample.labels.get("json"):
-        try:
-            fields = json.loads(_read(file, extent))
-        except (ValueError, RecursionError):
-            return "unreadable json"
-        if not isinstance(fields, dict):
-            return "json without names"
-        found = [fields[name] for name in ("label", "cls") if name in fields]
-        return next(filter(_is_label, found), reprlib.repr(found[0]) if found else None)
-    return None
+    return _label_in_json(sample, file)
+
+
+def _json_label(sample: _Sample, file: BinaryIO) -> int | None:
+    """The class number in the .json of a sample that has a .cls too; None if there is none."""
+    label = _label_in_json(sample, file) if len(sample.labels) > 1 else None
+    return label if isinstance(label, int) else None
+
+
+def _label_in_json(sample: _Sample, file: BinaryIO) -> int | str | None:
+    """Like `_find_label`, from the .json of the sample alone."""
+    extent = sample.labels.get("json")
+    if extent is None:
+        return None
+    try:
+        fields = json.loads(_read(file, extent))
+    except (ValueError, RecursionError):
+        return "unreadable json"
+    if not isinstance(fields, dict):
+        return "json without names"
+    found = [fields[name] for name in ("label", "cls") if name in fields]
+    return next(filter(_is_label, found), reprlib.repr(found[0]) if found else None)
 
 
 def _read(file: BinaryIO, extent: Extent) -> bytes:
