@@ -143,15 +143,20 @@ UNFIT: dict[str, tuple[Any, str]] = {
     "counts": ((PIXELS, LABELS[:3]), "expected as many images as labels, got 160 and 3"),
     "empty": (Items(lambda row: row, 0), "data: expected at least one image, got none"),
     "random": (Items(random_flip), "data: expected the same image at each reading, got two of row"),
+    "nothing": (
+        Items(lambda row: (PIXELS[row], int(LABELS[row])) if row != 3 else None),
+        r"data: expected items \(image, label\) or .*, got NoneType in row 3$",
+    ),
     "alone": (Items(lambda row: PIXELS[row]), r"data: expected items \(image, label\)"),
     "no label": (
         Items(lambda row: {"image": PIXELS[row]}),
         r"data: expected items \(image, label\), or with a key label or the one that "
-        "data.label_column names, got keys image$",
+        "data.label_column names, got keys image in row 0$",
     ),
     "other keys": (
         Items(lambda row: {"pixel_values": PIXELS[row], "labels": 1}),
-        "key image or img or the one that data.image_column names, got keys pixel_values, labels$",
+        "key image or img or the one that data.image_column names, got keys pixel_values, labels "
+        "in row 0$",
     ),
     "other columns": (
         datasets.Dataset.from_dict({"pixel_values": [1], "labels": [1]}),

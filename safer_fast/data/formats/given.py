@@ -106,7 +106,7 @@ class DatasetSource(Source):
 
     def parts(self, index: int) -> tuple[Any, Any]:
         """Image and label of a row; raises ValueError as `item` does, and for other items."""
-        return _parts(self.item(index), self)
+        return _parts(self.item(index), index, self)
 
     def item(self, index: int) -> Any:
         """The item of a row; raises RowError, with the cause, where the dataset raises."""
@@ -232,22 +232,23 @@ def _label(source: DatasetSource, row: int) -> int:
     return value
 
 
-def _parts(item: Any, source: DatasetSource) -> tuple[Any, Any]:
+def _parts(item: Any, row: int, source: DatasetSource) -> tuple[Any, Any]:
     """Image and label of an item: of a tuple its first two, of a mapping those of its columns."""
     if isinstance(item, Mapping):
         columns = source.columns
-        image = _key(item, columns.image, "image", ("image", "img"), source)
-        return item[image], item[_key(item, columns.label, "label", ("label",), source)]
+        image = _key(item, row, columns.image, "image", ("image", "img"), source)
+        return item[image], item[_key(item, row, columns.label, "label", ("label",), source)]
     if isinstance(item, tuple | list) and len(item) >= 2:
         return item[0], item[1]
     raise ValueError(
         f"{source.name}: expected items (image, label) or {{'image': ..., 'label': ...}}, got "
-        f"{type(item).__name__}"
+        f"{type(item).__name__} in row {row}"
     )
 
 
 def _key(
     item: Mapping[Any, Any],
+    row: int,
     wanted: str | None,
     role: str,
     usual: Sequence[str],
@@ -265,7 +266,7 @@ def _key(
         )
     raise ValueError(
         f"{source.name}: expected items (image, label), or with a key {' or '.join(usual)} or the "
-        f"one that data.{role}_column names, got keys {keys}"
+        f"one that data.{role}_column names, got keys {keys} in row {row}"
     )
 
 
