@@ -235,6 +235,9 @@ def about(group: Group) -> str:
     tests = _chosen(group.rows, {"figure": "accuracy", "split": "test", "attack": "pgd-20"})
     library = _chosen(group.rows, {"figure": "accuracy", "attack": "autoattack"})
     first, test = trainings[0], tests[0]
+    against = " or ".join(
+        f"PGD-{steps}" for steps in sorted({str(r["attack_steps"]) for r in trainings})
+    )
     starts = group.trainings("start").values()
     days = sorted({row["date"][:10] for row in group.rows})
     hours = sum(row["seconds"] for row in [*trainings, *starts]) / 3600
@@ -244,7 +247,7 @@ def about(group: Group) -> str:
         *(f"(epoch {_start_epoch(row, group.start)} of its training)" for row in starts),
         f"for {first['num_epochs']} epochs on {first['num_train_images']:,} images of CIFAR-10,",
         f"pixels in [0, 1] at 32 x 32, {AUGMENTATION[first['augmentation']]}; trained against",
-        f"PGD-{first['attack_steps']}, Linf, epsilon {255 * test['epsilon']:.0f}/255.",
+        f"{against}, Linf, epsilon {255 * test['epsilon']:.0f}/255.",
         f"Accuracies in % on {test['num_images']:,} test images (PGD-20 from one random start"
         + (f"; AutoAttack on {library[0]['num_images']:,})," if library else "),"),
         "best epoch by PGD on validation images, and last; mean and standard deviation over seeds;",
