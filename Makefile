@@ -6,6 +6,8 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 FLAGS ?=
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
+# bytecode is written once, not made by every process anew: images of containers switch that off
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: train check test install native lint types bench soak format docs
 
