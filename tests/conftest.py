@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from safer_fast.data.dali import pipeline as dali_pipeline
+from safer_fast.runtime.command import freeze
 from tests.support import small_runs
 from tests.support.kills import Server, flags_for, write_photos
 from tests.support.pictures import NUM_IMAGES, SIZES, encode, num_alive, photo, write
@@ -57,7 +58,7 @@ def pytest_xdist_auto_num_workers() -> int:
 def pytest_collection_finish() -> None:
     """Never look for garbage in what was imported: it takes longer than many a test."""
     gc.collect()
-    gc.freeze()
+    freeze()
     gc.enable()
 
 

@@ -19,6 +19,7 @@ LARGEST = tl.constexpr(torch.finfo(reference.FORMAT).max)
 LEAST_SCALE = tl.constexpr(reference.LEAST_SCALE)
 ROOT_HALF = tl.constexpr(0.7071067811865476)
 NORMAL = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
+OPTIONS = {"enable_fp_fusion": True}
 ELEMENTS = 16
 """Elements that a thread holds: more need more registers, fewer pay more for the row's maximum."""
 
@@ -28,7 +29,7 @@ def quantise_gelu(x: Tensor, dtype: torch.dtype = reference.FORMAT) -> tuple[Ten
     values, scales = outputs(x, dtype)
     if x.numel():
         with torch.cuda.device_of(x):
-            quantise_gelu_kernel[(len(x),)](x, values, scales, **constants(x.shape[1]))
+            quantise_gelu_kernel[(len(x),)](x, values, scales, **constants(x.shape[1]), **OPTIONS)
     return values, scales
 
 
@@ -40,7 +41,7 @@ def quantise_gelu_backward(
     if x.numel():
         with torch.cuda.device_of(x):
             quantise_gelu_backward_kernel[(len(x),)](
-                gradient, x, values, scales, **constants(x.shape[1])
+                gradient, x, values, scales, **constants(x.shape[1]), **OPTIONS
             )
     return values, scales
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from typing import Any
 
 from safer_fast.config.doors import in_flags
 from safer_fast.config.messages import as_line
@@ -45,9 +47,35 @@ def import_all(*names: str) -> None:
         for name in names:
             import_module(name)
     finally:
-        gc.freeze()
+        freeze()
         if was_enabled:
             gc.enable()
+
+
+def freeze() -> None:
+    """Freeze what garbage is looked for in, and keep Triton silent about it at the end."""
+    gc.freeze()
+    atexit.unregister(drop_defaults_of_triton)
+    atexit.register(drop_defaults_of_triton)
+
+
+def drop_defaults_of_triton() -> None:
+    """Remove the methods of Triton 3.9 whose default arguments are objects of its own.
+
+    Frozen, they outlive the interpreter, and Triton's bindings would print dozens of lines about
+    them. To search for garbage once more at the end would take seconds.
+    """
+    for name in [name for name in sys.modules if name.startswith("triton._C.")]:
+        for kind in [kind for kind in vars(sys.modules[name]).values() if isinstance(kind, type)]:
+            for method, function in list(vars(kind).items()):
+                if any(map(_has_own_default, getattr(function, "__nb_signature__", ()))):
+                    delattr(kind, method)
+
+
+def _has_own_default(signature: Sequence[Any]) -> bool:
+    """Tell whether a default argument of a binding is an object of Triton's extension."""
+    defaults = signature[2] if len(signature) > 2 else None
+    return any(type(each).__module__.startswith("triton._C.") for each in defaults or ())
 
 
 def fail(message: str) -> None:

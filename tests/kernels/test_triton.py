@@ -143,7 +143,7 @@ def total_build() -> Build:
 def float8_builds(num_columns: int = 4096) -> list[Build]:
     """GELU and its gradient as they are quantised, for rows of so many columns."""
     constants = float8.constants(num_columns)
-    options = {"num_warps": constants.pop("num_warps")}
+    options = {"num_warps": constants.pop("num_warps")} | float8.OPTIONS
     outputs = {"values_ptr": "fp8e4nv", "scales_ptr": "fp32"}
     return [
         Build(kernel, inputs | outputs, constants, options, [], num_single=1)

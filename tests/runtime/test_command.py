@@ -2,11 +2,13 @@
 
 import gc
 import importlib
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from safer_fast.runtime.command import import_all
+from safer_fast.runtime.command import drop_defaults_of_triton, import_all
 
 COMMANDS = {
     "train": [],
@@ -55,6 +57,23 @@ def test_garbage_is_looked_for_again_after_an_import_that_fails(
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_only_methods_that_triton_would_complain_of_at_the_end_are_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = type("attribute", (), {"__module__": "triton._C.bound.ir"})()
+    defaults = {"loads": [None, own], "adds": [None, 1], "stores": None}
+    methods = {
+        name: SimpleNamespace(__nb_signature__=((f"def {name}(self)", None, values),))
+        for name, values in defaults.items()
+    }
+    module = ModuleType("triton._C.bound")
+    module.Builder = type("Builder", (), {**methods, "plain": 1})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    drop_defaults_of_triton()
+    assert {"adds", "stores", "plain"} <= set(vars(module.Builder))
+    assert "loads" not in vars(module.Builder)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

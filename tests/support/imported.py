@@ -14,6 +14,7 @@ from PIL import Image
 import safer_fast
 from safer_fast.config.command_line import parse_config
 from safer_fast.config.conversion import converted
+from safer_fast.runtime.command import freeze
 
 gc.disable()
 NAMES = [
@@ -36,5 +37,5 @@ for name in NAMES:
 Image.init()
 
 converted(parse_config([]))  # makes the parsers
-gc.freeze()
+freeze()
 gc.enable()

@@ -119,6 +119,10 @@ CUresult cuPointerGetAttribute(void* value, CUpointer_attribute name, CUdevicept
   return CUDA_SUCCESS;
 }
 
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus* status) {
+  return (CUresult)cudaStreamIsCapturing(stream, (enum cudaStreamCaptureStatus*)status);
+}
+
 CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank,
                                 void* address, const cuuint64_t* sizes, const cuuint64_t* strides,
                                 const cuuint32_t* box, const cuuint32_t* steps,
