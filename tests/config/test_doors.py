@@ -29,7 +29,9 @@ UNKNOWN: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("function", "settings", "message"), UNKNOWN, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(
+    ("function", "settings", "message"), UNKNOWN, ids=lambda v: getattr(v, "__name__", str(v)[:40])
+)
 def test_an_unknown_argument_gets_the_nearest_name(
     function: Callable[..., Any], settings: dict[str, Any], message: str
 ) -> None:
