@@ -273,7 +273,8 @@ class Audit:
         )
         with torch.no_grad():
             logits = model(model.arrange(attacked))
-            values = loss.function(logits, targets), is_right(logits, labels).sum()
+            num_right = is_right(logits, labels).sum() * loss.counts
+            values = loss.function(logits, targets), num_right
         sums = [value.double() for value in values]
         return torch.stack([*sums, sums[0].new_tensor(len(images))])
 

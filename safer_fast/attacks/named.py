@@ -82,6 +82,19 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
     return (others - own).sum()
 
 
+def squared_distances(embeddings: Tensor, originals: Tensor) -> Tensor:
+    """Squared Euclidean distance of each embedding [B, D] to that of its clean image, [B]."""
+    return (embeddings - originals).square().sum(1)
+
+
+def squared_distance(embeddings: Tensor, originals: Tensor) -> Tensor:
+    """Squared distances of embeddings [B, D] to those of the clean images, summed: FARE's loss.
+
+    Its gradient is zero where both are the same: attacks start at random.
+    """
+    return squared_distances(embeddings, originals).sum()
+
+
 LOSSES: dict[str, AttackLoss] = {"cross-entropy": cross_entropy, "margin": margin}
 """Losses of gradient attacks by the names that the table of attacks has for them."""
 
@@ -96,11 +109,13 @@ def attack_by_name(
     *,
     watch: Watch | None = None,
     rows: Tensor | None = None,
+    loss: AttackLoss | None = None,
 ) -> Tensor:
     """Images [B, C, H, W] after the attack `name`: clean, or one that `attack_spec` knows.
 
     place: seeds and position of the images, see `placed_start`. rows: indices of the images that
-    are attacked and returned; default: all. watch: holds what was noticed of them afterwards.
+    are attacked and returned; default: all. watch: holds what was noticed of them afterwards. loss:
+    is raised in place of the attack's own.
     """
     if rows is None:
         rows = torch.arange(len(images), device=images.device)
@@ -111,7 +126,11 @@ def attack_by_name(
         seed_of, position = place
         radius = torch.full((), epsilon, device=images.device)
         start = placed_start(images, radius, attack.norm, position=position, seed_of=seed_of)
-    settings: dict[str, Any] = {"steps": spec.steps, "start": start[rows], "loss": spec.loss}
+    settings: dict[str, Any] = {
+        "steps": spec.steps,
+        "start": start[rows],
+        "loss": loss or spec.loss,
+    }
     images, labels, radii = images[rows], labels[rows], (epsilon, spec.step_size)
     attacked = attack.attack_images(images, labels, *radii, **settings, watch=watch)
     return finite_pixels(attacked, images)

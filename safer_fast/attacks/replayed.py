@@ -35,11 +35,13 @@ class PixelLoss(NamedTuple):
 
     function: takes logits [B, K] and targets, returns a 0-d sum over images. Recordings are kept by
     it: give the same function for each batch. against_clean: the targets are the logits of the
-    images themselves, as the attack computes them, in place of the labels (TRADES).
+    images themselves, as the attack computes them, in place of the labels (TRADES). counts: images
+    are classified right or wrong by logits and labels; false for embeddings.
     """
 
     function: AttackLoss = cross_entropy
     against_clean: bool = False
+    counts: bool = True
 
 
 CROSS_ENTROPY = PixelLoss()
@@ -111,6 +113,8 @@ class ReplayedAttack:
         pixels = self.model.arrange(images)
         if counted is None:
             counted = torch.ones(len(images), dtype=torch.bool, device=images.device)
+        if not loss.counts:
+            counted = torch.zeros_like(counted)
         self.hits.zero_()
         if self.steps == 0:
             return self.buffers.hold("adversarial", pixels)

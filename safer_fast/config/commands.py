@@ -66,6 +66,9 @@ class EvaluateConfig:
     """Precision; run: the one that RUN was trained in."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA if there is a GPU."""
+    text_embeddings: str | None = None
+    """Zero-shot accuracy of a tower that fare or tecoa trained: file with text embeddings of the
+    classes (docs/towers.md), or none for the embedding distance; default: the run's."""
     fresh: bool = False
     """Measure again what has already been measured."""
 
@@ -127,7 +130,8 @@ class ExportConfig:
     """Run folder."""
     format: str = "timm"
     """timm: a folder for timm's local-dir:. hub: the same with a model card, ready to upload.
-    robustbench: a module that takes pixels in [0, 1]. onnx: pixels in, logits out."""
+    robustbench: a module that takes pixels in [0, 1]. onnx: pixels in, logits out. open_clip:
+    weights of an image tower with its names."""
     weights: str = "last"
     """last or best."""
     output: str | None = None

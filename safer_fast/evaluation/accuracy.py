@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,8 @@ from safer_fast.attacks.masking import has_gradients, starts_at_random, suspicio
 from safer_fast.attacks.named import ThreatModel
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from safer_fast.attacks.replayed import ReplayedAttack
     from safer_fast.data import Batch
     from safer_fast.models.robust_model import RobustModel
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Accuracy:
     """Share of `num_images` images classified correctly without an attack and under it.
+
+    NaN for a tower without text embeddings; `embedding_distance` is then the mean squared distance
+    of its embeddings, each image where its last attack left it, to those of the clean images by the
+    original network, and None for others.
 
     loss: mean cross-entropy, each image where its last attack left it; None where that is not
     finite. num_not_finite: images whose logits are not finite then; they are not right.
@@ -39,6 +45,13 @@ class Accuracy:
     start_accuracy: float | None = None
     gradient_masking: Sequence[str] = ()
     upper_bound: bool = False
+    embedding_distance: float | None = None
+
+    @property
+    def score(self) -> float:
+        """The accuracy, or a number in (0, 1] that is larger for a smaller embedding distance."""
+        distance = self.embedding_distance
+        return self.accuracy if distance is None else 1 / (1 + distance)
 
 
 def evaluate(
@@ -52,6 +65,7 @@ def evaluate(
     ranks: Ranks | None = None,
     attacks_wrong: bool = False,
     is_compiled: bool = False,
+    teacher: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Accuracy]:
     """The accuracy under each attack over the batches of all ranks; raises ValueError for no image.
 
@@ -60,7 +74,7 @@ def evaluate(
     attack; fgsm, pgd-K, cw, cw-K: see `attack_spec`, one restart. `attack` says on how many images
     at a time they run, and whether their iterations are replayed; default: a batch at a time, or
     less where memory ends, not replayed. Random starts depend on the seed, the attack and an
-    image's position, not on how images are divided. attacks_wrong, is_compiled: see
+    image's position, not on how images are divided. attacks_wrong, is_compiled, teacher: see
     `BatchEvaluator`.
     """
     import torch
@@ -83,6 +97,7 @@ def evaluate(
         seed=seed,
         attacks_wrong=attacks_wrong,
         is_compiled=is_compiled,
+        teacher=teacher,
     )
     device, names = model.mean.device, list(dict.fromkeys(["clean", *attacks]))
     # of each attack: images that are right, losses, images with logits that are not finite, without
@@ -108,7 +123,16 @@ def evaluate(
     figures = dict(zip(names, ranks.sum_(sums).tolist(), strict=True))
     if not figures["clean"][5]:
         raise ValueError("data.path: expected an image that can be read to evaluate on, got none")
-    return _with_signs_of_masking([_accuracy(name, threat, figures[name]) for name in attacks])
+    accuracies = [_accuracy(name, threat, figures[name]) for name in attacks]
+    if teacher is None:
+        return _with_signs_of_masking(accuracies)
+    return [as_distance(accuracy) for accuracy in accuracies]
+
+
+def as_distance(accuracy: Accuracy) -> Accuracy:
+    """The figures of a tower whose losses are embedding distances, and that classifies nothing."""
+    distance, none = accuracy.loss, math.nan
+    return replace(accuracy, accuracy=none, start_accuracy=None, embedding_distance=distance)
 
 
 def _accuracy(name: str, threat: ThreatModel, sums: Sequence[float]) -> Accuracy:

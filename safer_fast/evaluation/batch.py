@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from safer_fast.attacks.autoattack import LibraryAttacks
 from safer_fast.attacks.correctness import has_finite, is_right
 from safer_fast.attacks.gradient_watch import Watch
-from safer_fast.attacks.named import attack_by_name
+from safer_fast.attacks.named import attack_by_name, squared_distance, squared_distances
 from safer_fast.attacks.pgd import finite_pixels
 from safer_fast.attacks.replayed import ReplayedAttack
 from safer_fast.config.attack_names import LIBRARY_ATTACKS, has_restarts
@@ -33,7 +34,8 @@ class BatchOutcome(NamedTuple):
     """Images of a batch under an attack, on the device.
 
     right: classified correctly without the attack and under it, bool [B]. losses: cross-entropy of
-    each image where its last attack left it [B]. finite: with finite logits there, bool [B]. blind:
+    each image where its last attack left it [B], or its squared embedding distance, the largest of
+    all restarts. finite: with finite logits there, bool [B]. blind:
     without a gradient of use at some iteration, bool [B]. starts_right: correct without an attack
     and at all random starts, bool [B].
     """
@@ -59,6 +61,8 @@ class BatchEvaluator:
         is_compiled: the model's blocks are compiled; predictions are then computed eagerly, as
             batches of any size are nothing to compile for.
         library: attacks of AutoAttack; None: there are none.
+        teacher: images -> embeddings [B, D] that those of the model are compared with: attacks
+            raise the squared distance, and images whose embedding is finite are right.
     """
 
     def __init__(
@@ -72,8 +76,10 @@ class BatchEvaluator:
         attacks_wrong: bool = False,
         is_compiled: bool = False,
         library: LibraryAttacks | None = None,
+        teacher: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.model, self.attack, self.library = model, attack, library
+        self.teacher = teacher
         self.epsilon, self.seed, self.restarts = epsilon, seed, restarts
         self.attacks_wrong, self.is_compiled = attacks_wrong, is_compiled
         self.is_transfer = attack.model is not model
@@ -108,6 +114,8 @@ class BatchEvaluator:
         clean: BatchOutcome | None,
     ) -> BatchOutcome:
         watch = Watch(len(labels), images.device)
+        if self.teacher is not None:
+            labels = self.teacher(images)
         if name == "clean":
             return BatchOutcome(*self._classify(images, labels), watch.blind, watch.starts_right)
         assert clean is not None
@@ -123,7 +131,10 @@ class BatchEvaluator:
                 break
             purpose = f"evaluation {name}" + (f" restart {restart}" if restart else "")
             attacked = self._attack(name, images, labels, rows, position, purpose, watch)
-            still_right, losses[rows], finite[rows] = self._classify(attacked, labels[rows])
+            still_right, own, finite[rows] = self._classify(attacked, labels[rows])
+            if self.teacher is not None and restart:
+                own = torch.maximum(own, losses[rows])
+            losses[rows] = own
             right[rows] &= still_right
         return BatchOutcome(right, losses, finite, watch.blind, watch.starts_right)
 
@@ -148,8 +159,9 @@ class BatchEvaluator:
                 attacked = self.library(name, *chosen, self.epsilon, seed, self.is_transfer)
             return finite_pixels(attacked, chosen[0])
         own, place = Watch(len(rows), images.device), (seed_of, position)
+        loss = None if self.teacher is None else squared_distance
         attacked = attack_by_name(
-            name, self.attack, images, labels, self.epsilon, place, watch=own, rows=rows
+            name, self.attack, images, labels, self.epsilon, place, watch=own, rows=rows, loss=loss
         )
         watch.blind[rows] |= own.blind
         watch.starts_right[rows] &= own.starts_right
@@ -162,7 +174,11 @@ class BatchEvaluator:
 
         def classify_part(part: slice, images: Tensor, labels: Tensor) -> None:
             logits = self.model(images)
-            right[part], finite[part] = is_right(logits, labels), has_finite(logits)
+            finite[part] = has_finite(logits)
+            if self.teacher is not None:
+                right[part], losses[part] = finite[part], squared_distances(logits, labels)
+                return
+            right[part] = is_right(logits, labels)
             losses[part] = cross_entropy(logits, labels, reduction="none")
 
         with torch.no_grad(), self._eagerly():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -57,4 +58,7 @@ def evaluate_run(
         config.path = path
         rows = evaluate_several(config) if is_table(config) else evaluate_folder(config)
     names = [field.name for field in fields(RunAccuracy)]
-    return [RunAccuracy(**{name: row[name] for name in names}) for row in rows]
+    found = [{name: row[name] for name in names if name in row} for row in rows]
+    for row in found:
+        row["accuracy"] = math.nan if row["accuracy"] is None else row["accuracy"]
+    return [RunAccuracy(**row) for row in found]

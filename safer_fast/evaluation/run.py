@@ -24,6 +24,7 @@ from safer_fast.evaluation.log import log_rows, open_log
 from safer_fast.evaluation.progress import ProgressDisplay
 from safer_fast.evaluation.setup import EvaluationSetup, num_restarts, set_up_evaluation
 from safer_fast.evaluation.store import SCALE, Outcome, names_of, to_millionths
+from safer_fast.evaluation.towers import as_distances
 from safer_fast.models.flops import costs
 from safer_fast.models.robust_model import compile_blocks
 from safer_fast.runs.accuracies import accuracy_table, class_table, notes
@@ -49,6 +50,10 @@ def evaluate_folder(
     with connected(config.device != "cpu") as ranks, Stops(Ranks(), GRACE_S) as stops:
         check_writable(folder, "RUN", "make it writable, or evaluate a copy of it")
         setup = set_up_evaluation(config, ranks, corruption)
+        if is_part and setup.judge is not None:
+            raise ValueError(
+                "--text-embeddings: expected a file for a table of accuracies, got none"
+            )
         log = open_log(folder, ranks)
         num_images = setup.loader.num_images
         if config.num_images is not None and config.num_images < num_images:
@@ -65,7 +70,7 @@ def evaluate_folder(
                 raise
         rows = evaluator.rows(ranks)
         rows = [row for row in rows if row["attack"] in config.attacks]
-        rows = with_verdicts(rows)
+        rows = with_verdicts(rows) if setup.judge is None else as_distances(rows)
         if corruption is not None:
             own = {"corruption": corruption.name, "severity": corruption.severity}
             rows = [row | own for row in rows]
@@ -74,7 +79,7 @@ def evaluate_folder(
             log_rows(rows, folder, epoch, log)
         if corruption is None:
             log.say("\n".join([accuracy_table(rows), *notes(rows)]))
-        if not is_part:
+        if not is_part and setup.judge is None:
             log.say(class_table(rows, setup.model.class_names))
     return rows
 
@@ -99,6 +104,9 @@ class Evaluator:
         self.config, self.threat = config, threat
         self.stores, self.progress, self.stops = setup.stores, progress, stops
         self.split, self.of_images = setup.split, setup.loader.num_images
+        self.has_classes = setup.judge is None
+        file = config.text_embeddings
+        self._text = {} if file is None else {"text_embeddings": file}
         self.device, num_classes = model.model.mean.device, len(model.class_names)
         runtime = decide_auto(
             attacked.runtime, attacked.config.runtime, _num_operations(config, attacked, share)
@@ -123,6 +131,7 @@ class Evaluator:
             restarts=config.restarts,
             is_compiled=runtime.is_compiled,
             library=library,
+            teacher=setup.judge and setup.judge.embed,
         )
         # of each attack: images and right ones of each class; then sums of `_totals`
         self.classes = {
@@ -141,6 +150,8 @@ class Evaluator:
         )
         if not count:
             return
+        if not self.has_classes:
+            batch = replace(batch, labels=torch.zeros_like(batch.labels))
         names = {
             is_joint: names_of(batch.images, batch.labels, batch.position, is_joint)
             for is_joint in {name in LIBRARY_ATTACKS for name in self.stores}
@@ -227,6 +238,7 @@ class Evaluator:
             "source": None if is_clean else _source_of(self.config),
             "per_class_accuracy": [right / count if count else None for count, right in pairs],
             "seconds": round(seconds / ranks.num_ranks, 3),
+            **self._text,
         }
 
 

@@ -13,7 +13,10 @@ from safer_fast.config.checks import check_ball
 from safer_fast.config.commands import EvaluateConfig
 from safer_fast.data import Loader, load_evaluation_data, load_own_split
 from safer_fast.data.corrupted import Corruption
+from safer_fast.data.formats import MOST_UNNAMED_CLASSES
 from safer_fast.evaluation.store import Store, file_digest
+from safer_fast.evaluation.towers import facts_of_judge, find_judge, with_text
+from safer_fast.models.teacher import Teacher
 from safer_fast.models.weights_file import MODEL_CONFIG
 from safer_fast.runs.folder import LoadedRun, load_run
 from safer_fast.runtime.files import read_json
@@ -25,7 +28,8 @@ class EvaluationSetup:
     """Inputs of an evaluation.
 
     model: the run whose predictions count. attacked: the run that attacks see, the same one but for
-    a transfer. stores: stored outcomes of each attack, of clean images first.
+    a transfer. stores: stored outcomes of each attack, of clean images first. judge: the original
+    network that embeddings are compared with, of a tower that classifies nothing.
     """
 
     model: LoadedRun
@@ -34,6 +38,7 @@ class EvaluationSetup:
     split: str
     loader: Loader
     stores: dict[str, Store]
+    judge: Teacher | None = None
 
 
 def set_up_evaluation(
@@ -50,6 +55,10 @@ def set_up_evaluation(
         amp=config.amp,
         is_frozen=True,
     )
+    model = with_text(config, model)
+    if source is not None and source.is_tower:
+        source = with_text(config, source)
+    judge = find_judge(config, model)
     threat = _threat(config, model)
     for name in config.attacks:
         if not fits_norm(name, threat.norm):
@@ -62,8 +71,8 @@ def set_up_evaluation(
         _check_source(source, model)
     split, loader = _evaluation_data(config, model, ranks, corruption)
     ranks.check_same(loader.digest, "--data.path", "images and labels")
-    stores = _stores(config, model, source, threat, ranks)
-    return EvaluationSetup(model, source or model, threat, split, loader, stores)
+    stores = _stores(config, model, source, threat, ranks, judge)
+    return EvaluationSetup(model, source or model, threat, split, loader, stores, judge)
 
 
 def _load_source(config: EvaluateConfig, folder: str, ranks: Ranks) -> LoadedRun:
@@ -122,10 +131,10 @@ def _evaluation_data(
             config.path,
             replace(settings.data, **given),
             batch_size=config.batch_size,
-            num_classes=len(loaded.class_names),
+            num_classes=_num_labels(loaded),
             num_channels=loaded.num_channels,
             image_size=loaded.image_size,
-            class_names=loaded.class_names,
+            class_names=_names_to_match(loaded),
             **parts,
         )
         return Path(config.path).stem + suffix, data
@@ -135,15 +144,30 @@ def _evaluation_data(
     return name + suffix, own
 
 
+def _num_labels(loaded: LoadedRun) -> int:
+    """Number of classes that labels are of; any where nothing is classified."""
+    is_any = loaded.is_tower and loaded.model.text is None
+    return MOST_UNNAMED_CLASSES if is_any else len(loaded.class_names)
+
+
+def _names_to_match(loaded: LoadedRun) -> list[str] | None:
+    """Names that those of other data are matched with; None where classes have none."""
+    if not loaded.is_tower:
+        return loaded.class_names
+    head = loaded.model.text
+    return None if head is None else head.class_names
+
+
 def _stores(
     config: EvaluateConfig,
     model: LoadedRun,
     source: LoadedRun | None,
     threat: ThreatModel,
     ranks: Ranks,
+    judge: Teacher | None,
 ) -> dict[str, Store]:
     """Stored outcomes of each attack by all ranks, of clean images first."""
-    of_model = {"judge": _facts_of(model)}
+    of_model = {"judge": _facts_of(model) | facts_of_judge(model, judge)}
     of_source = None if source is None else _facts_of(source)
     attacked = {**of_model, **asdict(threat), "source": of_source}
     stores = {}

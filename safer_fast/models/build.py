@@ -24,6 +24,7 @@ from safer_fast.models.families import split_into_blocks
 from safer_fast.models.initial_weights import Weights, load_source
 from safer_fast.models.robust_model import RobustModel, find_layers
 from safer_fast.models.same_function import compare_described
+from safer_fast.models.towers import embedding_rows
 from safer_fast.models.weights_file import load_weights
 from safer_fast.models.weights_source import Source, find_source, say_source
 
@@ -35,7 +36,7 @@ Normalisation = tuple[Sequence[float], Sequence[float]]
 class Sizes(TypedDict, total=False):
     """Arguments of `build_model` beside the settings."""
 
-    num_classes: Required[int]
+    num_classes: Required[int | None]
     image_size: Required[int]
     num_channels: int
     compute_dtype: torch.dtype
@@ -79,7 +80,7 @@ def freeze(model: RobustModel, savings: Iterable[str]) -> ParameterArenas:
 def build_model(
     config: ModelConfig,
     *,
-    num_classes: int,
+    num_classes: int | None,
     image_size: int,
     num_channels: int = 3,
     compute_dtype: torch.dtype = torch.float32,
@@ -94,6 +95,7 @@ def build_model(
     >>> build_model(settings, num_classes=3, image_size=32)(torch.rand(2, 3, 32, 32)).shape
     torch.Size([2, 3])
 
+    num_classes: None builds a tower, which gives embeddings [B, D]; see `embedding_rows`.
     image_size: edge in pixels. num_channels: 1 or 3. compute_dtype: of matrix products. norms:
     layers include the norms right before them. normalisation: mean and std of the pixels; default:
     those of the weights, or of timm. The model's notes say how the weights of `config.checkpoint`
@@ -110,6 +112,10 @@ def build_model(
     arguments = {"drop_path_rate": config.drop_path_rate, **config.arguments}
     if config.patch_size is not None:
         arguments["patch_size"] = config.patch_size
+    if num_classes is None:
+        num_classes = embedding_rows(config, timm.get_pretrained_cfg_value)
+    if arguments.get("num_classes") == num_classes:
+        del arguments["num_classes"]
     network: Any = _create(config, num_classes, num_channels, image_size, arguments)
     _check_transformer(config.name, network)
     check_patches(network, image_size, may_leave_rows=True)
@@ -130,7 +136,7 @@ def build_model(
 
 def _new_heads(network: Any) -> list[str]:
     """Classifiers missing in timm's own weights, which are for another number of classes."""
-    if network.num_classes == network.pretrained_cfg.get("num_classes"):
+    if network.num_classes in (0, network.pretrained_cfg.get("num_classes")):
         return []
     names = network.pretrained_cfg.get("classifier") or ()
     return [names] if isinstance(names, str) else list(names)

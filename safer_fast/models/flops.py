@@ -19,11 +19,28 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from safer_fast.config.schema import Config
 from safer_fast.models.families import STEM
 from safer_fast.models.robust_model import RobustModel
 
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 """Edge of the matrices that `matmul_rate` multiplies."""
+
+
+EXPECTED_STEPS = 3
+"""Iterations of `attack.steps auto` in the estimate of a run's work."""
+
+
+def estimate_run(model: RobustModel, config: Config, image_size: int, num_images: int) -> float:
+    """Estimate the operations of a run of `num_images` images an epoch; backward as forward."""
+    image = torch.zeros(1, model.mean.shape[1], image_size, image_size, device=model.mean.device)
+    with model.without_savings():
+        forward = sum(cost.forward for cost in costs(model, image).values())
+    steps = config.attack.most_steps
+    if config.attack.steps == "auto":
+        steps = min(steps, EXPECTED_STEPS)
+    passes = steps + (2 if config.sam.rho > 0 else 1)
+    return config.epochs * num_images * passes * 2 * forward
 
 
 @dataclass(frozen=True)

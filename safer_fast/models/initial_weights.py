@@ -193,6 +193,11 @@ def _leave_out_heads(network: nn.Module, expected: Weights, weights: Weights) ->
     notes = {}
     for name in _names(network, "classifier"):
         wanted, got = expected.get(f"{name}.weight"), weights.get(f"{name}.weight")
+        if getattr(network, "num_classes", None) == 0:
+            left_out = [key for key in weights if key.startswith(f"{name}.")]
+            for key in left_out:
+                del weights[key]
+            continue
         if wanted is None or (got is not None and got.shape[0] == wanted.shape[0]):
             continue
         own = {key for key in expected if key.startswith(f"{name}.")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from safer_fast.models.exact_savings import (
     to_patches,
 )
 from safer_fast.models.families import STEM, Uncut
+from safer_fast.models.text_head import TextHead
 from safer_fast.runtime.device import allow_recompiling
 
 FARTHEST = 1
@@ -29,9 +31,10 @@ class RobustModel(nn.Module):
     """A timm classifier of pixels in [0, 1], with its layers by name and its blocks run separately.
 
     `forward(images)` takes float images [B, C, H, W] in [0, 1], normalises them, and returns
-    float32 logits [B, K]. `prefix(images, cut)` followed by `suffix(features, cut)` is the same
-    function bit for bit; `cut` is the index of the first block of the suffix, STEM for a suffix
-    that is the whole network. Names of layers and parameters are timm's (relative to `network`).
+    float32 logits [B, K]; a tower returns embeddings [B, D], or zero-shot logits with `text`.
+    `prefix(images, cut)` followed by `suffix(features, cut)` is the same function bit for bit;
+    `cut` is the index of the first block of the suffix, STEM for a suffix that is the whole
+    network. Names of layers and parameters are timm's (relative to `network`).
     """
 
     mean: Tensor
@@ -72,6 +75,8 @@ class RobustModel(nn.Module):
         """Layers missing in the weights it was built with, such as a head for other classes."""
         self.layers = find_layers(self.network, norms)
         """Names of the parameters of each layer, by name, in order of definition."""
+        self.text: TextHead | None = None
+        """Zero-shot classifier of the network's embeddings; None: its outputs are given as is."""
 
     def forward(self, images: Tensor) -> Tensor:
         if images.ndim != 4 and self.patch_size is None:
@@ -152,7 +157,21 @@ class RobustModel(nn.Module):
         with self._autocast():
             for index in range(cut, self.num_blocks):
                 features = self.block(features, index)
-            return self._blocks.tail(features).float()
+            outputs = self._blocks.tail(features).float()
+        return outputs if self.text is None else self.text(outputs)
+
+    def with_text(self, text: TextHead) -> RobustModel:
+        """Return a model that shares everything with this one, and gives zero-shot logits."""
+        other = copy(self)
+        other._modules = dict(self._modules)
+        other.text = text
+        return other
+
+    @property
+    def width(self) -> int:
+        """Number of outputs of the network: classes, or numbers of an embedding."""
+        network: Any = self.network
+        return int(network.num_classes or network.num_features)
 
     def block(self, features: Tensor, index: int) -> Tensor:
         """Compute the features that leave block `index`; STEM: everything below the first block."""

@@ -17,9 +17,10 @@ def accuracy_table(accuracies: Sequence[Mapping[str, Any]]) -> str:
     """Lines of text, one for each weights, split and attack, with 95 % intervals (Wilson, 1927).
 
     <=: an upper bound, see `attacks/masking.py`. no gradient: how many images gave the attack none.
+    distance: squared, of embeddings to those of clean images by the original network.
     """
     titles = ["weights", "split", "attack", "norm", "epsilon", "accuracy", "95 %", "images"]
-    titles += ["no gradient", "s"]
+    titles += ["no gradient", "s", "distance"]
     cells = [_cells(row) for row in accuracies]
     used = [index for index in range(len(titles)) if any(row[index] for row in cells)]
     rows = [[row[index] for index in used] for row in [titles, *cells]]
@@ -59,19 +60,23 @@ def class_table(accuracies: Sequence[Mapping[str, Any]], class_names: Sequence[s
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
-    low, high = interval(row["accuracy"], row["num_images"])
-    seconds = row.get("seconds")
+    seconds, distance, share = row.get("seconds"), row.get("embedding_distance"), row["accuracy"]
+    shown = ["", ""]
+    if share is not None:
+        low, high = interval(share, row["num_images"])
+        bound = "<=" if row.get("upper_bound") else ""
+        shown = [f"{bound}{share:.4f}", f"{low:.4f}-{high:.4f}"]
     return [
         row["weights"],
         printable(row["split"]),
         row["attack"],
         row.get("norm") or "",
         f"{row['epsilon']:.4f}",
-        f"{'<=' if row.get('upper_bound') else ''}{row['accuracy']:.4f}",
-        f"{low:.4f}-{high:.4f}",
+        *shown,
         _images(row),
         str(row.get("num_zero_gradients") or ""),
         "" if seconds is None else f"{seconds:.1f}",
+        "" if distance is None else f"{distance:.4g}",
     ]
 
 

@@ -22,6 +22,8 @@ from safer_fast.runs.layout import (
     CONFIG,
     LOCK,
     METRICS,
+    TEACHER,
+    TEXT_EMBEDDINGS,
     WANDB,
     WANDB_ID,
     RunFolder,
@@ -45,7 +47,8 @@ class LoadedRun:
 
     short_side: pixels that the short side of an image is resized to before the centre is kept.
     weights: the file that the weights were loaded from. arenas: of its parameters, if it was loaded
-    frozen.
+    frozen. is_tower: its network gives embeddings; the model has a zero-shot head if the run has
+    text embeddings.
     """
 
     config: Config
@@ -57,6 +60,7 @@ class LoadedRun:
     runtime: Runtime
     weights: Path
     arenas: ParameterArenas | None = None
+    is_tower: bool = False
 
 
 def create_run_folder(config: Config, data_name: str, lock: RunLock | None = None) -> Path:
@@ -109,6 +113,8 @@ def clear_run_folder(folder: Path) -> None:
     best = files.weights("best").name
     own = {CONFIG, f"{CONFIG}.tmp", METRICS, best, f"{best}.tmp", CHECKPOINTS}
     own |= {files.gallery.name, WANDB, WANDB_ID}
+    for companion in (TEACHER, TEXT_EMBEDDINGS):
+        own |= {companion, f"{companion}.tmp"}
     # the configuration marks the folder as one of ours: it is removed last
     others = (path for path in folder.iterdir() if path.name != LOCK)
     found = sorted(others, key=lambda path: path.name == CONFIG)
@@ -154,8 +160,12 @@ def export_model(
     config: Config,
     data: Data,
     accuracies: Sequence[dict[str, Any]] = (),
+    is_tower: bool = False,
 ) -> None:
-    """Write a folder that timm loads: `timm.create_model("local-dir:FOLDER", pretrained=True)`."""
+    """Write a folder that timm loads: `timm.create_model("local-dir:FOLDER", pretrained=True)`.
+
+    is_tower: the network gives embeddings, not logits of the data's classes.
+    """
     from safer_fast.models.build import timm_config
     from safer_fast.models.weights_file import save_weights
     from safer_fast.runtime.files import save_json
@@ -172,6 +182,7 @@ def export_model(
         "image_size": data.image_size,
         "short_side": data.short_side,
         "validation_rows": data.validation_rows,
+        **({"tower": True} if is_tower else {}),
         "accuracies": list(accuracies),
     }
     save_json(content, RunFolder(folder).model_config)
@@ -196,6 +207,7 @@ def load_run(
     """
     from safer_fast.models.attention import pin_for
     from safer_fast.models.build import freeze, prepare
+    from safer_fast.models.text_head import read_text_head
     from safer_fast.models.weights_source import find_source
     from safer_fast.runtime.device import prepare_runtime
     from safer_fast.runtime.files import read_json
@@ -211,7 +223,12 @@ def load_run(
     if amp != "run":
         config.amp = amp
     runtime = prepare_runtime(config.runtime, config.amp, local_rank)
-    facts = _checked(read_json(files.model_config).get(KEY), files.model_config)
+    described = read_json(files.model_config)
+    facts = _checked(described.get(KEY), files.model_config)
+    is_tower = facts.get("tower") is True
+    num_classes: Any = described.get("num_classes") if is_tower else len(facts["class_names"])
+    if type(num_classes) is not int or num_classes < 0:
+        raise ValueError(f"{files.model_config}: expected num_classes, got {num_classes!r:.40}")
     source = find_source(str(weights_file))
     if source.normalisation is None:
         raise ValueError(f"{files.model_config}: expected mean and std of the pixels, got none")
@@ -223,7 +240,7 @@ def load_run(
         runtime.device,
         savings=savings,
         weights=source,
-        num_classes=len(facts["class_names"]),
+        num_classes=num_classes,
         image_size=facts["image_size"],
         num_channels=facts["num_channels"],
         compute_dtype=runtime.compute_dtype,
@@ -231,6 +248,13 @@ def load_run(
     )
     for note in model.notes if local_rank == 0 else []:
         print(printable(note))
+    if is_tower and files.text_embeddings.is_file():
+        name, temperature = str(files.text_embeddings), config.objective.temperature
+        head = read_text_head(files.text_embeddings, temperature, name).for_classes(
+            facts["class_names"], name
+        )
+        head.check_width(model.width, name)
+        model.text = head.to(runtime.device)
     arenas = freeze(model, savings) if is_frozen else None
     pin_for(model, facts["image_size"], config.batch_size, config.runtime.attention)
     return LoadedRun(
@@ -243,6 +267,7 @@ def load_run(
         runtime,
         weights_file,
         arenas,
+        is_tower,
     )
 
 

@@ -10,6 +10,8 @@ METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 GALLERY = "gallery.safetensors"
 LOCK = "run.lock"
+TEACHER = "teacher.safetensors"
+TEXT_EMBEDDINGS = "text_embeddings.safetensors"
 WANDB = "wandb"
 WANDB_ID = "wandb-id.txt"
 
@@ -50,6 +52,21 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """The folder of checkpoints to resume from."""
         return self.path / CHECKPOINTS
+
+    @property
+    def teacher(self) -> Path:
+        """Weights of the frozen original network, of a run whose objective needs them."""
+        return self.path / TEACHER
+
+    @property
+    def text_embeddings(self) -> Path:
+        """Text embeddings of the classes in the data's order, of a run that has them."""
+        return self.path / TEXT_EMBEDDINGS
+
+    @property
+    def of_tower(self) -> tuple[Path, Path]:
+        """Both of them."""
+        return self.teacher, self.text_embeddings
 
     @property
     def lock(self) -> Path:

@@ -50,6 +50,11 @@ def compare_criteria(config: SelectConfig, chosen: str, criteria: Sequence[str])
         is_frozen=True,
         savings=("class-token", "stored-bf16"),
     )
+    if loaded.is_tower and loaded.model.text is None:
+        raise ValueError(
+            "RUN: expected a model of classes, whose cross-entropy is scored, got a tower without "
+            f"text embeddings in {config.run}; --dry-run of training names the layers it selects"
+        )
     threat = loaded.config.attack
     epsilon = float(threat.epsilon if config.epsilon is None else config.epsilon)
     shape = loaded.num_channels, loaded.image_size, loaded.image_size

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from safer_fast.attacks.pgd import cross_entropy
+from safer_fast.attacks.pgd import AttackLoss, cross_entropy
 from safer_fast.models.arenas import (
     ParameterArenas,
     TrainedWeights,
@@ -41,7 +41,8 @@ class ScoringInputs:
     """Everything that criteria score from; gradients are computed when the first one needs them.
 
     names: the layers to score. layers: the parameters of all layers. probes: clean images,
-    adversarial ones and labels, this rank's; total: the number of images on all ranks.
+    adversarial ones and labels, this rank's; total: the number of images on all ranks. loss: of
+    outputs and labels, a sum over images.
     """
 
     model: nn.Module
@@ -54,6 +55,7 @@ class ScoringInputs:
     watch: Watch = iter
     probes: Sequence[tuple[Tensor, Tensor, Tensor]] = ()
     total: int = 0
+    loss: AttackLoss = cross_entropy
 
     @property
     def adversarial(self) -> Batches:
@@ -69,7 +71,7 @@ class ScoringInputs:
     def weights(self) -> TrainedWeights:
         """Weights of the layers, with the gradient of the mean loss over all ranks' images."""
         chosen = self._weights_of_layers()
-        store_mean_gradients(self.model, chosen, self.adversarial, self.total)
+        store_mean_gradients(self.model, chosen, self.adversarial, self.total, self.loss)
         self.ranks.sum_(chosen.flat)
         return chosen
 
@@ -80,14 +82,18 @@ class ScoringInputs:
 
 
 def store_mean_gradients(
-    model: nn.Module, chosen: TrainedWeights, batches: Batches, total: float
+    model: nn.Module,
+    chosen: TrainedWeights,
+    batches: Batches,
+    total: float,
+    loss: AttackLoss = cross_entropy,
 ) -> None:
     """Store the gradient of the loss summed over all batches, divided by `total`, in the ranges."""
     with requiring_gradients(chosen.parameters):
         for images, labels in batches:
             if not len(labels):
                 continue
-            loss = cross_entropy(model(images), labels) / total
-            gradients = torch.autograd.grad(loss, chosen.parameters)
+            mean = loss(model(images), labels) / total
+            gradients = torch.autograd.grad(mean, chosen.parameters)
             for view, gradient in zip(chosen.gradient_views, gradients, strict=True):
                 view.add_(gradient)

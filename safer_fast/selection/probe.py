@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from safer_fast.attacks.pgd import pgd, placed_start
+from safer_fast.attacks.pgd import AttackLoss, cross_entropy, pgd, placed_start
 from safer_fast.attacks.radii import radii_at
 from safer_fast.config.schema import Config
 from safer_fast.data import Loader, as_pixels
@@ -22,11 +22,22 @@ class Probe:
     """At most `selection.num_images` training images, unaugmented, and the attack on them.
 
     The images, and the start of the attack, depend on the seed, `number` and their positions
-    alone. watch: passes batches, and the layers to score, through one by one.
+    alone. watch: passes batches, and the layers to score, through one by one. loss: of outputs and
+    labels, which the attack raises. labels: (images, labels) -> those that the loss takes.
     """
 
-    def __init__(self, config: Config, loader: Loader, number: int, watch: Watched = iter) -> None:
+    def __init__(
+        self,
+        config: Config,
+        loader: Loader,
+        number: int,
+        watch: Watched = iter,
+        *,
+        loss: AttackLoss = cross_entropy,
+        labels: Callable[[Tensor, Tensor], Tensor] = lambda _, labels: labels,
+    ) -> None:
         self.config, self.loader, self.number, self.watch = config, loader, number, watch
+        self.loss, self._labels = loss, labels
         self._position = 0
 
     def batches(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -34,7 +45,8 @@ class Probe:
         for batch in self.watch(self.loader.probe(self.config.selection.num_images, self.number)):
             self._position = batch.position
             batch = batch.to(device)
-            yield as_pixels(batch.images), batch.labels
+            images = as_pixels(batch.images)
+            yield images, self._labels(images, batch.labels)
 
     def start(self, images: Tensor) -> Tensor:
         """Start of the attack on the images of the last batch."""
@@ -58,5 +70,6 @@ class Probe:
             steps=config.most_steps,
             norm=config.norm,
             start=self.start(images),
+            objective=self.loss,
             check_tensors=False,
         )

@@ -9,7 +9,7 @@ from math import isnan
 import torch
 from torch import Tensor, nn
 
-from safer_fast.attacks.pgd import frozen
+from safer_fast.attacks.pgd import AttackLoss, cross_entropy, frozen
 from safer_fast.config.checks import check_number
 from safer_fast.config.ranges import FACTOR
 from safer_fast.models.arenas import ParameterArenas
@@ -35,6 +35,7 @@ def rank_layers(
     generator: torch.Generator | None = None,
     ranks: Ranks | None = None,
     watch: Watch = iter,
+    loss: AttackLoss = cross_entropy,
 ) -> dict[str, float]:
     """A score for each layer; the layers that should be fine-tuned score highest.
 
@@ -62,6 +63,7 @@ def rank_layers(
         generator: source of `random`, on the CPU.
         ranks: the processes whose batches make up the probe together; all get the same scores.
         watch: passes the layers through one by one, where each takes its time.
+        loss: (outputs, labels) -> a sum over images, in place of the cross-entropy.
 
     Raises:
         ValueError: no batches, unknown names, an unknown criterion or one without scores (`all`),
@@ -79,6 +81,7 @@ def rank_layers(
         generator=generator,
         ranks=ranks,
         watch=watch,
+        loss=loss,
     )[measure]
 
 
@@ -94,6 +97,7 @@ def score_layers(
     generator: torch.Generator | None = None,
     ranks: Ranks | None = None,
     watch: Watch = iter,
+    loss: AttackLoss = cross_entropy,
 ) -> dict[ScoredBy, dict[str, float]]:
     """The scores that `rank_layers` returns for each measure, at the cost of the most costly.
 
@@ -110,6 +114,7 @@ def score_layers(
     if ALL in asked:
         raise ValueError("criterion: expected one that scores layers, got 'all'")
     inputs = ScoringInputs(model, names, layers, rho, arenas, generator, ranks or Ranks(), watch)
+    inputs.loss = loss
     if any(criteria.CRITERIA[name].needs_images for name in asked):
         inputs.probes = [
             (images, attack(model, images, labels) if attack and len(labels) else images, labels)
@@ -180,5 +185,6 @@ def choose_layers(
         generator=torch.Generator().manual_seed(seed),
         ranks=ranks,
         watch=probe.watch,
+        loss=probe.loss,
     )
     return LayerChoice(config.criterion, scores, select_layers(scores, fraction=config.fraction))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from safer_fast.attacks.pgd import cross_entropy
+from safer_fast.attacks.pgd import AttackLoss, cross_entropy
 from safer_fast.models.arenas import Range
 from safer_fast.models.families import STEM
 from safer_fast.models.perturbation import ascend_, gradient_squares, restore_, weight_norm
@@ -56,7 +56,7 @@ def loss_rises(
         if not len(labels):  # other ranks have some: all pass the layers at the same time
             list(inputs.watch(names))
             continue
-        run_from, base = cached_run(inputs.model, images, labels)
+        run_from, base = cached_run(inputs.model, images, labels, inputs.loss)
         for index, name in enumerate(inputs.watch(names)):
             for radius, sums in rises.items():
                 ascend_([groups[name]], inputs.rho, relative=radius == "relative")
@@ -68,24 +68,24 @@ def loss_rises(
 
 
 def cached_run(
-    model: nn.Module, images: Tensor, labels: Tensor
+    model: nn.Module, images: Tensor, labels: Tensor, loss: AttackLoss = cross_entropy
 ) -> tuple[Callable[[str], Tensor], Tensor]:
     """Loss of the model run from a layer's block upwards, as a function of its name; the loss now.
 
     Losses are sums over the images.
     """
+
+    def exact(logits: Tensor) -> Tensor:
+        return loss(logits.double(), labels)
+
     if not isinstance(model, RobustModel):
-        return lambda _: _loss(model(images), labels), _loss(model(images), labels)
+        return lambda _: exact(model(images)), exact(model(images))
     features = {STEM: model.prefix(images, STEM)}
     for index in range(STEM, model.num_blocks):
         features[index + 1] = model.block(features[index], index)
 
     def run_from(name: str) -> Tensor:
         block = model.block_of(name)
-        return _loss(model.suffix(features[block], block), labels)
+        return exact(model.suffix(features[block], block))
 
-    return run_from, _loss(model.suffix(features[model.num_blocks], model.num_blocks), labels)
-
-
-def _loss(logits: Tensor, labels: Tensor) -> Tensor:
-    return cross_entropy(logits.double(), labels)
+    return run_from, exact(model.suffix(features[model.num_blocks], model.num_blocks))

@@ -285,7 +285,7 @@ def _evaluation_seconds(trainer: Trainer, stage: StageCost) -> float:
 
     The first may compile and record. Where steps take long, a single one of fewer images counts.
     """
-    config, data = trainer.config, trainer.data
+    config, data, tower = trainer.config, trainer.data, trainer.engine.tower
     threat = ThreatModel(config.attack.norm, float(config.attack.epsilon))
     attacks = _attacks_during(config)
     (batch,) = islice(data.validation.epoch(1), 1)
@@ -297,13 +297,14 @@ def _evaluation_seconds(trainer: Trainer, stage: StageCost) -> float:
         for _ in range(1 if is_slow else 2):
             started = time.perf_counter()
             evaluate(
-                trainer.model,
+                tower.classifier,
                 [batch],
                 attacks,
                 threat,
                 attack=attack,
                 attacks_wrong=True,
                 is_compiled=trainer.engine.runtime.is_compiled,
+                teacher=tower.judge and tower.judge.embed,
             )
             elapsed = time.perf_counter() - started
     num_passes = batch.num_images * _passes(attacks)

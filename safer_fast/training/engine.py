@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -26,9 +27,10 @@ from safer_fast.data import Data
 from safer_fast.models.arenas import TrainedWeights
 from safer_fast.models.attention import pin_for
 from safer_fast.models.build import freeze, prepare
-from safer_fast.models.flops import costs
+from safer_fast.models.flops import estimate_run
 from safer_fast.models.lora import Adapters, check_called
 from safer_fast.models.robust_model import compile_blocks, state_of
+from safer_fast.models.towers import build_tower, find_text_head
 from safer_fast.runtime.attention import Pinned
 from safer_fast.runtime.cuda_graphs import Replays
 from safer_fast.runtime.device import Runtime, decide_auto
@@ -38,16 +40,14 @@ from safer_fast.training.objectives import Objective
 from safer_fast.training.optimizers import build_optimizer
 from safer_fast.training.step import Step
 
-EXPECTED_STEPS = 3
-"""Iterations of `attack.steps auto` in the estimate of a run's work."""
-
 
 class Engine:
     """Runtime, model, arenas and attack of one configuration; makes a step for each selection.
 
     `notes` are lines on fast paths that are off. ranks: the processes that train together.
     resumed_numerics: `numerics_of` the resumed run, whose choices replace those that `auto` would
-    make. Raises ValueError for settings that do not fit the model.
+    make. kept: files of the resumed run with the frozen original and the text embeddings. Raises
+    ValueError for settings that do not fit the model.
     """
 
     def __init__(
@@ -57,16 +57,22 @@ class Engine:
         data: Data,
         ranks: Ranks | None = None,
         resumed_numerics: Mapping[str, Any] | None = None,
+        kept: tuple[Path, Path] | None = None,
     ) -> None:
         self.config, self.ranks = config, ranks or Ranks()
         self._resumed_numerics = resumed_numerics or {}
+        self.objective = Objective(config.objective)
+        teacher_file, text_file = kept or (None, None)
+        text = find_text_head(config.objective, data.class_names, text_file)
+        is_tower = self.objective.is_of_tower
+        num_classes = self._resumed_numerics.get("num_classes") if is_tower else data.num_classes
         savings = self._savings()
         torch.manual_seed(config.seed)
         self.model, off = prepare(
             self._model_to_build(),
             runtime.device,
             savings=savings,
-            num_classes=data.num_classes,
+            num_classes=num_classes,
             image_size=data.image_size,
             num_channels=data.num_channels,
             compute_dtype=runtime.compute_dtype,
@@ -83,7 +89,8 @@ class Engine:
             check_called(self.model, list(self.model.layers), image.to(runtime.device))
         notes += off
         self.attention = self._pin_attention(data.image_size)
-        self.runtime = decide_auto(runtime, config.runtime, self._num_operations(data))
+        work = estimate_run(self.model, config, data.image_size, data.train.images_per_epoch)
+        self.runtime = decide_auto(runtime, config.runtime, work)
         self.precision = choose_precision(config.attack.precision, self.model, self._was_amp())
         """Precision of the attack, until an audit ends it."""
         self.float8 = self._choose_float8(data.image_size, notes)
@@ -91,15 +98,24 @@ class Engine:
         self.notes = [*self.runtime.notes, *notes]
         if self.attention is not None and self.attention.note is not None:
             self.notes.append(self.attention.note)
+        self.replays = self.runtime.replays(self._report)
+        self.tower = build_tower(
+            self.model,
+            text,
+            savings,
+            file=teacher_file,
+            has_teacher=self.objective.needs_teacher,
+            micro_batch=self._micro_batch("--batch-size", "auto"),
+            replays=self.replays,
+            is_compiled=self.runtime.is_compiled,
+        )
         if self.runtime.is_compiled:
             compile_blocks(self.model)
         self.arenas = freeze(self.model, savings)
         self.adapters: Adapters | None = None
         """Factors trained beside the layers that were selected last, with `selection.lora_rank`."""
-        self.replays = self.runtime.replays(self._report)
         limits = config.runtime
         self.micro_batch = self._micro_batch("runtime.train_micro_batch", limits.train_micro_batch)
-        self.objective = Objective(config.objective)
         self.attack = ReplayedAttack(
             self.model,
             norm=config.attack.norm,
@@ -112,7 +128,7 @@ class Engine:
         self.audit = Audit(self.attack, audited, self.ranks, self._report)
         own = self.replays.apart()
         self._evaluation_attack = ReplayedAttack(
-            self.model,
+            self.tower.classifier,
             norm=config.attack.norm,
             micro_batch=MicroBatch("evaluation", "auto", self._free_for(own), self._report),
             replays=own,
@@ -327,19 +343,6 @@ class Engine:
             return own.forget() or (is_small and self.replays.forget())
 
         return free
-
-    def _num_operations(self, data: Data) -> float:
-        """Estimate the run's operations, a backward pass counted as one forward pass."""
-        config = self.config
-        size = (1, data.num_channels, data.image_size, data.image_size)
-        image = torch.zeros(size, device=self.model.mean.device)
-        with self.model.without_savings():
-            forward = sum(cost.forward for cost in costs(self.model, image).values())
-        steps = config.attack.most_steps
-        if config.attack.steps == "auto":
-            steps = min(steps, EXPECTED_STEPS)
-        passes = steps + (2 if config.sam.rho > 0 else 1)
-        return config.epochs * data.train.images_per_epoch * passes * 2 * forward
 
     def _report(self, line: str) -> None:
         """Print a line on a change during training, above progress bars, on rank 0 alone."""

@@ -67,8 +67,9 @@ class Learner:
         seed, ranks, audit = self.config.seed, self.engine.ranks, self.engine.audit
         loss = self.step.objective.attack_loss
         batch = self._mixing(batch, epoch, index)
+        labels = self.engine.tower.labels(batch.images, batch.labels)
         done = epoch - 1 + index / num_batches
-        audit.choose_steps(num_steps, batch.images, batch.labels, done, loss)
+        audit.choose_steps(num_steps, batch.images, labels, done, loss)
         place = stage, epoch, index, num_batches
         settings = settings_at(self.config, *place, audit.attack_steps)
         self.step.attack.steps = settings.attack_steps
@@ -78,9 +79,9 @@ class Learner:
         torch.manual_seed(derive_seed(seed, "step", epoch, index, ranks.rank))
         seed_of = partial(derive_seed, seed, "attack", epoch)
         self.step.attack.draw = partial(placed_start, position=batch.position, seed_of=seed_of)
-        targets = Targets(batch.labels, ranks.mean_weights(batch.weights()))
+        targets = Targets(labels, ranks.mean_weights(batch.weights()))
         radii = self.epsilon, self.step_size
-        audit(num_steps, batch.images, batch.labels, *radii, loss)
+        audit(num_steps, batch.images, labels, *radii, loss)
         self.step(batch.images, targets, *radii)
         if self.average is not None:
             self.average.update()

@@ -1,17 +1,20 @@
-"""Training objectives on adversarial examples: PGD-AT, TRADES, MART, and registered ones."""
+"""Training objectives on adversarial examples: PGD-AT, TRADES, MART, FARE, TeCoA, your own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from safer_fast.attacks.correctness import is_right
+from safer_fast.attacks.named import squared_distance, squared_distances
 from safer_fast.attacks.replayed import CROSS_ENTROPY, PixelLoss
-from safer_fast.config.schema import ObjectiveConfig
+from safer_fast.config.messages import shortened
+from safer_fast.config.schema import Config, ObjectiveConfig
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,11 @@ class Formula:
     losses: see `Losses`. needs_clean: true if they read clean logits. attacks: (logits, clean
     logits) -> the 0-d loss that the attack raises, a sum over images; None: the cross-entropy.
 
+    reads: in place of the logits of a classifier, what a tower gives (docs/towers.md): `zero-shot`
+    logits over `objective.text_embeddings`, or its `embeddings` [B, D]. In the latter case labels
+    are the embeddings [B, D] of the clean images by the frozen original network, and `attacks`,
+    which is needed, takes embeddings and these.
+
     >>> import torch.nn.functional as F
     >>> def focal(logits, labels, clean, config):
     ...     losses = F.cross_entropy(logits, labels, reduction="none")
@@ -79,6 +87,11 @@ class Formula:
     losses: Losses
     needs_clean: bool = False
     attacks: Callable[[Tensor, Tensor], Tensor] | None = None
+    reads: Literal["logits", "zero-shot", "embeddings"] = "logits"
+
+    def __post_init__(self) -> None:
+        if self.reads == "embeddings" and (self.attacks is None or self.needs_clean):
+            raise ValueError("attacks: expected a loss of embeddings, and no needs_clean beside it")
 
 
 def register_objective(name: str, formula: Formula) -> None:
@@ -105,6 +118,9 @@ class Objective:
         that KL (Zhang et al., 2019).
     mart: boosted cross-entropy + beta * KL(clean || adversarial), weighted by how uncertain the
         clean prediction is (Wang et al., 2020); labels must be class numbers.
+    fare: squared distance of the embedding to that of the clean image by the frozen original
+        network, which the attack raises too; no labels (Schlarmann et al., 2024).
+    tecoa: cross-entropy of cosine similarities with text embeddings (Mao et al., 2023).
     Others: see `register_objective`.
     """
 
@@ -114,6 +130,27 @@ class Objective:
         if self.config.name not in FORMULAS:
             known = ", ".join(FORMULAS)
             raise ValueError(f"--objective.name: expected one of {known}, got {self.config.name!r}")
+        reads, file = self._formula.reads, self.config.text_embeddings
+        if reads == "zero-shot" and file is None:
+            raise ValueError(
+                f"--objective.text_embeddings: expected a file with --objective.name "
+                f"{self.config.name}, got none"
+            )
+        if reads == "logits" and file is not None:
+            raise ValueError(
+                f"--objective.text_embeddings: expected none with --objective.name "
+                f"{self.config.name}, which trains a classifier, got {shortened(file)}"
+            )
+
+    @property
+    def is_of_tower(self) -> bool:
+        """True if the network gives embeddings in place of logits."""
+        return self._formula.reads != "logits"
+
+    @property
+    def needs_teacher(self) -> bool:
+        """True if labels are embeddings of clean images by the frozen original network."""
+        return self._formula.reads == "embeddings"
 
     @property
     def needs_clean(self) -> bool:
@@ -133,11 +170,27 @@ class Objective:
     def attack_loss(self) -> PixelLoss:
         """The loss that the attack raises; some objectives' read logits [B, K] of clean images."""
         attacks = self._formula.attacks
-        return CROSS_ENTROPY if attacks is None else PixelLoss(attacks, against_clean=True)
+        if attacks is None:
+            return CROSS_ENTROPY
+        return PixelLoss(attacks, not self.needs_teacher, counts=not self.needs_teacher)
+
+    def num_right(self, logits: Tensor, targets: Targets) -> Tensor:
+        """Number of images that are classified right, 0-d; 0 where embeddings are compared."""
+        return targets.num_right(logits) * (not self.needs_teacher)
 
     @property
     def _formula(self) -> Formula:
         return FORMULAS[self.config.name]
+
+
+def check_objective(config: Config) -> None:
+    """Raise ValueError for an objective that is unknown or does not fit the other settings."""
+    objective, model = Objective(config.objective), config.model
+    if objective.needs_teacher and model.checkpoint is None and not model.pretrained:
+        raise ValueError(
+            f"--model.checkpoint: expected weights with --objective.name {config.objective.name}, "
+            "whose embeddings are kept, got none and no --model.pretrained"
+        )
 
 
 def divergences(logits: Tensor, clean: Tensor) -> Tensor:
@@ -171,11 +224,17 @@ def _mart(adversarial: Tensor, clean: Tensor, labels: Tensor, config: ObjectiveC
     return boosted + config.beta * divergences(adversarial, clean) * uncertainty
 
 
+def _fare(adversarial: Tensor, _: Tensor, originals: Tensor, __: ObjectiveConfig) -> Tensor:
+    return squared_distances(adversarial, originals)
+
+
 FORMULAS = {
     "pgd-at": Formula(_pgd_at),
     "trades": Formula(
         _trades, needs_clean=True, attacks=lambda logits, clean: divergences(logits, clean).sum()
     ),
     "mart": Formula(_mart, needs_clean=True),
+    "fare": Formula(_fare, attacks=squared_distance, reads="embeddings"),
+    "tecoa": Formula(_pgd_at, reads="zero-shot"),
 }
 """All objectives by name; `register_objective` adds a row."""

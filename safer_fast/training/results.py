@@ -35,6 +35,7 @@ def write_results(
         config=learner.config,
         data=validator.data,
         accuracies=accuracies,
+        is_tower=learner.engine.objective.is_of_tower,
     )
     validator.show_images(learner.evaluated_weights(), folder, progress.num_steps)
     log.write("end", epoch=progress.epoch - 1, step=progress.num_steps)

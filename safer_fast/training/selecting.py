@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from safer_fast.attacks.pgd import cross_entropy
 from safer_fast.config.schema import Config
 from safer_fast.data import Data, Loader
 from safer_fast.runs.loggers.run_log import RunLog
@@ -76,6 +77,8 @@ def choose_by_probe(
     config: Config, engine: Engine, loader: Loader, epoch: int, watch: Watched = iter
 ) -> LayerChoice:
     """Choose the layers to train from an epoch on, by images that the epoch's number draws."""
-    probe = Probe(config, loader, epoch, watch)
+    tower = engine.tower
+    loss = engine.objective.attack_loss.function if tower.teacher is not None else cross_entropy
+    probe = Probe(config, loader, epoch, watch, loss=loss, labels=tower.fixed_labels)
     choice = choose_layers(engine.model, engine.arenas, probe, engine.ranks)
     return replace(choice, selected=engine.with_new(choice.selected))

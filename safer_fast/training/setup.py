@@ -12,9 +12,11 @@ from tqdm import tqdm
 from safer_fast.config.checks import check_ball
 from safer_fast.config.schema import Config
 from safer_fast.data import Data, load_data
+from safer_fast.evaluation.towers import check_needs_no_classes
 from safer_fast.models.build import check_patches
 from safer_fast.models.lora import check_adapters
 from safer_fast.runs.folder import create_run_folder, save_config
+from safer_fast.runs.layout import RunFolder
 from safer_fast.runs.lock import RunLock
 from safer_fast.runs.loggers import asked_loggers
 from safer_fast.runs.loggers.run_log import RunLog
@@ -26,6 +28,7 @@ from safer_fast.selection.candidates import candidates, match_layers
 from safer_fast.selection.criteria import check_criterion
 from safer_fast.training.banner import banner, describe_run
 from safer_fast.training.engine import Engine
+from safer_fast.training.objectives import check_objective
 from safer_fast.training.optimizers import build_optimizer
 
 
@@ -53,6 +56,7 @@ def set_up(config: Config, ranks: Ranks, found: Found) -> PreparedRun:
     if config.selection.lora_rank:
         check_adapters()
     check_criterion(config.selection.criterion)
+    check_objective(config)
     ranks.check_same(settings_digest(config), "--config", "settings")
     checkpoint = found.checkpoint
     stored = {} if checkpoint is None else checkpoint.state
@@ -72,8 +76,13 @@ def set_up(config: Config, ranks: Ranks, found: Found) -> PreparedRun:
     check_ball(config.attack.norm, config.attack.epsilon, config.attack.step_size, shape=shape)
     data.bad.report = tqdm.write  # from here on ranks read different images
     resumed_numerics = stored.get("facts")
-    engine = Engine(config, runtime, data, ranks, resumed_numerics)
+    resumed = None if checkpoint is None else checkpoint.path.parent.parent
+    kept = None if resumed is None else RunFolder(resumed).of_tower
+    engine = Engine(config, runtime, data, ranks, resumed_numerics, kept)
     check_fit(config, engine, data)
+    if engine.tower.judge is not None:
+        for name in config.evaluation.attacks:
+            check_needs_no_classes(name, "--evaluation.attacks")
     if checkpoint is None:
         check_patches(engine.model.network, data.image_size)
     numerics = numerics_of(engine, data)
@@ -84,13 +93,17 @@ def set_up(config: Config, ranks: Ranks, found: Found) -> PreparedRun:
     shown = config.to_dict() | described
     if checkpoint is None:
         folder, progress = make_folder(config, data.name, ranks, found.lock), RunProgress()
+        if ranks.is_first:
+            engine.tower.save(*RunFolder(folder).of_tower)
         log = RunLog(folder, ranks, None, config.log, shown)
         log.write("run", epoch=0, step=0, **described)
     else:
-        folder, progress = checkpoint.path.parent.parent, RunProgress.read(stored["progress"])
+        assert resumed is not None
+        folder, progress = resumed, RunProgress.read(stored["progress"])
         log = RunLog(folder, ranks, progress.metrics_size, config.log, shown)
         if not progress.metrics_size:  # the log was lost
             log.write("run", epoch=0, step=0, **described)
+    engine.tower.forget_weights()
     log.say(banner(described))
     return PreparedRun(data, engine, folder, log, progress, numerics)
 
@@ -118,7 +131,8 @@ def check_fit(config: Config, engine: Engine, data: Data) -> None:
 def numerics_of(engine: Engine, data: Data) -> dict[str, Any]:
     """Everything but settings that decides the computed bits, by name, as checkpoints store it."""
     device, model = engine.runtime.device, engine.model
-    return {
+    of_tower = {"num_classes": model.network.num_classes} if engine.objective.is_of_tower else {}
+    return of_tower | {
         "data": data.fingerprint,
         "backend": data.train.backend,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

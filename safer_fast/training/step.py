@@ -121,7 +121,7 @@ class Step:
                 loss = self.objective.loss(logits, part_targets)
                 gradients = torch.autograd.grad(loss, self.selection.parameters)
                 self.selection.store_gradients(gradients, adds=bool(results))
-                results.append((loss.detach(), part_targets.num_right(logits)))
+                results.append((loss.detach(), self.objective.num_right(logits, part_targets)))
         losses, hits = zip(*results, strict=True)
         return torch.stack(losses).sum(), torch.stack(hits).sum()
 

@@ -57,14 +57,17 @@ class TrainingLog:
         """
         sums = self._take(step)
         figures = step_figures(sums, step.health.is_sharpness_aware)
+        if self.engine.tower.teacher is not None:
+            figures["robust_accuracy"] = None
         figures |= step.attack.audited | self._attack_figures(step.attack.steps)
         figures["learning_rate"] = learning_rate
         self.log.write("step", epoch=epoch, step=num_steps, **figures)
         self._steps_taken += int(sums["steps"])
         self._seconds += sums["seconds"]
         left_s = self._seconds / max(self._steps_taken, 1) * (self.num_steps - num_steps)
+        accuracy = figures["robust_accuracy"]
         shown = {
-            "robust": f"{figures['robust_accuracy']:.3f}",
+            **({} if accuracy is None else {"robust": f"{accuracy:.3f}"}),
             "images/s": f"{figures['images_per_second']:.0f}",
             "run": f"{timedelta(seconds=round(left_s))} left",
         }
@@ -81,6 +84,8 @@ class TrainingLog:
             peak_memory_mib=self.engine.runtime.peak_memory_mib(),
             is_sharpness_aware=step.health.is_sharpness_aware,
         )
+        if self.engine.tower.teacher is not None:
+            figures["train_robust_accuracy"] = None
         steps = totals.get("attack_steps", step.attack.steps)
         return figures | self._attack_figures(int(steps))
 
@@ -197,7 +202,7 @@ def epoch_line(
     epoch: int,
     epochs: int,
     stage: str,
-    figures: Mapping[str, float],
+    figures: Mapping[str, Any],
     accuracies: Mapping[str, Any],
     gap: AttackGap | None = None,
 ) -> str:
@@ -208,9 +213,16 @@ def epoch_line(
             f"  validation clean {accuracies['clean_accuracy']:.3f} "
             f"robust {accuracies['robust_accuracy']:.3f}"
         )
+    if accuracies.get("embedding_distance") is not None:
+        validation = (
+            f"  validation distance clean {accuracies['clean_embedding_distance']:.4g} "
+            f"attacked {accuracies['embedding_distance']:.4g}"
+        )
+    accuracy = figures["train_robust_accuracy"]
+    training = "" if accuracy is None else f"  train robust {accuracy:.3f}"
     return (
-        f"epoch {epoch:>3}/{epochs} {stage:<7}  loss {figures['train_loss']:.4f}  "
-        f"train robust {figures['train_robust_accuracy']:.3f}{validation}  "
+        f"epoch {epoch:>3}/{epochs} {stage:<7}  loss {figures['train_loss']:.4f}"
+        f"{training}{validation}  "
         f"epsilon {figures['epsilon']:.4f}{_attack(figures)}  "
         f"lr {figures['learning_rate']:.2e}  "
         f"{figures['images_per_second']:.0f} images/s{_trouble(figures, accuracies, gap)}"

@@ -136,7 +136,7 @@ class Trainer:
                 self.engine.audit.sound_alarm()
             accuracies = self.validator.on_validation(self.learner.evaluated_weights())
             clean, robust = accuracies
-            changes.update(self._keep_best(epoch, (robust.accuracy, clean.accuracy)))
+            changes.update(self._keep_best(epoch, (robust.score, clean.score)))
         place = self.stage, epoch, self.progress.num_steps
         self.training_log.end_epoch(*place, figures, accuracies, gap)
         self._record(changes)

@@ -47,6 +47,13 @@ def validation_figures(
         names = ["clean_accuracy", "robust_accuracy", "validation_loss", "num_not_finite"]
         names += ["gradient_masking", "validation_images", "of_validation_images"]
         return dict.fromkeys(names)
+    if robust.embedding_distance is not None:
+        figures = dict.fromkeys(validation_figures()) | {
+            "clean_embedding_distance": clean.embedding_distance,
+            "embedding_distance": robust.embedding_distance,
+            "num_not_finite": max(clean.num_not_finite, robust.num_not_finite),
+        }
+        return figures | {"validation_images": robust.num_images, "of_validation_images": of_images}
     return {
         "validation_images": robust.num_images,
         "of_validation_images": of_images,
@@ -97,17 +104,18 @@ class Validator:
         facts = {"split": split, "weights": weights, "of_images": loader.num_images}
         seeds = [None if result.attack == "clean" else seed for result in results]
         return [
-            facts | vars(result) | {"seed": drawn}
+            facts | row_of(result) | {"seed": drawn}
             for result, drawn in zip(results, seeds, strict=True)
         ]
 
     def show_images(self, source: Tensor, folder: Path, step: int) -> None:
         """Write a few attacked images of the final split to the run's gallery and its log.
 
-        Rank 0 does that with its own images; if it has none there is no gallery.
+        Rank 0 does that with its own images; if it has none there is no gallery, nor for a tower
+        that classifies nothing.
         """
         loader = self.data.test or self.data.validation
-        if not self.engine.ranks.is_first:
+        if not self.engine.ranks.is_first or self.engine.tower.judge is not None:
             return
         batch = next(iter(loader.epoch(1, limit=NUM_IMAGES_SHOWN)), None)
         if batch is None or not batch.num_images:
@@ -116,7 +124,7 @@ class Validator:
         name, config = attack_shown(self.config.evaluation), self.config.attack
         threat = ThreatModel(config.norm, float(config.epsilon))
         images, labels = as_pixels(batch.images)[:count], batch.labels[:count]
-        place, model = (self._seed_of, batch.position), self.engine.model
+        place, model = (self._seed_of, batch.position), self.engine.tower.classifier
         with self.engine.reading(source), self.engine.evaluating() as attack:
             attack.multiple = 1
             attacked = attack_by_name(name, attack, images, labels, threat.epsilon, place)
@@ -139,13 +147,14 @@ class Validator:
     def attack_gap(self, epoch: int) -> AttackGap | None:
         """Accuracy under the training attack of this epoch and under PGD-20, on training images.
 
-        The images are the same each time. None without an attack or without `sentinel_images`.
+        The images are the same each time. None without an attack or without `sentinel_images`, and
+        for a tower that classifies nothing.
         """
         config, device = self.config.attack, self.engine.runtime.device
         steps = self.engine.audit.attack_steps
         epsilon, step_size = radii_at(config, epoch, steps)
         num_images = self.config.evaluation.sentinel_images
-        if not (num_images and epsilon and steps):
+        if not (num_images and epsilon and steps) or self.engine.tower.judge is not None:
             return None
         if self._watched is None:
             batches = self.data.train.probe(num_images, 0)
@@ -160,7 +169,7 @@ class Validator:
                 start = placed_start(
                     images, radius, config.norm, position=batch.position, seed_of=self._seed_of
                 )
-                count = partial(count_right, self.engine.model, steps=steps, **attack)
+                count = partial(count_right, self.engine.tower.classifier, steps=steps, **attack)
                 parts = recorded.micro_batch
                 counts[:2] += _count_in_parts(parts, count, images, batch.labels, start)
                 counts[2] += batch.num_images
@@ -183,16 +192,25 @@ class Validator:
         threat = ThreatModel(self.config.attack.norm, float(self.config.attack.epsilon))
         batches = self.stops.watch(loader.epoch(1, limit=limit))
         with self.engine.reading(source), self.engine.evaluating() as attack:
+            judge = self.engine.tower.judge
             return evaluate(
-                self.engine.model,
+                self.engine.tower.classifier,
                 self.log.bar(batches, len(loader) if limit is None else None, label),
                 attacks,
                 threat,
                 attack=attack,
                 ranks=self.engine.ranks,
                 is_compiled=self.engine.runtime.is_compiled,
+                teacher=judge and judge.embed,
                 **settings,
             )
+
+
+def row_of(result: Accuracy) -> dict[str, Any]:
+    """Figures by name: of an accuracy, or of an embedding distance with null for the accuracy."""
+    row = dict(vars(result))
+    distance = row.pop("embedding_distance")
+    return row if distance is None else row | {"accuracy": None, "embedding_distance": distance}
 
 
 def _count_in_parts(

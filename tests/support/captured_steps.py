@@ -49,6 +49,7 @@ SETTINGS: dict[str, list[str]] = {
     "muon, clipped": ["--optim.name=muon", "--optim.clip_norm=0.01"],
     "muon, low-rank factors": ["--optim.name=muon", "--selection.lora_rank=4"],
     "trades": ["--objective.name=trades"],
+    "fare": ["--objective.name=fare"],
     "mart, l2": ["--objective.name=mart", "--attack.norm=l2", "--attack.epsilon=0.5"],
     "asam": ["--sam.adaptive=true"],
     "layer-wise sam": ["--sam.layerwise=true"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -20,11 +21,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import save_file
 from torch.distributed.run import config_from_args, parse_args
 
 from tests.support.kills import Server
 from tests.support.pictures import encode, photo
 from tests.support.small_runs import TEST_IMAGES
+from tests.support.towers import PROJECTED, SIZES, save_tower
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "safer_fast"
@@ -128,6 +132,9 @@ def make_place(small_run: Path, folder: Path) -> None:
         file.write_bytes(picture)
     for name in ("RUN", "OTHER"):
         shutil.copytree(small_run, folder / name)
+    save_tower(folder, "clip")
+    texts = {"embeddings": torch.randn(2, PROJECTED, generator=torch.Generator().manual_seed(0))}
+    save_file(texts, folder / "imagenet.safetensors")
     np.savez(
         folder / "other.npz",
         images=generator.integers(0, 256, (8, 8, 8), dtype=np.uint8),
@@ -140,7 +147,8 @@ def make_place(small_run: Path, folder: Path) -> None:
 @pytest.fixture
 def here(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The place that commands are typed in; runs that they change are copies."""
-    for name in ("DIR", "cifar10-train.parquet", "cifar10-test.parquet", "other.npz", "1m.npz"):
+    files = ("clip.safetensors", "imagenet.safetensors", "other.npz", "1m.npz")
+    for name in ("DIR", "cifar10-train.parquet", "cifar10-test.parquet", *files):
         (tmp_path / name).symlink_to(place / name)
     for name in ("RUN", "OTHER"):
         shutil.copytree(place / name, tmp_path / name)
@@ -177,6 +185,10 @@ def little(module: str, words: list[str]) -> list[str]:
         size = LARGE if "imagenet-vit-large" in words else LITTLE_VIT
         if "finetune" in words or "imagenette" in words:
             size = [*LITTLE_VIT, "--model.patch_size=16", "--data.image_size=32"]
+        if "clip-fare" in words or "clip-tecoa" in words:
+            size = ["--model.name=vit_base_patch16_clip_224", "--model.checkpoint=clip.safetensors"]
+            size += ["--model.pretrained=false", "--model.patch_size=16", "--data.image_size=32"]
+            size += [f"--model.arguments={json.dumps(SIZES)}"]
         if "finetune" in words and "--model.pretrained" not in words:
             size.append("--model.pretrained=false")
     if "--model.pretrained" in words:  # there is no network to fetch weights from

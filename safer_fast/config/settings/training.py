@@ -14,12 +14,19 @@ class ObjectiveConfig:
     """The loss on adversarial examples."""
 
     name: str = "pgd-at"
-    """pgd-at: cross-entropy; trades, mart: with a regulariser towards the clean prediction; or the
-    name of one of your own (docs/extending.md)."""
+    """pgd-at: cross-entropy; trades, mart: with a regulariser towards the clean prediction. For
+    towers such as CLIP's (docs/towers.md), fare: squared distance to the clean embedding of the
+    original network, without labels; tecoa: cross-entropy over text embeddings. Or the name of one
+    of your own (docs/extending.md)."""
     beta: float = ranged(6.0, at_least(0, ranges.FACTOR))
     """Weight of the TRADES or MART regulariser."""
     label_smoothing: float = ranged(0.0, between(0, 0.99))
     """Label smoothing of the cross-entropy, in [0, 1)."""
+    text_embeddings: str | None = None
+    """fare, tecoa: .safetensors or .npz file with a text embedding of each class, `embeddings`
+    [K, D], for zero-shot logits; tecoa needs it; fare takes it for accuracies alone."""
+    temperature: float = ranged(0.01, above_zero(ranges.FACTOR))
+    """Zero-shot logits are cosine similarities divided by it; CLIP's own is 0.01."""
 
 
 @dataclass

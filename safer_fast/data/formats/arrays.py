@@ -106,14 +106,14 @@ def open_npz(paths: dict[str, list[Path]], request: OpenRequest) -> dict[str, So
     """Open one .npz file with arrays of images and labels, of all data or of each split."""
     (path,), flag, skipped = paths["all"], request.flag, request.skipped
     # opened here, because numpy does not close a file that is damaged
-    with path.open("rb") as file, _open_archive(file, path, flag) as archive:
+    with path.open("rb") as file, open_archive(file, path, flag) as archive:
         found = _find_arrays(archive.files, path, flag)
         wanted = [key for keys in found.values() for key in keys]
         stored = {images: _find_stored(archive, file, images, path) for images, _ in found.values()}
         mapped = {key: array for key, array in stored.items() if array is not None}
         loaded = [key for key in wanted if key not in mapped]
-        _check_memory(archive, loaded, path, flag)
-        arrays = {key: _load(archive, key, path, flag) for key in loaded}
+        check_memory(archive, loaded, path, flag)
+        arrays = {key: load_array(archive, key, path, flag) for key in loaded}
         for key in archive.files:
             if key not in wanted:
                 skipped.skip(f"{path}/{key}")
@@ -192,7 +192,8 @@ def _word_of(name: str) -> str | None:
     return known.pop() if known and is_alone else None
 
 
-def _open_archive(file: BinaryIO, path: Path, flag: str) -> NpzFile:
+def open_archive(file: BinaryIO, path: Path, flag: str) -> NpzFile:
+    """Open an .npz file of named arrays, which are not unpickled; raises ValueError for others."""
     try:
         archive = np.load(file, allow_pickle=False)
     except Exception as error:
@@ -205,7 +206,7 @@ def _open_archive(file: BinaryIO, path: Path, flag: str) -> NpzFile:
     return archive
 
 
-def _check_memory(archive: NpzFile, wanted: list[str], path: Path, flag: str) -> None:
+def check_memory(archive: NpzFile, wanted: list[str], path: Path, flag: str) -> None:
     """Raise ValueError, before reading, if arrays do not fit in memory: zeros compress well."""
     members = archive.zip.infolist() if archive.zip is not None else []
     num_bytes = sum(
@@ -219,7 +220,7 @@ def _check_memory(archive: NpzFile, wanted: list[str], path: Path, flag: str) ->
         )
 
 
-def _load(archive: NpzFile, key: str, path: Path, flag: str) -> NDArray[Any]:
+def load_array(archive: NpzFile, key: str, path: Path, flag: str) -> NDArray[Any]:
     """Read one array; numpy refuses arrays that it would have to unpickle."""
     try:
         array = archive[key]

@@ -11,6 +11,7 @@ from safer_fast.config.conversion import converted
 from safer_fast.config.messages import printable, shortened
 from safer_fast.runs.exporters.model_card import write_hub
 from safer_fast.runs.exporters.onnx import check_packages, write_onnx
+from safer_fast.runs.exporters.open_clip import write_open_clip
 from safer_fast.runs.exporters.robustbench import write_robustbench
 from safer_fast.runs.exporters.timm import write_timm
 from safer_fast.runs.layout import RunFolder
@@ -25,18 +26,21 @@ class Exporter(NamedTuple):
     """A row of the table.
 
     write: fills the folder and returns a line for the user, how to load what it holds, FOLDER
-    standing for the folder. check: raises ValueError where packages are missing.
+    standing for the folder. check: raises ValueError where packages are missing. takes_towers: the
+    format is one for networks that give embeddings too.
     """
 
     write: Callable[[ExportConfig, LoadedRun, Path], str]
     check: Callable[[], None] = lambda: None
+    takes_towers: bool = False
 
 
 EXPORTERS = {
-    "timm": Exporter(write_timm),
+    "timm": Exporter(write_timm, takes_towers=True),
     "hub": Exporter(write_hub),
     "robustbench": Exporter(write_robustbench),
     "onnx": Exporter(write_onnx, check_packages),
+    "open_clip": Exporter(write_open_clip, takes_towers=True),
 }
 """Exporters by the name that `--format` takes."""
 
@@ -60,6 +64,12 @@ def export(config: ExportConfig) -> Path:
     exporter = EXPORTERS[config.format]
     exporter.check()
     loaded = load_run(Path(config.run), config.weights, "cpu")
+    if loaded.is_tower and not exporter.takes_towers:
+        known = ", ".join(name for name, row in EXPORTERS.items() if row.takes_towers)
+        raise ValueError(
+            f"--format: expected one of {known} for a tower, which gives embeddings, got "
+            f"{config.format}"
+        )
     loaded.model.compute_dtype = loaded.model.mean.dtype
     loaded.model.requires_grad_(False)
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,7 @@ def measured_accuracies(config: ExportConfig, norm: str) -> list[dict[str, Any]]
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for event in read_metrics(file) if file.is_file() else []:
         is_ours = event.get("event") == "evaluation" and event.get("weights") == config.weights
-        is_whole = all(name in event for name in _ROW)
+        is_whole = all(event.get(name) is not None for name in _ROW)
         if is_ours and is_whole and event["num_images"] > 0 and not event.get("source"):
             row = {name: event[name] for name in _ROW} | {
                 "of_images": event.get("of_images"),

@@ -42,7 +42,9 @@ def plotted(line: Line, left_out: Sequence[str], most_levels: int) -> dict[str, 
     """The numbers of a line that are curves, by `event/name`, at most `most_levels` deep."""
     event = line["event"]
     if event == "evaluation":
-        values = {evaluation_tag(line): line["accuracy"]}
+        figure = line["accuracy"]
+        figure = line.get("embedding_distance") if figure is None else figure
+        values = {evaluation_tag(line): figure}
     elif event == "selection":
         values = line["scores"]
     elif event in ("run", "end"):
@@ -75,6 +77,7 @@ def evaluation_tag(line: Line) -> str:
     words += [f"{line['restarts']}restarts"] if (line.get("restarts") or 1) > 1 else []
     words += [f"seed{line['seed']}"] if line.get("seed") else []
     words += [str(line["source"])] if line.get("source") else []
+    words += [str(line["text_embeddings"])] if line.get("text_embeddings") else []
     return "-".join(words)
 
 

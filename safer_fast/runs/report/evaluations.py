@@ -245,6 +245,8 @@ def facts_of(one: Evaluation) -> dict[str, str]:
 
 def _accuracy(one: Evaluation | None, facts: Sequence[str] = (), *, has_loss: bool = False) -> Cell:
     """The share with its interval, and these facts in small print."""
+    if one is not None and one.accuracy is None and one.loss is not None:
+        return Cell(f"{one.loss:.3g}", "squared distance of embeddings to the original's")
     if one is None or one.accuracy is None:
         return Cell(NOTHING)
     notes = []

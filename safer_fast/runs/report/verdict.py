@@ -84,11 +84,30 @@ def difference(start: Evaluation, end: Evaluation) -> tuple[float, float, float]
     return gain, gain - below, gain + above
 
 
+def _distances(run: ReportedRun, split: str) -> str:
+    """A sentence on the embedding distances of a tower without classes, empty for others."""
+    rows = [row for row in run.evaluations if row.get("embedding_distance") is not None]
+    attacked = [row for row in rows if row.get("split") == split and row.get("attack") != "clean"]
+    if not attacked:
+        return ""
+    by_weights = {row.get("weights"): row for row in attacked}
+    end = by_weights.get("best") or by_weights.get("last") or attacked[-1]
+    start = by_weights.get("start")
+    before = "" if start is None else f" {start['embedding_distance']:.3g} at the start,"
+    return (
+        "The mean squared distance of embeddings of attacked images to the original's of clean "
+        f"ones is{before} {end['embedding_distance']:.3g} in the end ({end.get('weights')} "
+        f"weights, {int(end.get('num_images') or 0):,} {split} images, {end.get('attack')})."
+    )
+
+
 def _of_one(run: ReportedRun) -> str:
     begun = "" if run.is_finished else "So far: "
     places = weights_and_splits(run)
     split = "test" if "test" in {split for _, split in places} else next((s for _, s in places), "")
     end = next((w for w in ("best", "last") if (w, split) in places), None)
+    if distances := _distances(run, split):
+        return begun + distances
     if end is None or (robust := _robust(run, end, split)) is None:
         return f"{begun}{progress(run)} epochs, and no accuracy under attack has been measured yet."
     clean, first_clean = (strongest(run, "clean", w, split) for w in (end, "start"))
