@@ -124,9 +124,6 @@ def explained(message: str, known: Sequence[str]) -> str:
         return f"unknown flag {shortened(flag)}" + (
             f", did you mean {typed(close)}?" if close else ""
         )
-    if found := re.match(r"ambiguous option: (\S+) could match (.*)", message):
-        names = " or ".join(typed(name[2:]) for name in found[2].split(", "))
-        return f"unknown flag {typed(found[1][2:])}, did you mean {names}?"
     if found := re.match(r"(?:Group '(.+?)' does not accept option|Option) '(.+?)'", message):
         name = f"{found[1]}.{found[2]}" if found[1] else found[2]
         close = suggested(name, known)

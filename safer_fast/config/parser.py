@@ -41,6 +41,8 @@ def new_parser(command: str, description: str) -> GroupedParser:
         prog=_program(command),
         description=description,
         exit_on_error=False,
+        # a part of a flag would mean another one as soon as a second begins alike
+        allow_abbrev=False,
         formatter_class=HelpFormatter,
     )
     parser.add_argument(

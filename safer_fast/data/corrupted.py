@@ -35,10 +35,7 @@ class CorruptedSource(Source):
     """
 
     def __init__(self, source: Source, image_format: ImageFormat, corruption: Corruption) -> None:
-        if find_spec("imagecorruptions") is None:
-            raise ValueError(
-                f"--corruptions: expected imagecorruptions to be installed ({INSTALL}), got none"
-            )
+        check_library()
         if image_format.size < SMALLEST:
             raise ValueError(
                 f"--corruptions: expected images of at least {SMALLEST} pixels a side, "
@@ -55,6 +52,14 @@ class CorruptedSource(Source):
 
     def describe(self, index: int) -> str:
         return self.source.describe(index)
+
+
+def check_library() -> None:
+    """Raise ValueError where the library is not installed."""
+    if find_spec("imagecorruptions") is None:
+        raise ValueError(
+            f"--corruptions: expected imagecorruptions to be installed ({INSTALL}), got none"
+        )
 
 
 def corrupt(image: Image.Image, corruption: Corruption, seed: int) -> Image.Image:

@@ -40,16 +40,22 @@ GRACE_S = 25.0
 
 
 def evaluate_folder(
-    config: EvaluateConfig, corruption: Corruption | None = None, is_part: bool = False
+    config: EvaluateConfig,
+    corruption: Corruption | None = None,
+    is_part: bool = False,
+    split: str | None = None,
 ) -> list[dict[str, Any]]:
     """Measure and return a row for each attack; append new ones to metrics.jsonl.
 
     corruption: images are corrupted by it. is_part: print no table by class, for corruptions none.
+    split: name of the data; default: that of the file or the run's split.
     """
     folder = Path(config.run)
     with connected(config.device != "cpu") as ranks, Stops(Ranks(), GRACE_S) as stops:
         check_writable(folder, "RUN", "make it writable, or evaluate a copy of it")
         setup = set_up_evaluation(config, ranks, corruption)
+        if split is not None:
+            setup = replace(setup, split=split)
         if is_part and setup.judge is not None:
             raise ValueError(
                 "--text-embeddings: expected a file for a table of accuracies, got none"

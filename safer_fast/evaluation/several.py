@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -15,12 +16,15 @@ from safer_fast.config.commands import EvaluateConfig
 from safer_fast.config.evaluation_tables import CORRUPTIONS, SEVERITIES, parse_threat_models
 from safer_fast.config.messages import printable
 from safer_fast.config.schema import Names, Radius
-from safer_fast.data.corrupted import Corruption
+from safer_fast.data.bad_images import BadImages
+from safer_fast.data.corrupted import Corruption, check_library
+from safer_fast.data.formats import open_splits
 from safer_fast.evaluation.run import evaluate_folder
 from safer_fast.runtime.files import write_whole
 from safer_fast.runtime.terminal import aligned
 
 Row = dict[str, Any]
+_OWN_SPLITS = ("test", "validation")
 
 
 def evaluate_several(config: EvaluateConfig) -> list[Row]:
@@ -29,11 +33,16 @@ def evaluate_several(config: EvaluateConfig) -> list[Row]:
     Each part is stored as if it were evaluated alone, so a stopped evaluation resumes where it was.
     Attacks that are not made for the norm of a threat model are left out there, with a line.
     """
+    others = list(dict.fromkeys(config.other_data))
+    _check_beforehand(others, config.corruptions)
     rows: list[Row] = []
-    for path in (config.path, *config.other_data):
+    named = zip(others, distinct_names(others), strict=True)
+    for path, split in ((config.path, None), *named):
         for part in _balls(replace(config, path=path)):
             known = {_key(row) for row in rows}
-            rows += [row for row in evaluate_folder(part, is_part=True) if _key(row) not in known]
+            with _named("data.path" if split is None else "--other-data"):
+                found = evaluate_folder(part, is_part=True, split=split)
+            rows += [row for row in found if _key(row) not in known]
     names = CORRUPTIONS if "all" in config.corruptions else tuple(config.corruptions)
     clean = replace(_alone(config), attacks=Names(["clean"]))
     for name in dict.fromkeys(names):
@@ -44,6 +53,46 @@ def evaluate_several(config: EvaluateConfig) -> list[Row]:
         if config.json is not None:
             write_whole(Path(config.json), (json.dumps(rows, indent=1) + "\n").encode())
     return rows
+
+
+def distinct_names(paths: Sequence[str]) -> list[str]:
+    """A name for each path: its last part without the ending, with more of the path where others
+    would have the same, or that of a run's own split."""
+    parts = [Path(path).with_suffix("").parts for path in paths]
+    counts = [1] * len(parts)
+    while True:
+        names = ["/".join(one[-count:]) for one, count in zip(parts, counts, strict=True)]
+        short = [
+            place
+            for place, name in enumerate(names)
+            if (names.count(name) > 1 or name in _OWN_SPLITS) and counts[place] < len(parts[place])
+        ]
+        if not short:
+            return [
+                name if names.count(name) == 1 else path
+                for name, path in zip(names, paths, strict=True)
+            ]
+        for place in short:
+            counts[place] += 1
+
+
+def _check_beforehand(paths: Sequence[str], corruptions: Sequence[str]) -> None:
+    """Raise ValueError for data and packages that are missing, before anything is attacked."""
+    for path in paths:
+        open_splits(path, "--other-data", BadImages("skip", lambda _: None))
+    if corruptions:
+        check_library()
+
+
+@contextmanager
+def _named(flag: str) -> Iterator[None]:
+    """Name `flag` in errors on the data."""
+    try:
+        yield
+    except ValueError as error:
+        if error.args and str(error.args[0]).startswith("data.path:"):
+            error.args = (flag + str(error.args[0]).removeprefix("data.path"), *error.args[1:])
+        raise
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,10 @@ def train_model(config: Config, notes: Iterable[str] = (), *, data: Any = None) 
             raise ValueError(
                 f"data.{name}: expected none beside the data given in Python, got {other}"
             )
+    if isinstance(data, Mapping) and "extra" in data and config.data.extra_path is not None:
+        raise ValueError(
+            f"data.extra_path: expected none beside data['extra'], got {config.data.extra_path}"
+        )
     uses_gpu = config.runtime.device != "cpu"
     with giving(data, config.data.path) as path, connected(uses_gpu) as ranks, RunLock() as lock:
         config.data.path = path

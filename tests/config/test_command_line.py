@@ -89,7 +89,8 @@ def test_a_saved_configuration_repeats_the_run(tmp_path: Path) -> None:
 MISTAKES: list[tuple[list[str], str]] = [
     (["--foo", "1"], "unknown flag --foo"),
     (["--attack.epsilonn", "1"], "unknown flag --attack.epsilonn, did you mean --attack.epsilon?"),
-    (["--attack.eps", "8"], "unknown flag --attack.eps, did you mean --attack.epsilon or"),
+    (["--optim.nam", "sgd"], "unknown flag --optim.nam, did you mean --optim.name?"),
+    (["--attack.eps", "8"], "unknown flag --attack.eps, did you mean --attack.epsilon?"),
     (["--threads", "8"], "unknown flag --threads, did you mean --runtime.num_threads?"),
     (["--dry-runn"], "unknown flag --dry-runn, did you mean --dry-run?"),
     (["--model", "x"], "--model: expected names with values such as {name: value}, got another"),

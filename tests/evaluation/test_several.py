@@ -16,7 +16,7 @@ from PIL import Image
 from safer_fast import evaluate as command
 from safer_fast import evaluate_run
 from safer_fast.data.corrupted import Corruption, corrupt
-from safer_fast.evaluation.several import table
+from safer_fast.evaluation.several import distinct_names, table
 from safer_fast.runtime.command import run
 from tests.support import small_runs
 from tests.support.ranks import Team, assert_status
@@ -39,7 +39,7 @@ def other(tmp_path: Path) -> Path:
     return tmp_path / "noise.npz"
 
 
-def flags_of(folder: Path, other: Path, file: Path) -> list[str]:
+def flags_of(folder: Path, other: object, file: Path) -> list[str]:
     words = [str(folder), f"--attacks={ATTACKS}", f"--threat-models={BALLS}"]
     words += [f"--num-images={NUM_IMAGES}", f"--other-data={other}", f"--json={file}"]
     return [*words, "--device=cpu"]
@@ -162,6 +162,35 @@ def test_the_table_has_a_line_for_each_corruption_and_their_mean() -> None:
     assert [line[-1] for line in lines] == ["clean", "90.00", "40.00", "20.00", "30.00"]
 
 
+def test_data_of_the_same_name_have_lines_of_their_own(
+    folder: Path, other: Path, tmp_path: Path
+) -> None:
+    for number in range(2):
+        place = tmp_path / f"set-{number}"
+        place.mkdir()
+        shutil.copy(other, place / "1.npz")
+    copies = [str(tmp_path / name / "1.npz") for name in ("set-0", "set-1")]
+    file = tmp_path / "a.json"
+    command.main([*flags_of(folder, ",".join(copies), file), "--attacks=clean"])
+    assert [row["split"] for row in json.loads(file.read_text())] == ["test", "set-0/1", "set-1/1"]
+
+
+def test_names_are_as_short_as_they_can_be() -> None:
+    assert distinct_names(["a/x.npz", "b/y.npz"]) == ["x", "y"]
+    assert distinct_names(["a/b/x", "a/c/x.npz"]) == ["b/x", "c/x"]
+    assert distinct_names(["k/b/x", "l/b/x", "z"]) == ["k/b/x", "l/b/x", "z"]
+    assert distinct_names(["sets/test.npz"]) == ["sets/test"]
+    assert distinct_names(["x.npz", "x.parquet"]) == ["x.npz", "x.parquet"]
+
+
+def test_missing_data_are_named_before_anything_is_measured(folder: Path) -> None:
+    before = (folder / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"^other_data: expected a \.parquet"):
+        evaluate_run(str(folder), attacks="clean", other_data="none.npz", fresh=True)
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    assert not list((folder / "evaluation").glob("*"))
+
+
 MISTAKES = {
     "no radius": ("--threat-models=linf", "--threat-models: expected linf:EPSILON, l2:EPSILON or"),
     "no such norm": ("--threat-models=l7:1", "--threat-models: expected linf:EPSILON, l2:EPSILON"),
@@ -180,7 +209,8 @@ MISTAKES = {
     ),
     "unknown": ("--corruptions=fogg", "did you mean fog?"),
     "too small": ("--corruptions=fog", "--corruptions: expected images of at least 32 pixels"),
-    "no such data": ("--other-data=none.npz", "data.path: expected a .parquet"),
+    "no such data": ("--other-data=none.npz", "--other-data: expected a .parquet"),
+    "a part of a flag": ("--num-imag=3", "unknown flag --num-imag, did you mean --num-images"),
     "no such folder": ("--json=none/a.json", "--json: expected a file in a folder that exists"),
 }
 
