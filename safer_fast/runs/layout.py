@@ -65,7 +65,7 @@ class RunFolder:
 
     @property
     def of_tower(self) -> tuple[Path, Path]:
-        """Both of them."""
+        """The files of a tower: weights of its original, and text embeddings."""
         return self.teacher, self.text_embeddings
 
     @property

@@ -339,7 +339,7 @@ def test_a_split_that_an_explicit_path_lacks_is_named(tmp_path: Path) -> None:
 MODEL: list[tuple[dict[str, Any], str]] = [
     ({"num_classes": 3}, "data.path: expected labels in 0..2, got 3: row 3 of"),
     ({"num_channels": 1}, "data.path: expected grey images like the training data, got colour"),
-    ({"class_names": list("abdc")}, "data.path: expected the class names of the training data"),
+    ({"class_names": list("abce")}, "data.path: expected the class names of the training data"),
 ]
 
 

@@ -45,7 +45,7 @@ TRAINING = [
     "--runtime.num_threads=1",
     "--runtime.compile=off",
 ]
-ONE_LINE = "error: data.num_workers: expected worker processes that live, got: "
+ONE_LINE = "error: --data.num_workers: expected worker processes that live, got: "
 
 
 @pytest.fixture(scope="module")

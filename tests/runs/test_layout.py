@@ -16,6 +16,7 @@ def test_the_files_of_a_run_keep_their_names() -> None:
         for name, kind in vars(RunFolder).items()
         if isinstance(kind, property)
     }
+    assert found.pop("of_tower") == (folder.teacher, folder.text_embeddings)
     found |= {name: folder.weights(name) for name in ("last", "best")}
     found["export"] = folder.export("hub")
     assert {name: path.relative_to("run").as_posix() for name, path in found.items()} == {
@@ -23,6 +24,8 @@ def test_the_files_of_a_run_keep_their_names() -> None:
         "metrics": "metrics.jsonl",
         "model_config": "config.json",
         "checkpoints": "checkpoints",
+        "teacher": "teacher.safetensors",
+        "text_embeddings": "text_embeddings.safetensors",
         "lock": "run.lock",
         "gallery": "gallery.safetensors",
         "evaluation": "evaluation",

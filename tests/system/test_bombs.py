@@ -225,5 +225,5 @@ def test_parquet_files_that_stand_for_gigabytes_are_refused_in_one_line(
     flags = [*flags_for(file, "torch"), "--data.num_workers=0"]
     status, output, errors = server.train(tmp_path / "run", flags, peak, *most)
     assert status == 2, output
-    assert errors == f"error: data.path: {expected}, got a larger one: {file}\n"
+    assert errors == f"error: --data.path: {expected}, got a larger one: {file}\n"
     peak.assert_little()

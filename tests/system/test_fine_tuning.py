@@ -75,7 +75,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     assert caught.value.code == 2
     assert not output.exists()
     line = capsys.readouterr().err
-    assert line.startswith("error: model.checkpoint: ")
+    assert line.startswith("error: --model.checkpoint: ")
     assert line.count("\n") == 1
     return line
 

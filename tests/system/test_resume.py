@@ -815,7 +815,7 @@ def test_too_many_steps_that_are_not_finite_end_a_run_that_was_resumed_between_t
         last = checkpoints_of(tmp_path / "run")[-1]
         assert (status, errors) == (
             2,
-            "error: runtime.max_skipped_steps: the loss or its gradient was not finite in "
+            "error: --runtime.max_skipped_steps: the loss or its gradient was not finite in "
             f"{len(steps)} steps in a row, at epoch {epoch}; lower the learning rate or clip the "
             f"gradient; last checkpoint: {last}\n",
         )

@@ -132,7 +132,7 @@ def test_workers_that_end_or_are_stopped_for_ever_end_a_run_that_goes_on(
     for name, (_, expected) in ENDED.items():
         status, output, errors = started[name].ending()
         assert status == 2, output + errors
-        assert errors.startswith(f"error: data.num_workers: expected {expected}"), errors
+        assert errors.startswith(f"error: --data.num_workers: expected {expected}"), errors
         assert "then resume with --resume" in errors
         assert errors.count("\n") == 1
         assert checkpoints_of(tmp_path / name)
