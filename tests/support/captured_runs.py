@@ -57,7 +57,7 @@ CASES: dict[str, list[str]] = {
         "--evaluation.steps=2",
         "--evaluation.attacks=clean",
         "--evaluation.sentinel_images=0",
-        "--data.augment=none",
+        "--data.augmentation=none",
         "--batch-size=16",
         '--model.arguments={"depth": 4, "embed_dim": 192}',
     ],
