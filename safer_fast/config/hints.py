@@ -1,8 +1,9 @@
-"""Hints for Python: an unknown argument or setting is refused with the nearest name."""
+"""Classes of settings in Python: unknown names are refused with the nearest one, at once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import wraps
 from typing import Any, TypeVar
@@ -15,7 +16,9 @@ SETTINGS: set[str] = set()
 def hinting(kind: Kind) -> Kind:
     """Make a dataclass of settings, and the groups in it, refuse unknown names with a hint.
 
-    They raise TypeError, as Python does.
+    They raise the errors of Python: TypeError for an argument, AttributeError for an attribute. A
+    dictionary becomes the group that it is given for; one with unknown names stays as it is until
+    it is used.
     """
     known = []
     for item in fields(kind):
@@ -53,6 +56,8 @@ def _refuse_unknown(kind: Any, known: Sequence[str], group: str = "") -> None:
     if hasattr(initialise, "__wrapped__"):  # a group of several classes
         return
     own = {item.name for item in fields(kind)}
+    groups = {f.name: f.default_factory for f in fields(kind) if is_dataclass(f.default_factory)}
+    assign: Callable[[Any, str, Any], None] = kind.__setattr__
 
     @wraps(initialise)
     def checked(self: Any, *values: Any, **settings: Any) -> None:
@@ -63,7 +68,16 @@ def _refuse_unknown(kind: Any, known: Sequence[str], group: str = "") -> None:
                 raise TypeError(f"{kind.__name__}: unknown setting {name!r}{found}")
         initialise(self, *values, **settings)
 
-    kind.__init__ = checked
+    def set_checked(self: Any, name: str, value: Any) -> None:
+        if name not in self.__dataclass_fields__ and not name.startswith("__"):
+            found = hint(name, known, group)
+            raise AttributeError(f"{type(self).__name__}: unknown setting {name!r}{found}")
+        if name in groups and isinstance(value, Mapping):
+            with suppress(TypeError):
+                value = groups[name](**value)
+        assign(self, name, value)
+
+    kind.__init__, kind.__setattr__ = checked, set_checked
 
 
 def _with_first(name: str, value: Any) -> str:

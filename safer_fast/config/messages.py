@@ -101,14 +101,22 @@ def suggested(name: str, known: Sequence[str]) -> str | None:
     """The setting among `known` that `name` probably means; None if none is similar.
 
     Names that other projects use come first, then settings of the same name in another group,
-    similar ones, and those of which it is a word.
+    similar ones, in the same group before others, and those of which it is a word.
     """
-    own = name.rpartition(".")[2]
+    group, _, own = name.rpartition(".")
     same = [other for other in known if other.rpartition(".")[2] == own]
-    usual = [other for other in _USUAL.get(own, ()) if other in known]
-    close = get_close_matches(name, known, n=1) or get_close_matches(own, known, n=1)
     holding = [other for other in known if own in re.split(r"[._]", other)]
-    return next(iter([*usual, *same, *close, *holding]), None)
+    # the groups would make all names of one similar
+    within = {o.rpartition(".")[2]: o for o in known if o.rpartition(".")[0] == group}
+    anywhere = {other.rpartition(".")[2]: other for other in reversed(known)}
+    close = [within[other] for other in get_close_matches(own, within, n=1)]
+    close += [
+        o for usual in get_close_matches(own, _USUAL, n=1, cutoff=0.75) for o in _USUAL[usual]
+    ]
+    close += [] if within else get_close_matches(name, known, n=1)
+    close += [anywhere[other] for other in get_close_matches(own, anywhere, n=1)]
+    found = [*_USUAL.get(own, ()), *same, *close, *holding]
+    return next((other for other in found if other in known), None)
 
 
 def explained(message: str, known: Sequence[str]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -84,16 +83,6 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     log: LogConfig = field(default_factory=LogConfig)
-
-    def __post_init__(self) -> None:
-        """Make groups of dictionaries; one with unknown names stays as it is until it is used."""
-        for item in fields(self):
-            value: Any = getattr(self, item.name)
-            is_group = isinstance(value, Mapping) and is_dataclass(item.default_factory)
-            if is_group:
-                kind: Any = item.default_factory
-                with suppress(TypeError):
-                    setattr(self, item.name, kind(**value))
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain nested dictionaries, ready for YAML or JSON."""

@@ -40,13 +40,6 @@ def test_an_unknown_argument_gets_the_nearest_name(
     assert "\n" not in str(caught.value)
 
 
-def test_an_attribute_that_is_no_setting_gets_the_nearest_name() -> None:
-    config = Config()
-    config.attack.epsilom = 3  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="unknown setting 'epsilom', did you mean 'epsilon'"):
-        train_model(config)
-
-
 MISTAKES: list[tuple[dict[str, Any], list[str], str]] = [
     ({"epochs": 0}, ["--epochs=0"], "epochs: expected at least 1, got 0"),
     ({"batch_size": "x"}, ["--batch-size=x"], "batch-size: expected a whole number, got x"),
