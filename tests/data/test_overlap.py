@@ -10,21 +10,9 @@ from safer_fast import Config, evaluate, train, train_model
 from safer_fast.config.command_line import parse_config
 from tests.support.pictures import encode, photo
 from tests.support.sets import write_parquet
+from tests.support.small_runs import FEW_IMAGES
 
 PNGS = [encode(photo(8, 8, seed), "png") for seed in range(20)]
-TINY = [
-    "--epochs=2",
-    "--model.name=vit_tiny_patch16_224",
-    "--model.arguments={depth: 1, embed_dim: 16, num_heads: 1}",
-    "--model.patch_size=4",
-    "--batch-size=4",
-    "--attack.steps=1",
-    "--evaluation.attacks=clean",
-    "--evaluation.sentinel_images=0",
-    "--selection.warmup_epochs=1",
-    "--selection.num_images=8",
-    "--runtime.num_threads=1",
-]
 LINE = "the {} split holds the training images; accuracies on it say nothing about others"
 
 
@@ -40,13 +28,13 @@ def test_the_same_images_for_training_and_validation_are_said(
     file = pictures(tmp_path / "some.parquet", ["a", "b", "c"])
     copy = pictures(tmp_path / "copy.parquet", ["a", "b", "c"])
     other = pictures(tmp_path / "other.parquet", ["a", "b", "c"], slice(3, 15))
-    flags = [*TINY, f"--data.path={file}", "--runtime.device=cpu"]
+    flags = [*FEW_IMAGES, f"--data.path={file}", "--runtime.device=cpu"]
     for path, is_same in ((file, True), (copy, True), (other, False)):
         train.main([*flags, f"--data.validation_path={path}", "--dry-run"])
         said = capsys.readouterr().out
         assert (f"data.validation_path: {LINE.format('validation')}" in said) == is_same
     images, labels = torch.rand(12, 8, 8), torch.arange(12) % 3
-    config = Config(**vars(parse_config([*TINY, f"--output={tmp_path / 'run'}"])))
+    config = Config(**vars(parse_config([*FEW_IMAGES, f"--output={tmp_path / 'run'}"])))
     train_model(config, data={"train": (images, labels), "val": (images, labels)})
     assert f"data['validation']: {LINE.format('validation')}" in capsys.readouterr().out
 
@@ -56,7 +44,7 @@ def test_other_data_may_number_the_classes_in_another_order(
 ) -> None:
     file = pictures(tmp_path / "some.parquet", ["a", "b", "c"])
     run = tmp_path / "run"
-    train.main([*TINY, f"--data.path={file}", f"--output={run}", "--runtime.device=cpu"])
+    train.main([*FEW_IMAGES, f"--data.path={file}", f"--output={run}", "--runtime.device=cpu"])
     rows = []
     for name, order in (("same", ["a", "b", "c"]), ("turned", ["c", "a", "b"])):
         path = pictures(tmp_path / f"{name}.parquet", order, slice(0, 20))

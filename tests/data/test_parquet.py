@@ -26,25 +26,13 @@ from safer_fast.data.formats import source as formats_source
 from safer_fast.runs.loggers.metrics_file import read_metrics
 from safer_fast.runtime.machine_errors import memory_limit, physical_memory
 from tests.support.pictures import assert_same, encode, photo
+from tests.support.small_runs import FEW_IMAGES
 
 NUM_ROWS = 20
 PNGS = [encode(photo(8, 8, seed), "png") for seed in range(NUM_ROWS)]
 COARSE = [number % 2 for number in range(NUM_ROWS)]
 FINE = ["fox", "ant", "cow", "bee"] * 5
 PLACES = [3, 0, 2, 1] * 5
-TINY = [
-    "--epochs=2",
-    "--model.name=vit_tiny_patch16_224",
-    "--model.arguments={depth: 1, embed_dim: 16, num_heads: 1}",
-    "--model.patch_size=4",
-    "--batch-size=4",
-    "--attack.steps=1",
-    "--evaluation.attacks=clean",
-    "--evaluation.sentinel_images=0",
-    "--selection.warmup_epochs=1",
-    "--selection.num_images=8",
-    "--runtime.num_threads=1",
-]
 
 
 def write(file: Path, features: dict[str, Any] | None = None, **columns: Any) -> Path:
@@ -80,7 +68,7 @@ def test_a_run_takes_the_columns_it_is_told_and_evaluates_those_of_other_data(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train, words = cifar(tmp_path / "train.parquet"), []
-    words = [f"--data.path={train}", "--data.label_column=fine_label", *TINY]
+    words = [f"--data.path={train}", "--data.label_column=fine_label", *FEW_IMAGES]
     run = train_model(parse_config([*words, f"--output={tmp_path / 'run'}"]))
     config = json.loads((run / "config.json").read_text())
     assert config["label_names"] == ["ant", "bee", "cow", "fox"]
@@ -323,7 +311,11 @@ def test_a_set_larger_than_the_memory_it_may_take_trains(tmp_path: Path) -> None
     settings: dict[str, Any] = {"compression": "zstd", "use_dictionary": False}
     pq.write_table(table, tmp_path / "a.parquet", write_batch_size=8, **settings)
     del table, padded
-    words = [f"--data.path={tmp_path / 'a.parquet'}", f"--output={tmp_path / 'run'}", *TINY]
+    words = [
+        f"--data.path={tmp_path / 'a.parquet'}",
+        f"--output={tmp_path / 'run'}",
+        *FEW_IMAGES,
+    ]
     words += ["--data.backend=torch", "--data.num_workers=0", "--batch-size=32"]
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, *words],

@@ -47,3 +47,17 @@ TINY = [
     "--runtime.device=cpu",
     "--runtime.num_threads=1",
 ]
+FEW_IMAGES = [
+    "--epochs=2",
+    "--model.name=vit_tiny_patch16_224",
+    "--model.arguments={depth: 1, embed_dim: 16, num_heads: 1}",
+    "--model.patch_size=4",
+    "--batch-size=4",
+    "--attack.steps=1",
+    "--evaluation.attacks=clean",
+    "--evaluation.sentinel_images=0",
+    "--selection.warmup_epochs=1",
+    "--selection.num_images=8",
+    "--runtime.num_threads=1",
+]
+"""Flags of a run of two epochs on twenty images of eight pixels, or so."""
