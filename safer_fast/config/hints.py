@@ -18,7 +18,7 @@ def hinting(kind: Kind) -> Kind:
 
     They raise the errors of Python: TypeError for an argument, AttributeError for an attribute. A
     dictionary becomes the group that it is given for; one with unknown names stays as it is until
-    it is used.
+    it is used. As text they show what differs from the defaults.
     """
     known = []
     for item in fields(kind):
@@ -27,8 +27,8 @@ def hinting(kind: Kind) -> Kind:
         if is_dataclass(group):
             inner = [f"{item.name}.{setting.name}" for setting in fields(group)]
             known += inner
-            _refuse_unknown(group, inner, f"{item.name}.")
-    _refuse_unknown(kind, known)
+            _prepare(group, inner, f"{item.name}.")
+    _prepare(kind, known)
     SETTINGS.update(known)
     return kind
 
@@ -51,12 +51,35 @@ def hint(name: str, known: Sequence[str], group: str = "") -> str:
     return f", did you mean {close.removeprefix(group)!r}?" if close else ""
 
 
-def _refuse_unknown(kind: Any, known: Sequence[str], group: str = "") -> None:
+def _changes(settings: Any) -> str:
+    """The settings that differ from the defaults, as a call that makes them again."""
+    shown = (f"{name}={value!r}" for name, value in _changed(settings).items())
+    return f"{type(settings).__qualname__}({', '.join(shown)})"
+
+
+def _changed(settings: Any) -> dict[str, Any]:
+    """Settings that differ from the defaults by name; those of a group as a dictionary."""
+    found = {}
+    for item in fields(settings):
+        value, make = getattr(settings, item.name), item.default_factory
+        if is_dataclass(value):
+            if inner := _changed(value):
+                found[item.name] = inner
+        elif value != (make() if callable(make) else item.default):
+            found[item.name] = value
+    return found
+
+
+def _prepare(kind: Any, known: Sequence[str], group: str = "") -> None:
     initialise: Callable[..., None] = kind.__init__
     if hasattr(initialise, "__wrapped__"):  # a group of several classes
         return
     own = {item.name for item in fields(kind)}
-    groups = {f.name: f.default_factory for f in fields(kind) if is_dataclass(f.default_factory)}
+    groups: dict[str, Any] = {
+        item.name: item.default_factory
+        for item in fields(kind)
+        if is_dataclass(item.default_factory)
+    }
     assign: Callable[[Any, str, Any], None] = kind.__setattr__
 
     @wraps(initialise)
@@ -77,7 +100,7 @@ def _refuse_unknown(kind: Any, known: Sequence[str], group: str = "") -> None:
                 value = groups[name](**value)
         assign(self, name, value)
 
-    kind.__init__, kind.__setattr__ = checked, set_checked
+    kind.__init__, kind.__setattr__, kind.__repr__ = checked, set_checked, _changes
 
 
 def _with_first(name: str, value: Any) -> str:

@@ -13,6 +13,7 @@ import pytest
 from safer_fast import AttackConfig, Config, EvaluateConfig
 from safer_fast.config.checks import checked
 from safer_fast.config.commands import ExportConfig, SelectConfig
+from safer_fast.config.schema import Names
 
 UNKNOWN: list[tuple[Any, str, str]] = [
     (Config(), "epoches", "Config: unknown setting 'epoches', did you mean 'epochs'?"),
@@ -75,3 +76,25 @@ def test_a_class_of_settings_can_be_made_into_another() -> None:
     mine.strong = False
     with pytest.raises(AttributeError, match="Mine: unknown setting 'stronk'"):
         mine.stronk = True  # type: ignore[attr-defined]
+
+
+def test_a_configuration_shows_its_changes_and_can_be_made_again_of_them() -> None:
+    config = Config.from_recipe("cifar10-safer", amp="bf16", attack={"epsilon": "4/255"})
+    config.selection.layers = Names(["head", "blocks.*"])
+    config.optim.betas = (0.9, 0.95)
+    config.model.arguments = {"depth": 4}
+    for other in (Config(), Config(epochs=3), config):
+        assert eval(repr(other), {"Config": Config}) == other
+        assert "\n" not in repr(other)
+    assert repr(Config()) == "Config()"
+    assert repr(Config(epochs=3, attack=AttackConfig(steps=2))) == (
+        "Config(epochs=3, attack={'steps': 2})"
+    )
+    assert repr(AttackConfig(norm="l2")) == "AttackConfig(norm='l2')"
+    evaluation = EvaluateConfig("runs/x", attacks=Names(["clean"]))
+    assert repr(evaluation) == "EvaluateConfig(run='runs/x', attacks=['clean'])"
+    assert eval(repr(evaluation)) == evaluation
+    assert str(config) == repr(config)
+    assert config.to_dict()["attack"]["norm"] == "linf"
+    wrong = Config(optim="muon", attack={"epsilom": 1})  # type: ignore[arg-type]
+    assert repr(wrong) == "Config(attack={'epsilom': 1}, optim='muon')"
