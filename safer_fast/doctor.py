@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from safer_fast.config.checks import check_ranges
 from safer_fast.config.command_line import with_underscores
 from safer_fast.config.commands import DoctorConfig
+from safer_fast.config.doors import speaking_flags
 from safer_fast.config.parser import new_parser, parse
 from safer_fast.runtime.command import import_all, run
 from safer_fast.runtime.diagnosis import as_block, as_json, without_home
@@ -18,6 +19,7 @@ from safer_fast.runtime.fast_paths import build_native, check_disk, diagnose
 from safer_fast.runtime.machine import describe_machine
 
 
+@speaking_flags()
 def main(arguments: Sequence[str]) -> None:
     """Print machine and checks as a block for an issue, or as JSON."""
     parser = new_parser("doctor", "Say which fast paths are live here, and why not.")

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 from safer_fast.config.command_line import with_underscores
 from safer_fast.config.commands import ExportConfig
+from safer_fast.config.doors import speaking_flags
 from safer_fast.config.parser import new_parser, parse
 from safer_fast.runtime.command import import_all, run
 
 
+@speaking_flags()
 def main(arguments: Sequence[str]) -> None:
     """`python -m safer_fast.export RUN [flags]`: write a folder, print how to load it."""
     parser = new_parser("export", "Write a run's model in a format that others load.")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from safer_fast.config.checks import check_file
 from safer_fast.config.command_line import with_underscores
+from safer_fast.config.doors import speaking_flags
 from safer_fast.config.parser import new_parser, parse
 from safer_fast.runs.report.page import write_report
 from safer_fast.runtime.command import run
@@ -21,6 +22,7 @@ class _Arguments:
     picture: str | None = None
 
 
+@speaking_flags()
 def main(arguments: Sequence[str]) -> None:
     """Write the report that the command line asks for, and print where it is."""
     parser = new_parser("report", "Write one HTML page about one run or comparing several.")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from safer_fast.config.checks import check_ball, check_number
+from safer_fast.config.messages import meant, shortened
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -20,7 +21,8 @@ def check_settings(
     if images.ndim != 4 or not images.is_floating_point():
         raise ValueError(f"images: expected float [B, C, H, W], got {_described(images)}")
     if norm not in ("linf", "l2"):
-        raise ValueError(f"norm: expected linf or l2, got {norm!r}")
+        got = shortened(repr(norm)) + meant(norm, ("linf", "l2"))
+        raise ValueError(f"norm: expected linf or l2, got {got}")
     if not isinstance(steps, int) or steps < 0:
         raise ValueError(f"steps: expected a whole number of at least 0, got {steps!r}")
     for name, value in (("epsilon", epsilon), ("step_size", step_size)):

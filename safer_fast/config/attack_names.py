@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from safer_fast.config import ranges
-from safer_fast.config.messages import shortened
+from safer_fast.config.messages import meant, shortened
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,8 @@ def check_attack_name(name: str, flag: str, others: Sequence[str] = ()) -> None:
     is_known = facts is not None and (not facts.is_library or name in others)
     if not is_known or (name != "clean" and facts is not None and not facts.steps):
         known = ", ".join(_shown(others))
-        raise ValueError(f"{flag}: expected {known}, got {shortened(repr(name))}")
+        hint = _meant(name, others)
+        raise ValueError(f"{flag}: expected {known}, got {shortened(repr(name))}{hint}")
     if facts is not None and not facts.is_library and (facts.steps or 0) > ranges.ITERATIONS:
         raise ValueError(f"{flag}: expected at most {ranges.ITERATIONS:,} iterations, got {name}")
 
@@ -115,6 +116,16 @@ def has_restarts(name: str) -> bool:
     """True for an attack that starts at a random point and can be restarted."""
     facts = facts_of(name)
     return facts is not None and facts.is_random
+
+
+def _meant(name: str, others: Sequence[str]) -> str:
+    """The words `, did you mean ...?` for an unknown attack, with its number of steps if it has."""
+    own = [other for other, facts in ATTACKS.items() if not facts.is_library]
+    if found := re.fullmatch(r"(.*?)[-_]?([1-9][0-9]{0,8})", name):
+        known = [other for other in own if ATTACKS[other].takes_steps]
+        hint = f", did you mean {found[1]}?" if found[1] in known else meant(found[1], known)
+        return hint.replace("?", f"-{found[2]}?")
+    return meant(name, [*(other for other in own if ATTACKS[other].steps is not None), *others])
 
 
 def _shown(others: Sequence[str]) -> list[str]:

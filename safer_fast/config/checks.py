@@ -14,7 +14,7 @@ from safer_fast.config import ranges
 from safer_fast.config.attack_names import LIBRARY_ATTACKS, check_attack_name
 from safer_fast.config.commands import EvaluateConfig
 from safer_fast.config.conversion import converted
-from safer_fast.config.messages import shortened, typed
+from safer_fast.config.messages import meant, shortened, typed
 from safer_fast.config.schema import SAVINGS, Config
 
 
@@ -207,7 +207,7 @@ def _check_together(config: Config) -> None:
     if unknown := [name for name in config.runtime.exact_savings if name not in SAVINGS]:
         raise ValueError(
             f"--runtime.exact_savings: expected any of {', '.join(SAVINGS)}, got "
-            f"{shortened(repr(unknown[0]))}"
+            f"{shortened(repr(unknown[0]))}{meant(unknown[0], SAVINGS)}"
         )
     for name in config.evaluation.attacks:
         check_attack_name(name, "--evaluation.attacks")

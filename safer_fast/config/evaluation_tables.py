@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from difflib import get_close_matches
 from fractions import Fraction
 
 from safer_fast.config.attack_names import LIBRARY_ATTACKS, ThreatModel, fits_norm
 from safer_fast.config.checks import check_ball, check_file
 from safer_fast.config.commands import EvaluateConfig
-from safer_fast.config.messages import shortened
+from safer_fast.config.messages import meant, shortened
 
 CORRUPTIONS = (
     "gaussian_noise",
@@ -53,11 +52,9 @@ def check_tables(config: EvaluateConfig) -> None:
     known = ("all", *CORRUPTIONS)
     for name in config.corruptions:
         if name not in known:
-            close = get_close_matches(name, known, 1)
-            hint = f", did you mean {close[0]}?" if close else ""
             raise ValueError(
                 f"--corruptions: expected all or some of {', '.join(CORRUPTIONS)}, got "
-                f"{shortened(repr(name))}{hint}"
+                f"{shortened(repr(name))}{meant(name, known)}"
             )
     check_file(config.json, "--json")
 
@@ -71,10 +68,12 @@ def parse_threat_models(texts: Sequence[str]) -> list[ThreatModel]:
             epsilon = float(Fraction(radius))
         except (ValueError, ZeroDivisionError):
             epsilon = math.nan
-        if norm not in ("linf", "l2", "l1") or not epsilon >= 0:
+        norms = ("linf", "l2", "l1")
+        if norm not in norms or not epsilon >= 0:
+            hint = "" if norm in norms else meant(norm, norms).replace("?", f":{radius}?")
             raise ValueError(
                 "--threat-models: expected linf:EPSILON, l2:EPSILON or l1:EPSILON, "
-                f"got {shortened(repr(text))}"
+                f"got {shortened(repr(text))}{shortened(hint)}"
             )
         check_ball(norm, epsilon, flags=("--threat-models", ""))
         found.append(ThreatModel(norm, epsilon))  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 from safer_fast.config.help_text import dashed
@@ -119,6 +119,22 @@ def suggested(name: str, known: Sequence[str]) -> str | None:
     return next((other for other in found if other in known), None)
 
 
+def meant(value: object, known: Iterable[str]) -> str:
+    """The words `, did you mean ...?` for a value that is none of the known names.
+
+    Empty if none is similar, in any case and with - for _.
+    """
+    names = {_folded(name): name for name in known}
+    if value in names.values():
+        return ""
+    close = get_close_matches(_folded(str(value)[:LONGEST_WORD]), names, n=1)
+    return f", did you mean {printable(names[close[0]])}?" if close else ""
+
+
+def _folded(name: str) -> str:
+    return name.casefold().replace("_", "-")
+
+
 def explained(message: str, known: Sequence[str]) -> str:
     """Rewrite a message of jsonargparse as `--flag: expected ..., got ...`.
 
@@ -151,6 +167,7 @@ def explained(message: str, known: Sequence[str]) -> str:
     if value := re.search(r"(?:Got|Given) value: (?:type: .*?Given value: )?(.*)$", text):
         expected, got = _expected(text), "null" if value[1] == "None" else value[1]
         hint = "; a space follows each colon" if re.match(r"\{.*:[^ ]", got) else ""
+        hint = hint or meant(got, _choices(text))
         return f"{flag}: expected {expected}, got {shortened(got)}{hint}"
     return f"{flag}: {text}"
 
@@ -161,9 +178,15 @@ def _expected(text: str) -> str:
     text = re.sub(r"Given value type: <class '[^']+'>", "", text)
     kinds = [kind for kind in re.findall(r"<class '([^']+)'>", text) if kind != "NoneType"]
     expected = list(dict.fromkeys(_WORDS.get(kind, kind) for kind in kinds))
-    if choices := re.search(r"Literal\[(.*?)\]", text):
-        names = choices[1].replace("'", "")
+    if choices := _choices(text):
+        names = ", ".join(choices)
         expected.insert(0, names if expected else f"one of {names}")
     if expected:
         return " or ".join(expected)
     return re.sub(r"^Expected (.*?)\. Got value.*", r"\1", text)
+
+
+def _choices(text: str) -> list[str]:
+    """The names among which a setting is chosen, in a message of jsonargparse."""
+    choices = re.search(r"Literal\[(.*?)\]", text)
+    return choices[1].replace("'", "").split(", ") if choices else []

@@ -17,6 +17,7 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+from safer_fast.config.messages import meant
 from safer_fast.config.schema import ModelConfig
 from safer_fast.models.arenas import ParameterArenas
 from safer_fast.models.arguments import check_arguments
@@ -225,8 +226,7 @@ def check_patches(network: Any, image_size: int, may_leave_rows: bool = False) -
 
 def _check_name(name: str) -> None:
     if not timm.is_model(name):
-        close = timm.list_models(f"*{name[:8]}*")[:3]
-        hint = f" (there are {', '.join(close)})" if close else ""
+        hint = meant(name.partition(".")[0], timm.list_models())
         raise ValueError(f"model.name: expected a model of timm, got {name!r}{hint}")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from safer_fast.config.messages import meant, shortened
+
 CONFIG = "run.yaml"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -38,7 +40,8 @@ class RunFolder:
 
         files = {"last": WEIGHTS, "best": BEST_WEIGHTS}
         if name not in files:
-            raise ValueError(f"--weights: expected last or best, got {name!r}")
+            got = shortened(repr(name)) + meant(name, files)
+            raise ValueError(f"--weights: expected last or best, got {got}")
         return self.path / files[name]
 
     @property

@@ -7,10 +7,12 @@ from typing import Literal, get_args
 
 from safer_fast.config.attack_names import ThreatModel
 from safer_fast.config.doors import door
+from safer_fast.config.messages import meant, shortened
 from safer_fast.models.robust_model import RobustModel
 from safer_fast.runs.folder import load_run
 
 Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["run", "off", "bf16"]
 
 
 @door()
@@ -19,7 +21,7 @@ def load_model(
     weights: Literal["last", "best"] = "last",
     *,
     device: Device = "auto",
-    amp: Literal["run", "off", "bf16"] = "run",
+    amp: Precision = "run",
 ) -> RobustModel:
     """Load the model of a run folder: an nn.Module in eval mode, pixels in, logits out.
 
@@ -43,8 +45,14 @@ def load_model(
         device: where it computes; auto: on a GPU if there is one.
         amp: its precision; run: the one that it was trained in.
     """
-    if device not in get_args(Device):
-        raise ValueError(f"device: expected auto, cpu or cuda, got {device!r:.80}")
+    for name, value, known in (
+        ("device", device, get_args(Device)),
+        ("amp", amp, get_args(Precision)),
+    ):
+        if value not in known:
+            got = shortened(repr(value)) + meant(value, known)
+            expected = f"{', '.join(known[:-1])} or {known[-1]}"
+            raise ValueError(f"{name}: expected {expected}, got {got}")
     loaded = load_run(Path(run), weights, device, amp=amp)
     model, attack = loaded.model, loaded.config.attack
     model.class_names, model.image_size = loaded.class_names, loaded.image_size

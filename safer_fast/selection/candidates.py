@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from safer_fast.config.messages import meant
 from safer_fast.models.families import STEM
 from safer_fast.models.robust_model import RobustModel, find_layers
 
@@ -20,7 +21,7 @@ def match_layers(
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(
                 f"{setting}: expected names or patterns such as {names[-1]!r} or "
-                f"'blocks.1?.attn.*', got {pattern!r}, which fits no layer"
+                f"'blocks.1?.attn.*', got {pattern!r}, which fits no layer{meant(pattern, names)}"
             )
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 

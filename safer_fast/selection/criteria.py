@@ -11,7 +11,7 @@ from typing import get_args
 import torch
 from torch import nn
 
-from safer_fast.config.messages import shortened
+from safer_fast.config.messages import meant, shortened
 from safer_fast.selection.criticality import criticality_scores
 from safer_fast.selection.inputs import Batches, ScoredBy, ScoringInputs, WeightRadius
 from safer_fast.selection.sharpness import gradient_norm_scores, sharpness_scores
@@ -77,7 +77,8 @@ def check_criterion(
     """Raise ValueError naming `flag` unless `name` is among `known`, by default all criteria."""
     known = known_criteria() if known is None else known
     if name not in known:
-        raise ValueError(f"{flag}: expected one of {', '.join(known)}, got {shortened(repr(name))}")
+        got = shortened(repr(name)) + meant(name, known)
+        raise ValueError(f"{flag}: expected one of {', '.join(known)}, got {got}")
 
 
 def _random_scores(inputs: ScoringInputs, measures: Sequence[ScoredBy]) -> dict[ScoredBy, Scores]:

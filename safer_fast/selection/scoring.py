@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isnan
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from safer_fast.attacks.pgd import AttackLoss, cross_entropy, frozen
 from safer_fast.config.checks import check_number
+from safer_fast.config.doors import door
+from safer_fast.config.messages import meant, shortened
 from safer_fast.config.ranges import FACTOR
 from safer_fast.models.arenas import ParameterArenas
 from safer_fast.models.robust_model import RobustModel
@@ -22,6 +25,7 @@ from safer_fast.selection.inputs import Attack, ScoredBy, ScoringInputs, Watch, 
 from safer_fast.selection.probe import Probe
 
 
+@door()
 def rank_layers(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -69,6 +73,10 @@ def rank_layers(
         ValueError: no batches, unknown names, an unknown criterion or one without scores (`all`),
             a rho that is no number from 0 to 1,000.
     """
+    check_criterion(criterion, "criterion")
+    if radius not in get_args(WeightRadius):
+        got = shortened(repr(radius)) + meant(radius, get_args(WeightRadius))
+        raise ValueError(f"radius: expected absolute or relative, got {got}")
     measure = ScoredBy(criterion, radius)
     return score_layers(
         model,
@@ -132,6 +140,7 @@ def score_layers(
     return scores
 
 
+@door()
 def select_layers(scores: Mapping[str, float], *, fraction: float) -> list[str]:
     """The names with the highest scores: `fraction` of them, rounded half up, at least one.
 

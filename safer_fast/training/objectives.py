@@ -13,7 +13,7 @@ from torch.nn import functional
 from safer_fast.attacks.correctness import is_right
 from safer_fast.attacks.named import squared_distance, squared_distances
 from safer_fast.attacks.replayed import CROSS_ENTROPY, PixelLoss
-from safer_fast.config.messages import shortened
+from safer_fast.config.messages import meant, shortened
 from safer_fast.config.schema import Config, ObjectiveConfig
 
 
@@ -127,9 +127,9 @@ class Objective:
     config: ObjectiveConfig
 
     def __post_init__(self) -> None:
-        if self.config.name not in FORMULAS:
-            known = ", ".join(FORMULAS)
-            raise ValueError(f"--objective.name: expected one of {known}, got {self.config.name!r}")
+        if (name := self.config.name) not in FORMULAS:
+            known, hint = ", ".join(FORMULAS), meant(name, FORMULAS)
+            raise ValueError(f"--objective.name: expected one of {known}, got {name!r}{hint}")
         reads, file = self._formula.reads, self.config.text_embeddings
         if reads == "zero-shot" and file is None:
             raise ValueError(

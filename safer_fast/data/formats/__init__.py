@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from safer_fast.config.messages import printable
+from safer_fast.config.messages import meant, printable
 from safer_fast.data.bad_images import BadImages
 from safer_fast.data.formats.skipped import CLASS_NAMES, SkippedFiles, visible_folders
 from safer_fast.data.formats.source import (
@@ -115,7 +115,7 @@ def open_splits(
         place = str(getattr(error, "filename", None) or path)
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise machine_error(error, flag, place) or ValueError(
-            f"{flag}: expected {_expected()}, got {place} ({reason})"
+            f"{flag}: expected {_expected()}, got {place} ({reason}){meant(path, names_of('word'))}"
         ) from error
     for split in [name for name in splits if name in ("validation", "test")]:
         if len(splits) > 1 and hides_labels(splits[split]):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import ConcatDataset, IterableDataset, Subset, TensorDataset
 
-from safer_fast.config.messages import first_line, printable
+from safer_fast.config.messages import first_line, meant, printable
 from safer_fast.data.formats.arrays import as_bytes, channels_last, source_of_arrays
 from safer_fast.data.formats.source import Columns, OpenRequest, RowError, Source
 from safer_fast.data.formats.splits import split_of
@@ -71,7 +71,7 @@ class _Given:
             self._splits = dict(zip(names, data.values(), strict=True))
             others = [name for name in self._splits if name not in SPLITS]
             if others or not self._splits:
-                got = ", ".join(others) or "none"
+                got = ", ".join(others) + meant(others[0], SPLITS) if others else "none"
                 raise ValueError(f"data: expected splits {', '.join(SPLITS)}, got {got}")
         else:
             self._splits = {"all": data}
@@ -262,7 +262,7 @@ def _key(
     if wanted is not None:
         raise ValueError(
             f"data.{role}_column: expected a key of the items of {source.name} ({keys}), got "
-            f"{wanted}"
+            f"{wanted}{meant(wanted, map(str, item))}"
         )
     raise ValueError(
         f"{source.name}: expected items (image, label), or with a key {' or '.join(usual)} or the "

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from safer_fast.config.messages import first_line, printable
+from safer_fast.config.messages import first_line, meant, printable
 from safer_fast.data.formats.source import Columns, EncodedSource, OpenRequest, Source
 from safer_fast.data.formats.splits import split_of
 
@@ -164,7 +164,7 @@ def _column(
         if wanted not in names:
             raise ValueError(
                 f"data.{role}_column: expected a column of {name} ({', '.join(names)}), "
-                f"got {wanted}"
+                f"got {wanted}{meant(wanted, names)}"
             )
         return wanted
     found = [item for item in usual if item in names]

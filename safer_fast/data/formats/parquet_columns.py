@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from safer_fast.config.messages import printable
+from safer_fast.config.messages import meant, printable
 from safer_fast.data.formats.source import Columns
 
 IMAGE_COLUMNS = ("image", "img")
@@ -134,7 +134,7 @@ def _named(name: str | None, role: str, schema: pa.Schema, file: Path) -> str | 
     if name is not None and schema.names.count(name) != 1:
         raise ValueError(
             f"data.{role}_column: expected one column of {file} ({_list(schema.names)}), "
-            f"got {printable(name) or 'an empty name'}"
+            f"got {printable(name) or 'an empty name'}{meant(name, schema.names)}"
         )
     return name
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from safer_fast.config.commands import ExportConfig
 from safer_fast.config.conversion import converted
-from safer_fast.config.messages import printable, shortened
+from safer_fast.config.doors import door
+from safer_fast.config.messages import meant, printable, shortened
 from safer_fast.runs.exporters.model_card import write_hub
 from safer_fast.runs.exporters.onnx import check_packages, write_onnx
 from safer_fast.runs.exporters.open_clip import write_open_clip
@@ -45,6 +46,7 @@ EXPORTERS = {
 """Exporters by the name that `--format` takes."""
 
 
+@door()
 def export(config: ExportConfig) -> Path:
     """Write a run's model into a new folder, whole or not at all, and return the folder.
 
@@ -55,7 +57,7 @@ def export(config: ExportConfig) -> Path:
 
     config = converted(config)
     if config.format not in EXPORTERS:
-        got = shortened(repr(config.format))
+        got = shortened(repr(config.format)) + meant(config.format, EXPORTERS)
         raise ValueError(f"--format: expected one of {', '.join(EXPORTERS)}, got {got}")
     folder = Path(config.output or RunFolder(Path(config.run)).export(config.format))
     check_output(folder)
