@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from safer_fast.config.command_line import with_underscores
-from safer_fast.config.commands import SelectConfig
+from safer_fast.config.commands import SELECTION_FIELDS, SelectConfig
 from safer_fast.config.conversion import converted
 from safer_fast.config.doors import door, speaking_flags
 from safer_fast.config.parser import new_parser, parse
@@ -25,7 +25,7 @@ from safer_fast.selection.comparison_output import (
 )
 
 
-@speaking_flags()
+@speaking_flags(SELECTION_FIELDS)
 def main(arguments: Sequence[str]) -> None:
     """`python -m safer_fast.select RUN [flags]`: print the ranked layers, write them as JSON."""
     parser = new_parser("select", "Score the layers of a trained model by every criterion.")
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> None:
     select(config)
 
 
-@door()
+@door(SELECTION_FIELDS)
 def select(config: SelectConfig) -> list[str]:
     """Score the layers of a run's model; print and write the tables; return the selected names.
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from jsonargparse import ArgumentParser
 
 from safer_fast.config.hints import hint
-from safer_fast.config.messages import shortened
+from safer_fast.config.messages import shortened, usual
 from safer_fast.config.parser import new_parser, parsed
 
 T = TypeVar("T")
@@ -33,9 +33,7 @@ def converted_to(kind: type[T], values: Mapping[str, Any]) -> T:
     for item in fields(kind):  # type: ignore[arg-type]
         is_group, value = is_dataclass(item.default_factory), plain.get(item.name, {})
         if is_group and not isinstance(value, Mapping):
-            raise ValueError(
-                f"{item.name}: expected a dictionary of settings, got {shortened(repr(value))}"
-            )
+            raise ValueError(_no_group(item.name, item.default_factory, value))
     try:
         return parsed(parser, kind, lambda: parser.parse_object(plain))
     except ValueError as error:
@@ -64,12 +62,20 @@ def _as_given(config: Any) -> dict[str, Any]:
         group: type = item.default_factory  # type: ignore[assignment]
         if is_dataclass(group) and not isinstance(value, Mapping):
             if type(value) is not group:
-                raise ValueError(
-                    f"{item.name}: expected {group.__name__}, got {shortened(repr(value))}"
-                )
+                raise ValueError(_no_group(item.name, group, value))
             value = _as_given(value)
         given[item.name] = _plain(value)
     return given
+
+
+def _no_group(name: str, group: Any, value: Any) -> str:
+    """The message for a value in place of a group of settings."""
+    close = usual(name, [f"{name}.{item.name}" for item in fields(group)])
+    hinted = f", did you mean {close}?" if close else ""
+    return (
+        f"{name}: expected {group.__name__} or a dictionary of settings, got "
+        f"{shortened(repr(value))}{hinted}"
+    )
 
 
 def _plain(value: Any) -> Any:

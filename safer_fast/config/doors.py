@@ -26,11 +26,19 @@ _FIRST_NAME = re.compile(r"([a-z_]+\.[a-z_]+)(?=: )")
 
 
 @contextmanager
-def speaking_flags() -> Iterator[None]:
-    """Leave flags in messages as they are within the block, or a decorated command."""
+def speaking_flags(renamed: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Leave flags in messages as they are within the block, or a decorated command.
+
+    renamed: names of settings that the command has by others.
+    """
     token = _IS_COMMAND.set(True)
     try:
         yield
+    except ValueError as error:
+        if renamed and error.args and isinstance(error.args[0], str):
+            dashed = {name: other.replace("_", "-") for name, other in renamed.items()}
+            error.args = (_renamed(in_flags(error.args[0]), dashed), *error.args[1:])
+        raise
     finally:
         _IS_COMMAND.reset(token)
 
@@ -71,7 +79,12 @@ def in_python(message: str, renamed: Mapping[str, str] | None = None) -> str:
 
     text = _FLAG.sub(as_name, message)
     text = re.sub(r"^RUN(?=: )", "run", text)
-    for name, other in (renamed or {}).items():
+    text = re.sub(r"(?<=, got )null$", "None", text)
+    return _renamed(text, renamed or {})
+
+
+def _renamed(text: str, names: Mapping[str, str]) -> str:
+    for name, other in names.items():
         text = re.sub(rf"(?<![\w.]){re.escape(name)}(?!\w)", other, text)
     return text
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from typing import Any, Literal, get_args, get_origin
 
 from safer_fast.config.help_text import dashed
 
@@ -24,6 +25,7 @@ _USUAL: dict[str, tuple[str, ...]] = {
     "augment": ("data.augmentation",),
     "bf16": ("amp",),
     "bs": ("batch_size",),
+    "checkpoint": ("model.checkpoint",),
     "checkpoint_path": ("model.checkpoint",),
     "ckpt": ("model.checkpoint",),
     "clip_grad": ("optim.clip_norm",),
@@ -33,6 +35,7 @@ _USUAL: dict[str, tuple[str, ...]] = {
     "drop_path": ("model.drop_path_rate",),
     "ema": ("optim.ema_decay",),
     "eps": ("attack.epsilon", "epsilon"),
+    "evaluation": ("evaluation.attacks", "attacks"),
     "fp16": ("amp",),
     "gpu": ("runtime.device", "device"),
     "img_size": ("data.image_size",),
@@ -49,12 +52,16 @@ _USUAL: dict[str, tuple[str, ...]] = {
     "n_epochs": ("epochs",),
     "num_epochs": ("epochs",),
     "num_samples": ("num_images", "data.max_images"),
+    "objective": ("objective.name",),
     "opt": ("optim.name",),
+    "optim": ("optim.name",),
     "optimizer": ("optim.name",),
     "out": ("output",),
     "output_dir": ("output",),
     "precision": ("amp",),
+    "sam": ("sam.rho",),
     "save_dir": ("output",),
+    "selection": ("selection.criterion", "criterion"),
     "smoothing": ("objective.label_smoothing",),
     "warmup": ("optim.warmup_epochs",),
     "wd": ("optim.weight_decay",),
@@ -68,6 +75,8 @@ _WORDS = {
     "str": "text",
     "dict": "names with values such as {depth: 4}",
     "tuple": "numbers such as [0.9, 0.95]",
+    "Radius": "a number or a fraction such as 8/255",
+    "Names": "names, separated by commas",
 }
 
 
@@ -97,6 +106,11 @@ def typed(flag: str) -> str:
     return f"--{flag}" if "." in flag else dashed(f"--{flag}")
 
 
+def usual(name: str, known: Sequence[str]) -> str | None:
+    """The setting among `known` that other projects, or few letters, call so; None for none."""
+    return next((other for other in _USUAL.get(name, ()) if other in known), None)
+
+
 def suggested(name: str, known: Sequence[str]) -> str | None:
     """The setting among `known` that `name` probably means; None if none is similar.
 
@@ -115,8 +129,18 @@ def suggested(name: str, known: Sequence[str]) -> str | None:
     ]
     close += [] if within else get_close_matches(name, known, n=1)
     close += [anywhere[other] for other in get_close_matches(own, anywhere, n=1)]
-    found = [*_USUAL.get(own, ()), *same, *close, *holding]
+    found = [*_USUAL.get(own, ()), *_in_group_like(group, own, known), *same, *close, *holding]
     return next((other for other in found if other in known), None)
+
+
+def _in_group_like(group: str, own: str, known: Sequence[str]) -> list[str]:
+    """The setting of this name in the group that an unknown group probably means, if any."""
+    groups = {name.rpartition(".")[0] for name in known} - {""}
+    if not group or group in groups:
+        return []
+    usual = [name.rpartition(".")[0] for name in _USUAL.get(group, ())]
+    close = [*usual, *get_close_matches(group, groups, n=1)]
+    return [f"{other}.{own}" for other in close if f"{other}.{own}" in known]
 
 
 def meant(value: object, known: Iterable[str]) -> str:
@@ -158,12 +182,8 @@ def explained(message: str, known: Sequence[str]) -> str:
     if not (found := re.match(r'Parser key "(.+?)": *(.*)', message)):
         return message
     flag, text = typed(found[1]), found[2]
-    if text.startswith("Unable to load config"):
-        close = next((name for name in _USUAL.get(found[1], ()) if name in known), None)
-        hint = f", did you mean {typed(close)}?" if close else ""
-        return (
-            f"{flag}: expected names with values such as {{name: value}}, got another value{hint}"
-        )
+    if text.startswith(("Unable to load config", "Importing ")):
+        return no_group(found[1], "another value", known)
     if value := re.search(r"(?:Got|Given) value: (?:type: .*?Given value: )?(.*)$", text):
         expected, got = _expected(text), "null" if value[1] == "None" else value[1]
         hint = "; a space follows each colon" if re.match(r"\{.*:[^ ]", got) else ""
@@ -172,9 +192,23 @@ def explained(message: str, known: Sequence[str]) -> str:
     return f"{flag}: {text}"
 
 
+def no_group(group: str, got: str, known: Sequence[str]) -> str:
+    """The message for a value in place of a group of settings."""
+    close = usual(group, known)
+    hint = f", did you mean {typed(close)}?" if close else ""
+    return f"--{group}: expected names with values such as {{name: value}}, got {got}{hint}"
+
+
+def of_kind(kind: Any) -> str:
+    """The words for a value of a setting's type."""
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    return _WORDS.get(getattr(get_origin(kind) or kind, "__name__", ""), "a value")
+
+
 def _expected(text: str) -> str:
     if "fraction such as" in text:
-        return "a number or a fraction such as 8/255"
+        return _WORDS["Radius"]
     text = re.sub(r"Given value type: <class '[^']+'>", "", text)
     kinds = [kind for kind in re.findall(r"<class '([^']+)'>", text) if kind != "NoneType"]
     expected = list(dict.fromkeys(_WORDS.get(kind, kind) for kind in kinds))

@@ -16,11 +16,12 @@ from jsonargparse.typing import register_type
 from safer_fast import __version__
 from safer_fast.config.completion import is_completing, prepare_completion
 from safer_fast.config.help_text import GroupedParser, HelpFormatter
-from safer_fast.config.messages import LONGEST_WORD, explained, shortened, typed
+from safer_fast.config.messages import LONGEST_WORD, explained, no_group, of_kind, shortened, typed
 from safer_fast.config.recipe_files import recipes
 from safer_fast.config.settings.types import Names, Radius
 from safer_fast.config.untrusted import ENDLESS_NUMBER
 
+GROUP_FILES = (".yaml", ".yml", ".json")
 CONTROL = re.compile("[\x00-\x1f\x7f]")
 T = TypeVar("T")
 
@@ -70,7 +71,20 @@ def parse(parser: ArgumentParser, arguments: Sequence[str], kind: Callable[..., 
             named = word if word.startswith("--") else before if awaits_value else ""
             flag = typed(named.partition("=")[0][2:]) if named else "RUN"
             raise ValueError(f"{flag}: expected numbers of fewer digits, got {shortened(word)}")
+    _check_groups(arguments, _settings_of(parser))
     return parsed(parser, kind, lambda: parser.parse_args(list(arguments)))
+
+
+def _check_groups(arguments: Sequence[str], known: Sequence[str]) -> None:
+    """Raise ValueError for a word in place of a group's settings, which jsonargparse would read as
+    a file, of any size, or import."""
+    groups = {name.partition(".")[0] for name in known if "." in name}
+    for word, following in pairwise([*arguments, ""]):
+        flag, is_joined, value = word.partition("=")
+        value = value if is_joined else following
+        is_group = flag.startswith("--") and flag[2:] in groups
+        if is_group and not (value.lstrip().startswith("{") or value.endswith(GROUP_FILES)):
+            raise ValueError(no_group(flag[2:], shortened(repr(value)), known))
 
 
 def parsed(parser: ArgumentParser, kind: Callable[..., T], read: Callable[[], Any]) -> T:
@@ -98,7 +112,7 @@ def _check_values(config: Any, group: str = "") -> None:
         if is_dataclass(value):
             _check_values(value, f"{name}.")
         elif value is None and type(None) not in get_args(kind):
-            raise ValueError(f"{flag}: expected a value, got null")
+            raise ValueError(f"{flag}: expected {of_kind(kind)}, got null")
         for text in [value] if isinstance(value, str) else value if isinstance(value, list) else []:
             if CONTROL.search(text) or any(len(part) > LONGEST_WORD for part in text.split("/")):
                 raise ValueError(

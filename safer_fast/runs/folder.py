@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -229,23 +231,25 @@ def load_run(
     num_classes: Any = described.get("num_classes") if is_tower else len(facts["class_names"])
     if type(num_classes) is not int or num_classes < 0:
         raise ValueError(f"{files.model_config}: expected num_classes, got {num_classes!r:.40}")
-    source = find_source(str(weights_file))
+    with _naming_the_run(files):
+        source = find_source(str(weights_file))
     if source.normalisation is None:
         raise ValueError(f"{files.model_config}: expected mean and std of the pixels, got none")
     settings = ModelConfig(**vars(config.model) | {"pretrained": False, "checkpoint": None})
     if savings is None:
         savings = config.runtime.exact_savings if is_frozen else ()
-    model, _ = prepare(
-        settings,
-        runtime.device,
-        savings=savings,
-        weights=source,
-        num_classes=num_classes,
-        image_size=facts["image_size"],
-        num_channels=facts["num_channels"],
-        compute_dtype=runtime.compute_dtype,
-        normalisation=source.normalisation,
-    )
+    with _naming_the_run(files):
+        model, _ = prepare(
+            settings,
+            runtime.device,
+            savings=savings,
+            weights=source,
+            num_classes=num_classes,
+            image_size=facts["image_size"],
+            num_channels=facts["num_channels"],
+            compute_dtype=runtime.compute_dtype,
+            normalisation=source.normalisation,
+        )
     for note in model.notes if local_rank == 0 else []:
         print(printable(note))
     if is_tower and files.text_embeddings.is_file():
@@ -269,6 +273,19 @@ def load_run(
         arenas,
         is_tower,
     )
+
+
+@contextmanager
+def _naming_the_run(files: RunFolder) -> Iterator[None]:
+    """Name the run's own files in errors on its model: no setting is at fault."""
+    try:
+        yield
+    except ValueError as error:
+        found = re.match(r"(?:--)?(model\.\w+): (.*)", str(error), re.DOTALL)
+        if found is None:
+            raise
+        where = "RUN" if found[1] == "model.checkpoint" else f"{files.config}: {found[1]}"
+        raise ValueError(f"{where}: {found[2]}") from error.__cause__
 
 
 def _without_model(files: RunFolder, missing: Path) -> str:

@@ -158,7 +158,7 @@ def _newest(folder: Path, config: Config, report: Callable[[str], None]) -> Chec
     finally:
         store.close()
     if found is None and config.resume == "must":
-        raise ValueError(f"--resume must: expected a run with checkpoints, got {folder}")
+        raise ValueError(f"--resume: expected a run with checkpoints for must, got {folder}")
     if found is None:
         clear_run_folder(folder)
         check_output(folder)

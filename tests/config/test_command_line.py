@@ -93,7 +93,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["--attack.eps", "8"], "unknown flag --attack.eps, did you mean --attack.epsilon?"),
     (["--threads", "8"], "unknown flag --threads, did you mean --runtime.num_threads?"),
     (["--dry-runn"], "unknown flag --dry-runn, did you mean --dry-run?"),
-    (["--model", "x"], "--model: expected names with values such as {name: value}, got another"),
+    (["--model", "x"], "--model: expected names with values such as {name: value}, got 'x'"),
     (["--help", "atack"], "log, all, got atack, did you mean attack?"),
     (["--amp", "fp3"], "--amp: expected one of off, bf16, got fp3"),
     (["--epochs", "1.5"], "--epochs: expected a whole number, got 1.5"),

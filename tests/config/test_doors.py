@@ -15,6 +15,8 @@ from tests.support.commands import refused
 UNKNOWN: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (Config, {"epohcs": 3}, "Config: unknown setting 'epohcs', did you mean 'epochs'?"),
     (Config, {"lr": 1}, "Config: unknown setting 'lr', did you mean 'optim.learning_rate'?"),
+    (Config, {"optimizer": {"name": "sgd"}}, "'optimizer.name', did you mean 'optim.name'?"),
+    (Config, {"modl": {"name": "vit"}}, "'modl.name', did you mean 'model.name'?"),
     (Config, {"train": {"epohcs": 3}}, "unknown setting 'train.epohcs', did you mean 'epochs'?"),
     (Config, {"xyzzy": 3}, "Config: unknown setting 'xyzzy'"),
     (AttackConfig, {"eps": 1}, "AttackConfig: unknown setting 'eps', did you mean 'epsilon'?"),
@@ -45,6 +47,12 @@ MISTAKES: list[tuple[dict[str, Any], list[str], str]] = [
     ({"batch_size": "x"}, ["--batch-size=x"], "batch-size: expected a whole number, got x"),
     ({"attack": {"epsilon": 8}}, ["--attack.epsilon=8"], "attack.epsilon: expected 0 to 1, got 8"),
     ({"resume": "auto"}, ["--resume=auto"], "resume: expected --output with the folder of the run"),
+    ({"attack": {"epsilon": None}}, ["--attack.epsilon=null"], "attack.epsilon: expected a number"),
+    (
+        {"resume": "must", "output": "none"},
+        ["--resume=must", "--output=none"],
+        "resume: expected a run with checkpoints for must, got none",
+    ),
     ({"data": {"path": "no"}}, ["--data.path=no"], "data.path: expected a .parquet or .tar file"),
     (
         {"epochs": 4, "selection": {"warmup_epochs": 4}},
@@ -78,6 +86,53 @@ def test_a_mistake_names_a_field_in_python_and_a_flag_in_a_command(
         train_model(Config(**settings))
     assert "--" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("group", "value", "setting"),
+    [
+        ("optim", "muon", "optim.name"),
+        ("sam", 0.05, "sam.rho"),
+        ("data", "x.npz", "data.path"),
+        ("objective", "trades", "objective.name"),
+        ("selection", "random", "selection.criterion"),
+    ],
+)
+def test_a_value_in_place_of_a_group_gets_the_setting_that_was_meant(
+    group: str, value: Any, setting: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safer_fast.train import main
+
+    for words in ([f"--{group}", str(value)], [f"--{group}={value}"]):
+        line = refused(main, words, capsys)
+        expected = "expected names with values such as {name: value}"
+        hint = f"did you mean --{setting}?"
+        assert line == f"error: --{group}: {expected}, got {str(value)!r}, {hint}\n"
+    for call in (
+        lambda: train_model(Config(**{group: value})),
+        lambda: Config.from_recipe("digits", **{group: value}),
+    ):
+        message = rf"^{group}: expected \w+ or a dictionary .*, got .*, did you mean {setting}\?$"
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_a_file_in_place_of_a_group_is_not_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safer_fast import doctor, train
+
+    (tmp_path / "data.npz").write_bytes(b"\xa5" * 100)
+    for main in (train.main, doctor.main):
+        line = refused(main, ["--data", str(tmp_path / "data.npz")], capsys)
+        assert line.startswith("error: --data: expected names with values")
+        assert line.endswith("did you mean --data.path?\n")
+
+
+def test_null_is_none_in_python() -> None:
+    for settings in ({"epochs": None}, {"attack": {"epsilon": None}}):
+        with pytest.raises(ValueError, match=r"^[a-z.]+: expected .*, got None$"):
+            train_model(Config(**settings))  # type: ignore[arg-type]
 
 
 def test_an_argument_that_the_network_lacks_gets_the_nearest_name(

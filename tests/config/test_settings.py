@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -11,7 +12,16 @@ import numpy as np
 import pytest
 from torch import Tensor, nn
 
-from safer_fast import evaluate, evaluate_run, register_criterion, select, train, train_model
+from safer_fast import (
+    evaluate,
+    evaluate_run,
+    export,
+    load_model,
+    register_criterion,
+    select,
+    train,
+    train_model,
+)
 from safer_fast.config.checks import checked
 from safer_fast.config.command_line import parse_config
 from safer_fast.config.commands import DoctorConfig, EvaluateConfig, SelectConfig
@@ -58,9 +68,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 WRONG: list[tuple[Config, str]] = [
     (Config(attack=AttackConfig(epsilon="8")), "attack.epsilon: .* got 8: did you mean 8/255"),  # type: ignore[arg-type]
     (Config(attack=AttackConfig(epsilon="x")), "attack.epsilon: expected a number or a fraction"),  # type: ignore[arg-type]
-    (Config(attack=3), "attack: expected AttackConfig, got 3"),  # type: ignore[arg-type]
+    (Config(attack=3), "attack: expected AttackConfig or a dictionary of settings, got 3$"),  # type: ignore[arg-type]
     (Config(attack={"eps": 1}), "unknown setting 'attack.eps', did you mean 'attack.epsilon'"),  # type: ignore[arg-type]
-    (Config(epochs=None), "epochs: expected a value, got null"),  # type: ignore[arg-type]
+    (Config(epochs=None), "epochs: expected a whole number, got None"),  # type: ignore[arg-type]
     (Config(epochs=1.5), "epochs: expected a whole number, got 1.5"),  # type: ignore[arg-type]
     (Config(epochs=10**30), "epochs: expected at most 1,000,000, got 10{30}"),
     (Config(optim=OptimConfig(betas=(1,))), "optim.betas: expected a tuple with 2 elements"),  # type: ignore[arg-type]
@@ -174,6 +184,40 @@ def test_radii_in_255ths_are_refused_of_a_run(
         ("error: --epsilon: expected a radius", "error: --epsilon: expected 0 to 1")
     )
     assert f"{words[0]}/255" in line or "such as 8/255" in line
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "expected"),
+    [("candidates", "wombat", "names or patterns"), ("from_block", "9", "less than the 1 blocks")],
+)
+def test_select_names_its_own_settings(
+    setting: str, value: str, expected: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flag = f"--{setting.replace('_', '-')}"
+    assert refused(select.main, [str(run), flag, value], capsys).startswith(
+        f"error: {flag}: expected {expected}"
+    )
+    with pytest.raises(ValueError, match=f"^{setting}: expected {expected}"):
+        select.select(SelectConfig(str(run), **{setting: value}))  # type: ignore[arg-type]
+
+
+def test_files_of_a_run_are_no_setting_of_the_command_that_reads_them(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    text = (run / "run.yaml").read_text()
+    (copy / "run.yaml").write_text(text.replace("name: vit_tiny", "name: vit_tinny"))
+    for main in (evaluate.main, export.main):
+        line = refused(main, [str(copy)], capsys)
+        assert line.startswith(f"error: {copy}/run.yaml: model.name: expected a model of timm")
+    (copy / "run.yaml").write_text(text)
+    (copy / "model.safetensors").write_bytes(b"x" * 100)
+    for main in (evaluate.main, select.main, export.main):
+        line = refused(main, [str(copy)], capsys)
+        assert line.startswith(f"error: RUN: expected safetensors, got {copy}/model.safetensors")
+    with pytest.raises(ValueError, match=r"^run: expected safetensors"):
+        load_model(copy)
 
 
 def write_images(folder: Path, size: int) -> Path:

@@ -308,6 +308,29 @@ def losses(run: Path) -> list[float]:
     return [event["train_loss"] for event in events if event["event"] == "epoch"]
 
 
+NOT_DATA: list[tuple[Any, str]] = [
+    ((PIXELS, LABELS, LABELS), r"data: expected images and labels as two arrays.*, got tuple \("),
+    (PIXELS, r"data: expected images and labels as two arrays.*, got one array \["),
+    ((PIXELS, None), r"data: expected images and labels .*, got tuple \(ndarray, NoneType\)"),
+    (([1], [2]), r"data: expected images and labels .*, got tuple \(list, list\)"),
+    ("digits", r"data: expected images .*, got the text 'digits' \(data\.path, or path of"),
+    ({"train": Path("x.npz")}, r"data\['train'\]: expected images .*, got the text 'x\.npz'"),
+    ({"test": (PIXELS, LABELS)}, "data: expected training data, got only test$"),
+]
+
+
+@pytest.mark.parametrize(("data", "message"), NOT_DATA, ids=[m[-20:] for _, m in NOT_DATA])
+def test_what_is_no_data_set_is_named_as_it_was_given(data: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}") as caught:
+        train_model(CONFIG, data=data)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tuple_of_pictures_with_labels_is_a_data_set() -> None:
+    pairs = tuple((Image.fromarray(PIXELS[row]), int(LABELS[row])) for row in range(4))
+    assert len(opened(pairs)["all"]) == 4
+
+
 def test_no_other_path_is_mixed_with_given_data() -> None:
     config = Config.from_recipe("digits", data={"test_path": "digits"})
     with pytest.raises(ValueError, match=r"data.test_path: expected none beside the data given"):

@@ -704,7 +704,7 @@ def test_a_run_that_has_finished_is_left_as_it_is_and_said_to_be_once(
         (["--data.max_images=2"], "data.path: expected at least one training image for each of 3"),
         (["--data.path=nothing"], "nothing"),
         (["--model.checkpoint=nothing"], "nothing"),
-        (["--resume=must"], "--resume must: expected a run with checkpoints"),
+        (["--resume=must"], "--resume: expected a run with checkpoints for must"),
         ([], "--output: expected a new or empty folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

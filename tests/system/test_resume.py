@@ -559,7 +559,7 @@ def test_folders_that_are_no_run_are_left_alone(how: str, train: Train, tmp_path
     ending = train(flags=(f"--resume={how}",))
     expected = f"error: --output: expected a new or empty folder, got {folder}, which is in use\n"
     if how == "must":
-        expected = f"error: --resume must: expected a run with checkpoints, got {folder}\n"
+        expected = f"error: --resume: expected a run with checkpoints for must, got {folder}\n"
     assert ending == (2, "", expected)
     assert contents(folder) == {"thesis.txt": b"mine"}
 
@@ -575,7 +575,11 @@ def test_a_used_folder_is_refused_by_those_who_do_not_resume(train: Train, run: 
 def test_nothing_is_resumed_from_nothing(train: Train, tmp_path: Path) -> None:
     ending = train(flags=("--resume=must",))
     run = tmp_path / "run"
-    assert ending == (2, "", f"error: --resume must: expected a run with checkpoints, got {run}\n")
+    assert ending == (
+        2,
+        "",
+        f"error: --resume: expected a run with checkpoints for must, got {run}\n",
+    )
     assert not run.exists()
     with pytest.raises(ValueError, match=r"^--resume: expected --output"):
         parse_config(["--resume", "auto"])

@@ -178,7 +178,7 @@ def test_weights_without_a_bias_return_bit_for_bit(kind: str, tmp_path: Path) ->
 
 def test_formats_for_classifiers_are_refused(fare: Path, small_run: Path, tmp_path: Path) -> None:
     for run, form in ((fare, "robustbench"), (fare, "hub"), (small_run, "open_clip")):
-        with pytest.raises(ValueError, match=r"^--format: expected"):
+        with pytest.raises(ValueError, match=r"^format: expected"):
             export(ExportConfig(str(run), format=form, output=str(tmp_path / "out")))
 
 

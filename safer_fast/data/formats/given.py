@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import ConcatDataset, IterableDataset, Subset, TensorDataset
 
-from safer_fast.config.messages import first_line, meant, printable
+from safer_fast.config.messages import first_line, meant, printable, shortened
 from safer_fast.data.formats.arrays import as_bytes, channels_last, source_of_arrays
 from safer_fast.data.formats.source import Columns, OpenRequest, RowError, Source
 from safer_fast.data.formats.splits import split_of
@@ -45,6 +46,11 @@ def giving(data: GivenData | None, path: str | None) -> Iterator[str | None]:
     token = _DATA.set(_Given(data))
     try:
         yield WORD
+    except ValueError as error:
+        if error.args and isinstance(error.args[0], str):  # the user has given no path
+            said = re.sub(r"^(--)?data\.path(?=: )", "data", error.args[0])
+            error.args = (re.sub(rf" in {WORD}$", "", said), *error.args[1:])
+        raise
     finally:
         _DATA.reset(token)
 
@@ -135,12 +141,10 @@ def _source(data: Any, name: str, request: OpenRequest) -> Source:
         encoded = source_of_dataset(data, name, request.columns)
         if encoded is not None:
             return encoded
-    if isinstance(data, IterableDataset) or not (
-        hasattr(data, "__getitem__") and hasattr(data, "__len__")
-    ):
+    if (got := _no_dataset(data)) is not None:
         raise ValueError(
             f"{name}: expected images and labels as two arrays, or a dataset with a length and "
-            f"items by number, got {type(data).__name__}"
+            f"items by number, got {got}"
         )
     if not len(data):
         raise ValueError(f"{name}: expected at least one image, got none")
@@ -167,6 +171,25 @@ def _arrays(data: Any) -> tuple[NDArray[Any], NDArray[Any]] | None:
         return None
     images, labels = map(_array, data)
     return images, labels
+
+
+def _no_dataset(data: Any) -> str | None:
+    """The words for data that are no dataset with items by number; None for one."""
+    if isinstance(data, str | Path):
+        got = shortened(repr(str(data)))
+        return f"the text {got} (data.path, or path of an evaluation, names data on disk)"
+    if isinstance(data, np.ndarray | torch.Tensor):
+        return f"one array {list(data.shape)}"
+    if isinstance(data, tuple | list):
+        kinds = [type(item).__name__ for item in data[:4]]
+        has_arrays = any(isinstance(item, np.ndarray | torch.Tensor) for item in data)
+        are_items = isinstance(data, list) or all(isinstance(i, tuple | Mapping) for i in data)
+        if has_arrays or not are_items:
+            more = ", ..." if len(data) > len(kinds) else ""
+            return f"{type(data).__name__} ({', '.join(kinds)}{more})"
+        return None
+    is_mapped = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    return type(data).__name__ if isinstance(data, IterableDataset) or not is_mapped else None
 
 
 def _labels(source: DatasetSource, rows: Sequence[int]) -> NDArray[np.int64]:
