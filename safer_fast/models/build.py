@@ -131,7 +131,7 @@ def build_model(
         own = source.normalisation or own
     mean, std = (_for_channels(values, num_channels) for values in normalisation or own)
     model = RobustModel(split_into_blocks(network), mean, std, compute_dtype, norms).eval()
-    model.notes, model.new_layers = notes, new_layers
+    model.notes, model.new_layers, model.image_size = notes, new_layers, image_size
     return model
 
 

@@ -18,11 +18,10 @@ from safer_fast.models.exact_savings import (
     to_patches,
 )
 from safer_fast.models.families import STEM, Uncut
+from safer_fast.models.pixels import check_images, check_size, check_values
 from safer_fast.models.text_head import TextHead
 from safer_fast.runtime.device import allow_recompiling
 
-FARTHEST = 1
-"""Distance from [0, 1] that a value may have: searches step outside before they are clipped."""
 BATCHES_CHECKED = 3
 """Batches on a GPU that are looked at: each waits for the device."""
 
@@ -65,7 +64,7 @@ class RobustModel(nn.Module):
         self.class_names: list[str] = []
         """Names of the classes in the order of the logits, of a model that `load_model` returns."""
         self.image_size: int | None = None
-        """Edge in pixels of the images that it was trained on, of such a model."""
+        """Edge in pixels of the images that it was built for or, of such a model, trained on."""
         self.threat_model: ThreatModel | None = None
         """The ball that it was trained against, of such a model."""
         self.unchecked_batches: int | None = None
@@ -79,13 +78,16 @@ class RobustModel(nn.Module):
         """Zero-shot classifier of the network's embeddings; None: its outputs are given as is."""
 
     def forward(self, images: Tensor) -> Tensor:
-        if images.ndim != 4 and self.patch_size is None:
-            raise ValueError(f"images: expected [B, C, H, W], got {list(images.shape)}")
-        if not images.is_floating_point():
-            raise ValueError(f"images: expected floats in [0, 1], got {images.dtype}")
+        check_images(images, self.mean, is_arranged=self.patch_size is not None)
         if self.unchecked_batches is not None:
             self._check_pixels(images)
-        return self.suffix(self.prefix(images, 0), 0)
+        if self.image_size is None:
+            return self.suffix(self.prefix(images, 0), 0)
+        try:
+            return self.suffix(self.prefix(images, 0), 0)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            check_size(images, self.image_size, error)
+            raise
 
     def check_pixels(self) -> None:
         """Let `forward` raise ValueError for values far outside [0, 1], as in images of 0..255.
@@ -103,15 +105,7 @@ class RobustModel(nn.Module):
             if not self.unchecked_batches or is_captured:
                 return
             self.unchecked_batches -= 1
-        try:
-            low, high = torch.stack(images.detach().aminmax()).tolist()
-        except RuntimeError:  # tensors without values: fake ones, or those within torch.func.vmap
-            return
-        if low < -FARTHEST or high > 1 + FARTHEST:
-            raise ValueError(
-                f"images: expected pixels in [0, 1], got values from {low:g} to {high:g} (divide "
-                "bytes by 255; the model normalises by itself)"
-            )
+        check_values(images)
 
     def enable_savings(self, names: Iterable[str], image_size: int) -> list[str]:
         """Enable `patch-order` and `class-token` (see exact_savings.py), before `.to(device)`.

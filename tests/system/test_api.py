@@ -94,6 +94,19 @@ def test_a_model_says_what_shape_it_takes(run: str) -> None:
         model(torch.rand(1, 8, 8))
     with pytest.raises(ValueError, match=r"images: expected floats in \[0, 1\], got torch.uint8"):
         model(torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
+    for wrong, message in (
+        (torch.rand(1, 1, 9, 9), r"images: expected 8x8 pixels, .* got 9x9"),
+        (torch.rand(1, 1, 16, 16), r"images: expected 8x8 pixels, .* got 16x16"),
+        (torch.rand(1, 1, 8, 4), r"images: expected 8x8 pixels, .* got 8x4"),
+        (torch.rand(1, 3, 8, 8), r"images: expected \[B, 1, H, W\], .* got \[1, 3, 8, 8\]"),
+        (torch.rand(1, 1, 8, 8).double(), "expected torch.float32 .*, got torch.float64"),
+        (torch.rand(1, 1, 8, 8).numpy(), r"expected a tensor \[B, C, H, W\], got ndarray"),
+        (torch.rand(1, 1, 8, 8, device="meta"), "images: expected on cpu .*, got meta"),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            model(wrong)
+        assert "\n" not in str(caught.value)
+    assert model(torch.rand(2, 1, 8, 8).half()).shape == (2, 10)
     with pytest.raises(ValueError, match="device: expected auto, cpu or cuda, got 'xx'"):
         safer_fast.load_model(run, device="xx")  # type: ignore[arg-type]
 
