@@ -17,12 +17,12 @@ from safer_fast.attacks.pgd import (
     finite_pixels,
     placed_start,
 )
+from safer_fast.attacks.replayed import CROSS_ENTROPY, PixelLoss, ReplayedAttack
 from safer_fast.config.attack_names import ATTACKS, ThreatModel, facts_of
 from safer_fast.config.messages import shortened
 
 if TYPE_CHECKING:
     from safer_fast.attacks.gradient_watch import Watch
-    from safer_fast.attacks.replayed import ReplayedAttack
 
 
 __all__ = ["ThreatModel", "attack_by_name", "attack_spec", "register_attack"]
@@ -72,14 +72,29 @@ def register_attack(name: str, loss: AttackLoss, *, steps: int | None = None) ->
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum over images of max over j != y of z_j - z_y, the loss of Carlini & Wagner (2017).
+    """Sum of `margins` over images."""
+    return margins(logits, labels).sum()
+
+
+def margins(logits: Tensor, labels: Tensor) -> Tensor:
+    """Largest z_j - z_y, j != y, of each image, [B], the loss of Carlini & Wagner (2017).
 
     Without their cap, as in the PGD attacks of Madry et al. (2018).
     """
     is_own = labels[:, None] == torch.arange(logits.shape[1], device=logits.device)
     own = logits.masked_fill(~is_own, 0).sum(1)
     others = logits.masked_fill(is_own, -torch.inf).amax(1)
-    return (others - own).sum()
+    return others - own
+
+
+def logit_ratios(logits: Tensor, labels: Tensor) -> Tensor:
+    """Difference of logits ratio (DLR) of each image, [B] (Croce & Hein, 2020).
+
+    The margin over the distance of the highest and the third highest logit: no factor of the logits
+    changes it. It needs three classes.
+    """
+    highest = logits.topk(3, dim=1).values
+    return margins(logits, labels) / (highest[:, 0] - highest[:, 2] + 1e-12)
 
 
 def squared_distances(embeddings: Tensor, originals: Tensor) -> Tensor:
@@ -97,6 +112,12 @@ def squared_distance(embeddings: Tensor, originals: Tensor) -> Tensor:
 
 LOSSES: dict[str, AttackLoss] = {"cross-entropy": cross_entropy, "margin": margin}
 """Losses of gradient attacks by the names that the table of attacks has for them."""
+TRAINING_LOSSES: dict[str, PixelLoss] = {
+    "cross-entropy": CROSS_ENTROPY,
+    "margin": PixelLoss.of(margins),
+    "dlr": PixelLoss.of(logit_ratios),
+}
+"""Losses that `attack.loss` names in place of that of the objective."""
 
 
 def attack_by_name(

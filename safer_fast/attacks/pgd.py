@@ -18,6 +18,8 @@ Norm = Literal["linf", "l2"]
 PLACES_PER_SEED = 32
 AttackLoss = Callable[[Tensor, Tensor], Tensor]
 """(logits [B, K], labels) -> the 0-d loss that the attack raises, a sum over images."""
+EachLoss = Callable[[Tensor, Tensor], Tensor]
+"""(logits [B, K], labels) -> the loss of each image [B]."""
 
 
 def pgd(
@@ -194,6 +196,11 @@ def finite_pixels(attacked: Tensor, images: Tensor) -> Tensor:
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy summed over images: no image's gradient depends on how many there are."""
     return functional.cross_entropy(logits, labels, reduction="sum")
+
+
+def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each image, [B]."""
+    return functional.cross_entropy(logits, labels, reduction="none")
 
 
 @contextmanager

@@ -1,21 +1,24 @@
-"""PGD on buffers that stay where they are, so that its iterations replay as CUDA graphs."""
+"""PGD, or Auto-PGD, in buffers that stay where they are: iterations replay as CUDA graphs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from typing import NamedTuple
+from functools import cache, partial
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from safer_fast.attacks.apgd import Climb, climb
 from safer_fast.attacks.correctness import is_right
 from safer_fast.attacks.float8 import LowPrecision
 from safer_fast.attacks.gradient_watch import Watch
 from safer_fast.attacks.pgd import (
     AttackLoss,
+    EachLoss,
     Norm,
+    cross_entropies,
     cross_entropy,
     frozen,
     pgd_step_,
@@ -23,7 +26,7 @@ from safer_fast.attacks.pgd import (
 )
 from safer_fast.models.exact_savings import from_patches
 from safer_fast.models.robust_model import RobustModel
-from safer_fast.runtime.cuda_graphs import Buffers, Replays
+from safer_fast.runtime.cuda_graphs import Buffers, Key, Replays
 from safer_fast.runtime.micro_batch import MicroBatch, fill_
 
 Draw = Callable[[Tensor, Tensor, Norm], Tensor]
@@ -36,12 +39,25 @@ class PixelLoss(NamedTuple):
     function: takes logits [B, K] and targets, returns a 0-d sum over images. Recordings are kept by
     it: give the same function for each batch. against_clean: the targets are the logits of the
     images themselves, as the attack computes them, in place of the labels (TRADES). counts: images
-    are classified right or wrong by logits and labels; false for embeddings.
+    are classified right or wrong by logits and labels; false for embeddings. of_each: the same loss
+    of each image, which Auto-PGD needs.
     """
 
     function: AttackLoss = cross_entropy
     against_clean: bool = False
     counts: bool = True
+    of_each: EachLoss = cross_entropies
+
+    @classmethod
+    def of(cls, losses: EachLoss, *, against_clean: bool = False, counts: bool = True) -> PixelLoss:
+        """Make it of a loss of each image [B]; a 0-d sum over images will do for PGD."""
+        return cls(_summed(losses), against_clean, counts, losses)
+
+
+@cache
+def _summed(losses: EachLoss) -> AttackLoss:
+    """The loss of each image, summed; the same function each time."""
+    return lambda logits, targets: losses(logits, targets).sum()
 
 
 CROSS_ENTROPY = PixelLoss()
@@ -49,6 +65,8 @@ CROSS_ENTROPY = PixelLoss()
 
 class ReplayedAttack:
     """PGD against one model in eval mode, batch after batch: for training, audits and evaluations.
+
+    With `kind` apgd it is Auto-PGD (apgd.py), which has step sizes of its own.
 
     Args:
         model: takes pixels in the order of `model.arrange`.
@@ -60,6 +78,7 @@ class ReplayedAttack:
         replays: runs the iterations, one at a time.
         precision: what the attack computes in where that is less exact than amp; None: amp.
         multiple: `attack_images` fills batches up to a multiple of it, so that shapes are few.
+        kind: pgd or apgd.
         name: of the recorded phase; attacks that share `replays` have different ones.
     """
 
@@ -74,10 +93,11 @@ class ReplayedAttack:
         replays: Replays | None = None,
         precision: LowPrecision | None = None,
         multiple: int = 1,
+        kind: Literal["pgd", "apgd"] = "pgd",
         name: str = "attack",
     ) -> None:
         self.model, self.norm, self.steps, self.multiple = model, norm, steps, multiple
-        self.name = name
+        self.name, self.kind = name, kind
         self.draw: Draw = partial(random_start, generator=generator)
         self.micro_batch = micro_batch or MicroBatch()
         self.replays, self.precision = replays or Replays(), precision
@@ -207,6 +227,8 @@ class ReplayedAttack:
             with torch.no_grad():
                 targets = self.buffers.hold("clean logits", self.model(pixels))
         function, (epsilon, step_size) = loss.function, radii
+        if self.kind == "apgd":
+            function = loss.of_each
         if counted is not None:
             counted = self.buffers.hold("counted part", counted)
             function = self._counting(function, labels, counted)
@@ -214,17 +236,31 @@ class ReplayedAttack:
         if watch is not None:
             watch.begin()
 
+        how = (self.norm, loss, self.precision is not None, watch is None)
+        key = (self.name, *how, attacked.shape, labels.shape, labels.dtype)
+        if self.kind == "apgd":
+            assert watch is None, "only PGD is watched"
+            state = Climb(self.buffers, attacked, pixels, epsilon, self.norm)
+            return climb(state, self.model, targets, function, steps, partial(self._run, key))
+
         def iterate() -> None:
             ball = step_size, epsilon, self.norm
             pgd_step_(self.model, attacked, pixels, targets, *ball, function, watch)
             if counted is not None:
                 self._iteration.add_(1)
 
-        how = (self.norm, loss, self.precision is not None, watch is None)
-        key = (self.name, *how, attacked.shape, labels.shape, labels.dtype)
         for _ in range(steps):
             self.replays(key, iterate)
         return attacked
+
+    def _run(self, key: Key, name: str, work: Callable[[], None]) -> None:
+        """Do a part of Auto-PGD that evaluates the loss once, or replay what was recorded of it."""
+
+        def iterate() -> None:
+            work()
+            self._iteration.add_(1)
+
+        self.replays((*key, name), iterate)
 
     def _counting(self, loss: AttackLoss, labels: Tensor, counted: Tensor) -> AttackLoss:
         """The loss, whose evaluation adds to `hits` the images classified correctly by then."""

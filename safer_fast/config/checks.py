@@ -187,13 +187,17 @@ def _check_together(config: Config) -> None:
     check_ball(attack.norm, attack.epsilon, attack.step_size, shape=shape)
     if attack.precision not in ("auto", "amp") and config.amp == "off":
         raise ValueError(f"--attack.precision: expected amp with --amp off, got {attack.precision}")
+    if attack.name == "apgd" and attack.steps == "auto":
+        raise ValueError("--attack.steps: expected a number with --attack.name apgd, got auto")
+    if attack.name == "apgd" and attack.step_size is not None:
+        raise ValueError(
+            "--attack.step_size: expected none with --attack.name apgd, which begins at 2 epsilon, "
+            f"got {attack.step_size:g}"
+        )
     if config.objective.name == "mart":
-        for flag in ("objective.label_smoothing", "data.mixup", "data.cutmix"):
-            if value := _value(config, flag):
-                raise ValueError(
-                    f"--{flag}: expected 0 with --objective.name mart, whose labels are class "
-                    f"numbers, got {value}"
-                )
+        _check_class_numbers(config, "--objective.name mart", "objective.label_smoothing")
+    if attack.loss in ("margin", "dlr"):
+        _check_class_numbers(config, f"--attack.loss {attack.loss}")
     if selection.lora_rank:
         for flag in ("optim.ema_decay", "selection.norms"):
             if value := _value(config, flag):
@@ -211,6 +215,15 @@ def _check_together(config: Config) -> None:
         )
     for name in config.evaluation.attacks:
         check_attack_name(name, "--evaluation.attacks")
+
+
+def _check_class_numbers(config: Config, reason: str, *others: str) -> None:
+    """Raise ValueError for settings that make other labels of class numbers."""
+    for flag in (*others, "data.mixup", "data.cutmix"):
+        if value := _value(config, flag):
+            raise ValueError(
+                f"--{flag}: expected 0 with {reason}, whose labels are class numbers, got {value}"
+            )
 
 
 def _check_rates(config: Config) -> None:

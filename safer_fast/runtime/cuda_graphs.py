@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -175,10 +175,16 @@ class Buffers:
 
     def hold(self, name: str, value: Tensor) -> Tensor:
         """Copy a value to the buffer of this name, shape and dtype, and return the buffer."""
-        key = (name, value.shape, value.dtype, value.device)
+        return self.reserve(name, value.shape, value.dtype, value.device).copy_(value)
+
+    def reserve(
+        self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """Return the buffer of this name, shape and dtype, with whatever it holds."""
+        key = (name, tuple(shape), dtype, device)
         if key not in self._tensors:
-            self._tensors[key] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
-        return self._tensors[key].copy_(value)
+            self._tensors[key] = torch.empty(shape, dtype=dtype, device=device)
+        return self._tensors[key]
 
     def hold_all(self, name: str, values: Iterable[Tensor]) -> list[Tensor]:
         """Copy several values to a buffer each, and return the buffers."""

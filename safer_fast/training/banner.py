@@ -66,8 +66,10 @@ def _attack(config: AttackConfig) -> str:
     if not config.most_steps or not config.epsilon:
         return "none, clean training"
     ball = f"{config.norm}, epsilon {float(config.epsilon):.4g}"
+    if config.loss != "objective":
+        ball += f", raising the {config.loss}"
     if config.steps != "auto":
-        return f"PGD-{config.steps}, {ball}"
+        return f"{config.named(config.steps)}, {ball}"
     return (
         f"PGD of at most {config.max_steps} steps, as few as reach {config.strength:g} of PGD-20's "
         f"loss, {ball}"

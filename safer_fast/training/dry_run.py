@@ -50,8 +50,8 @@ NUM_SHOWN = 4
 class StageCost:
     """Cost of a stage: its layers, median step, operations per image of each phase, peak memory.
 
-    num_taken: steps that were timed. attack_steps: iterations of their attack. full_step_s: step
-    with `attack.max_steps` where audits choose, None with a fixed number.
+    num_taken: steps that were timed. attack: of theirs, as in PGD-10. full_step_s: step with
+    `attack.max_steps` where audits choose, None with a fixed number.
     """
 
     name: str
@@ -63,7 +63,7 @@ class StageCost:
     batch_size: int
     operations: dict[str, float]
     peak_memory_mib: float
-    attack_steps: int = 0
+    attack: str = ""
     full_step_s: float | None = None
 
     @property
@@ -212,7 +212,7 @@ def _cost_of(trainer: Trainer, stage: Stage, most_s: float) -> StageCost:
         batch_size=-(-trainer.data.train.images_per_epoch // len(trainer.data.train)),
         operations=operations,
         peak_memory_mib=trainer.runtime.peak_memory_mib(),
-        attack_steps=attack_steps,
+        attack=trainer.config.attack.named(attack_steps),
         full_step_s=full_step_s,
     )
 
@@ -275,8 +275,8 @@ def _operations(trainer: Trainer) -> dict[str, float]:
         forward = sum(cost.forward for cost in costs(model, image).values())
     if step.objective.needs_clean:
         phases |= {name: 2 * phases[name] for name in ("prefix", "sam")}
-    if step.objective.attack_loss.against_clean and num_steps > 0:
-        phases["attack"] += forward
+    extra = [step.objective.attack_loss.against_clean, step.attack.kind == "apgd"]
+    phases["attack"] += forward * sum(extra) * (num_steps > 0)
     return phases
 
 
@@ -336,7 +336,7 @@ def _lines_of(stage: StageCost, rate: float) -> list[str]:
         f"  layers      {names}" + (f" and {num_more} more" if num_more > 0 else ""),
         f"  suffix      {suffix}",
         f"  step        {stage.step_s * 1e3:.1f} ms, {stage.images_per_second:.1f} images/s, "
-        f"after {stage.num_taken} steps, PGD-{stage.attack_steps}",
+        f"after {stage.num_taken} steps, {stage.attack}",
         *at_most,
         f"  operations  {phases} GFLOP per image",
         f"  MFU         {stage.mfu(rate):.1%} of the {rate / 1e12:.3g} TFLOP/s of a matrix product",

@@ -61,7 +61,7 @@ class Engine:
     ) -> None:
         self.config, self.ranks = config, ranks or Ranks()
         self._resumed_numerics = resumed_numerics or {}
-        self.objective = Objective(config.objective)
+        self.objective = Objective(config.objective, config.attack.loss)
         teacher_file, text_file = kept or (None, None)
         text = find_text_head(config.objective, data.class_names, text_file)
         is_tower = self.objective.is_of_tower
@@ -79,8 +79,7 @@ class Engine:
             norms=config.selection.norms,
             normalisation=self._resumed_numerics.get("normalisation"),
         )
-        new_layers = self._resumed_numerics.get("new_layers", self.model.new_layers)
-        self.new_layers: list[str] = new_layers
+        self.new_layers: list[str] = self._resumed_numerics.get("new_layers", self.model.new_layers)
         """Layers whose first weights are random, trained with the selected ones: see `with_new`."""
         notes = [*self.model.notes, *self._note_new()]
         if config.selection.lora_rank:
@@ -123,6 +122,7 @@ class Engine:
             micro_batch=self._micro_batch("runtime.attack_micro_batch", limits.attack_micro_batch),
             replays=self.replays,
             precision=self._low_precision(),
+            kind=config.attack.name,
         )
         audited = replace(config.attack, precision=self.precision)
         self.audit = Audit(self.attack, audited, self.ranks, self._report)

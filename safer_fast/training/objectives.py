@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from safer_fast.attacks.correctness import is_right
-from safer_fast.attacks.named import squared_distance, squared_distances
+from safer_fast.attacks.named import TRAINING_LOSSES, squared_distances
 from safer_fast.attacks.replayed import CROSS_ENTROPY, PixelLoss
 from safer_fast.config.messages import meant, shortened
 from safer_fast.config.schema import Config, ObjectiveConfig
@@ -70,7 +70,8 @@ class Formula:
     """Definition of an objective.
 
     losses: see `Losses`. needs_clean: true if they read clean logits. attacks: (logits, clean
-    logits) -> the 0-d loss that the attack raises, a sum over images; None: the cross-entropy.
+    logits) -> the loss of each image [B] that the attack raises, or their 0-d sum, with which
+    `attack.name apgd` is refused; None: the cross-entropy.
 
     reads: in place of the logits of a classifier, what a tower gives (docs/towers.md): `zero-shot`
     logits over `objective.text_embeddings`, or its `embeddings` [B, D]. In the latter case labels
@@ -122,9 +123,12 @@ class Objective:
         network, which the attack raises too; no labels (Schlarmann et al., 2024).
     tecoa: cross-entropy of cosine similarities with text embeddings (Mao et al., 2023).
     Others: see `register_objective`.
+
+    raises: the attack raises this loss of `TRAINING_LOSSES`; objective: the one above.
     """
 
     config: ObjectiveConfig
+    raises: str = "objective"
 
     def __post_init__(self) -> None:
         if (name := self.config.name) not in FORMULAS:
@@ -140,6 +144,11 @@ class Objective:
             raise ValueError(
                 f"--objective.text_embeddings: expected none with --objective.name "
                 f"{self.config.name}, which trains a classifier, got {shortened(file)}"
+            )
+        if self.raises != "objective" and self.needs_teacher:
+            raise ValueError(
+                "--attack.loss: expected objective with --objective.name "
+                f"{self.config.name}, which has no logits, got {self.raises}"
             )
 
     @property
@@ -169,10 +178,12 @@ class Objective:
     @property
     def attack_loss(self) -> PixelLoss:
         """The loss that the attack raises; some objectives' read logits [B, K] of clean images."""
-        attacks = self._formula.attacks
+        attacks, is_classifier = self._formula.attacks, not self.needs_teacher
+        if self.raises != "objective":
+            return TRAINING_LOSSES[self.raises]
         if attacks is None:
             return CROSS_ENTROPY
-        return PixelLoss(attacks, not self.needs_teacher, counts=not self.needs_teacher)
+        return PixelLoss.of(attacks, against_clean=is_classifier, counts=is_classifier)
 
     def num_right(self, logits: Tensor, targets: Targets) -> Tensor:
         """Number of images that are classified right, 0-d; 0 where embeddings are compared."""
@@ -185,7 +196,7 @@ class Objective:
 
 def check_objective(config: Config) -> None:
     """Raise ValueError for an objective that is unknown or does not fit the other settings."""
-    objective, model = Objective(config.objective), config.model
+    objective, model = Objective(config.objective, config.attack.loss), config.model
     if objective.needs_teacher and model.checkpoint is None and not model.pretrained:
         raise ValueError(
             f"--model.checkpoint: expected weights with --objective.name {config.objective.name}, "
@@ -230,11 +241,9 @@ def _fare(adversarial: Tensor, _: Tensor, originals: Tensor, __: ObjectiveConfig
 
 FORMULAS = {
     "pgd-at": Formula(_pgd_at),
-    "trades": Formula(
-        _trades, needs_clean=True, attacks=lambda logits, clean: divergences(logits, clean).sum()
-    ),
+    "trades": Formula(_trades, needs_clean=True, attacks=divergences),
     "mart": Formula(_mart, needs_clean=True),
-    "fare": Formula(_fare, attacks=squared_distance, reads="embeddings"),
+    "fare": Formula(_fare, attacks=squared_distances, reads="embeddings"),
     "tecoa": Formula(_pgd_at, reads="zero-shot"),
 }
 """All objectives by name; `register_objective` adds a row."""

@@ -121,6 +121,11 @@ def check_fit(config: Config, engine: Engine, data: Data) -> None:
             raise ValueError(
                 f"{flag}: expected at least one image for each of {num_ranks} ranks, got {size}"
             )
+    if config.attack.loss == "dlr" and data.num_classes < 3:
+        raise ValueError(
+            f"--attack.loss: expected margin for data of {data.num_classes} classes, got dlr, "
+            "which compares three logits"
+        )
     if data.train.num_images < num_ranks:
         raise ValueError(
             f"data.path: expected at least one training image for each of {num_ranks} ranks, "

@@ -334,6 +334,7 @@ def test_the_verdict_on_several_runs_names_the_most_robust(tmp_path: Path) -> No
     ("settings", "title"),
     [
         ("data: {path: null}\nselection: {criterion: all}\nsam: {rho: 0}", "PGD-AT on digits"),
+        ("attack: {name: apgd, steps: 2}\nselection: {criterion: all}\nsam: {rho: 0}", "APGD-AT<"),
         ("data: {path: x/cifar10-train.parquet}\nattack: {steps: 0}", "Clean training on cifar10"),
         (
             "selection: {criterion: all, radius: relative}\nsam: {rho: 0.01, layerwise: true}\n"

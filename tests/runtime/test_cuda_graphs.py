@@ -30,6 +30,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "one pass": {"rho": 0.0},
     "l2": {"norm": "l2"},
     "trades": {"objective": "trades"},
+    "apgd": {"attack": "apgd"},
+    "apgd, trades, l2": {"attack": "apgd", "objective": "trades", "norm": "l2"},
     "mart": {"objective": "mart"},
     "micro-batches": {"attack_micro_batch": 4, "micro_batch": MicroBatch(size=4)},
 }

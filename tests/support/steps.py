@@ -38,18 +38,20 @@ def make_step(
     clip_norm: float | None = None,
     generator: torch.Generator | None = None,
     attack_micro_batch: Any = "auto",
+    attack: Any = "pgd",
     **settings: Any,
 ) -> tuple[Step, ParameterArenas]:
     """The fast step over these layers (None: everything) of a model that moves into arenas."""
     arenas = ParameterArenas(model.network, model.layers, model.compute_dtype)
     selection = arenas.select(layers)
-    attack = ReplayedAttack(
+    attacks = ReplayedAttack(
         model,
         norm=norm,
         steps=STEPS,
         generator=generator or torch.Generator().manual_seed(5),
         micro_batch=MicroBatch(size=attack_micro_batch),
         replays=settings.get("replays"),
+        kind=attack,
     )
     step = Step(
         model=model,
@@ -57,7 +59,7 @@ def make_step(
         optimizer=build_optimizer(optim or sgd(), selection, model.inner_layers),
         objective=Objective(ObjectiveConfig(name=objective)),  # type: ignore[arg-type]
         sam=SAMConfig(rho=rho, adaptive=adaptive),
-        attack=attack,
+        attack=attacks,
         clip_norm=clip_norm,
         **settings,
     )

@@ -58,6 +58,7 @@ RUNS: dict[str, tuple[list[str], float]] = {
     "adamw": (["--optim.ema_decay=0.8", "--data.random_erasing=0.5"], 1e-4),
     "sgd, l2": ([*SGD, "--attack.norm=l2", "--attack.epsilon=0.5"], 1e-6),
     "trades": (["--objective.name=trades"], 1e-4),
+    "apgd": (["--attack.name=apgd", "--attack.steps=3"], 1e-4),
     "muon": (["--optim.name=muon"], 1e-3),
 }
 WITH_BATCH_NORMS = [

@@ -267,6 +267,13 @@ def test_a_run_killed_at_random_times_ends_like_one_never_stopped(
     ends_alike(backend=backend)
 
 
+def test_a_run_against_auto_pgd_comes_back(train: Train, ends_alike: Train) -> None:
+    flags = ("--attack.name=apgd", "--attack.steps=3")
+    kill = Moment(f"{STEP}.update", WARMUP_EPOCHS * STEPS_PER_EPOCH + 2)
+    assert train(EACH_STEP, kill, flags=flags).status == -signal.SIGKILL
+    ends_alike(flags=flags)
+
+
 def test_momentum_of_muon_comes_back(train: Train, ends_alike: Train) -> None:
     flags = ("--optim.name=muon",)
     for call in (STEPS_PER_EPOCH + 2, WARMUP_EPOCHS * STEPS_PER_EPOCH):

@@ -285,7 +285,7 @@ def test_the_most_iterations_and_those_that_an_audit_finds_enough_are_timed(
     cost = dry_run(parse_config(flags))
     assert seen == [2] * NUM_STEPS + [6] * NUM_FULL_STEPS
     (stage,) = cost.stages
-    assert stage.attack_steps == 2
+    assert stage.attack == "PGD-2"
     assert stage.full_step_s is not None
     assert ", PGD-2\n" in table(cost)
     assert "with attack.max_steps" in table(cost)

@@ -14,6 +14,13 @@ from safer_fast.config.settings.types import Radius
 class AttackConfig:
     """The threat model and the attack that training runs against."""
 
+    name: Literal["pgd", "apgd"] = "pgd"
+    """pgd; apgd: Auto-PGD, which halves the step of each image where it overshoots and keeps the
+    worst point. It needs a number of steps, and takes one more forward pass than that."""
+    loss: Literal["objective", "cross-entropy", "margin", "dlr"] = "objective"
+    """Loss that the attack raises. objective: the cross-entropy, unless the objective has another
+    (trades, fare); margin: of the highest other logit over that of the label (Carlini and Wagner);
+    dlr: the margin over the distance of the highest and the third highest logit (AutoAttack)."""
     norm: Literal["linf", "l2"] = "linf"
     """Shape of the ball around each image."""
     epsilon: Radius = ranged(Radius(8 / 255), ranges.EPSILON)
@@ -50,3 +57,7 @@ class AttackConfig:
     def most_steps(self) -> int:
         """Iterations of the attack at its full strength."""
         return self.max_steps if self.steps == "auto" else self.steps
+
+    def named(self, steps: int) -> str:
+        """Name the attack of so many iterations, as in APGD-2."""
+        return f"{self.name.upper()}-{steps}"

@@ -217,10 +217,13 @@ def _attack(run: ReportedRun) -> str:
         return NOTHING
     if steps == 0:
         return "none, clean training"
-    name = "FGSM-RS" if steps == 1 else f"PGD-{steps}"
+    kind = shown(run.setting("attack.name") or "pgd").upper()
+    name = "FGSM-RS" if steps == 1 and kind == "PGD" else f"{kind}-{steps}"
     if steps == "auto":
         name = f"PGD of at most {shown(run.setting('attack.max_steps'))} steps"
-    return f"{name}, {shown(norm)}, {radius(epsilon)}"
+    raised = run.setting("attack.loss")
+    loss = "" if raised in (None, "objective") else f", raising the {shown(raised)}"
+    return f"{name}, {shown(norm)}, {radius(epsilon)}{loss}"
 
 
 def _method(run: ReportedRun) -> str:

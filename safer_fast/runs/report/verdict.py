@@ -46,7 +46,9 @@ def method_name(run: ReportedRun) -> str:
     if run.setting("attack.steps") == 0:
         return "Clean training"
     objective = str(run.setting("objective.name") or "pgd-at")
-    base = "PGD-AT" if objective == "pgd-at" else shortened(objective.upper())
+    base = shortened(objective.upper())
+    if objective == "pgd-at":
+        base = shortened(f"{run.setting('attack.name') or 'pgd'}-at".upper())
     if criterion is None:
         return "Adversarial training"
     if criterion == "all" and not run.setting("selection.layers"):
