@@ -205,6 +205,8 @@ def _check_together(config: Config) -> None:
                     f"--{flag}: expected none with --selection.lora_rank, which trains factors "
                     f"alone, got {value}"
                 )
+    elif selection.adapter == "dora":
+        raise ValueError("--selection.adapter: expected --selection.lora_rank N with dora, got 0")
     if not all(0 <= beta < 1 for beta in config.optim.betas):
         raise ValueError(f"--optim.betas: expected two shares in [0, 1), got {config.optim.betas}")
     _check_rates(config)

@@ -1,4 +1,4 @@
-"""Low-rank factors trained in place of a layer's weights (LoRA, Hu et al., 2022), by PEFT."""
+"""Low-rank factors trained in place of a layer's weights (LoRA, Hu et al., 2022; DoRA), by PEFT."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from safer_fast.models.arenas import ParameterArenas, TrainedWeights
+from safer_fast.models.dora import DoraLayer, magnified
 from safer_fast.models.robust_model import RobustModel
 
 INSTALL = "pip install peft"
@@ -34,6 +35,8 @@ class Adapters:
         rank: of the factors, at least 1; the scale of their product is 1.
         dtype: of the factors' compute copies.
         seed: of the random numbers in A.
+        masters: arenas of the network, for DoRA: layers have magnitudes m [out] as well, and
+            compute with m (W + B A) / ||W + B A||, and all is float32; None: LoRA.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class Adapters:
         rank: int,
         dtype: torch.dtype,
         seed: int,
+        masters: ParameterArenas | None = None,
     ) -> None:
         self._network = network
         self._weights = {name: names[0] for name, names in layers.items()}
@@ -52,7 +56,12 @@ class Adapters:
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed)
             self._around: dict[str, Any] = _inject(network, list(layers), rank)
-        holder = _Holder({name: self._factors(name) for name in layers})
+        self._attached: dict[str, nn.Module] = dict(self._around)
+        if masters is not None:
+            dtype = torch.float32
+            self._attached = {name: self._magnify(name, masters) for name in layers}
+            self.attach()
+        holder = _Holder({name: self._trained(name) for name in layers})
         self.arenas = ParameterArenas(holder, holder.layers(), dtype)
 
     def selection(self) -> TrainedWeights:
@@ -70,10 +79,16 @@ class Adapters:
         """Set the factors' masters, and what the network reads, to what `state_dict` returned."""
         self.arenas.load_state_dict(state)
 
-    def add_to(self, arenas: ParameterArenas, master: Tensor) -> None:
-        """Add the products of the factors' masters to weights laid out as `arenas.master`."""
-        for name, product in self._products().items():
-            arenas.view(self._weights[name], master).add_(product)
+    @torch.no_grad()
+    def merge_into(self, arenas: ParameterArenas, master: Tensor) -> None:
+        """Merge the masters of all that is trained into weights laid out as `arenas.master`."""
+        for key, (name, product) in zip(self.arenas.layers, self._products().items(), strict=True):
+            weight, parts = arenas.view(self._weights[name], master), self.arenas.layers[key]
+            if len(parts) == 2:
+                weight.add_(product)
+            else:
+                magnitude = self.arenas.view(parts[2], self.arenas.master)
+                weight.copy_(magnified(weight, product, magnitude))
 
     def detach(self) -> None:
         """Put the network's own modules back; the factors are kept."""
@@ -82,7 +97,7 @@ class Adapters:
 
     def attach(self) -> None:
         """Put the modules with factors back."""
-        for name, module in self._around.items():
+        for name, module in self._attached.items():
             _put(self._network, name, module)
 
     @contextmanager
@@ -98,12 +113,23 @@ class Adapters:
         around = self._around[name]
         return [around.lora_A[_NAME].weight, around.lora_B[_NAME].weight]
 
+    def _trained(self, name: str) -> list[nn.Parameter]:
+        """A and B, and the magnitudes if there are any."""
+        layer = self._attached[name]
+        own = [layer.magnitude] if isinstance(layer, DoraLayer) else []
+        return [*self._factors(name), *own]
+
+    def _magnify(self, name: str, arenas: ParameterArenas) -> DoraLayer:
+        """Make DoRA's layer of PEFT's, whose factors it reads."""
+        master = arenas.view(self._weights[name], arenas.master)
+        return DoraLayer(self._around[name], _NAME, master)
+
     @torch.no_grad()
     def _products(self) -> dict[str, Tensor]:
-        """Compute PEFT's change of each weight from the masters: float32, in the weight's shape."""
+        """Compute B A for each weight from the masters: float32, in the weight's shape."""
         products = {}
         for key, name in zip(self.arenas.layers, self._own, strict=True):
-            factors, parts = self._factors(name), self.arenas.layers[key]
+            factors, parts = self._factors(name), self.arenas.layers[key][:2]
             read = [factor.data for factor in factors]
             try:
                 for factor, part in zip(factors, parts, strict=True):
@@ -151,13 +177,17 @@ class _Holder(nn.Module):
 
     def __init__(self, factors: Mapping[str, Sequence[nn.Parameter]]) -> None:
         super().__init__()
-        for index, (lower, upper) in enumerate(factors.values()):
+        for index, parameters in enumerate(factors.values()):
             module = nn.Module()
-            module.A, module.B = lower, upper
+            for name, parameter in zip("ABm", parameters, strict=False):
+                module.register_parameter(name, parameter)
             self.add_module(str(index), module)
 
-    def layers(self) -> dict[str, tuple[str, str]]:
-        return {name: (f"{name}.A", f"{name}.B") for name, _ in self.named_children()}
+    def layers(self) -> dict[str, tuple[str, ...]]:
+        return {
+            name: tuple(f"{name}.{own}" for own, _ in module.named_parameters())
+            for name, module in self.named_children()
+        }
 
 
 def _inject(network: nn.Module, names: Sequence[str], rank: int) -> dict[str, Any]:

@@ -169,7 +169,7 @@ class Engine:
         if self.adapters is None:
             return self.arenas.master
         merged = self.arenas.master.clone()
-        self.adapters.add_to(self.arenas, merged)
+        self.adapters.merge_into(self.arenas, merged)
         return merged
 
     def network_state(self, source: Tensor) -> dict[str, Tensor]:
@@ -208,7 +208,7 @@ class Engine:
             yield
             return
         before = self.arenas.master.clone()
-        self.adapters.add_to(self.arenas, self.arenas.master)
+        self.adapters.merge_into(self.arenas, self.arenas.master)
         self.arenas.load_compute()
         try:
             with self.adapters.away():
@@ -241,10 +241,8 @@ class Engine:
 
         These read weights past the modules that hold them, and would miss the factors.
         """
-        savings = self.config.runtime.exact_savings
-        if not self.config.selection.lora_rank:
-            return savings
-        return Names(name for name in savings if name not in ("patch-order", "class-token"))
+        off = ("patch-order", "class-token") if self.config.selection.lora_rank else ()
+        return Names(name for name in self.config.runtime.exact_savings if name not in off)
 
     def _model_to_build(self) -> ModelConfig:
         """Settings of the model; a resumed run has weights of its own, and needs no others."""
@@ -255,7 +253,7 @@ class Engine:
     def _fold(self) -> None:
         """Merge factors into the masters, and remove them."""
         if self.adapters is not None:
-            self.adapters.add_to(self.arenas, self.arenas.master)
+            self.adapters.merge_into(self.arenas, self.arenas.master)
             self.adapters.detach()
             self.adapters = None
             self.arenas.load_compute()
@@ -263,11 +261,13 @@ class Engine:
 
     def _select(self, names: list[str], seed: int) -> TrainedWeights:
         """Select the parameters of these layers, or new factors beside their weights."""
-        rank = self.config.selection.lora_rank
-        if not rank:
+        chosen, dtype = self.config.selection, self.arenas.layer_dtype
+        if not chosen.lora_rank:
             return self.arenas.select(names)
         layers = {name: self.model.layers[name] for name in names}
-        self.adapters = Adapters(self.model.network, layers, rank, self.arenas.layer_dtype, seed)
+        masters = self.arenas if chosen.adapter == "dora" else None
+        about = chosen.lora_rank, dtype, seed, masters
+        self.adapters = Adapters(self.model.network, layers, *about)
         self.replays.forget()  # recordings call the layers without factors
         return self.adapters.selection()
 

@@ -602,8 +602,9 @@ def test_a_run_that_fell_back_stays_so_when_it_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("peft") is None, reason="no peft here")
-def test_a_run_of_factors_in_fp8_multiplies_with_the_weights_that_they_were_added_to(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+def test_a_run_of_factors_in_fp8_multiplies_with_the_weights_that_they_were_merged_into(
+    adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refresh = LowPrecision.refresh
     num_copies: list[int] = []
@@ -617,7 +618,12 @@ def test_a_run_of_factors_in_fp8_multiplies_with_the_weights_that_they_were_adde
         num_copies.append(len(weights.layers))
 
     monkeypatch.setattr(LowPrecision, "refresh", checked)
-    factors = ("--selection.lora_rank=4", "--selection.fraction=0.2", "--optim.learning_rate=1e-2")
+    factors = (
+        f"--selection.adapter={adapter}",
+        "--selection.lora_rank=4",
+        "--selection.fraction=0.2",
+        "--optim.learning_rate=1e-2",
+    )
     folder = run(tmp_path / "run", *IN_FP8, "--evaluation.sentinel_images=0", *factors)
     events = read_metrics(folder / "metrics.jsonl")
     assert [event["event"] for event in events].count("selection") == 2

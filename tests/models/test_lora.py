@@ -1,4 +1,7 @@
-"""Low-rank factors are trained by SAM like weights, and merged into the weights at the end."""
+"""Low-rank factors are trained by SAM like weights, and merged into the weights at the end.
+
+With DoRA magnitudes are trained beside them, and the same holds.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -35,31 +39,38 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason
 
 LAYERS = ["patch_embed.proj", "blocks.1.attn.qkv", "blocks.2.mlp.fc1", "head"]
 RANK = 3
+KINDS = ["lora", "dora"]
 
 
 def adapted(
-    dtype: torch.dtype = torch.float32, rank: int = RANK, seed: int = 1
+    dtype: torch.dtype = torch.float32, rank: int = RANK, seed: int = 1, kind: str = "lora"
 ) -> tuple[RobustModel, ParameterArenas, Adapters]:
     """A small model with factors beside some layers."""
     model = build(compute_dtype=dtype)
     arenas = ParameterArenas(model.network, model.layers, dtype)
     layers = {name: model.layers[name] for name in LAYERS}
-    return model, arenas, Adapters(model.network, layers, rank, dtype, seed)
+    masters = arenas if kind == "dora" else None
+    return model, arenas, Adapters(model.network, layers, rank, dtype, seed, masters)
 
 
 def stir(factors: Adapters, seed: int = 0) -> None:
-    """Set both factors of every layer to values other than zero."""
+    """Set both factors of every layer to values other than zero, and magnitudes to others."""
     master = factors.arenas.master
     noise = torch.randn(master.shape, generator=torch.Generator().manual_seed(seed))
-    master.copy_(0.1 * noise)
+    for name in factors.arenas.places:
+        before, drawn = (factors.arenas.view(name, values) for values in (master, noise))
+        before.copy_(before * drawn.exp() if name.endswith("m") else 0.1 * drawn)
     factors.arenas.load_compute()
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_network_computes_the_same_until_the_factors_are_trained(dtype: torch.dtype) -> None:
+def test_a_network_computes_the_same_until_the_factors_are_trained(
+    dtype: torch.dtype, kind: str
+) -> None:
     images, _ = images_and_labels()
     with torch.no_grad():
-        model, _, factors = adapted(dtype)
+        model, _, factors = adapted(dtype, kind=kind)
         with factors.away():
             expected = model(images)
         assert torch.equal(model(images), expected)
@@ -69,14 +80,15 @@ def test_a_network_computes_the_same_until_the_factors_are_trained(dtype: torch.
             assert torch.equal(model(images), expected)
 
 
-def test_folded_weights_compute_what_weights_and_factors_do() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_folded_weights_compute_what_weights_and_factors_do(kind: str) -> None:
     images, _ = images_and_labels()
     with torch.no_grad():
-        model, arenas, factors = adapted()
+        model, arenas, factors = adapted(kind=kind)
         stir(factors)
         before = arenas.state_dict()
         expected = model(images)
-        factors.add_to(arenas, arenas.master)
+        factors.merge_into(arenas, arenas.master)
         factors.detach()
         arenas.load_compute()
         assert torch.allclose(model(images), expected, atol=1e-5)
@@ -90,7 +102,7 @@ def test_the_product_is_that_of_the_masters_not_of_what_the_network_reads() -> N
     _, arenas, factors = adapted(torch.bfloat16)
     stir(factors)
     folded = arenas.master.clone()
-    factors.add_to(arenas, folded)
+    factors.merge_into(arenas, folded)
     parts = factors.arenas.state_dict()
     lower, upper = parts["2.A"].double(), parts["2.B"].double()
     weight = arenas.view("blocks.2.mlp.fc1.weight", folded)
@@ -112,31 +124,37 @@ def test_the_first_factor_depends_on_the_seed_alone() -> None:
     assert not torch.equal(adapted(seed=2)[2].arenas.master, first)
 
 
-def textbook(model: RobustModel, images: Tensor, labels: Tensor, rho: float) -> list[Tensor]:
-    """The gradients at w + e over both factors of a layer, by autograd and hand."""
-    factors = [parameter for name, parameter in model.network.named_parameters() if "lora_" in name]
+def textbook(
+    model: RobustModel,
+    factors: Mapping[str, nn.Parameter],
+    images: Tensor,
+    labels: Tensor,
+    rho: float,
+) -> dict[str, Tensor]:
+    """The gradients at w + e over the factors of all layers, by autograd and hand."""
     for _ in range(2):
-        for parameter in factors:
+        for parameter in factors.values():
             parameter.requires_grad_(True)
         loss = nn.functional.cross_entropy(model(images), labels)
-        gradients = list(torch.autograd.grad(loss, factors))
-        for parameter in factors:
+        gradients = list(torch.autograd.grad(loss, list(factors.values())))
+        for parameter in factors.values():
             parameter.requires_grad_(False)
         norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
         with torch.no_grad():
-            for parameter, gradient in zip(factors, gradients, strict=True):
+            for parameter, gradient in zip(factors.values(), gradients, strict=True):
                 parameter.add_(gradient, alpha=float(rho / norm))
-    return gradients
+    return dict(zip(factors, gradients, strict=True))
 
 
-def test_sam_perturbs_the_factors_together_and_learns_from_where_they_are_worst() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_sam_perturbs_the_factors_together_and_learns_from_where_they_are_worst(kind: str) -> None:
     rho, rate = 0.2, 0.1
     images, labels = images_and_labels()
     model = build()
-    step, _ = make_step(model, LAYERS, rho=rho)  # its parts are used, its selection is not
-    factors = Adapters(
-        model.network, {name: model.layers[name] for name in LAYERS}, RANK, torch.float32, 1
-    )
+    step, arenas = make_step(model, LAYERS, rho=rho)  # its parts are used, its selection is not
+    layers = {name: model.layers[name] for name in LAYERS}
+    masters = arenas if kind == "dora" else None
+    factors = Adapters(model.network, layers, RANK, torch.float32, 1, masters)
     stir(factors)
     selection = factors.selection()
     before = factors.arenas.master.clone()
@@ -157,14 +175,15 @@ def test_sam_perturbs_the_factors_together_and_learns_from_where_they_are_worst(
     after = factors.arenas.state_dict()
     factors.arenas.master.copy_(before)
     factors.arenas.load_compute()
-    gradients = textbook(model, images, labels, rho)
+    gradients = textbook(model, factors.arenas.parameters, images, labels, rho)
     starts = factors.arenas.state_dict(before)
     assert set(selection.groups) == set(LAYERS)
-    for name, gradient in zip(starts, gradients, strict=True):
-        assert torch.allclose(after[name], starts[name] - rate * gradient, atol=2e-5), name
+    assert len(starts) == len(LAYERS) * (3 if kind == "dora" else 2)
+    for name, start in starts.items():
+        assert torch.allclose(after[name], start - rate * gradients[name], atol=2e-5), name
 
 
-LORA = [
+FLAGS = [
     *SMALL,
     "--amp=bf16",
     "--selection.lora_rank=4",
@@ -175,15 +194,21 @@ LORA = [
 ]
 
 
+@pytest.fixture(scope="module", params=["lora", pytest.param("dora", marks=pytest.mark.slow)])
+def kind(request: pytest.FixtureRequest) -> str:
+    """The adapters of a run."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small run that other tests only read."""
-    folder = tmp_path_factory.mktemp("runs") / "finished"
-    return train_model(parse_config([*LORA, f"--output={folder}"]))
+    folder = tmp_path_factory.mktemp("runs") / kind
+    return train_model(parse_config([*FLAGS, f"--selection.adapter={kind}", f"--output={folder}"]))
 
 
 def test_a_run_moves_the_weights_of_selected_layers_alone_and_loads_in_plain_timm(
-    finished: Path,
+    finished: Path, kind: str
 ) -> None:
     start = load_file(next((finished / "checkpoints").glob("start-*.safetensors")))
     last = load_file(finished / "model.safetensors")
@@ -191,11 +216,13 @@ def test_a_run_moves_the_weights_of_selected_layers_alone_and_loads_in_plain_tim
     selections = [set(event["selected"]) for event in events if event["event"] == "selection"]
     changed = {name for name in last if not torch.equal(last[name], start[name])}
     assert changed == {f"{name}.weight" for name in set().union(*selections)}
+    assert changed
     ranks = [
         torch.linalg.matrix_rank((last[name] - start[name]).flatten(1), rtol=1e-3).item()
         for name in changed
     ]
-    assert max(ranks) <= 4 * len(selections)
+    # a magnitude for each row makes the change one of any rank
+    assert (max(ranks) <= 4 * len(selections)) is (kind == "lora")
     network = timm.create_model(f"local-dir:{finished}", pretrained=True)
     assert set(network.state_dict()) == set(last)
 
@@ -214,21 +241,23 @@ def test_evaluated_is_what_is_exported(finished: Path) -> None:
     assert [result.accuracy for result in results] == logged
 
 
-def test_a_killed_run_is_resumed_bit_for_bit(finished: Path, tmp_path: Path) -> None:
+def test_a_killed_run_is_resumed_bit_for_bit(finished: Path, kind: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     for path in sorted((folder / "checkpoints").glob("step-*"))[-2:]:
         path.unlink()
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text("".join(line for line in lines if '"end"' not in line))
-    train_model(parse_config([*LORA, f"--output={folder}", "--resume=must"]))
+    flags = [f"--selection.adapter={kind}", f"--output={folder}", "--resume=must"]
+    train_model(parse_config([*FLAGS, *flags]))
     assert State.of(folder).differences(State.of(finished)) == []
 
 
 def test_a_stop_while_layers_are_scored_leaves_weights_and_factors_as_they_were(
-    tmp_path: Path,
+    kind: str, tmp_path: Path
 ) -> None:
-    with Trainer(parse_config([*LORA, f"--output={tmp_path / 'run'}"])) as trainer:
+    flags = [*FLAGS, f"--selection.adapter={kind}", f"--output={tmp_path / 'run'}"]
+    with Trainer(parse_config(flags)) as trainer:
         for epoch in (1, 2, 3):
             trainer.begin_epoch(epoch)
             trainer.end_epoch(epoch, trainer.train_epoch(epoch))
@@ -263,6 +292,11 @@ def test_without_peft_the_flag_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> 
         (["--optim.ema_decay=0.9"], r"--optim\.ema_decay: expected none with --selection"),
         (["--selection.norms"], r"--selection\.norms: expected none with --selection"),
         (["--selection.lora_rank=-1"], r"--selection\.lora_rank: expected at least 0"),
+        (
+            ["--selection.adapter=dora", "--selection.lora_rank=0"],
+            r"--selection\.adapter: expected --selection\.lora_rank N with dora, got 0",
+        ),
+        (["--selection.adapter=vera"], r"--selection\.adapter: expected"),
     ],
 )
 def test_what_factors_cannot_do_is_a_mistake(flags: list[str], message: str) -> None:

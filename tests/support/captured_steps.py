@@ -64,6 +64,7 @@ SETTINGS: dict[str, list[str]] = {
     "micro-batches": ["--runtime.attack_micro_batch=4", "--runtime.train_micro_batch=2"],
     "drop path": ["--model.drop_path_rate=0.3"],
     "low-rank factors": ["--selection.lora_rank=4"],
+    "factors and magnitudes": ["--selection.lora_rank=4", "--selection.adapter=dora"],
     "mixing": ["--data.mixup=0.2", "--data.cutmix=1", "--objective.label_smoothing=0.1"],
     "average": ["--optim.ema_decay=0.9"],
     "bf16 attack": ["--attack.precision=bf16"],
@@ -72,6 +73,11 @@ SETTINGS: dict[str, list[str]] = {
     "no savings": ["--runtime.exact_savings=[]"],
     "everything": ["--selection.criterion=all"],
     "compiled": ["--runtime.compile=on"],
+    "compiled, magnitudes": [
+        "--runtime.compile=on",
+        "--selection.lora_rank=4",
+        "--selection.adapter=dora",
+    ],
     "compiled, fp8": ["--runtime.compile=on", "--attack.precision=fp8", "--attack.fp8_from=1"],
 }
 """Flags by the name of a case."""

@@ -41,8 +41,11 @@ class SelectionConfig:
     """Number of training images that the scores are measured on."""
     lora_rank: int = ranged(0, at_least(0, ranges.EDGE))
     """Train low-rank factors of this rank beside the selected layers (LoRA, by PEFT) in place of
-    their weights; they are added to the weights at the next selection and at the end; 0: train the
-    weights themselves."""
+    their weights; they are merged into the weights at the next selection and at the end; 0: train
+    the weights themselves."""
+    adapter: Literal["lora", "dora"] = "lora"
+    """Kind of the factors. dora: the norm of each row of weights is trained too, apart from its
+    direction, which the factors change."""
 
     @property
     def takes_all(self) -> bool:
