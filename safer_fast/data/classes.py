@@ -12,13 +12,15 @@ from safer_fast.data.subset import Indices
 NUM_NAMED = 3
 
 
-def agree_on_classes(train: Source, others: list[Source]) -> list[str]:
+def agree_on_classes(train: Source, others: list[Source], needs_several: bool = True) -> list[str]:
     """Return the class names of the training data, or its label numbers as text if it has none.
 
-    Raises ValueError if another split differs, and for training data of a single class.
+    Raises ValueError if another split differs, and with `needs_several` for training data of a
+    single class.
     """
     names = train.class_names or [str(number) for number in range(int(train.labels.max()) + 1)]
-    check_several(train, np.arange(len(train)), names)
+    if needs_several:
+        check_several(train, np.arange(len(train)), names)
     for source in others:
         check_classes(source, train.class_names, len(names))
     return names

@@ -56,7 +56,8 @@ class Data:
     loaders yield. short_side: size that the short side of an image is resized to before its centre
     is evaluated. validation_rows: rows of the training data that form the validation split, sorted;
     None if the data has its own. fingerprint: hash of the data set, see fingerprint.py. bad: counts
-    images that are left out. notes: lines on what a user may not expect.
+    images that are left out. has_labels: False where all labels are 0, as images have none. notes:
+    lines on what a user may not expect.
     """
 
     name: str
@@ -71,8 +72,14 @@ class Data:
     validation_rows: list[int] | None
     fingerprint: str
     num_extra: int = 0
+    has_labels: bool = True
     bad: BadImages = field(default_factory=BadImages)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def classes(self) -> str:
+        """The words for the number of classes."""
+        return f"{self.num_classes} classes" if self.has_labels else "no labels"
 
 
 def load_data(
@@ -85,6 +92,7 @@ def load_data(
     rank: int = 0,
     num_ranks: int = 1,
     report: Callable[[str], None] = print,
+    needs_labels: bool = True,
 ) -> Data:
     """Make loaders for training, validation and test; sets held on the device are decoded now.
 
@@ -92,21 +100,23 @@ def load_data(
     split taken from the training data and the `max_images` training images are drawn with `seed`.
     batch_size: most images of a training batch, over all ranks. evaluation_batch_size: the same for
     validation and test; default: batch_size. rank, num_ranks: the part of every batch that these
-    loaders yield. report: receives a line for each image that is left out.
+    loaders yield. report: receives a line for each image that is left out. needs_labels: False
+    takes images of one class, and images without labels.
     Raises ValueError, one line naming the setting and the file, for data that is missing, damaged,
     or does not fit together.
     """
     _check_settings(config)
     bad = BadImages(config.bad_images, report)
     skipped = SkippedFiles()
-    splits = open_all(config, bad, skipped)
+    splits = open_all(config, bad, skipped, needs_labels)
     if splits.extra is not None and splits.train.class_names is not None:
         relabel(splits.extra, splits.train.class_names)
-    class_names = agree_on_classes(splits.train, splits.all()[1:])
+    class_names = agree_on_classes(splits.train, splits.all()[1:], needs_labels)
     image_format = agree_on_images(splits, config.image_size)
     rows = divide(splits, config, seed)
     cut_by = "validation_fraction" if config.max_images is None else "max_images"
-    check_several(*rows["train"], class_names, f"data.{cut_by}")
+    if needs_labels:
+        check_several(*rows["train"], class_names, f"data.{cut_by}")
     new_backends = partial(
         Backends, config, image_format, len(class_names), device or torch.device("cpu"), bad
     )
@@ -144,6 +154,7 @@ def load_data(
         validation_rows=rows["validation"][1].tolist() if splits.validation is None else None,
         fingerprint=fingerprint(rows, loaders, class_names, image_format),
         num_extra=num_extra,
+        has_labels=splits.train.has_labels,
         bad=bad,
         notes=[
             *skipped.lines(),
@@ -168,6 +179,7 @@ def load_evaluation_data(
     rank: int = 0,
     num_ranks: int = 1,
     corruption: Corruption | None = None,
+    needs_labels: bool = True,
 ) -> Loader:
     """Make a loader of other data for a trained model.
 
@@ -175,12 +187,12 @@ def load_evaluation_data(
     config: how the data is loaded. Images are resized to `image_size`. class_names: of the model;
     the data may have all or some of them, matched by name where it has names; default: not
     compared. Rank 0 prints a line that counts files that were passed over. corruption: images are
-    corrupted by it.
+    corrupted by it. needs_labels: see `load_data`.
     Raises ValueError as `load_data` does, also for labels and channels that the model does not
     have.
     """
     bad, skipped = BadImages(config.bad_images), SkippedFiles()
-    found = open_splits(path, "data.path", bad, skipped, columns_of(config))
+    found = open_splits(path, "data.path", bad, skipped, columns_of(config), needs_labels)
     source = found.get("test") or found.get("validation") or found.get("all")
     if source is None:
         raise ValueError(
@@ -207,16 +219,17 @@ def load_own_split(
     rank: int = 0,
     num_ranks: int = 1,
     corruption: Corruption | None = None,
+    needs_labels: bool = True,
 ) -> tuple[str, Loader]:
     """Make a loader of the test split of a run's data, else of its validation split; name it.
 
     It yields what the loader of `load_data` does, without loading the training images.
-    config, seed: those of the run. corruption: images are corrupted by it. Raises ValueError as
-    `load_data` does.
+    config, seed: those of the run. corruption: images are corrupted by it. needs_labels: see
+    `load_data`. Raises ValueError as that does.
     """
     bad = BadImages(config.bad_images)
-    splits = open_all(replace(config, extra_path=None), bad, SkippedFiles())
-    class_names = agree_on_classes(splits.train, splits.all()[1:])
+    splits = open_all(replace(config, extra_path=None), bad, SkippedFiles(), needs_labels)
+    class_names = agree_on_classes(splits.train, splits.all()[1:], needs_labels)
     image_format = agree_on_images(splits, config.image_size)
     rows = divide(splits, config, seed)
     name = "test" if "test" in rows else "validation"
@@ -253,11 +266,12 @@ def _evaluation_loader(
     return backends.loader(source, numbers, ordering)
 
 
-def find_image_size(config: DataConfig) -> int:
+def find_image_size(config: DataConfig, needs_labels: bool = True) -> int:
     """Edge in pixels of the images that `load_data` will yield; raises ValueError as it does."""
     if config.image_size is not None:
         return config.image_size
-    train = open_all(config, BadImages(config.bad_images, lambda _: None), SkippedFiles()).train
+    bad = BadImages(config.bad_images, lambda _: None)
+    train = open_all(config, bad, SkippedFiles(), needs_labels).train
     if isinstance(train, SyntheticSource):
         return SYNTHETIC_SIZE
     width, _ = next(iter(find_sizes([train])))

@@ -29,10 +29,15 @@ class Splits:
         return [source for source in sources if source is not None]
 
 
-def open_all(config: DataConfig, bad: BadImages, skipped: SkippedFiles) -> Splits:
-    """Open all splits; explicitly named ones take precedence over those found with the data."""
+def open_all(
+    config: DataConfig, bad: BadImages, skipped: SkippedFiles, needs_labels: bool = True
+) -> Splits:
+    """Open all splits; explicitly named ones take precedence over those found with the data.
+
+    Without needs_labels images may have none; the labels of all are left out if some have none.
+    """
     columns = columns_of(config)
-    found = open_splits(config.path, "data.path", bad, skipped, columns)
+    found = open_splits(config.path, "data.path", bad, skipped, columns, needs_labels)
     train = found.get("train") or found.get("all")
     if train is None:
         raise ValueError(
@@ -40,9 +45,9 @@ def open_all(config: DataConfig, bad: BadImages, skipped: SkippedFiles) -> Split
         )
     splits = Splits(
         train,
-        _open_one(config, "validation", bad, skipped) or found.get("validation"),
-        _open_one(config, "test", bad, skipped) or found.get("test"),
-        _open_one(config, "extra", bad, skipped) or found.get("extra"),
+        _open_one(config, "validation", bad, skipped, needs_labels) or found.get("validation"),
+        _open_one(config, "test", bad, skipped, needs_labels) or found.get("test"),
+        _open_one(config, "extra", bad, skipped, needs_labels) or found.get("extra"),
     )
     if splits.extra and any(isinstance(item, SyntheticSource) for item in (train, splits.extra)):
         raise ValueError("data.extra_path: expected images beside images, got synthetic")
@@ -52,6 +57,9 @@ def open_all(config: DataConfig, bad: BadImages, skipped: SkippedFiles) -> Split
             if config.path in names_of("given"):
                 kinds = "dictionaries or a dataset of Hugging Face, whose columns have names"
             raise ValueError(f"data.{role}_column: expected {kinds}, got {config.path or 'digits'}")
+    if not all(source.has_labels for source in splits.all()):
+        for source in splits.all():
+            source.leave_out_labels()
     return splits
 
 
@@ -60,13 +68,13 @@ def columns_of(config: DataConfig) -> Columns:
 
 
 def _open_one(
-    config: DataConfig, split: str, bad: BadImages, skipped: SkippedFiles
+    config: DataConfig, split: str, bad: BadImages, skipped: SkippedFiles, needs_labels: bool
 ) -> Source | None:
     path = getattr(config, f"{split}_path")
     if path is None:
         return None
     wanted = "train" if split == "extra" else split
-    found = open_splits(path, f"data.{split}_path", bad, skipped, columns_of(config))
+    found = open_splits(path, f"data.{split}_path", bad, skipped, columns_of(config), needs_labels)
     source = found.get(wanted) or found.get("all")
     if source is None:
         raise ValueError(

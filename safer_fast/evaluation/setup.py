@@ -124,6 +124,7 @@ def _evaluation_data(
     settings = loaded.config
     parts: dict[str, Any] = {"rank": ranks.rank, "num_ranks": ranks.num_ranks}
     parts |= {"device": loaded.model.mean.device, "corruption": corruption}
+    parts["needs_labels"] = loaded.needs_labels
     if config.path is not None:
         columns = {name: getattr(config, name) for name in ("image_column", "label_column")}
         given = {name: column for name, column in columns.items() if column is not None}
@@ -146,8 +147,7 @@ def _evaluation_data(
 
 def _num_labels(loaded: LoadedRun) -> int:
     """Number of classes that labels are of; any where nothing is classified."""
-    is_any = loaded.is_tower and loaded.model.text is None
-    return MOST_UNNAMED_CLASSES if is_any else len(loaded.class_names)
+    return len(loaded.class_names) if loaded.needs_labels else MOST_UNNAMED_CLASSES
 
 
 def _names_to_match(loaded: LoadedRun) -> list[str] | None:

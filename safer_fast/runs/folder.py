@@ -64,6 +64,11 @@ class LoadedRun:
     arenas: ParameterArenas | None = None
     is_tower: bool = False
 
+    @property
+    def needs_labels(self) -> bool:
+        """False for a tower whose embeddings nothing classifies."""
+        return not self.is_tower or self.model.text is not None
+
 
 def create_run_folder(config: Config, data_name: str, lock: RunLock | None = None) -> Path:
     """Create the run's folder, or take an empty one; raise ValueError for one that is in use.

@@ -43,7 +43,7 @@ def describe_run(config: Config, engine: Engine, data: Data) -> dict[str, Any]:
         "precision": _precision(config, runtime.device.type == "cuda"),
         "model": f"{config.model.name}, {num_weights:,} weights, {len(model.layers)} layers",
         "speed": _speed(engine),
-        "data": f"{data.name}, {data.num_classes} classes, {num_images}, "
+        "data": f"{data.name}, {data.classes}, {num_images}, "
         f"{data.validation.num_images} validation, {num_test} test images of "
         f"{data.num_channels}x{data.image_size}x{data.image_size}; "
         f"{len(data.train)} batches of {largest} by {data.train.backend}",

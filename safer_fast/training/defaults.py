@@ -68,8 +68,9 @@ def _choose(
         return values, reasons
     if "model.patch_size" in open_flags and "patch_size" not in model.arguments:
         from safer_fast.data.load import find_image_size
+        from safer_fast.training.objectives import needs_labels
 
-        image_size = find_image_size(config.data)
+        image_size = find_image_size(config.data, needs_labels(config.objective))
         # the default model has the largest patch
         if (size := patch_size_for(image_size)) != LARGEST_PATCH:
             values["model.patch_size"] = size

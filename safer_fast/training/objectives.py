@@ -204,6 +204,11 @@ def check_objective(config: Config) -> None:
         )
 
 
+def needs_labels(config: ObjectiveConfig) -> bool:
+    """Return true unless the objective reads embeddings alone and nothing classifies them."""
+    return not Objective(config).needs_teacher or config.text_embeddings is not None
+
+
 def divergences(logits: Tensor, clean: Tensor) -> Tensor:
     """KL(softmax(clean) || softmax(logits)) of each image, [B]."""
     return functional.kl_div(

@@ -28,7 +28,7 @@ from safer_fast.selection.candidates import candidates, match_layers
 from safer_fast.selection.criteria import check_criterion
 from safer_fast.training.banner import banner, describe_run
 from safer_fast.training.engine import Engine
-from safer_fast.training.objectives import check_objective
+from safer_fast.training.objectives import check_objective, needs_labels
 from safer_fast.training.optimizers import build_optimizer
 
 
@@ -70,6 +70,7 @@ def set_up(config: Config, ranks: Ranks, found: Found) -> PreparedRun:
         rank=ranks.rank,
         num_ranks=ranks.num_ranks,
         report=tqdm.write if ranks.is_first else _say_nothing,
+        needs_labels=needs_labels(config.objective),
     )
     ranks.check_same(data.fingerprint, "--data.path", "images, labels and classes")
     shape = data.num_channels, data.image_size, data.image_size

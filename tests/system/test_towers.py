@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch.nn.functional import normalize
@@ -210,6 +212,45 @@ def test_a_killed_run_resumes_with_the_same_bits(
     assert (ending.status, ending.errors) == (0, ""), ending.output
     assert "resumed from" in ending.output
     assert State.of(tmp_path / "run").differences(State.of(fare)) == []
+
+
+def test_images_without_labels_are_enough_for_fare(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (48, 8, 8), dtype=np.uint8)
+    splits = {"train": images[:40], "val": images[40:]}
+    for split, own in splits.items():
+        (tmp_path / "set" / split).mkdir(parents=True)
+        for number, image in enumerate(own):
+            Image.fromarray(image).save(tmp_path / "set" / split / f"{number:02}.png")
+    arrays = {f"x_{split}": own for split, own in splits.items()}
+    numbers = {f"y_{split}": np.arange(len(own)) % 10 for split, own in splits.items()}
+    np.savez(tmp_path / "labelled.npz", **arrays, **numbers)
+    flags = [*small_runs.TINY, *FLAGS, *save_tower(tmp_path), "--objective.name=fare"]
+    flags += ["--selection.criterion=all", "--batch-size=16"]
+    labelled = [*flags, f"--data.path={tmp_path / 'labelled.npz'}"]
+    train([*labelled, f"--output={tmp_path / 'labelled'}"])
+
+    alone = [*flags, f"--data.path={tmp_path / 'set'}"]
+    resumable = [*alone, "--checkpoint.every_steps=1", "--resume=auto"]
+    step = Moment("safer_fast.training.step.Step.__call__", call=2)
+    assert server.train(tmp_path / "run", resumable, step).status == -9
+    ending = server.train(tmp_path / "run", resumable)
+    assert (ending.status, ending.errors) == (0, ""), ending.output
+    assert re.search(r"data: +set, no labels, 40 training", ending.output)
+    weights, others = (load_file(tmp_path / n / "model.safetensors") for n in ("run", "labelled"))
+    assert all(torch.equal(weights[name], value) for name, value in others.items())
+
+    capsys.readouterr()
+    evaluate([str(tmp_path / "run"), "--attacks=clean,pgd-2", "--device=cpu"])
+    assert "validation" in capsys.readouterr().out
+    other = [str(tmp_path / "run"), f"--data.path={tmp_path / 'set' / 'val'}", "--device=cpu"]
+    evaluate([*other, "--attacks=clean"])
+    texts = f"--objective.text_embeddings={save_texts(tmp_path / 'texts.npz')}"
+    for words in (["--objective.name=pgd-at"], [texts]):
+        with pytest.raises(ValueError, match=r"data.path: expected a folder for each class, got"):
+            train([*alone, *words, f"--output={tmp_path / 'refused'}"])
+    assert not (tmp_path / "refused").exists()
 
 
 def test_two_ranks_train_what_one_trains(flags: list[str], fare: Path, tmp_path: Path) -> None:

@@ -93,18 +93,23 @@ def open_splits(
     bad: BadImages | None = None,
     skipped: SkippedFiles | None = None,
     columns: Columns | None = None,
+    needs_labels: bool = True,
 ) -> dict[str, Source]:
     """Open the splits that a path holds: train, validation and test, or `all` where it names none.
 
     path: a word of `FORMATS` ("digits", also for None), a file, a folder or a pattern; files with
     the name of a word are reached as ./digits. flag: the setting named in errors. bad: receives
     damaged shards and samples without image; default: they are errors. skipped: counts what is not
-    read. columns: of parquet files.
+    read. columns: of parquet files. needs_labels: False takes images without labels too.
     Raises ValueError when the path, its format, columns, arrays, classes or labels are not usable,
     or the machine cannot read them.
     """
     request = OpenRequest(
-        flag, bad or BadImages("error"), skipped or SkippedFiles(), columns or Columns()
+        flag,
+        bad or BadImages("error"),
+        skipped or SkippedFiles(),
+        columns or Columns(),
+        needs_labels,
     )
     if path is None or path in names_of("word"):
         return _find("word", path or "digits").open({}, request)
@@ -122,6 +127,8 @@ def open_splits(
             request.skipped.skip_unlabelled(_origin(splits[split], split, path))
             del splits[split]
     for source in splits.values():
+        if hides_labels(source) and not needs_labels:
+            source.leave_out_labels()
         _check(source, location)
     return splits
 

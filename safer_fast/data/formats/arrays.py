@@ -107,8 +107,8 @@ def open_npz(paths: dict[str, list[Path]], request: OpenRequest) -> dict[str, So
     (path,), flag, skipped = paths["all"], request.flag, request.skipped
     # opened here, because numpy does not close a file that is damaged
     with path.open("rb") as file, open_archive(file, path, flag) as archive:
-        found = _find_arrays(archive.files, path, flag)
-        wanted = [key for keys in found.values() for key in keys]
+        found = _find_arrays(archive.files, path, flag, request.needs_labels)
+        wanted = [key for keys in found.values() for key in keys if key is not None]
         stored = {images: _find_stored(archive, file, images, path) for images, _ in found.values()}
         mapped = {key: array for key, array in stored.items() if array is not None}
         loaded = [key for key in wanted if key not in mapped]
@@ -119,15 +119,19 @@ def open_npz(paths: dict[str, list[Path]], request: OpenRequest) -> dict[str, So
                 skipped.skip(f"{path}/{key}")
     sources: dict[str, Source] = {}
     for split, (images, labels) in found.items():
+        own = None if labels is None else arrays[labels]
         if images not in mapped:
-            sources[split] = source_of_arrays(arrays[images], arrays[labels], path, flag)
+            sources[split] = source_of_arrays(arrays[images], own, path, flag)
             continue
         # checked on one image, whose dtype and number of dimensions are those of all
         array, first = mapped[images], mapped[images].map()[:1]
-        numbers = _class_numbers(arrays[labels], path, flag)
+        numbers = np.zeros(array.shape[0], dtype=np.int64)
+        if own is not None:
+            numbers = _class_numbers(own, path, flag)
         source_of_arrays(first, numbers[:1], path, flag)
         _check_lengths(array.shape[0], numbers, path, flag)
         sources[split] = MappedSource(array, numbers, flag)
+        sources[split].has_labels = own is not None
     return sources
 
 
@@ -162,19 +166,25 @@ def _find_stored(archive: NpzFile, file: BinaryIO, key: str, path: Path) -> Stor
     return StoredArray(path, offset, dtype, shape, is_fortran)
 
 
-def _find_arrays(names: list[str], path: Path, flag: str) -> dict[str, tuple[str, str]]:
+def _find_arrays(
+    names: list[str], path: Path, flag: str, needs_labels: bool
+) -> dict[str, tuple[str, str | None]]:
     """Find the names of the arrays of images and of labels, by split.
 
-    Raises ValueError unless both exist, for all data or for every split that is named.
+    Raises ValueError unless both exist, for all data or for every split that is named; without
+    needs_labels those of labels, None then, may be missing.
     """
     by_split: dict[str, dict[str, str]] = defaultdict(dict)
     for name in names:
         if word := _word_of(name):
             by_split[split_of(name) or "all"].setdefault(word, name)
-    found = {}
+    found: dict[str, tuple[str, str | None] | None] = {}
     for split, by_word in by_split.items():
         pair = next((pair for pair in PAIRS if set(pair) <= set(by_word)), None)
         found[split] = (by_word[pair[0]], by_word[pair[1]]) if pair else None
+        alone = next((word for word, _ in PAIRS if word in by_word), None)
+        if pair is None and alone is not None and not needs_labels:
+            found[split] = by_word[alone], None
     whole = {split: pair for split, pair in found.items() if pair is not None}
     if not whole or len(whole) < len(found) or ("all" in whole and len(whole) > 1):
         raise ValueError(
@@ -250,13 +260,17 @@ def _machine_error(
 
 
 def source_of_arrays(
-    images: NDArray[Any], labels: NDArray[Any], path: Path | str, flag: str
+    images: NDArray[Any], labels: NDArray[Any] | None, path: Path | str, flag: str
 ) -> ArraySource:
     """Check arrays and make a source of them; path: their origin, for messages."""
-    numbers = _class_numbers(labels, path, flag)
+    numbers = None if labels is None else _class_numbers(labels, path, flag)
     rows = as_bytes(channels_last(images, path, flag), path, flag)
+    if numbers is None:
+        numbers = np.zeros(len(rows), dtype=np.int64)
     _check_lengths(len(rows), numbers, path, flag)
-    return ArraySource(rows, numbers, flag, str(path))
+    source = ArraySource(rows, numbers, flag, str(path))
+    source.has_labels = labels is not None
+    return source
 
 
 def _class_numbers(labels: NDArray[Any], path: Path | str, flag: str) -> NDArray[np.int64]:

@@ -32,20 +32,26 @@ class FolderSource(EncodedSource):
     """Images in DIR/CLASS/*.jpg, sorted by name.
 
     Classes and files are those of torchvision's ImageFolder, but without hidden ones, and with
-    images whose ending is not that of an image.
+    images whose ending is not that of an image. Without needs_labels the images of a folder that
+    holds no folders are taken too.
     """
 
-    def __init__(self, path: Path, flag: str, skipped: SkippedFiles) -> None:
+    def __init__(
+        self, path: Path, flag: str, skipped: SkippedFiles, needs_labels: bool = True
+    ) -> None:
         if dead := find_dead_links(path):
             link = path / dead[0]
             raise ValueError(f"{flag}: expected class folders, got a link to nowhere: {link}")
         names = visible_folders(path)
-        if not names:
+        self.has_labels = bool(names)
+        if not names and needs_labels:
             raise ValueError(f"{flag}: expected a folder for each class, got none in {path}")
-        skipped.skip_rest(path, map(Path, names))
-        files = [_find_images(os.path.join(path, name), flag, skipped) for name in names]
-        self.flag, self.class_names = flag, names
-        self.labels = np.repeat(np.arange(len(names)), [len(found) for found in files])
+        if names:
+            skipped.skip_rest(path, map(Path, names))
+        folders = [os.path.join(path, name) for name in names] or [os.fspath(path)]
+        files = [_find_images(folder, flag, skipped) for folder in folders]
+        self.flag, self.class_names = flag, names or None
+        self.labels = np.repeat(np.arange(len(files)), [len(found) for found in files])
         # one buffer: counting references, worker processes would copy a list of strings page by
         # page
         encoded = [os.fsencode(file) for found in files for file in found]
@@ -65,7 +71,7 @@ class FolderSource(EncodedSource):
 
 
 def _find_images(folder: str, flag: str, skipped: SkippedFiles) -> list[str]:
-    """Find the image files below the folder of a class, at least one, sorted by folder and name.
+    """Find the image files below a folder, at least one, sorted by folder and name.
 
     Links are followed, but no folder is entered twice: links may form cycles.
     """
@@ -124,6 +130,6 @@ def _is_image_file(entry: os.DirEntry[str]) -> bool:
 def open_folders(folders: dict[str, list[Path]], request: OpenRequest) -> dict[str, Source]:
     """Open the folder of each split."""
     return {
-        split: FolderSource(folder, request.flag, request.skipped)
+        split: FolderSource(folder, request.flag, request.skipped, request.needs_labels)
         for split, (folder,) in folders.items()
     }

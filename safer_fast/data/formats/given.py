@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch.utils.data import ConcatDataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import IterableDataset
 
 from safer_fast.config.messages import first_line, meant, printable, shortened
 from safer_fast.data.formats.arrays import as_bytes, channels_last, source_of_arrays
+from safer_fast.data.formats.listed import listed_labels, listed_names
 from safer_fast.data.formats.source import Columns, OpenRequest, RowError, Source
 from safer_fast.data.formats.splits import split_of
 from safer_fast.runtime.machine_errors import machine_error
@@ -81,16 +82,17 @@ class _Given:
                 raise ValueError(f"data: expected splits {', '.join(SPLITS)}, got {got}")
         else:
             self._splits = {"all": data}
-        self._opened: dict[Columns, dict[str, Source]] = {}
+        self._opened: dict[tuple[Columns, bool], dict[str, Source]] = {}
 
     def open(self, request: OpenRequest) -> dict[str, Source]:
         """Sources of all splits, new ones at each call: their labels may be renumbered."""
-        if request.columns not in self._opened:
-            self._opened[request.columns] = {
+        key = request.columns, request.needs_labels
+        if key not in self._opened:
+            self._opened[key] = {
                 split: _source(item, "data" if split == "all" else f"data[{split!r}]", request)
                 for split, item in self._splits.items()
             }
-        return {split: copy.copy(item) for split, item in self._opened[request.columns].items()}
+        return {split: copy.copy(item) for split, item in self._opened[key].items()}
 
 
 _DATA: ContextVar[_Given | None] = ContextVar("given data", default=None)
@@ -102,9 +104,12 @@ class DatasetSource(Source):
     dataset: has a length, and items in any form that `_parts` takes.
     """
 
-    def __init__(self, dataset: Any, name: str, columns: Columns) -> None:
+    def __init__(
+        self, dataset: Any, name: str, columns: Columns, needs_labels: bool = True
+    ) -> None:
         self.dataset, self.flag, self.name, self.columns = dataset, name, name, columns
-        self.class_names = _class_names(dataset)
+        self.needs_labels = needs_labels
+        self.class_names = listed_names(dataset)
         self.labels = np.zeros(0, dtype=np.int64)
 
     def read(self, index: int) -> Image.Image:
@@ -132,13 +137,13 @@ class DatasetSource(Source):
 
 def _source(data: Any, name: str, request: OpenRequest) -> Source:
     """The source of one split; raises ValueError for data of another kind."""
-    pair = _arrays(data)
+    pair = _arrays(data, request.needs_labels)
     if pair is not None:
         return source_of_arrays(*pair, name, name)
     if hasattr(data, "column_names") and hasattr(data, "features"):
         from safer_fast.data.formats.hugging_face import source_of_dataset
 
-        encoded = source_of_dataset(data, name, request.columns)
+        encoded = source_of_dataset(data, name, request.columns, request.needs_labels)
         if encoded is not None:
             return encoded
     if (got := _no_dataset(data)) is not None:
@@ -148,9 +153,13 @@ def _source(data: Any, name: str, request: OpenRequest) -> Source:
         )
     if not len(data):
         raise ValueError(f"{name}: expected at least one image, got none")
-    source = DatasetSource(data, name, request.columns)
+    source = DatasetSource(data, name, request.columns, request.needs_labels)
     readable = _check_images(source, request.bad.policy == "skip")
     source.has_columns = isinstance(source.item(readable[0]), Mapping)
+    if not request.needs_labels and not all(_is_label(source.parts(row)[1]) for row in readable):
+        source.labels = np.zeros(len(data), dtype=np.int64)
+        source.leave_out_labels()
+        return source
     source.labels = _labels(source, readable)
     names = source.class_names or []
     if doubled := [item for item in names if names.count(item) > 1]:
@@ -158,11 +167,14 @@ def _source(data: Any, name: str, request: OpenRequest) -> Source:
     return source
 
 
-def _arrays(data: Any) -> tuple[NDArray[Any], NDArray[Any]] | None:
+def _arrays(data: Any, needs_labels: bool) -> tuple[NDArray[Any], NDArray[Any] | None] | None:
     """Images and labels if the data is a pair of arrays or tensors, else None.
 
-    Labels may be a list of integers, as datasets of torchvision have them.
+    Labels may be a list of integers, as datasets of torchvision have them. Without needs_labels an
+    array of images is enough.
     """
+    if isinstance(data, np.ndarray | torch.Tensor) and not needs_labels:
+        return _array(data), None
     if not (isinstance(data, tuple | list) and len(data) == 2):
         return None
     if isinstance(data[1], list) and isinstance(data[0], np.ndarray | torch.Tensor):
@@ -195,7 +207,7 @@ def _no_dataset(data: Any) -> str | None:
 def _labels(source: DatasetSource, rows: Sequence[int]) -> NDArray[np.int64]:
     """Labels [N]: those that the dataset lists if they agree with the items of some rows, else of
     each item."""
-    known = _listed_labels(source.dataset)
+    known = listed_labels(source.dataset)
     if known is not None and len(known) == len(source.dataset):
         if all(_label(source, row) == known[row] for row in rows):
             return known
@@ -204,65 +216,42 @@ def _labels(source: DatasetSource, rows: Sequence[int]) -> NDArray[np.int64]:
     return np.array([_label(source, row) for row in shown], dtype=np.int64)
 
 
-def _listed_labels(dataset: Any) -> NDArray[np.int64] | None:
-    """Labels in an attribute of a dataset of torch or torchvision; None if there is none."""
-    if isinstance(dataset, Subset):
-        known = _listed_labels(dataset.dataset)
-        return None if known is None else known[np.asarray(dataset.indices)]
-    if isinstance(dataset, ConcatDataset):
-        parts = [_listed_labels(part) for part in dataset.datasets]
-        whole = [part for part in parts if part is not None]
-        return np.concatenate(whole) if len(whole) == len(parts) else None
-    if isinstance(dataset, TensorDataset):
-        return _integers(dataset.tensors[1]) if len(dataset.tensors) > 1 else None
-    for name in ("targets", "labels"):
-        if (values := getattr(dataset, name, None)) is not None:
-            return _integers(values)
-    return None
-
-
-def _integers(values: Any) -> NDArray[np.int64] | None:
-    try:
-        array = np.asarray(values)
-    except (TypeError, ValueError, RuntimeError):
-        return None
-    return array.astype(np.int64) if array.dtype.kind in "iu" and array.ndim == 1 else None
-
-
-def _class_names(dataset: Any) -> list[str] | None:
-    """Names of the classes where a dataset lists them, as torchvision's do."""
-    if isinstance(dataset, Subset):
-        return _class_names(dataset.dataset)
-    if isinstance(dataset, ConcatDataset):
-        found = [_class_names(part) for part in dataset.datasets]
-        return found[0] if all(names == found[0] for names in found) else None
-    names = getattr(dataset, "classes", None)
-    if isinstance(names, list | tuple) and names and all(isinstance(item, str) for item in names):
-        return list(names)
-    return None
-
-
 def _label(source: DatasetSource, row: int) -> int:
-    label = source.parts(row)[1]
-    # some datasets have arrays of one number
-    value = label.item() if getattr(label, "shape", None) in ((), (1,)) else label
-    if not isinstance(value, int) or isinstance(value, bool):
+    value = _number(source.parts(row)[1])
+    if not _is_label(value):
         shape = f" {list(value.shape)}" if hasattr(value, "shape") else ""
         raise ValueError(
             f"{source.name}: expected integers as labels, got {type(value).__name__}{shape} in row "
             f"{row}"
         )
-    return value
+    return int(value)
+
+
+def _number(label: Any) -> Any:
+    """A label; some datasets have arrays of one number."""
+    return label.item() if getattr(label, "shape", None) in ((), (1,)) else label
+
+
+def _is_label(label: Any) -> bool:
+    value = _number(label)
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _parts(item: Any, row: int, source: DatasetSource) -> tuple[Any, Any]:
-    """Image and label of an item: of a tuple its first two, of a mapping those of its columns."""
+    """Image and label of an item: of a tuple its first two, of a mapping those of its columns.
+
+    Where no labels are needed, the item may be an image, or hold one alone; the label is None.
+    """
     if isinstance(item, Mapping):
         columns = source.columns
         image = _key(item, row, columns.image, "image", ("image", "img"), source)
+        if not source.needs_labels and columns.label is None and "label" not in item:
+            return item[image], None
         return item[image], item[_key(item, row, columns.label, "label", ("label",), source)]
     if isinstance(item, tuple | list) and len(item) >= 2:
         return item[0], item[1]
+    if not source.needs_labels:
+        return item[0] if isinstance(item, tuple | list) and item else item, None
     raise ValueError(
         f"{source.name}: expected items (image, label) or {{'image': ..., 'label': ...}}, got "
         f"{type(item).__name__} in row {row}"

@@ -10,7 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safer_fast.config.messages import first_line, meant, printable
-from safer_fast.data.formats.source import Columns, EncodedSource, OpenRequest, Source
+from safer_fast.data.formats.source import (
+    Columns,
+    EncodedSource,
+    OpenRequest,
+    Source,
+    hides_labels,
+)
 from safer_fast.data.formats.splits import split_of
 
 PREFIX = "hf:"
@@ -25,10 +31,16 @@ class EncodedRows(EncodedSource):
 
     has_columns = True
 
-    def __init__(self, dataset: Any, name: str, image_column: str, label_column: str) -> None:
+    def __init__(
+        self, dataset: Any, name: str, image_column: str, label_column: str | None
+    ) -> None:
         self.flag = self.name = name
         self.images = dataset.select_columns([image_column])
         self.column = image_column
+        if label_column is None:
+            self.labels = np.zeros(len(dataset), dtype=np.int64)
+            self.leave_out_labels()
+            return
         labels, self.class_names = _column_of_labels(dataset, label_column, name)
         self.labels, self.has_text_labels = labels, self.class_names is not None
         names = getattr(dataset.features[label_column], "names", None)
@@ -79,9 +91,12 @@ def open_saved(paths: dict[str, list[Path]], request: OpenRequest) -> dict[str, 
     return _sources(data, str(path), request)
 
 
-def source_of_dataset(data: Any, name: str, columns: Columns) -> EncodedSource | None:
+def source_of_dataset(
+    data: Any, name: str, columns: Columns, needs_labels: bool = True
+) -> EncodedSource | None:
     """The source of a `datasets.Dataset`, whose images stay encoded; None with a transform set.
 
+    Without needs_labels no column of labels has to be there.
     Raises ValueError for a streamed or empty one, and for columns that are no images or labels.
     """
     import datasets
@@ -98,7 +113,11 @@ def source_of_dataset(data: Any, name: str, columns: Columns) -> EncodedSource |
     data = data.with_format(None)
     features = data.features
     image = _column(columns.image, "image", name, data, ("image", "img"), datasets.Image)
-    label = _column(columns.label, "label", name, data, ("label",), datasets.ClassLabel)
+    label: str | None = None
+    kinds = [type(feature) for feature in features.values()]
+    has_labels = "label" in features or kinds.count(datasets.ClassLabel) == 1
+    if needs_labels or has_labels or columns.label is not None:
+        label = _column(columns.label, "label", name, data, ("label",), datasets.ClassLabel)
     if not isinstance(features[image], datasets.Image):
         raise ValueError(
             f"{name}: expected a column of images, got {type(features[image]).__name__} in column "
@@ -140,10 +159,12 @@ def _sources(data: Any, path: str, request: OpenRequest) -> dict[str, Source]:
         if split is None or split in found:
             request.skipped.skip(f"{path}/{word}")
             continue
-        source = source_of_dataset(part, f"{path} ({word})", request.columns)
+        name = f"{path} ({word})"
+        source = source_of_dataset(part, name, request.columns, request.needs_labels)
         assert source is not None, "nobody has set a transform"
         source.flag = request.flag
-        if (source.labels == -1).all():  # how the hub's test splits hide their labels
+        is_wanted = split in ("train", "all") and not request.needs_labels
+        if hides_labels(source) and not is_wanted:  # as test splits of the hub do
             request.skipped.skip(f"{path}/{word}")
         else:
             found[split] = source

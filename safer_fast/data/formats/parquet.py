@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,20 +39,34 @@ class ParquetSource(EncodedSource):
 
     has_columns = True
 
-    def __init__(self, files: list[Path], columns: list[Found], images: Images, flag: str) -> None:
+    def __init__(
+        self,
+        files: list[Path],
+        columns: list[Found],
+        images: Images,
+        flag: str,
+        needs_labels: bool = True,
+    ) -> None:
         self.files, self.images, self.flag = files, images, flag
+        with one_line_errors(files[0], flag):
+            self.ends = np.cumsum([pq.read_metadata(file).num_rows for file in files])
         read, most_bytes = [], memory_limit() // SHARE_OF_LABELS
         for file, found in zip(files, columns, strict=True):
-            column = read_column(file, found.label, most_bytes, flag)
+            column = None
+            if found.label is not None:
+                column = read_column(file, found.label, most_bytes, flag)
+            if column is None or (column.null_count and not needs_labels):
+                self.labels = np.zeros(self.ends[-1], dtype=np.int64)
+                self.leave_out_labels()
+                return
             most_bytes -= column.nbytes
-            read.append(read_labels(column, found.label, file, flag))
+            read.append(read_labels(column, found.label or "", file, flag))
         texts = [names for _, names in read if names is not None]
         self.has_text_labels = bool(texts)
         if self.has_text_labels:
             self.class_names = sorted(set().union(*texts))
         else:
             self.class_names = columns[0].class_names
-        self.ends = np.cumsum([len(labels) for labels, _ in read])
         self.labels = np.concatenate(
             [
                 self._numbers(file, labels, names, found)
@@ -106,7 +121,8 @@ def open_parquet(groups: dict[str, list[Path]], request: OpenRequest) -> dict[st
     for copies.
     """
     flag, columns = request.flag, request.columns
-    facts = {file: _look(file, columns, flag) for files in groups.values() for file in files}
+    look = partial(_look, columns=columns, flag=flag, needs_labels=request.needs_labels)
+    facts = {file: look(file) for files in groups.values() for file in files}
     num_bytes = sum(fact.num_bytes for fact in facts.values())
     most_bytes = min(LARGEST_IN_MEMORY, memory_limit() // SHARE_OF_MEMORY)
     is_held = num_bytes <= most_bytes
@@ -120,16 +136,16 @@ def open_parquet(groups: dict[str, list[Path]], request: OpenRequest) -> dict[st
         else:
             sizes = [facts[file].num_bytes for file in files]
             images = copy_images(files, names, sizes, flag)
-        splits[split] = ParquetSource(files, named, images, flag)
+        splits[split] = ParquetSource(files, named, images, flag, request.needs_labels)
     return splits
 
 
-def _look(file: Path, columns: Columns, flag: str) -> _Facts:
+def _look(file: Path, columns: Columns, flag: str, needs_labels: bool) -> _Facts:
     """Read the metadata at the end of a file."""
     with one_line_errors(file, flag):
         metadata = pq.read_metadata(file)
         schema = metadata.schema.to_arrow_schema()
-    found = find_columns(schema, columns, file, flag)
+    found = find_columns(schema, columns, file, flag, needs_labels)
     with one_line_errors(file, flag):
         groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
         parts = [group.column(number) for group in groups for number in range(group.num_columns)]

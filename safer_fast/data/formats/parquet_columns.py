@@ -24,16 +24,22 @@ Column: TypeAlias = "pa.ChunkedArray[Any]"
 
 @dataclass(frozen=True)
 class Found:
-    """Names of both columns, and of the classes if the metadata have them."""
+    """Names of both columns, and of the classes if the metadata have them.
+
+    label: None for images without labels.
+    """
 
     image: str
-    label: str
+    label: str | None
     class_names: list[str] | None
 
 
-def find_columns(schema: pa.Schema, wanted: Columns, file: Path, flag: str) -> Found:
+def find_columns(
+    schema: pa.Schema, wanted: Columns, file: Path, flag: str, needs_labels: bool = True
+) -> Found:
     """Find the columns that `wanted` names, or else the only ones with a fitting name and type.
 
+    Without needs_labels the column of labels is None unless there is one.
     Raises ValueError listing the columns if one is missing, ambiguous, or of another type than
     images or labels.
     """
@@ -41,14 +47,17 @@ def find_columns(schema: pa.Schema, wanted: Columns, file: Path, flag: str) -> F
     image = _named(wanted.image, "image", schema, file) or _one(
         _image_candidates(schema, features), "image (or img)", "image", schema, file, flag
     )
-    label = _named(wanted.label, "label", schema, file) or _one(
-        _label_candidates(schema, features, image), LABEL_COLUMN, "label", schema, file, flag
-    )
+    label = _named(wanted.label, "label", schema, file)
+    candidates = _label_candidates(schema, features, image)
+    if label is None and (needs_labels or len(candidates) == 1):
+        label = _one(candidates, LABEL_COLUMN, "label", schema, file, flag)
     if not is_image(kind := schema.field(image).type):
         raise ValueError(
             f"{_flag(wanted.image, 'image', flag)}: expected encoded images as bytes or "
             f"struct{{bytes, path}}, got {kind} in column {printable(image)} of {file}"
         )
+    if label is None:
+        return Found(image, None, None)
     if not (pa.types.is_integer(kind := schema.field(label).type) or is_text(kind)):
         raise ValueError(
             f"{_flag(wanted.label, 'label', flag)}: expected integers or text as labels, "

@@ -32,12 +32,14 @@ class OpenRequest:
 
     flag: the setting that names the data, for messages. bad: receives damaged shards and samples
     without image. skipped: counts what is not read. columns: of formats that have any.
+    needs_labels: images without labels are an error.
     """
 
     flag: str
     bad: BadImages
     skipped: SkippedFiles
     columns: Columns
+    needs_labels: bool = True
 
 
 class RowError(ValueError):
@@ -49,17 +51,24 @@ class Source(ABC):
 
     flag: the setting that names the data, for messages.
     labels: int64 [N]. class_names: None if the format has no names. has_columns: True if `Columns`
-    apply. has_text_labels: True if class names were read as labels.
+    apply. has_text_labels: True if class names were read as labels. has_labels: False for images
+    without labels, which are 0 then.
     """
 
     has_columns = False
     has_text_labels = False
+    has_labels = True
     flag: str
     labels: NDArray[np.int64]
     class_names: list[str] | None
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def leave_out_labels(self) -> None:
+        """Take all labels and class names away."""
+        self.labels, self.class_names = np.zeros(len(self), dtype=np.int64), None
+        self.has_labels = self.has_text_labels = False
 
     def adopt(self, class_names: list[str]) -> None:
         """Renumber labels that are texts by `class_names`, if these contain all of them.

@@ -32,12 +32,17 @@ class TarSource(EncodedSource):
     """
 
     def __init__(
-        self, shards: list[Path], flag: str, bad: BadImages, skipped: SkippedFiles
+        self,
+        shards: list[Path],
+        flag: str,
+        bad: BadImages,
+        skipped: SkippedFiles,
+        needs_labels: bool = True,
     ) -> None:
         self.shards, self.flag = shards, flag
         self.parts = FileParts(shards, flag)
         found = []
-        for index in _index_all(shards, flag):
+        for index in _index_all(shards, flag, needs_labels):
             for message in index.refused:
                 bad.refuse(message)
             skipped.add(index.skipped)
@@ -53,6 +58,8 @@ class TarSource(EncodedSource):
             where = shards[0] if len(shards) == 1 else f"{shards[0]} to {shards[-1]}"
             raise ValueError(f"{flag}: expected at least one sample, got none in {where}")
         self.class_names = _read_class_names(shards[0].parent / CLASS_NAMES, flag)
+        if not all(index.has_labels for index in found):
+            self.leave_out_labels()
 
     def encoded(self, index: int) -> NDArray[np.uint8]:
         place = int(self.offsets[index]), int(self.sizes[index])
@@ -69,14 +76,14 @@ def open_tar(groups: dict[str, list[Path]], request: OpenRequest) -> dict[str, S
     Raises ValueError for labels that are missing or no integers, and if there are no samples.
     """
     return {
-        split: TarSource(shards, request.flag, request.bad, request.skipped)
+        split: TarSource(shards, request.flag, request.bad, request.skipped, request.needs_labels)
         for split, shards in groups.items()
     }
 
 
-def _index_all(shards: list[Path], flag: str) -> Iterator[ShardIndex]:
+def _index_all(shards: list[Path], flag: str, needs_labels: bool) -> Iterator[ShardIndex]:
     """Yield the index of each shard, in order."""
-    index = functools.partial(index_shard, flag=flag)
+    index = functools.partial(index_shard, flag=flag, needs_labels=needs_labels)
     num_bytes = sum(shard.stat().st_size for shard in shards)
     if len(shards) == 1 or num_bytes <= LARGEST_ALONE:
         yield from map(index, shards)

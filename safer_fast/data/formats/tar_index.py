@@ -33,6 +33,7 @@ class ShardIndex:
 
     offsets, sizes: of the image files, in bytes. refused: a line for each sample without exactly
     one image, and one for the shard if it is damaged. skipped: counts members of no sample.
+    has_labels: false if a sample has none; its label is 0 then.
     """
 
     offsets: NDArray[np.int64]
@@ -41,6 +42,7 @@ class ShardIndex:
     keys: NDArray[np.bytes_]
     refused: list[str]
     skipped: SkippedFiles
+    has_labels: bool = True
 
 
 @dataclass(slots=True)
@@ -52,12 +54,13 @@ class _Sample:
     labels: dict[str, Extent] = field(default_factory=dict)
 
 
-def index_shard(shard: Path, flag: str) -> ShardIndex:
+def index_shard(shard: Path, flag: str, needs_labels: bool = True) -> ShardIndex:
     """Read the headers and labels of a shard; of a damaged one, those before the damage.
 
-    Raises ValueError naming the first sample whose label is missing or no integer, and OSError if
-    the file cannot be opened.
+    Raises ValueError naming the first sample whose label is missing or no integer, unless labels
+    are not needed, and OSError if the file cannot be opened.
     """
+    has_labels = True
     rows: list[tuple[int, int, int]] = []
     keys: list[bytes] = []
     refused: list[str] = []
@@ -66,6 +69,8 @@ def index_shard(shard: Path, flag: str) -> ShardIndex:
         samples, damaged_at = _walk(file, flag, skipped)
         for sample in samples:
             label = _find_label(sample, file)
+            if not isinstance(label, int) and not needs_labels:
+                has_labels, label = False, 0
             if isinstance(label, int) and _json_label(sample, file) not in (None, label):
                 skipped.contradict(f"sample {sample.key} of {shard}")
             if len(sample.images) == 1 and isinstance(label, int):
@@ -83,7 +88,8 @@ def index_shard(shard: Path, flag: str) -> ShardIndex:
     if damaged_at is not None:
         refused.append(_describe_damage(damaged_at, shard, flag))
     offsets, sizes, labels = np.array(rows, dtype=np.int64).reshape(-1, 3).T.copy()
-    return ShardIndex(offsets, sizes, labels, np.array(keys, dtype=np.bytes_), refused, skipped)
+    names = np.array(keys, dtype=np.bytes_)
+    return ShardIndex(offsets, sizes, labels, names, refused, skipped, has_labels)
 
 
 def _walk(file: BinaryIO, flag: str, skipped: SkippedFiles) -> tuple[list[_Sample], int | None]:
