@@ -130,7 +130,7 @@ def test_columns_that_leave_a_choice_or_are_not_there_are_listed(tmp_path: Path)
     )
     assert fail(file, label_column="label") == (
         f"data.label_column: expected one column of {file} (img, fine_label, coarse_label), "
-        "got label"
+        "got label, did you mean fine_label?"
     )
     assert "got img, fine_label, coarse_label" not in fail(file, image_column="x")
     assert fail(file, image_column="fine_label", label_column="coarse_label").startswith(
