@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,10 @@ def evaluate_folder(
     split: name of the data; default: that of the file or the run's split.
     """
     folder = Path(config.run)
-    with connected(config.device != "cpu") as ranks, Stops(Ranks(), GRACE_S) as stops:
+    with connected(config.device != "cpu") as ranks, ExitStack() as measuring:
         check_writable(folder, "RUN", "make it writable, or evaluate a copy of it")
         setup = set_up_evaluation(config, ranks, corruption)
+        stops = measuring.enter_context(Stops(Ranks(), GRACE_S, "between two passes within s="))
         if split is not None:
             setup = replace(setup, split=split)
         if is_part and setup.judge is not None:
@@ -87,6 +89,7 @@ def evaluate_folder(
             log.say("\n".join([accuracy_table(rows), *notes(rows)]))
         if not is_part and setup.judge is None:
             log.say(class_table(rows, setup.model.class_names))
+        stops.check()  # more evaluations may follow
     return rows
 
 

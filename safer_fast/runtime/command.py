@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -12,6 +13,7 @@ from typing import Any
 from safer_fast.config.doors import in_flags
 from safer_fast.config.messages import as_line
 from safer_fast.runtime.ranks import is_quiet
+from safer_fast.runtime.signals import ending_at_once
 from safer_fast.runtime.streams import secure_streams
 
 
@@ -22,7 +24,8 @@ def run(main: Callable[[Sequence[str]], None], *, outlives_reader: bool = False)
     """
     secure_streams(outlives_reader)
     try:
-        main(sys.argv[1:])
+        with ending_at_once(numbers=[signal.SIGTERM]):  # SIGINT raises KeyboardInterrupt
+            main(sys.argv[1:])
         sys.stdout.flush()
     except (ValueError, OSError, FloatingPointError) as error:
         fail(in_flags(str(error)))

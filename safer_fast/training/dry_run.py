@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from itertools import count, islice, pairwise
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
@@ -25,6 +24,7 @@ from safer_fast.models.families import STEM
 from safer_fast.models.flops import costs, ideal_flops, matmul_rate
 from safer_fast.runs.resume import Found
 from safer_fast.runtime.ranks import Ranks
+from safer_fast.runtime.signals import ending_at_once
 from safer_fast.runtime.timing import DeviceTime
 from safer_fast.training.schedule import Stage
 from safer_fast.training.trainer import Trainer
@@ -120,10 +120,10 @@ def dry_run(config: Config, ranks: Ranks | None = None, notes: Iterable[str] = (
     ranks = ranks or Ranks()
     with (
         TemporaryDirectory() as folder,
-        Trainer(
-            _as_tried(config, Path(folder) / "run", ranks), ranks, Found(notes=tuple(notes))
-        ) as trainer,
+        Trainer(_as_tried(config, folder, ranks), ranks, Found(notes=tuple(notes))) as trainer,
+        ending_at_once("stopped; nothing was written"),
     ):
+        trainer.stops.awaited = "at the end of a step within checkpoint.grace_s="
         planned = trainer.plan.stages
         stages = [_cost_of(trainer, stage, MOST_S / len(planned)) for stage in planned]
         trainer.log.say("evaluation: of one batch")
@@ -182,19 +182,18 @@ def _num_evaluated(loader: Loader, num_ranks: int, max_images: int | None = None
     return -(-num_images // num_ranks)
 
 
-def _as_tried(config: Config, output: Path, ranks: Ranks) -> Config:
+def _as_tried(config: Config, folder: str, ranks: Ranks) -> Config:
     """Return the settings for the dry run, which selects layers by fewer images on a CPU."""
     selection = config.selection
     if config.runtime.device == "cpu" or not torch.cuda.is_available():
         most = NUM_PROBED_ON_CPU * ranks.num_ranks
         selection = replace(selection, num_images=min(selection.num_images, most))
-    return replace(config, output=str(output), resume="never", selection=selection)
+    return replace(config, output=f"{folder}/run", resume="never", selection=selection)
 
 
 def _cost_of(trainer: Trainer, stage: Stage, most_s: float) -> StageCost:
-    device = trainer.runtime.device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    if trainer.runtime.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(trainer.runtime.device)
     trainer.log.say(f"{stage.name}: up to {NUM_STEPS} steps, {most_s:.0f} s of them at most")
     trainer.choose(stage.first_epoch)
     times, chosen = _step_times(trainer, stage, most_s), trainer.engine.audit.steps
@@ -234,6 +233,7 @@ def _step_times(
     for index, batch in enumerate(trainer.log.bar(batches, most_steps, f"{stage.name} steps"), 1):
         place = stage, full_epoch, (index - 1) % num_batches, num_batches
         trainer.learner.take_step(*place, batch, index)
+        trainer.stops.check()
         moments.append(DeviceTime(device))
         if index <= NUM_WARM_UP + 1:  # later steps are not waited for: they overlap as in a run
             fitting = _num_fitting(_seconds_between(moments)[least - 1 :], most_s)

@@ -3,11 +3,13 @@
 import os
 import signal
 import textwrap
+import threading
+import time
 
 import pytest
 
 from safer_fast.runtime.ranks import Ranks
-from safer_fast.runtime.signals import SIGNALS, Stopped, Stops
+from safer_fast.runtime.signals import SIGNALS, Stopped, Stops, ending_at_once
 from tests.support.kills import Server
 
 
@@ -29,6 +31,38 @@ def test_what_is_watched_comes_until_a_signal_does() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Stopped):
             next(values)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_at_once_what_has_nothing_to_lose(
+    number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, cleaned = [signal.getsignal(each) for each in SIGNALS], []
+
+    @ending_at_once("stopped")
+    def be_asked() -> None:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+        finally:
+            cleaned.append(number)
+
+    with pytest.raises(Stopped) as stopped:
+        be_asked()
+    assert (stopped.value.signal, cleaned) == (number, [number])
+    assert capsys.readouterr() == (f"{number.name}: stopped\n", "")
+    assert [signal.getsignal(each) for each in SIGNALS] == before
+    timers = [each for each in threading.enumerate() if isinstance(each, threading.Timer)]
+    assert all(timer.finished.is_set() for timer in timers)
+
+
+def test_under_torchrun_signals_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    with ending_at_once():
+        assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 def test_handlers_are_those_of_before_afterwards() -> None:

@@ -206,11 +206,11 @@ class Server:
 
     def start(self, folder: Path, flags: Sequence[str], *changes: Moment | Patch) -> Training:
         """Start `python -m safer_fast.train FLAGS --output FOLDER`."""
-        return self._start("train", [*flags, "--output", str(folder)], folder, changes)
+        return self.start_command("train", [*flags, "--output", str(folder)], folder, changes)
 
     def command(self, name: str, folder: Path, *words: str) -> Ending:
         """`python -m safer_fast.NAME FOLDER WORDS`, started and ended."""
-        return self._start(name, [str(folder), *words], folder, ()).ending()
+        return self.start_command(name, [str(folder), *words], folder, ()).ending()
 
     def run(
         self,
@@ -246,9 +246,10 @@ class Server:
         settings = {"env": env, "cwd": cwd, "output": stdout.name, "start_new_session": True}
         return Program(self._ask, words[1:], **settings)  # type: ignore[arg-type]
 
-    def _start(
+    def start_command(
         self, name: str, words: Sequence[str], folder: Path, changes: Sequence[Moment | Patch]
     ) -> Training:
+        """Start `python -m safer_fast.NAME WORDS`; its output lies beside the folder."""
         texts = [Text(folder.with_name(f"{folder.name}.{stream}")) for stream in ("out", "err")]
         pid = self._ask((name, words, [text.path for text in texts], changes))
         assert pid is not None

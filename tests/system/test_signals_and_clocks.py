@@ -6,6 +6,7 @@ import ctypes
 import errno
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,6 +142,70 @@ def test_workers_that_end_or_are_stopped_for_ever_end_a_run_that_goes_on(
         status, output, errors = started[name].ending()
         assert (status, errors) == (0, ""), output
         assert State.of(tmp_path / name).differences(twin) == []
+
+
+# commands that write no checkpoints
+
+BUSY = {
+    "evaluate": "safer_fast.evaluation.setup.load_run",
+    "select": "safer_fast.runs.folder.load_run",
+    "export": "pathlib.Path.chmod",  # of the folder that is full, before it gets its name
+    "report": "safer_fast.report.write_report",
+    "doctor": "safer_fast.doctor.diagnose",
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("name", BUSY)
+def test_a_command_that_is_asked_to_end_does_so_at_once_and_leaves_nothing(
+    name: str, number: signal.Signals, server: Server, small_run: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(small_run, run)
+    before = sorted(path for path in run.rglob("*") if path.name != "evaluation")
+    words = [f"--output={run}"] if name == "doctor" else [str(run)]
+    asked = Moment(BUSY[name], act=partial(send, number))
+    ending = server.start_command(name, words, run, [asked]).ending(20)
+    assert ending == (128 + number, "", ""), ending
+    after = sorted(path for path in run.rglob("*") if path.name != "evaluation")
+    assert after == before
+
+
+DRY_RUN = """
+import sys, tempfile
+from safer_fast.runtime.command import run
+from safer_fast.train import main
+
+tempfile.tempdir = sys.argv.pop(1)
+run(main)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_dry_run_that_is_asked_to_end_does_not_wait_for_a_checkpoint(
+    number: signal.Signals,
+    server: Server,
+    flags: list[str],
+    tmp_path: Path,
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    words = ["-c", DRY_RUN, str(temporary), *flags, "--data.num_workers=0"]
+    words += ["--dry-run", "--epochs=40", "--resume=never", "--attack.max_steps=4000"]
+    words += ["--attack.steps=4000"]  # a step lasts longer than this test waits
+    process = server.program(*words)
+    said = []
+    while not (said and said[-1].startswith("warm-up: up to")):
+        said.append(process.readline())
+        assert said[-1], process.communicate()
+    time.sleep(0.5)
+    (folder,) = temporary.glob("tmp*/run")
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=10)
+    assert (process.returncode, errors) == (128 + number, ""), output
+    assert output.splitlines()[-1] == f"{number.name}: stopped; nothing was written"
+    assert "checkpoint" not in output
+    assert not folder.parent.exists()
 
 
 # clocks
