@@ -122,6 +122,16 @@ def check_numerics(stored: Mapping[str, Any], numerics: Mapping[str, Any]) -> li
 
     Raises ValueError for other data. stored, numerics: `numerics_of` the run, and of this process.
     """
+    check_data(stored, numerics)
+    return [
+        f"resumed with other rounding: {name} {stored.get(name)}, now {numerics[name]}"
+        for name in numerics
+        if stored.get(name) != numerics[name] and name not in ("normalisation", "new_layers")
+    ]
+
+
+def check_data(stored: Mapping[str, Any], numerics: Mapping[str, Any]) -> None:
+    """Raise ValueError for other data than those of a run, or another backend; see above."""
     for name in ("data", "backend"):
         if stored[name] != numerics[name]:
             flag = "--data.path" if name == "data" else "--data.backend"
@@ -129,11 +139,25 @@ def check_numerics(stored: Mapping[str, Any], numerics: Mapping[str, Any]) -> li
                 f"{flag}: expected the data of the run that is resumed ({stored[name]}), "
                 f"got other data ({numerics[name]})"
             )
-    return [
-        f"resumed with other rounding: {name} {stored.get(name)}, now {numerics[name]}"
-        for name in numerics
-        if stored.get(name) != numerics[name] and name not in ("normalisation", "new_layers")
-    ]
+
+
+def facts_of_other_data(folder: Path, config: Config, is_given: bool) -> dict[str, Any] | None:
+    """Facts of a finished run in its newest checkpoint, to compare other data with.
+
+    None where it has no checkpoint any more, and where the paths of the data are those of the run:
+    nothing is read for these. is_given: data are given in Python.
+    """
+    paths = [name for name in _FREE if name.startswith("data.") and name.endswith("path")]
+    own = _flat(parse_config(["--config", str(folder / CONFIG)]).to_dict())
+    now = _flat(config.to_dict())
+    if not is_given and all(own[name] == now[name] for name in paths):
+        return None
+    for path in sorted((folder / CHECKPOINTS).glob("step-*.safetensors"), reverse=True):
+        with suppress(ValueError):
+            checkpoint = read_checkpoint(path)
+            check_state(checkpoint.state)
+            return dict(checkpoint.state["facts"])
+    return None
 
 
 def _newest(folder: Path, config: Config, report: Callable[[str], None]) -> Checkpoint | None:

@@ -16,6 +16,7 @@ from safer_fast.runs.report.page import write_report
 from safer_fast.runs.resume import find_run
 from safer_fast.runtime.ranks import connected
 from safer_fast.runtime.signals import Stopped
+from safer_fast.training.setup import check_data_of_finished
 from safer_fast.training.trainer import Trainer
 
 
@@ -69,6 +70,7 @@ def train_model(config: Config, notes: Iterable[str] = (), *, data: Any = None) 
         config.data.path = path
         found = replace(find_run(config, ranks, lock), notes=tuple(notes))
         if found.finished is not None:
+            check_data_of_finished(found.finished, config, ranks, is_given=data is not None)
             if ranks.is_first:
                 print(f"finished already; report: {write_report([found.finished])}")
             return found.finished

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,14 @@ from safer_fast.runs.lock import RunLock
 from safer_fast.runs.loggers import asked_loggers
 from safer_fast.runs.loggers.run_log import RunLog
 from safer_fast.runs.progress import RunProgress
-from safer_fast.runs.resume import Found, check_numerics, check_settings, settings_digest
+from safer_fast.runs.resume import (
+    Found,
+    check_data,
+    check_numerics,
+    check_settings,
+    facts_of_other_data,
+    settings_digest,
+)
 from safer_fast.runtime.device import prepare_runtime
 from safer_fast.runtime.ranks import Ranks
 from safer_fast.selection.candidates import candidates, match_layers
@@ -107,6 +114,21 @@ def set_up(config: Config, ranks: Ranks, found: Found) -> PreparedRun:
     engine.tower.forget_weights()
     log.say(banner(described))
     return PreparedRun(data, engine, folder, log, progress, numerics)
+
+
+def check_data_of_finished(folder: Path, config: Config, ranks: Ranks, *, is_given: bool) -> None:
+    """Raise ValueError if data that are given, or elsewhere, are not those of a finished run."""
+    facts = ranks.share(facts_of_other_data(folder, config, is_given) if ranks.is_first else None)
+    if facts is not None:
+        data = load_data(
+            replace(config.data, backend=facts["backend"]),
+            batch_size=config.batch_size,
+            seed=config.seed,
+            rank=ranks.rank,
+            num_ranks=ranks.num_ranks,
+            report=_say_nothing,
+        )
+        check_data(facts, {"data": data.fingerprint, "backend": facts["backend"]})
 
 
 def check_fit(config: Config, engine: Engine, data: Data) -> None:

@@ -363,6 +363,14 @@ def test_runs_on_given_data_train_the_same_resume_and_evaluate(
     capsys.readouterr()
     assert train_model(CONFIG, data=data) == run
     assert "finished already" in capsys.readouterr().out
+    others = {"train": (PIXELS[:100], LABELS[:100]), "test": (PIXELS[100:150], LABELS[100:150])}
+    for wrong in (others, others["train"], {**others, "extra": arrays["test"]}):
+        with pytest.raises(ValueError, match=r"^data: expected the data of the run that is resu"):
+            train_model(CONFIG, data=wrong)
+    CONFIG.data.path = "digits"
+    with pytest.raises(ValueError, match=r"^data.path: expected the data of the run that is resu"):
+        train_model(CONFIG)
+    CONFIG.data.path = None
     with pytest.raises(ValueError, match="got 'given': the run was trained on data given in Py"):
         evaluate_run(run, attacks="clean", fresh=True)
     with pytest.raises(ValueError, match=r"^path: expected none beside the data given in Python"):
