@@ -86,7 +86,8 @@ def printable(text: str) -> str:
 
 
 def shortened(value: str, most: int = MOST_SHOWN) -> str:
-    """The value if it has at most `most` characters, else its beginning."""
+    """The value on one line, if it has at most `most` characters, else its beginning."""
+    value = re.sub(r"\s*\n\s*", " ", value)
     return value if len(value) <= most else value[: most - 3] + "..."
 
 

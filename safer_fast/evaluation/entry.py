@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from safer_fast.config.commands import DATA_FIELDS, EvaluateConfig
 from safer_fast.config.conversion import converted
 from safer_fast.config.doors import door
 from safer_fast.config.evaluation_tables import check_tables, is_table
+from safer_fast.config.messages import shortened
+from safer_fast.config.settings.types import Names
 from safer_fast.data.formats.given import giving
 from safer_fast.evaluation.accuracy import Accuracy
 from safer_fast.evaluation.run import evaluate_folder
@@ -45,20 +48,38 @@ def evaluate_run(
         config: the run folder, or all settings.
         data: images in place of the run's test split, as `train_model` takes them; of several
             splits test, else validation.
-        settings: fields of `EvaluateConfig`, beside a run folder.
+        settings: fields of `EvaluateConfig`, beside a run folder. `other_data` may be a dictionary
+            of data sets and paths by name, `{"v2": (images, labels), "sketch": "sketch.npz"}`.
     """
     if isinstance(config, str | Path):
         config = EvaluateConfig(run=str(config), **settings)
     elif settings:
         raise ValueError(f"expected settings beside a run folder, got {min(settings)} beside all")
+    others: Any = config.other_data
+    if isinstance(others, Mapping):
+        config = replace(config, other_data=Names())
+    elif not (
+        _is_path(others) or (isinstance(others, list | tuple) and all(map(_is_path, others)))
+    ):
+        raise ValueError(
+            "--other-data: expected paths, or data sets and paths by name in a dictionary, got "
+            f"{shortened(repr(others))}"
+        )
     config = converted(config)
     check_evaluation(config, data is not None)
     check_tables(config)
     with giving(data, config.path) as path:
         config.path = path
-        rows = evaluate_several(config) if is_table(config) else evaluate_folder(config)
+        if others and isinstance(others, Mapping):
+            rows = evaluate_several(config, others)
+        else:
+            rows = evaluate_several(config) if is_table(config) else evaluate_folder(config)
     names = [field.name for field in fields(RunAccuracy)]
     found = [{name: row[name] for name in names if name in row} for row in rows]
     for row in found:
         row["accuracy"] = math.nan if row["accuracy"] is None else row["accuracy"]
     return [RunAccuracy(**row) for row in found]
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str | Path)

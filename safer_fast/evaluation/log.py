@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safer_fast.data.formats import names_of
+from safer_fast.data.formats.splits import is_pattern
 from safer_fast.runs.layout import RunFolder
 from safer_fast.runs.loggers.metrics_file import read_metrics
 from safer_fast.runs.loggers.run_log import RunLog
@@ -31,6 +33,14 @@ def log_rows(rows: Sequence[dict[str, Any]], folder: Path, epoch: int, log: RunL
     with turn_at(RunFolder(folder).metrics):
         _append(rows, read_metrics(RunFolder(folder).metrics), epoch, log)
         log.close()
+
+
+def whole_path(path: str) -> str:
+    """The absolute path of data; words such as digits, and names of the hub, as they are."""
+    place = Path(path).expanduser()
+    if path in names_of("word"):
+        return path
+    return str(place.absolute()) if place.exists() or is_pattern(place) else path
 
 
 def _append(

@@ -20,8 +20,9 @@ from safer_fast.config.attack_names import LIBRARY_ATTACKS, num_attack_steps
 from safer_fast.config.commands import EvaluateConfig
 from safer_fast.data import Batch, as_pixels, describe_subset
 from safer_fast.data.corrupted import Corruption
+from safer_fast.data.formats.given import WORD
 from safer_fast.evaluation.batch import BatchEvaluator, BatchOutcome, multiple_of
-from safer_fast.evaluation.log import log_rows, open_log
+from safer_fast.evaluation.log import log_rows, open_log, whole_path
 from safer_fast.evaluation.progress import ProgressDisplay
 from safer_fast.evaluation.setup import EvaluationSetup, num_restarts, set_up_evaluation
 from safer_fast.evaluation.store import SCALE, Outcome, names_of, to_millionths
@@ -115,7 +116,9 @@ class Evaluator:
         self.split, self.of_images = setup.split, setup.loader.num_images
         self.has_classes = setup.judge is None
         file = config.text_embeddings
-        self._text = {} if file is None else {"text_embeddings": file}
+        self._named = {} if file is None else {"text_embeddings": file}
+        if config.path not in (None, WORD):
+            self._named["path"] = whole_path(config.path)
         self.device, num_classes = model.model.mean.device, len(model.class_names)
         runtime = decide_auto(
             attacked.runtime, attacked.config.runtime, _num_operations(config, attacked, share)
@@ -247,7 +250,7 @@ class Evaluator:
             "source": None if is_clean else _source_of(self.config),
             "per_class_accuracy": [right / count if count else None for count, right in pairs],
             "seconds": round(seconds / ranks.num_ranks, 3),
-            **self._text,
+            **self._named,
         }
 
 

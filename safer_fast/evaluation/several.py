@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from safer_fast.config.attack_names import ThreatModel, fits_norm
 from safer_fast.config.commands import EvaluateConfig
@@ -19,29 +20,44 @@ from safer_fast.config.schema import Names, Radius
 from safer_fast.data.bad_images import BadImages
 from safer_fast.data.corrupted import Corruption, check_library
 from safer_fast.data.formats import open_splits
+from safer_fast.data.formats.given import WORD, GivenData, giving
 from safer_fast.evaluation.run import evaluate_folder
+from safer_fast.runs.accuracies import OWN_SPLITS, distinct_names
 from safer_fast.runtime.files import write_whole
 from safer_fast.runtime.terminal import aligned
 
 Row = dict[str, Any]
-_OWN_SPLITS = ("test", "validation")
 
 
-def evaluate_several(config: EvaluateConfig) -> list[Row]:
+class DataSet(NamedTuple):
+    """Data to evaluate on: a path, None for the run's own split, or data that Python holds.
+
+    name: of the split; None: the usual one.
+    """
+
+    path: str | None
+    name: str | None = None
+    given: GivenData = None
+
+
+def evaluate_several(
+    config: EvaluateConfig, others: Mapping[str, GivenData] | None = None
+) -> list[Row]:
     """Evaluate every data set under every threat model, then the corruptions; print one table.
 
     Each part is stored as if it were evaluated alone, so a stopped evaluation resumes where it was.
     Attacks that are not made for the norm of a threat model are left out there, with a line.
+    others: data sets or paths by name, beside `config.other_data`.
     """
-    others = list(dict.fromkeys(config.other_data))
-    _check_beforehand(others, config.corruptions)
+    sets = _data_sets(config, others or {})
+    _check_beforehand(sets[1:], config.corruptions)
     rows: list[Row] = []
-    named = zip(others, distinct_names(others), strict=True)
-    for path, split in ((config.path, None), *named):
-        for part in _balls(replace(config, path=path)):
+    for place, one in enumerate(sets):
+        flag = "--other-data" if place else "data.path"
+        for part in _balls(config):
             known = {_key(row) for row in rows}
-            with _named("data.path" if split is None else "--other-data"):
-                found = evaluate_folder(part, is_part=True, split=split)
+            with _named(flag), giving(one.given, one.path) as path:
+                found = evaluate_folder(replace(part, path=path), is_part=True, split=one.name)
             rows += [row for row in found if _key(row) not in known]
     names = CORRUPTIONS if "all" in config.corruptions else tuple(config.corruptions)
     clean = replace(_alone(config), attacks=Names(["clean"]))
@@ -55,31 +71,25 @@ def evaluate_several(config: EvaluateConfig) -> list[Row]:
     return rows
 
 
-def distinct_names(paths: Sequence[str]) -> list[str]:
-    """A name for each path: its last part without the ending, with more of the path where others
-    would have the same, or that of a run's own split."""
-    parts = [Path(path).with_suffix("").parts for path in paths]
-    counts = [1] * len(parts)
-    while True:
-        names = ["/".join(one[-count:]) for one, count in zip(parts, counts, strict=True)]
-        short = [
-            place
-            for place, name in enumerate(names)
-            if (names.count(name) > 1 or name in _OWN_SPLITS) and counts[place] < len(parts[place])
-        ]
-        if not short:
-            return [
-                name if names.count(name) == 1 else path
-                for name, path in zip(names, paths, strict=True)
-            ]
-        for place in short:
-            counts[place] += 1
+def _data_sets(config: EvaluateConfig, others: Mapping[str, GivenData]) -> list[DataSet]:
+    """The data of a run's evaluation first, then all others, each with a name of its own."""
+    own = [] if config.path in (None, WORD) else [config.path]
+    paths = [path for path in dict.fromkeys(config.other_data) if path not in own]
+    named = [*map(DataSet, [*own, *paths], distinct_names([*own, *paths]))]
+    taken = {*OWN_SPLITS, *(one.name for one in named)}
+    if wrong := [name for name in others if name in taken]:
+        raise ValueError(f"--other-data: expected names of their own, got {wrong[0]!r}")
+    for name, data in others.items():
+        is_path = isinstance(data, str | Path)
+        named.append(DataSet(str(data), name) if is_path else DataSet(None, name, data))
+    return named if own else [DataSet(config.path), *named]
 
 
-def _check_beforehand(paths: Sequence[str], corruptions: Sequence[str]) -> None:
+def _check_beforehand(sets: Sequence[DataSet], corruptions: Sequence[str]) -> None:
     """Raise ValueError for data and packages that are missing, before anything is attacked."""
-    for path in paths:
-        open_splits(path, "--other-data", BadImages("skip", lambda _: None))
+    for one in sets:
+        with _named("--other-data"), giving(one.given, one.path) as path:
+            open_splits(path, "data.path", BadImages("skip", lambda _: None))
     if corruptions:
         check_library()
 
@@ -90,8 +100,9 @@ def _named(flag: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if error.args and str(error.args[0]).startswith("data.path:"):
-            error.args = (flag + str(error.args[0]).removeprefix("data.path"), *error.args[1:])
+        text = str(error.args[0]) if error.args else ""
+        if flag == "--other-data" and (found := re.match(r"data(\.path)?(?=[:\[])", text)):
+            error.args = (flag + text[found.end() :], *error.args[1:])
         raise
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import sqrt
+from pathlib import Path
 from typing import Any
 
 from safer_fast.config.messages import printable
@@ -57,6 +58,63 @@ def class_table(accuracies: Sequence[Mapping[str, Any]], class_names: Sequence[s
     title = "class" if len(shown) == len(present) else "worst"
     rows = [[names[index], *(f"{column[index]:.4f}" for column in columns)] for index in shown]
     return aligned([[title, *(row["attack"] for row in accuracies)], *rows], least=(5, 8))
+
+
+OWN_SPLITS = ("test", "validation")
+"""Names of the splits of a run's own data."""
+
+
+def distinct_names(paths: Sequence[str]) -> list[str]:
+    """A name for each path: its last part without the ending, with more of the path where others
+    would have the same, or that of a run's own split."""
+    parts = [Path(path).with_suffix("").parts for path in paths]
+    counts = [1] * len(parts)
+    while True:
+        names = ["/".join(one[-count:]) for one, count in zip(parts, counts, strict=True)]
+        short = [
+            place
+            for place, name in enumerate(names)
+            if (names.count(name) > 1 or name in OWN_SPLITS) and counts[place] < len(parts[place])
+        ]
+        if not short:
+            return [
+                name if names.count(name) == 1 else path
+                for name, path in zip(names, paths, strict=True)
+            ]
+        for place in short:
+            counts[place] += 1
+
+
+def named_apart(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Evaluations of a run, whose data are named with as much of their path as tells them apart.
+
+    Events of the run's own data, and of earlier versions, name no path: their data keep the name.
+    """
+    places: dict[str, dict[str | None, None]] = {}
+    for event in events:
+        places.setdefault(str(event.get("split")), {})[event.get("path")] = None
+    renamed: dict[tuple[str, str], str] = {}
+    for split, found in places.items():
+        paths = [path for path in found if path is not None]
+        if len(found) > 1:
+            names = distinct_names(paths) if len(paths) > 1 else [_with_folder(paths[0])]
+            renamed |= {(split, path): n for path, n in zip(paths, names, strict=True)}
+    return [
+        {**event, "split": _renamed(event, renamed)} if event.get("path") else dict(event)
+        for event in events
+    ]
+
+
+def _with_folder(path: str) -> str:
+    return "/".join(Path(path).with_suffix("").parts[-2:])
+
+
+def _renamed(event: Mapping[str, Any], names: Mapping[tuple[str, str], str]) -> str:
+    """The name of an event's data; a corruption stands behind it."""
+    split = str(event.get("split"))
+    stem = Path(event["path"]).stem
+    rest = split.removeprefix(stem) if split.startswith(f"{stem}, ") else ""
+    return names[split, event["path"]] + rest if (split, event["path"]) in names else split
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

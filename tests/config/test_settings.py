@@ -338,6 +338,7 @@ def test_usual_names_of_other_projects_lead_to_ours() -> None:
 
 def test_long_values_are_cut_and_long_names_of_files_are_not() -> None:
     assert len(shortened("x" * 5000)) == 80
+    assert shortened(repr(np.zeros((2, 2)))) == "array([[0., 0.], [0., 0.]])"
     path = "/".join(["folder"] * 30)
     assert as_line(f"data.path: expected a file, got {path}").endswith(path)
     assert len(as_line("y" * 5000)) == 80

@@ -13,10 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from safer_fast import EvaluateConfig, evaluate_run
 from safer_fast import evaluate as command
-from safer_fast import evaluate_run
+from safer_fast.config.commands import ExportConfig
 from safer_fast.data.corrupted import Corruption, corrupt
-from safer_fast.evaluation.several import distinct_names, table
+from safer_fast.evaluation.several import table
+from safer_fast.runs.accuracies import distinct_names, named_apart
+from safer_fast.runs.exporters.facts import measured_accuracies
+from safer_fast.runs.report.evaluations import weights_and_splits
+from safer_fast.runs.report.reading import read_runs
 from safer_fast.runtime.command import run
 from tests.support import small_runs
 from tests.support.ranks import Team, assert_status
@@ -175,6 +180,86 @@ def test_data_of_the_same_name_have_lines_of_their_own(
     assert [row["split"] for row in json.loads(file.read_text())] == ["test", "set-0/1", "set-1/1"]
 
 
+@pytest.fixture
+def same_names(other: Path, tmp_path: Path) -> list[Path]:
+    """Two files of one name, and one that is named as the run's own split, of other images each."""
+    copies = [tmp_path / place for place in ("a/1.npz", "b/1.npz", "c/test.npz")]
+    with np.load(other) as file:
+        for number, copy in enumerate(copies):
+            copy.parent.mkdir()
+            labels = (file["labels"] + number) % 10
+            np.savez(copy, images=np.roll(file["images"], number, 0), labels=labels)
+    return copies
+
+
+def test_files_of_one_name_evaluated_one_by_one_are_told_apart(
+    folder: Path, same_names: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    words = [str(folder), "--attacks=clean", "--device=cpu"]
+    command.main([*words, "--num-images=20"])
+    for file in (*same_names, Path("a/1.npz")):
+        command.main([*words, "--path", str(file)])
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    measured = [event for event in events if event["event"] == "evaluation"][-4:]
+    assert [event.get("path") for event in measured] == [None, *map(str, same_names)]
+    assert [event["split"] for event in measured] == ["test", "1", "1", "test"]
+    (run,) = read_runs([folder])
+    splits = {split for weights, split in weights_and_splits(run) if weights == "last"}
+    assert splits == {"test", "a/1", "b/1", "c/test"}
+    card = measured_accuracies(ExportConfig(str(folder)), "linf")
+    clean = [row["split"] for row in card if row["attack"] == "clean"]
+    assert clean == ["test", "test", "a/1", "b/1", "c/test"]
+    rows = evaluate_run(
+        folder, attacks="clean", path=str(same_names[0]), other_data=[str(same_names[1])]
+    )
+    assert [row.split for row in rows] == ["a/1", "b/1"]
+
+
+def test_data_of_earlier_versions_which_name_no_path_keep_their_names() -> None:
+    def split(name: str, path: str | None = None) -> dict[str, Any]:
+        return {"split": name} | ({} if path is None else {"path": path})
+
+    alone = [split("1", "/a/1.npz"), split("test")]
+    assert named_apart(alone) == alone
+    events = [split("1"), split("1", "/a/1.npz"), split("1, fog 3", "/a/1.npz"), split("digits")]
+    assert [event["split"] for event in named_apart(events)] == ["1", "a/1", "1, fog 3", "digits"]
+
+
+def test_other_data_may_be_held_by_python(
+    folder: Path, other: Path, same_names: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with np.load(other) as file:
+        images, labels = file["images"], file["labels"]
+    held: dict[str, Any] = {"noise": (images, labels), "file": same_names[1]}
+    rows = evaluate_run(folder, attacks="clean,fgsm", other_data=held, num_images=20)
+    assert [row.split for row in rows] == ["test", "test", "noise", "noise", "file", "file"]
+    for path, name in ((other, "noise"), (same_names[1], "file")):
+        alone = evaluate_run(folder, attacks="clean,fgsm", path=str(path), num_images=20)
+        own = [row for row in rows if row.split == name]
+        assert [(r.accuracy, r.loss) for r in own] == [(r.accuracy, r.loss) for r in alone]
+    config = EvaluateConfig(str(folder), attacks="clean", other_data={"noise": (images, labels)})  # type: ignore[arg-type]
+    given = evaluate_run(config, data=(images[:5], labels[:5]))
+    assert [(row.split, row.num_images) for row in given] == [("given", 5), ("noise", 20)]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([(np.zeros((2, 8, 8)), [0, 1])], "expected paths, or data sets and paths by name in a"),
+        ({"noise": np.zeros((2, 8, 8))}, "expected images and labels as two arrays"),
+        ({"test": (np.zeros((2, 8, 8)), [0, 1])}, "expected names of their own, got 'test'"),
+        ({"noise": "none.npz"}, r"expected a \.parquet"),
+        (3, "expected paths, or data sets"),
+    ],
+    ids=["list", "array", "test", "path", "number"],
+)
+def test_what_is_no_other_data_gets_one_line(data: Any, message: str, folder: Path) -> None:
+    with pytest.raises(ValueError, match=rf"^other_data: {message}") as caught:
+        evaluate_run(folder, attacks="clean", other_data=data)
+    assert "\n" not in str(caught.value)
+
+
 def test_names_are_as_short_as_they_can_be() -> None:
     assert distinct_names(["a/x.npz", "b/y.npz"]) == ["x", "y"]
     assert distinct_names(["a/b/x", "a/c/x.npz"]) == ["b/x", "c/x"]
@@ -219,6 +304,8 @@ MISTAKES = {
 def test_a_mistake_gets_one_line(
     case: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if case == "too small":
+        pytest.importorskip("imagecorruptions")
     words, message = MISTAKES[case]
     given = [str(folder), "--num-images=2", "--device=cpu", *words.split()]
     monkeypatch.setattr("sys.argv", ["evaluate", *given])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from safer_fast.attacks.masking import with_verdicts
 from safer_fast.config.commands import ExportConfig
+from safer_fast.runs.accuracies import named_apart
 from safer_fast.runs.layout import RunFolder
 
 if TYPE_CHECKING:
@@ -36,8 +37,9 @@ def measured_accuracies(config: ExportConfig, norm: str) -> list[dict[str, Any]]
 
     file = RunFolder(Path(config.run)).metrics
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for event in read_metrics(file) if file.is_file() else []:
-        is_ours = event.get("event") == "evaluation" and event.get("weights") == config.weights
+    events = read_metrics(file) if file.is_file() else []
+    for event in named_apart([event for event in events if event.get("event") == "evaluation"]):
+        is_ours = event.get("weights") == config.weights
         is_whole = all(event.get(name) is not None for name in _ROW)
         if is_ours and is_whole and event["num_images"] > 0 and not event.get("source"):
             row = {name: event[name] for name in _ROW} | {

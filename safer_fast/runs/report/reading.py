@@ -11,6 +11,7 @@ from typing import Any
 
 from safer_fast.config.messages import printable
 from safer_fast.config.untrusted import MOST_JSON, MOST_LEVELS, MOST_YAML, load_yaml, read_text
+from safer_fast.runs.accuracies import named_apart
 from safer_fast.runs.layout import METRICS, RunFolder
 from safer_fast.runs.loggers.metrics_file import read_metrics
 
@@ -45,7 +46,7 @@ _NUMBERS = (
     "num_not_finite",
     "num_zero_gradients",
 )
-_TEXTS = ("split", "attack", "weights", "norm", "source")
+_TEXTS = ("split", "path", "attack", "weights", "norm", "source")
 _LONGEST_LIST = 100_000  # values of an event: classes, steps of an attack
 _LARGEST = 1e100  # what is larger has no square
 
@@ -127,7 +128,7 @@ def _read_run(folder: Path, name: str) -> ReportedRun:
         environment=environment,
         epochs=_last_per_epoch(_of_kind(events, "epoch")),
         selections=_last_per_epoch(_of_kind(events, "selection")),
-        evaluations=_of_kind(events, "evaluation"),
+        evaluations=named_apart(_of_kind(events, "evaluation")),
         folder=folder,
         is_finished=_is_finished(events),
         time_s=_time_s(events),
