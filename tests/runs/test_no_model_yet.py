@@ -13,18 +13,23 @@ from safer_fast import evaluate, evaluate_run, export, load_model, report, selec
 from tests.support.commands import refused
 from tests.support.kills import Moment, Server
 
-UPDATE = "safer_fast.training.step.Step.update"
+UPDATE = Moment("safer_fast.training.step.Step.update")
+WRITTEN = Moment("safer_fast.runs.checkpoints.folder.CheckpointFolder._prune")  # comes right after
 
 
 @pytest.mark.parametrize(
-    ("call", "state", "word"),
-    [(1, "without a checkpoint yet", "begin"), (3, "whose newest checkpoint is step-", "resume")],
+    ("moment", "state", "word"),
+    [
+        (UPDATE, "without a checkpoint yet", "begin"),
+        (WRITTEN, "whose newest checkpoint is step-", "resume"),
+    ],
+    ids=["none", "one"],
 )
 def test_a_run_that_was_killed_says_how_far_it_came_and_how_it_ends(
-    call: int, state: str, word: str, server: Server, flags: list[str], tmp_path: Path
+    moment: Moment, state: str, word: str, server: Server, flags: list[str], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    assert server.train(run, flags, Moment(UPDATE, call)).status < 0
+    assert server.train(run, flags, moment).status < 0
     for ask in (load_model, evaluate_run):
         with pytest.raises(
             ValueError, match=f"^run: expected a run that has ended, got {run}, {state}"
