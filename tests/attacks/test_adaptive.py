@@ -195,6 +195,7 @@ def test_strength_is_the_loss_after_the_attack_over_that_after_pgd_20(norm: Any)
     assert audit.take_seconds() == 0
 
 
+@pytest.mark.slow
 def test_an_audit_leaves_the_training_attack_as_it_was() -> None:
     model = build()
     images, labels = images_and_labels(16)
@@ -229,6 +230,7 @@ def events(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["event"] == kind]
 
 
+@pytest.mark.slow
 def test_a_run_says_how_many_iterations_it_took_and_how_strong_they_were(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -250,6 +252,7 @@ def test_a_run_says_how_many_iterations_it_took_and_how_strong_they_were(
     assert "Strength of the training attack" in (folder / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_fixed_number_is_taken_as_it_is(tmp_path: Path) -> None:
     folder = run(tmp_path / "run", "--attack.steps=3", "--epochs=3")
     attacked = [line for line in events(folder, "step") if line["epoch"] == 3]
@@ -258,6 +261,7 @@ def test_a_fixed_number_is_taken_as_it_is(tmp_path: Path) -> None:
     assert all(line["audit_fraction"] == 0 for line in events(folder, "epoch"))
 
 
+@pytest.mark.slow
 def test_the_sentinel_raises_the_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -281,6 +285,7 @@ def choices(flags: list[str]) -> tuple[list[int], dict[str, float]]:
         return steps, trainer.engine.audit.state_dict()
 
 
+@pytest.mark.slow
 def test_ranks_choose_alike(tmp_path: Path) -> None:
     flags = [*FLAGS, *AUTO, f"--data.path={write_digits(tmp_path / 'digits.npz')}"]
     flags += ["--attack.clean_epochs=0", "--attack.epsilon_warmup_epochs=0"]

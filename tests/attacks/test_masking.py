@@ -94,6 +94,7 @@ def test_an_ordinary_model_has_no_verdict(
     assert "at most" not in (folder / "export-hub/README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_saturated_model_is_reported_everywhere(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -247,6 +247,7 @@ def test_a_run_folder_in_use_is_refused_and_kept(
     assert "which is in use" in refused(main, ["--output", file], capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["evaluate", "select", "report", "export"])
 def test_commands_refuse_what_is_no_run(name: str, server: Server, tmp_path: Path) -> None:
     folder = tmp_path / "folder"

@@ -175,6 +175,7 @@ def test_labels_beyond_the_classes_are_refused(tmp_path: Path, paths: dict[str, 
         load(paths | {"extra_path": str(tmp_path / "more.npz")})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["channels last", "channels first", "columns first"])
 def test_a_large_uncompressed_array_stays_on_disk(
     layout: str, paths: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

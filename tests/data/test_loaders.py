@@ -132,6 +132,7 @@ def test_evaluation_sees_every_image_once_in_order_and_unaugmented(
     assert_same(join(data.test.epoch(2)), Batch(images, torch.arange(NUM_IMAGES)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["device", "torch"])
 @pytest.mark.parametrize("augmentation", ["none", "crop"])
 def test_an_epoch_goes_on_at_any_batch(file: Path, augmentation: str, backend: str) -> None:
@@ -499,6 +500,7 @@ def test_images_too_thin_for_any_crop_are_cut_in_the_middle() -> None:
     assert draw_crop(1, 1, 0, 0).height == 1
 
 
+@pytest.mark.slow
 def test_noise_costs_nothing_and_repeats() -> None:
     first, second = (load_data(DataConfig(path="synthetic"), batch_size=4, seed=0) for _ in "12")
     assert (first.name, first.num_classes, first.image_size) == ("synthetic", 1000, 224)

@@ -22,6 +22,7 @@ def pictures(file: Path, names: list[str], rows: slice = slice(0, 12)) -> Path:
     return write_parquet(file, PNGS[rows], labels[rows], names)
 
 
+@pytest.mark.slow
 def test_the_same_images_for_training_and_validation_are_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

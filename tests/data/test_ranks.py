@@ -191,6 +191,7 @@ def test_padding_copies_images_and_weighs_nothing(sets: dict[int, Path], backend
     assert num_padded > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_images", [1, 20, 61, 100])
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -210,6 +211,7 @@ def probe(loaders: list[Loader], num_images: int) -> list[Parts]:
     return [list(parts) for parts in zip(*probes, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_images", [0, 1, 8])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_rank_without_an_image_to_probe_gets_an_empty_batch(
@@ -234,6 +236,7 @@ def assert_in_place(batches: list[Parts], order: list[int], start: int = 0) -> N
             assert labels_of([part]) == order[part.position : part.position + part.num_images]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 @pytest.mark.parametrize("way", WAYS)
 def test_image_k_of_an_epoch_or_a_probe_has_position_k(
@@ -256,6 +259,7 @@ def test_a_part_without_an_image_stands_where_its_first_would(sets: dict[int, Pa
     assert [part.position for part in batches[-1]] == [60, 61, 61]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_limit_takes_the_same_images_for_any_number_of_ranks(
@@ -401,6 +405,7 @@ def test_noise_comes_in_parts_of_the_same_sizes() -> None:
     assert [sum(part) for part in parts] == sizes(0, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_ranks", "batch_size"), [(2, 61), (3, 2), (3, 16)])
 def test_noise_is_the_same_whatever_the_number_of_ranks(
     tmp_path: Path, num_ranks: int, batch_size: int

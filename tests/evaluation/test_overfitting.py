@@ -33,6 +33,7 @@ def test_its_twin_trained_with_pgd_is_not() -> None:
     assert not gap.is_catastrophic
 
 
+@pytest.mark.slow
 def test_counts_of_parts_add_up_to_those_of_all_images() -> None:
     model, (images, labels) = trained(steps=1), digits(NUM_IMAGES)
     attack: dict[str, Any] = {"epsilon": EPSILON, "step_size": EPSILON, "steps": 1}

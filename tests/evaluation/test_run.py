@@ -137,6 +137,7 @@ def attacked_by(
 ONE_IN_200 = 1 / 200 + 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("norm", "epsilon"), [("linf", 0.1), ("l2", 0.3)])
 def test_our_pgd_figure_is_that_of_torchattacks_from_the_same_start(
     folder: Path, norm: Any, epsilon: float, monkeypatch: pytest.MonkeyPatch
@@ -205,6 +206,7 @@ def test_autoattack_is_pyautoattack_called_directly(norm: Any) -> None:
     assert torch.equal(library("autoattack", images, labels, epsilon, 7), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["apgd-ce", "apgd-dlr", "square"])
 def test_parts_of_autoattack_are_those_of_pyautoattack(name: str) -> None:
     model, images = small_network(), images_and_labels(8)[0][:, :1, :8, :8]
@@ -350,6 +352,7 @@ def test_attacks_are_replayed_by_loss_and_shape() -> None:
     assert not lines
 
 
+@pytest.mark.slow
 def test_a_frozen_run_asks_for_no_gradient_of_weights_and_classifies_alike(other: Path) -> None:
     plain, frozen = (load_run(other, device="cpu", is_frozen=flag) for flag in (False, True))
     images, _ = digits(40)
@@ -422,6 +425,7 @@ def test_what_is_right_only_under_attack_is_not_right(
     assert fgsm.accuracy == clean.accuracy < 1
 
 
+@pytest.mark.slow
 def test_the_command_measures_what_training_logged(folder: Path, tmp_path: Path) -> None:
     attacks = "clean,fgsm,pgd-3,cw-2"
     still = ["--epochs=1", "--attack.clean_epochs=0", "--optim.learning_rate=1e-9"]
@@ -474,6 +478,7 @@ def test_training_counts_no_image_that_is_wrong_without_the_attack(
     assert found.loss == pytest.approx(expected.mean().item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_transfer_attacks_the_source_and_counts_for_the_run(folder: Path, other: Path) -> None:
     config = settings(folder, "fgsm,apgd-ce", source=str(other), source_weights="best")
     fgsm, apgd = evaluate_run(config)
@@ -581,6 +586,7 @@ def command_beside_own_data(root: str, folder: str) -> None:
     command_in_a_process(folder, ["--attacks=clean", "--data.path=set.npz"])
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_at_the_next_batch_with_the_same_figures(
     folder: Path, tmp_path: Path
 ) -> None:
@@ -723,6 +729,7 @@ def without_seconds(table: str) -> str:
     return re.sub(r" +[0-9]+\.[0-9]$", "", table, flags=re.M)
 
 
+@pytest.mark.slow
 def test_no_bit_of_a_stored_evaluation_changes_a_figure_without_a_word(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -55,6 +55,7 @@ def figure_of(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[key] for key in keys)
 
 
+@pytest.mark.slow
 def test_a_table_holds_the_figures_of_evaluations_alone(
     folder: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

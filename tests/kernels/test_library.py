@@ -52,6 +52,7 @@ def test_the_native_library_serves_the_cpu_where_it_is_built() -> None:
     assert served == [native_status().library is not None or interpreted] * len(names)
 
 
+@pytest.mark.slow
 def test_switched_off_it_says_so_and_the_reference_runs() -> None:
     code = (
         "import torch, safer_fast.kernels as k; print(k.native_status().library_reason);"
@@ -107,6 +108,7 @@ def test_without_triton_there_is_a_reason(monkeypatch, fresh_status) -> None:
     assert (status.triton, status.triton_reason) == (None, "triton is not installed")
 
 
+@pytest.mark.slow
 def test_the_import_imports_no_triton() -> None:
     code = "import sys, safer_fast.kernels; print([n for n in sys.modules if n == 'triton'])"
     result = run_python(code)

@@ -277,6 +277,7 @@ def test_opcheck_finds_nothing(adaptive: bool) -> None:
     torch.library.opcheck(sam.sum_squares_op, (gradient, master) if adaptive else (gradient,))
 
 
+@pytest.mark.slow
 @compiled
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_compiled_ascent_is_one_graph_and_gives_the_same_bits(backend: str) -> None:

@@ -211,6 +211,7 @@ def test_linf_step_clamps_with_the_instructions_that_keep_nan(capability: int) -
 for_every_width = pytest.mark.parametrize("num_columns", WIDTHS)
 
 
+@pytest.mark.slow
 @for_every_width
 def test_quantising_adds_few_instructions_to_gelu(num_columns: int, tmp_path: Path) -> None:
     for build in float8_builds(num_columns):

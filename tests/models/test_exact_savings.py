@@ -86,6 +86,7 @@ def test_images_that_do_not_divide_into_patches_stay_images() -> None:
     assert model.arrange(images_and_labels()[0]).ndim == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saving", SAVINGS)
 @pytest.mark.parametrize(
     ("name", "layers"),

@@ -207,6 +207,7 @@ def finished(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_model(parse_config([*FLAGS, f"--selection.adapter={kind}", f"--output={folder}"]))
 
 
+@pytest.mark.slow
 def test_a_run_moves_the_weights_of_selected_layers_alone_and_loads_in_plain_timm(
     finished: Path, kind: str
 ) -> None:
@@ -253,6 +254,7 @@ def test_a_killed_run_is_resumed_bit_for_bit(finished: Path, kind: str, tmp_path
     assert State.of(folder).differences(State.of(finished)) == []
 
 
+@pytest.mark.slow
 def test_a_stop_while_layers_are_scored_leaves_weights_and_factors_as_they_were(
     kind: str, tmp_path: Path
 ) -> None:

@@ -910,10 +910,12 @@ def check_full_disk(reason: str, folder: Path, outcome: list[Any]) -> None:
     assert step == 5
 
 
+@pytest.mark.slow
 def test_files_that_may_not_grow_are_reported_and_harm_nothing(tmp_path: Path) -> None:
     check_full_disk("File too large", tmp_path, program(FULL_DISK, tmp_path, "limit"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_reported_and_harms_nothing(tmp_path: Path) -> None:
     alone = ["unshare", "--user", "--map-root-user", "--mount"]
     mount = ["sh", "-c", 'mount -t tmpfs -o size=12m none "$0" && exec "$@"', str(tmp_path)]
@@ -979,6 +981,7 @@ for attempt in range(20):
 """
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_time_leaves_the_newest_checkpoint_whole(tmp_path: Path) -> None:
     rows = program(KILLS, tmp_path / "checkpoints")
     assert len(rows) == 20

@@ -65,6 +65,7 @@ def test_a_run_that_goes_on_writes_through_no_link(
     assert not any(path.is_symlink() for path in run.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["metrics.jsonl", "run.lock", "checkpoints", "evaluation"])
 @pytest.mark.parametrize("has_target", [False, True])
 def test_what_grows_in_a_folder_is_refused_where_it_is_a_link(
@@ -103,6 +104,7 @@ def test_what_grows_in_a_folder_is_refused_where_it_is_a_link(
     assert after == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("main", "words", "names"),
     [

@@ -130,6 +130,7 @@ def fork_a_worker(file: Path) -> None:
     send(signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_killed_owner_that_leaves_workers_is_followed_at_once(
     server: Server, flags: list[str], twin: State, tmp_path: Path
 ) -> None:
@@ -145,6 +146,7 @@ def test_a_killed_owner_that_leaves_workers_is_followed_at_once(
     assert State.of(run).differences(twin) == []
 
 
+@pytest.mark.slow
 def test_an_owner_that_is_about_to_end_is_waited_for(
     server: Server, flags: list[str], twin: State, tmp_path: Path
 ) -> None:
@@ -164,6 +166,7 @@ def foreign(**changes: Any) -> bytes:
     return json.dumps({**owner, "claim": "c", "beats": 3, **changes}).encode()
 
 
+@pytest.mark.slow
 def test_a_run_of_another_machine_is_taken_over_when_it_is_silent(
     server: Server, flags: list[str], twin: State, tmp_path: Path
 ) -> None:

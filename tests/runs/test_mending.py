@@ -82,6 +82,7 @@ def test_a_run_goes_on_without_what_it_does_not_need(
         )
 
 
+@pytest.mark.slow
 def test_a_finished_run_whose_log_or_settings_are_damaged_is_still_finished(
     server: Server, flags: list[str], run: Path
 ) -> None:
@@ -117,6 +118,7 @@ def change(state: dict[str, Any], name: str, value: Any) -> None:
         state[last] = value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "value", "line"),
     [

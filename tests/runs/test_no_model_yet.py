@@ -17,6 +17,7 @@ UPDATE = Moment("safer_fast.training.step.Step.update")
 WRITTEN = Moment("safer_fast.runs.checkpoints.folder.CheckpointFolder._prune")  # comes right after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "state", "word"),
     [

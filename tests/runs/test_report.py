@@ -296,6 +296,7 @@ def test_the_verdict_says_what_was_gained_at_which_threat_model_and_how_sure(pag
     ) in page.text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("accuracy", "images", "words"),
     [
@@ -319,6 +320,7 @@ def test_the_verdict_says_no_more_than_the_images_tell(
     assert words in verdict_of(folder)
 
 
+@pytest.mark.slow
 def test_the_verdict_on_several_runs_names_the_most_robust(tmp_path: Path) -> None:
     one, other = (make_run(tmp_path / n, shift=s) for n, s in (("weak", 0.0), ("strong", 0.02)))
     assert verdict_of(one, other).startswith(
@@ -330,6 +332,7 @@ def test_the_verdict_on_several_runs_names_the_most_robust(tmp_path: Path) -> No
     assert "do not compare" in verdict_of(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "title"),
     [
@@ -451,6 +454,7 @@ def test_accuracies_by_class_are_listed_with_the_lowest_marked(tmp_path: Path) -
     assert page.source.count('class="different"') == 1
 
 
+@pytest.mark.slow
 def test_catastrophic_overfitting_is_told_at_the_top_and_in_its_figure(tmp_path: Path) -> None:
     first, second = (make_run(tmp_path / name, epochs=4) for name in ("a", "b"))
     shares = {"training_attack_accuracy": 0.7, "pgd_20_accuracy": 0.05}
@@ -468,6 +472,7 @@ def test_catastrophic_overfitting_is_told_at_the_top_and_in_its_figure(tmp_path:
     assert "Warning catastrophic" in alone
 
 
+@pytest.mark.slow
 def test_the_gap_of_the_losses_is_shaded_where_they_are_of_one_kind(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", epochs=40)
     assert num_shaded(write_report([folder]), "loss") == 1
@@ -586,6 +591,7 @@ def test_several_runs_share_the_curves_and_stand_in_columns(tmp_path: Path) -> N
     assert not (second / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_a_comparison_leaves_the_reports_of_its_runs_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -599,6 +605,7 @@ def test_a_comparison_leaves_the_reports_of_its_runs_alone(
     assert (tmp_path / "mine.html").read_text() == (tmp_path / "comparison.html").read_text()
 
 
+@pytest.mark.slow
 def test_figures_of_other_splits_stand_apart_and_say_so(tmp_path: Path) -> None:
     first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b")
     events = (second / "metrics.jsonl").read_text().replace('"test"', '"validation"')
@@ -648,6 +655,7 @@ def test_runs_of_the_same_name_are_told_apart_by_their_paths(tmp_path: Path) -> 
     assert all(str(folder) in text for folder in folders)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epochs", [0, 1, 12])
 def test_an_unfinished_run_is_reported_in_plain_words(tmp_path: Path, epochs: int) -> None:
     folder = make_run(tmp_path / "run", epochs=epochs, is_finished=False)
@@ -673,6 +681,7 @@ def test_layers_chosen_by_name_have_a_table_and_no_map(tmp_path: Path) -> None:
     assert page.tags.count("figure") == len(CURVES)
 
 
+@pytest.mark.slow
 def test_selections_over_time_show_each_layer_that_was_ever_selected(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", selected_at=())
     names = [f"blocks.{block}.mlp.fc1" for block in range(41)]
@@ -715,6 +724,7 @@ def test_an_epoch_that_was_trained_again_counts_once(tmp_path: Path) -> None:
     assert "27 min 05 s" in text  # 17 epochs of 95 s, then 10 s
 
 
+@pytest.mark.slow
 def test_many_selections_are_thinned_out(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", selected_at=tuple(range(1, 41)))
     page = Page(write_report([folder]))
@@ -832,12 +842,14 @@ def test_a_browser_shows_every_figure_on_phones_and_desks(
     assert seen["asked"] == []
 
 
+@pytest.mark.slow
 def test_a_browser_shows_the_page_without_errors(folder: Path, tmp_path: Path) -> None:
     result = browse(write_report([folder], tmp_path / "page.html"), "--dump-dom")
     assert "</html>" in result.stdout
     assert "CONSOLE" not in result.stderr
 
 
+@pytest.mark.slow
 def test_a_browser_prints_the_page(folder: Path, tmp_path: Path) -> None:
     page, paper = write_report([folder], tmp_path / "page.html"), tmp_path / "page.pdf"
     browse(page, f"--print-to-pdf={paper}", "--no-pdf-header-footer")

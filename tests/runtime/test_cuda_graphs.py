@@ -57,6 +57,7 @@ def run(
     return arenas.state_dict(), step.health.sums.take()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_replayed_steps_equal_steps_as_written_bit_for_bit(settings: dict[str, Any]) -> None:
     recorder = TapeRecorder()

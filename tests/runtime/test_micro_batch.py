@@ -18,6 +18,7 @@ from tests.support.networks import build, images_and_labels
 from tests.support.steps import assert_near_fp64, make_step, run_step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["pgd-at", "trades", "mart"])
 @pytest.mark.parametrize(("attacked", "trained"), [(2, 6), (6, 2), (4, 4), (1, 1)])
 def test_steps_in_parts_are_as_near_to_fp64_as_textbook_pytorch(

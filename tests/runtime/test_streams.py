@@ -82,6 +82,7 @@ def test_what_only_prints_ends_without_a_word_as_by_sigpipe(run: Path) -> None:
     assert command("report", "--help", lost="stdout") == (141, "")
 
 
+@pytest.mark.slow
 def test_mistakes_keep_their_status(tmp_path: Path) -> None:
     assert command("export", str(tmp_path), closed="2>&-") == (2, "")
     # report refuses a folder before it imports anything large

@@ -111,6 +111,7 @@ def test_the_rank_correlation_is_that_of_the_average_ranks(
     assert rank_correlation(first, second) == pytest.approx(float(expected[0, 1]))
 
 
+@pytest.mark.slow
 def test_the_json_has_every_criterion_and_what_was_measured(trained: Path, tmp_path: Path) -> None:
     content = chosen(trained, tmp_path / "selection.json")
     assert list(content["criteria"]) == compared_criteria()
@@ -211,6 +212,7 @@ def test_the_table_has_a_row_for_each_layer_and_a_column_for_each_criterion(
     assert max(map(len, lines[:25])) <= 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["svg", "png"])
 def test_the_picture_has_a_map_for_each_criterion(
     trained: Path, tmp_path: Path, ending: str

@@ -119,6 +119,7 @@ def test_a_patch_size_among_the_arguments_replaces_that_of_the_recipe() -> None:
     assert parse_config(["--model.arguments={depth: 2}"]).model.patch_size == 2
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_chose_writes_it_down_and_resumes_with_it(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

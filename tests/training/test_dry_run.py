@@ -127,6 +127,7 @@ def test_compiled_code_needs_the_same_operations(monkeypatch: pytest.MonkeyPatch
     assert [stage.operations for stage in compiled] == [stage.operations for stage in eager]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epochs", [["--epochs=80"], ["--epochs=3", "--selection.warmup_epochs=1"]])
 def test_steps_run_under_the_full_attack(
     epochs: list[str], monkeypatch: pytest.MonkeyPatch
@@ -188,6 +189,7 @@ def test_the_flag_needs_no_value_and_takes_one(flag: list[str]) -> None:
     assert not parse_config(["--dry-run", "false", "--epochs=80"]).dry_run
 
 
+@pytest.mark.slow
 def test_the_command_prints_both_stages_and_writes_nothing(server: Server, tmp_path: Path) -> None:
     result = command(server, tmp_path, *SMALL, "--epochs=80", "--dry-run")
     assert result.returncode == 0, result.stderr
@@ -218,6 +220,7 @@ def test_training_itself_refuses_to_pass_for_a_dry_run(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_slow_steps_end_with_the_time_and_the_table_says_how_many_there_were(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

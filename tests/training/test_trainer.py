@@ -33,6 +33,7 @@ def weights(folder: Path, name: str = "model.safetensors") -> dict[str, torch.Te
     return load_file(folder / name)
 
 
+@pytest.mark.slow
 def test_a_run_folder_has_all_its_files(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
     expected = {
@@ -75,6 +76,7 @@ def test_metrics_have_the_keys_that_users_rely_on(finished: Path) -> None:
     assert all(event["loss_rise"] > 0 for event in steps if event["epoch"] > 2)
 
 
+@pytest.mark.slow
 def test_timm_loads_the_run_folder_without_our_package(finished: Path) -> None:
     code = (
         "import sys, timm, torch; sys.modules['safer_fast'] = None;"
@@ -111,6 +113,7 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(finished: Path, tmp_path: 
     assert lines_of(finished) == lines_of(again)
 
 
+@pytest.mark.slow
 def test_a_set_on_the_device_gives_the_same_run_bit_for_bit(finished: Path, tmp_path: Path) -> None:
     again = run(tmp_path / "again", "--amp=bf16", "--data.backend=device")
     first = weights(finished)
