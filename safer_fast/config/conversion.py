@@ -23,6 +23,8 @@ def converted(config: T) -> T:
     Fractions and numbers may be texts, groups may be dictionaries. Raises ValueError with one clear
     line for a value that the command line would refuse.
     """
+    if not is_dataclass(config):
+        raise ValueError(f"config: expected settings, got {shortened(repr(config))}")
     return converted_to(type(config), _as_given(config))
 
 

@@ -149,11 +149,17 @@ def meant(value: object, known: Iterable[str]) -> str:
 
     Empty if none is similar, in any case and with - for _.
     """
+    close = nearest(value, known)
+    return f", did you mean {printable(close)}?" if close else ""
+
+
+def nearest(value: object, known: Iterable[str]) -> str | None:
+    """The known name that is most like a value, which is none of them; None if none is similar."""
     names = {_folded(name): name for name in known}
     if value in names.values():
-        return ""
+        return None
     close = get_close_matches(_folded(str(value)[:LONGEST_WORD]), names, n=1)
-    return f", did you mean {printable(names[close[0]])}?" if close else ""
+    return names[close[0]] if close else None
 
 
 def _folded(name: str) -> str:

@@ -23,7 +23,9 @@ def find_settings(name: str, flag: str) -> Path:
 def read_settings(file: Path, flag: str) -> dict[str, Any]:
     """Read the settings in a file; raises ValueError naming `flag` for a file without settings."""
     if not file.is_file():
-        found = hint(str(file), recipes())
+        of_run = file / "run.yaml"
+        is_run = of_run.is_file()
+        found = f", did you mean {str(of_run)!r}?" if is_run else hint(str(file), recipes())
         raise ValueError(
             f"{flag}: expected a YAML file or {recipe_names()}, got {str(file)!r}{found}"
         )

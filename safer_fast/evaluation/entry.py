@@ -55,6 +55,10 @@ def evaluate_run(
         config = EvaluateConfig(run=str(config), **settings)
     elif settings:
         raise ValueError(f"expected settings beside a run folder, got {min(settings)} beside all")
+    given: Any = config
+    if not isinstance(given, EvaluateConfig):
+        got = shortened(repr(given))
+        raise ValueError(f"config: expected a run folder or EvaluateConfig, got {got}")
     others: Any = config.other_data
     if isinstance(others, Mapping):
         config = replace(config, other_data=Names())

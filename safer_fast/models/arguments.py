@@ -1,12 +1,14 @@
-"""Arguments of a timm network: a message for one that it does not take."""
+"""Names and arguments of timm networks: messages for those that there are not."""
 
 from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterable
 from difflib import get_close_matches
 from inspect import signature
 
+from safer_fast.config.messages import nearest
 from safer_fast.config.schema import ModelConfig
 
 
@@ -29,3 +31,13 @@ def check_arguments(config: ModelConfig, module: str, message: str) -> None:
         f"--{flag}: expected {expected}, got {got}"
         + (f", did you mean {close[0]!r}?" if close and not is_own else "")
     ) from None
+
+
+def nearest_network(name: str, known: Iterable[str]) -> str | None:
+    """The network that a name probably means, of which it may be the beginning; None: no idea."""
+    typed = name.partition(".")[0].lower().replace("-", "_")
+    beginnings: dict[str, str] = {}
+    for network in known:
+        beginnings.setdefault("_".join(network.split("_")[: typed.count("_") + 1]), network)
+    close = typed if typed in beginnings else nearest(typed, beginnings)
+    return beginnings[close] if close else None

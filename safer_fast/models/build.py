@@ -17,10 +17,10 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from safer_fast.config.messages import meant
+from safer_fast.config.messages import shortened
 from safer_fast.config.schema import ModelConfig
 from safer_fast.models.arenas import ParameterArenas
-from safer_fast.models.arguments import check_arguments
+from safer_fast.models.arguments import check_arguments, nearest_network
 from safer_fast.models.families import split_into_blocks
 from safer_fast.models.initial_weights import Weights, load_source
 from safer_fast.models.robust_model import RobustModel, find_layers
@@ -104,6 +104,8 @@ def build_model(
     transformer, arguments or sizes it does not take, weights that cannot be read or fetched, and
     weights of another model.
     """
+    if not isinstance(config, ModelConfig):
+        raise ValueError(f"config: expected ModelConfig, got {shortened(repr(config))}")
     _check_name(config.name)
     if others := NO_ARGUMENTS & config.arguments.keys():
         raise ValueError(
@@ -226,7 +228,8 @@ def check_patches(network: Any, image_size: int, may_leave_rows: bool = False) -
 
 def _check_name(name: str) -> None:
     if not timm.is_model(name):
-        hint = meant(name.partition(".")[0], timm.list_models())
+        close = nearest_network(name, timm.list_models())
+        hint = f", did you mean {close}?" if close else ""
         raise ValueError(f"model.name: expected a model of timm, got {name!r}{hint}")
 
 

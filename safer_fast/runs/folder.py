@@ -296,6 +296,8 @@ def _naming_the_run(files: RunFolder) -> Iterator[None]:
 def _without_model(files: RunFolder, missing: Path) -> str:
     """The message for a folder without a file of a run that has ended, and a way to get there."""
     folder = printable(str(files.path))
+    if not files.path.exists():
+        return f"RUN: expected a run folder, got {folder}, which does not exist"
     if not files.config.is_file() or files.model_config.is_file():
         return f"RUN: expected a run folder with {missing.name}, got {folder}"
     found = sorted(files.checkpoints.glob("step-*.safetensors"))

@@ -45,6 +45,8 @@ def load_model(
         device: where it computes; auto: on a GPU if there is one.
         amp: its precision; run: the one that it was trained in.
     """
+    if not isinstance(run, str | Path):
+        raise ValueError(f"run: expected the path of a run folder, got {shortened(repr(run))}")
     for name, value, known in (
         ("device", device, get_args(Device)),
         ("amp", amp, get_args(Precision)),

@@ -114,7 +114,8 @@ def score_layers(
     layers = layers_of(model)
     names = list(layers) if names is None else list(names)
     if unknown := [name for name in names if name not in layers]:
-        raise ValueError(f"names: expected layers of the model, got {', '.join(unknown)}")
+        got = ", ".join(unknown) + meant(unknown[0], layers)
+        raise ValueError(f"names: expected layers of the model, got {got}")
     check_number("rho", rho, FACTOR)
     asked = {measure.criterion for measure in measures}
     for name in sorted(asked):

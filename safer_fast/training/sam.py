@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from safer_fast.config.checks import check_number
+from safer_fast.config.messages import meant
 from safer_fast.config.ranges import FACTOR
 from safer_fast.config.schema import SAMConfig
 from safer_fast.models.arenas import TrainedWeights, module_selection
@@ -109,7 +110,8 @@ def _parameters_of(model: nn.Module, names: Sequence[str]) -> list[nn.Parameter]
         try:
             own = list(model.get_submodule(name).parameters(recurse=False))
         except AttributeError:
-            raise ValueError(f"names: expected a module of the model, got {name!r}") from None
+            hint = meant(name, (known for known, _ in model.named_modules()))
+            raise ValueError(f"names: expected a module of the model, got {name!r}{hint}") from None
         if not own:
             raise ValueError(f"names: expected a module with parameters of its own, got {name!r}")
         parameters += own

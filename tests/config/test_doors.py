@@ -8,8 +8,18 @@ from typing import Any
 
 import pytest
 
-from safer_fast import AttackConfig, Config, EvaluateConfig, evaluate_run, load_model, train_model
+from safer_fast import (
+    AttackConfig,
+    Config,
+    EvaluateConfig,
+    build_model,
+    evaluate_run,
+    load_model,
+    train_model,
+)
 from safer_fast.config.command_line import parse_config, scaled_by_epochs
+from safer_fast.runs.exporters import export
+from safer_fast.select import select
 from tests.support.commands import refused
 
 UNKNOWN: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
@@ -127,6 +137,37 @@ def test_a_file_in_place_of_a_group_is_not_read(
         line = refused(main, ["--data", str(tmp_path / "data.npz")], capsys)
         assert line.startswith("error: --data: expected names with values")
         assert line.endswith("did you mean --data.path?\n")
+
+
+WRONG: list[tuple[Callable[..., Any], Any, str]] = [
+    (evaluate_run, None, "config: expected a run folder or EvaluateConfig, got None"),
+    (evaluate_run, Config(), "config: expected a run folder or EvaluateConfig, got Config()"),
+    (load_model, 3, "run: expected the path of a run folder, got 3"),
+    (load_model, "nowhere", "run: expected a run folder, got nowhere, which does not exist"),
+    (train_model, "digits", "config: expected Config, got 'digits'"),
+    (select, "runs/x", "config: expected settings, got 'runs/x'"),
+    (export, "runs/x", "config: expected settings, got 'runs/x'"),
+]
+
+
+@pytest.mark.parametrize(("function", "value", "message"), WRONG, ids=lambda v: str(v)[:30])
+def test_a_first_argument_of_another_kind_is_refused(
+    function: Callable[..., Any], value: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message) + "$"):
+        function(value)
+    with pytest.raises(ValueError, match=r"^config: expected ModelConfig, got 'vit'$"):
+        build_model("vit", num_classes=2, image_size=8)  # type: ignore[arg-type]
+
+
+def test_a_run_in_place_of_its_settings_gets_its_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safer_fast.train import main
+
+    (tmp_path / "run.yaml").write_text("epochs: 1\n")
+    line = refused(main, ["--config", str(tmp_path)], capsys)
+    assert line.endswith(f"got {str(tmp_path)!r}, did you mean '{tmp_path}/run.yaml'?\n")
 
 
 def test_null_is_none_in_python() -> None:

@@ -12,7 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from safer_fast import Config, evaluate_run, load_model, pgd, rank_layers, train_model
+from safer_fast import (
+    Config,
+    ModelConfig,
+    build_model,
+    evaluate_run,
+    load_model,
+    pgd,
+    rank_layers,
+    train_model,
+)
 from safer_fast.config.messages import meant
 from safer_fast.runs.exporters import ExportConfig, export
 from tests.support.commands import refused
@@ -26,6 +35,8 @@ WORDS: list[tuple[str, list[str], str]] = [
     ("train", ["--config", "cifar10-safr"], "did you mean 'cifar10-safer'?"),
     ("train", ["--model.name=vit_tinny_patch16_224"], "did you mean vit_tiny_patch16_224?"),
     ("train", ["--model.name=vit_smal_patch16_224.dino"], "did you mean vit_small_patch16_224?"),
+    ("train", ["--model.name=vit_tinny"], "got 'vit_tinny', did you mean vit_tiny_patch16_224?"),
+    ("train", ["--model.name=ViT-Tiny"], "got 'ViT-Tiny', did you mean vit_tiny_patch16_224?"),
     ("train", ["--objective.name", "tardes"], "got 'tardes', did you mean trades?"),
     ("train", ["--selection.criterion", "sharpnes"], "got 'sharpnes', did you mean sharpness?"),
     ("train", ["--selection.layers", "blocks.0.atn.qkv"], "did you mean blocks.0.attn.qkv?"),
@@ -59,6 +70,11 @@ def test_a_misspelt_value_gets_the_nearest_name(
     assert list(tmp_path.iterdir()) == []
 
 
+def build() -> Any:
+    settings = ModelConfig(name="vit_tiny_patch16_224", arguments={"depth": 1})
+    return build_model(settings, num_classes=2, image_size=16)
+
+
 PIXELS = np.zeros((8, 8, 8, 3), np.uint8), np.arange(8) % 2
 CALLS: list[tuple[Callable[[], Any], str]] = [
     (lambda: train_model(Config(amp="bf17")), "amp: .* got bf17, did you mean bf16?"),  # type: ignore[arg-type]
@@ -70,6 +86,14 @@ CALLS: list[tuple[Callable[[], Any], str]] = [
     (
         lambda: rank_layers(torch.nn.Flatten(), [], criterion="gradient_norms"),
         "criterion: expected one of .*, did you mean gradient-norm?",
+    ),
+    (
+        lambda: rank_layers(torch.nn.Sequential(torch.nn.Linear(2, 2)), [], names=["o"]),
+        "names: expected layers of the model, got o",
+    ),
+    (
+        lambda: rank_layers(build(), [], names=["blocks.0.atn.qkv"]),
+        "names: expected layers of .*, did you mean blocks.0.attn.qkv?",
     ),
     (
         lambda: rank_layers(torch.nn.Flatten(), [], radius="relativ"),  # type: ignore[arg-type]

@@ -313,7 +313,7 @@ NOT_DATA: list[tuple[Any, str]] = [
     (PIXELS, r"data: expected images and labels as two arrays.*, got one array \["),
     ((PIXELS, None), r"data: expected images and labels .*, got tuple \(ndarray, NoneType\)"),
     (([1], [2]), r"data: expected images and labels .*, got tuple \(list, list\)"),
-    ("digits", r"data: expected images .*, got the text 'digits' \(data\.path, or path of"),
+    ("digits", r"data: expected images .*, got the text 'digits'; files are named by data\.path$"),
     ({"train": Path("x.npz")}, r"data\['train'\]: expected images .*, got the text 'x\.npz'"),
     ({"test": (PIXELS, LABELS)}, "data: expected training data, got only test$"),
 ]

@@ -872,7 +872,10 @@ def test_files_that_are_none_are_neither_read_nor_written(tmp_path: Path, stored
         ({"epsilon": Radius("nan")}, r"epsilon: expected a radius of at least 0, got nan"),
         ({"epsilon": Radius(8)}, r"epsilon: expected 0 to 1, got 8: did you mean 8/255\?"),
         ({"norm": "l2"}, r"epsilon: expected a radius for l2, got none: .*"),
-        ({"source": "nowhere"}, r"source: expected a run folder with run.yaml, got nowhere"),
+        (
+            {"source": "nowhere"},
+            r"source: expected a run folder, got nowhere, which does not exist",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(trained: Path, changes: dict[str, Any], expected: str) -> None:

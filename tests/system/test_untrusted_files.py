@@ -417,7 +417,7 @@ def test_a_checkpoint_that_timm_would_read_is_not_executed(
     file = write_bytes(run / "a.pth", make(mark))
     text = (run / "run.yaml").read_text()
     (run / "run.yaml").write_text(text.replace("depth: 1", f"checkpoint_path: {file}"))
-    with pytest.raises(ValueError, match=r"^model.arguments: .*, got checkpoint_path"):
+    with pytest.raises(ValueError, match=r"run.yaml: model.arguments: .*, got checkpoint_path"):
         load_run(run, device="cpu")
 
 

@@ -109,7 +109,7 @@ def test_ascending_twice_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("names", "rho", "message"),
     [
-        (["hed"], 0.1, "names: expected a module of the model, got 'hed'"),
+        (["hed"], 0.1, "names: expected a module of the model, got 'hed', did you mean head?"),
         (["drop"], 0.1, "names: expected a module with parameters of its own, got 'drop'"),
         ([], 0.1, "names: expected at least one layer, got none"),
         (["head"], -1.0, r"rho: expected at least 0, got -1\.0"),

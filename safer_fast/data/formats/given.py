@@ -189,7 +189,7 @@ def _no_dataset(data: Any) -> str | None:
     """The words for data that are no dataset with items by number; None for one."""
     if isinstance(data, str | Path):
         got = shortened(repr(str(data)))
-        return f"the text {got} (data.path, or path of an evaluation, names data on disk)"
+        return f"the text {got}; files are named by data.path"
     if isinstance(data, np.ndarray | torch.Tensor):
         return f"one array {list(data.shape)}"
     if isinstance(data, tuple | list):
