@@ -134,8 +134,8 @@ class ExportConfig:
     """Run folder."""
     format: str = "timm"
     """timm: a folder for timm's local-dir:. hub: the same with a model card, ready to upload.
-    robustbench: a module that takes pixels in [0, 1]. onnx: pixels in, logits out. open_clip:
-    weights of an image tower with its names."""
+    robustbench: a module that takes pixels in [0, 1], and what a submission needs. onnx: pixels in,
+    logits out. open_clip: weights of an image tower with its names."""
     weights: str = "last"
     """last or best."""
     output: str | None = None

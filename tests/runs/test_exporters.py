@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -16,12 +18,15 @@ from safetensors.torch import load_file, save_file
 from safer_fast.config.command_line import parse_config
 from safer_fast.config.commands import ExportConfig
 from safer_fast.data import load_data
+from safer_fast.evaluate import main as evaluate
 from safer_fast.export import main
 from safer_fast.models.build import build_model
 from safer_fast.runs import exporters
 from safer_fast.runs.accuracies import interval
 from safer_fast.runs.exporters import export, onnx
+from safer_fast.runs.exporters.submission import radius
 from safer_fast.runs.folder import LoadedRun, export_model, load_run, save_config
+from tests.support.small_runs import TEST_IMAGES
 
 VIT = "{depth: 2, embed_dim: 48, num_heads: 3}"
 SWIN = "{depths: [1, 1, 1, 1], embed_dim: 24, num_heads: [1, 2, 4, 8], window_size: 2}"
@@ -149,6 +154,126 @@ def test_timm_and_robustbench_load_the_very_same_model(runs: dict[str, Path]) ->
         for form in ("timm", "hub", "robustbench"):
             write(run, form)
     assert in_a_process_of_its_own(TIMM, *runs.values()) == "equal False"
+
+
+ROBUSTBENCH = """
+import json, numpy, torch
+from pathlib import Path
+from pyautoattack import AutoAttack
+torch.set_num_threads(1)
+folder, data = Path(sys.argv[1]), numpy.load(sys.argv[2])
+images = torch.from_numpy(data["images"]).float()[:, None] / 255
+labels = torch.from_numpy(data["labels"])
+claim = json.loads((folder / "claim.json").read_text())
+sys.path.insert(0, str(folder))
+import robust_model
+
+def without(weights, prefix):
+    return {k[len(prefix):] if prefix in k else k: value for k, value in weights.items()}
+
+def accuracy(model, images):
+    with torch.no_grad():
+        return round(100 * (model(images).argmax(1) == labels).double().mean().item(), 2)
+
+for prefix in ("", "model."):  # the zoo's of CIFAR, and of ImageNet
+    weights = torch.load(folder / "model.pt", map_location="cpu", weights_only=True)
+    weights = without(without(weights, "module."), "model.")
+    model = robust_model.RobustModel()
+    model.load_state_dict({prefix + name: value for name, value in weights.items()}, strict=True)
+    model = model.eval()
+    assert f"{accuracy(model, images):.2f}" == claim["clean_acc"], claim
+epsilon = eval(claim["eps"])
+adversary = AutoAttack(model, norm="Linf", eps=epsilon, version="custom", device="cpu")
+adversary.attacks_to_run = ["apgd-ce"]
+adversary.verbose = False
+attacked = adversary.run_standard_evaluation(images, labels)[0]
+assert (attacked - images).abs().max() <= epsilon + 1e-6
+print(claim["n_examples"], accuracy(model, attacked) <= float(claim["clean_acc"]))
+"""
+
+
+@pytest.mark.slow
+def test_the_submission_stands_alone_as_robustbench_measures_it(
+    small_run: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(small_run, tmp_path / "run"))
+    digits = np.load(TEST_IMAGES)
+    few = {name: digits[name][:6] for name in digits.files}
+    np.savez(tmp_path / "few.npz", **few)
+    evaluate([str(run), f"--data.path={tmp_path / 'few.npz'}", "--attacks=clean"])
+    metrics = run / "metrics.jsonl"
+    clean = json.loads(metrics.read_text().splitlines()[-1])
+    robust = clean | {"attack": "autoattack", "norm": "linf", "epsilon": 0.1, "accuracy": 0.0}
+    metrics.write_text(metrics.read_text() + json.dumps(robust) + "\n")  # it takes minutes
+    folder = export(ExportConfig(str(run), format="robustbench"))
+    out = in_a_process_of_its_own(ROBUSTBENCH, folder, tmp_path / "few.npz")
+    assert out.splitlines()[-1] == "6 True"
+
+
+def test_a_submission_claims_what_autoattack_left(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run", RUNS["digits"])
+    bare = write(run, "robustbench", output=str(tmp_path / "bare"))
+    assert {path.name for path in bare.iterdir()} == {"model.pt", "robust_model.py", "README.md"}
+    expected = "no claim.json: the last weights were not evaluated under clean,autoattack"
+    assert expected in capsys.readouterr().out
+    about = {"event": "evaluation", "weights": "last", "num_images": 100, "of_images": 797}
+    about["path"] = "/home/somebody/test.npz"
+    pairs = (("validation", 0.1, 0.9), ("test", 0.05, 0.8), ("test", 0.1, 0.7), ("test", 0.1, 0.4))
+    rows = []
+    for split, epsilon, accuracy in pairs:
+        rows.append({"attack": "clean", "epsilon": 0.0, "accuracy": 0.95, "split": split} | about)
+        attacked = {"attack": "autoattack", "epsilon": epsilon, "accuracy": accuracy}
+        rows.append(attacked | {"norm": "linf", "split": split} | about)
+    rows.append({**rows[-1], "accuracy": 0.1, "source": "another run"})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = write(run, "robustbench", output=str(tmp_path / "out"), license="mit")
+    claim = json.loads((folder / "claim.json").read_text())
+    assert claim == {
+        "link": "",
+        "name": "",
+        "authors": "",
+        "additional_data": False,
+        "number_forward_passes": 1,
+        "dataset": "digits",
+        "venue": "",
+        "architecture": "vit_tiny_patch16_224",
+        "eps": "0.1",
+        "clean_acc": "95.00",
+        "reported": "40.00",
+        "autoattack_acc": "40.00",
+        "n_examples": 100,
+    }
+    log = [json.loads(line) for line in (folder / "autoattack.jsonl").read_text().splitlines()]
+    assert [(row["attack"], row["accuracy"]) for row in log] == [
+        ("clean", 0.95),
+        ("autoattack", 0.4),
+    ]
+    texts = [path.read_text() for path in folder.iterdir() if path.suffix != ".pt"]
+    assert not any("somebody" in text for text in texts)
+    issue = (folder / "submission.md").read_text()
+    for line in (
+        "- **Threat Model**: Linf",
+        "- **Robust accuracy**: 40.00",
+        "- **Evaluation method**: AutoAttack, standard version, 100 of 797 images of split test",
+        "- **License**: mit",
+    ):
+        assert f"{line}\n" in issue
+    card = (folder / "README.md").read_text()
+    assert "from robust_model import load" in card
+    assert "| test | autoattack | 0.1 | 0.4000 |" in card
+    assert 'timm.create_model("local-dir' not in card
+
+
+def test_radii_are_written_as_the_leaderboards_do() -> None:
+    assert [radius(value) for value in (8 / 255, 4 / 255, 0.5, 0.1, 1.5 / 255)] == [
+        "8/255",
+        "4/255",
+        "0.5",
+        "0.1",
+        "0.00588235",
+    ]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,25 +34,31 @@ def measured_accuracies(config: ExportConfig, norm: str) -> list[dict[str, Any]]
     norm: the one of the run, which its own events do not name. Transferred attacks are left out:
     images of other models say nothing of how robust this one is.
     """
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for event in evaluations(config):
+        row = {name: event[name] for name in _ROW} | {
+            "of_images": event.get("of_images"),
+            "norm": None if event["attack"] == "clean" else event.get("norm") or norm,
+            "restarts": event.get("restarts") or 1,
+            "num_not_finite": event.get("num_not_finite") or 0,
+            "num_zero_gradients": event.get("num_zero_gradients"),
+            "start_accuracy": event.get("start_accuracy"),
+        }
+        rows[tuple(row[name] for name in _MEASURED_BY)] = row
+    return with_verdicts(list(rows.values()))
+
+
+def evaluations(config: ExportConfig) -> Iterator[dict[str, Any]]:
+    """Events in metrics.jsonl that measured these weights, without transferred attacks."""
     from safer_fast.runs.loggers.metrics_file import read_metrics
 
     file = RunFolder(Path(config.run)).metrics
-    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     events = read_metrics(file) if file.is_file() else []
     for event in named_apart([event for event in events if event.get("event") == "evaluation"]):
         is_ours = event.get("weights") == config.weights
         is_whole = all(event.get(name) is not None for name in _ROW)
         if is_ours and is_whole and event["num_images"] > 0 and not event.get("source"):
-            row = {name: event[name] for name in _ROW} | {
-                "of_images": event.get("of_images"),
-                "norm": None if event["attack"] == "clean" else event.get("norm") or norm,
-                "restarts": event.get("restarts") or 1,
-                "num_not_finite": event.get("num_not_finite") or 0,
-                "num_zero_gradients": event.get("num_zero_gradients"),
-                "start_accuracy": event.get("start_accuracy"),
-            }
-            rows[tuple(row[name] for name in _MEASURED_BY)] = row
-    return with_verdicts(list(rows.values()))
+            yield event
 
 
 def comparison_images(loaded: LoadedRun) -> torch.Tensor:

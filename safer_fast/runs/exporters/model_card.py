@@ -44,8 +44,11 @@ class ModelCard:
     recipe: str
 
 
-def model_card(card: ModelCard) -> str:
-    """README.md of a Hugging Face folder: YAML front matter, then the text."""
+def model_card(card: ModelCard, usage: str | None = None) -> str:
+    """README.md of a Hugging Face folder: YAML front matter, then the text.
+
+    usage: how to load the model; default: by timm.
+    """
     front: dict[str, Any] = {"license": card.license}
     if card.license == UNKNOWN_LICENSE:
         front["license_name"] = "unknown"
@@ -61,7 +64,7 @@ def model_card(card: ModelCard) -> str:
         "## Accuracy",
         _accuracy_table(card.accuracies, card.norm),
         "## How to load it",
-        _usage(card),
+        usage or _usage(card),
         "## How it was trained",
         f"With safer_fast {__version__}, from this configuration (`run.yaml`; `python -m "
         "safer_fast.train --config run.yaml` repeats it):",
@@ -161,13 +164,14 @@ def _slug(text: str) -> str:
 def write_hub(config: ExportConfig, loaded: LoadedRun, folder: Path) -> str:
     """Write the folder that timm loads and a README.md for the Hub; an `Exporter`."""
     advice = write_timm(config, loaded, folder)
-    (folder / "README.md").write_text(model_card(_card(config, loaded)), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(card_of(config, loaded)), encoding="utf-8")
     if config.license == "other":
         advice += "\nno license of the weights is named: --license NAME"
     return advice + "\nupload it: hf upload USER/NAME FOLDER"
 
 
-def _card(config: ExportConfig, loaded: LoadedRun) -> ModelCard:
+def card_of(config: ExportConfig, loaded: LoadedRun) -> ModelCard:
+    """The card of a run."""
     settings, model = loaded.config, loaded.model
     data = Path(settings.data.path).stem if settings.data.path else "digits"
     lines = RunFolder(Path(config.run)).config.read_text(encoding="utf-8").splitlines()

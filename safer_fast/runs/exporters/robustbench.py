@@ -1,4 +1,4 @@
-"""RobustBench: plain weights, and a module of their own that builds the timm model for them."""
+"""RobustBench: plain weights, a module of their own that builds the timm model, and a claim."""
 
 from __future__ import annotations
 
@@ -11,6 +11,15 @@ import torch
 
 from safer_fast.config.commands import ExportConfig
 from safer_fast.models.robust_model import RobustModel
+from safer_fast.runs.exporters.model_card import card_of, model_card
+from safer_fast.runs.exporters.submission import (
+    CLAIM,
+    ISSUE,
+    NORMS,
+    dataset_of,
+    radius,
+    write_submission,
+)
 from safer_fast.runs.exporters.timm import described_model
 
 if TYPE_CHECKING:
@@ -97,13 +106,44 @@ def load(file=Path(__file__).parent / {weights!r}):
 
 
 def write_robustbench(config: ExportConfig, loaded: LoadedRun, folder: Path) -> str:
-    """Write model.pt and robust_model.py into the folder; an `Exporter`."""
+    """Write weights, code, card and, of weights under AutoAttack, the claim; an `Exporter`."""
     described = described_model(config, loaded)
     sizes = loaded.image_size, loaded.short_side
     save_robustbench(
         loaded.model, described["architecture"], described["model_args"], folder, *sizes
     )
-    return (
+    card = model_card(card_of(config, loaded), _usage(loaded))
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    advice = (
         f"load it: from {Path(CODE).stem} import load, with FOLDER on Python's path; images in "
         "[0, 1], see its docstring"
     )
+    if write_submission(config, loaded, folder):
+        return f"{advice}\nsubmit it: {ISSUE} has the fields of RobustBench's issue New Model(s)"
+    return (
+        f"{advice}\nno {CLAIM}: the {config.weights} weights were not evaluated under "
+        "clean,autoattack"
+    )
+
+
+def _usage(loaded: LoadedRun) -> str:
+    """The section of the card on loading the model, and on measuring it as RobustBench does."""
+    attack, size = loaded.config.attack, loaded.image_size
+    call = (
+        f'benchmark(load(), dataset="{dataset_of(loaded)}", threat_model="{NORMS[attack.norm]}", '
+        f"eps={radius(float(attack.epsilon))})"
+    )
+    lines = [
+        "```python",
+        "from robustbench import benchmark",
+        f"from {Path(CODE).stem} import load",
+        "",
+        call,
+        "```",
+        "",
+        f"`load()` reads `{ROBUSTBENCH_WEIGHTS}` beside it, with torch and timm alone. It takes",
+        "pixels in [0, 1]; normalisation is a part. Images of another size are resized (bilinear)",
+        f"until their short side has {loaded.short_side} pixels, and the centre of",
+        f"{size}x{size} is kept: `preprocessing` of `benchmark`.",
+    ]
+    return "\n".join(lines)
