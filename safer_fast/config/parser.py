@@ -75,6 +75,17 @@ def parse(parser: ArgumentParser, arguments: Sequence[str], kind: Callable[..., 
     return parsed(parser, kind, lambda: parser.parse_args(list(arguments)))
 
 
+def _without_flag(word: str, known: Sequence[str]) -> str:
+    """The message for a word that follows no flag: a path or a recipe whose flag is missing."""
+    path = next((name for name in ("data.path", "path") if name in known), None)
+    hint = ""
+    if "config" in known and word in recipes():
+        hint = f", did you mean --config {word}?"
+    elif path is not None and Path(word).exists():
+        hint = f", did you mean --{path} {shortened(word)}?"
+    return f"expected flags with their values, got {shortened(word)}{hint}"
+
+
 def _check_groups(arguments: Sequence[str], known: Sequence[str]) -> None:
     """Raise ValueError for a word in place of a group's settings, which jsonargparse would read as
     a file, of any size, or import."""
@@ -92,6 +103,8 @@ def parsed(parser: ArgumentParser, kind: Callable[..., T], read: Callable[[], An
     try:
         values = parser.instantiate(read())
     except ArgumentError as error:
+        if found := re.match(r"unrecognized arguments: ([^-\s]\S*)", str(error)):
+            raise ValueError(_without_flag(found[1], _settings_of(parser))) from None
         raise ValueError(explained(str(error), _settings_of(parser))) from None
     except OverflowError:
         raise ValueError("expected numbers below 1e308, got a larger one") from None
