@@ -15,6 +15,7 @@ from safer_fast.config.attack_names import LIBRARY_ATTACKS, check_attack_name
 from safer_fast.config.commands import EvaluateConfig
 from safer_fast.config.conversion import converted
 from safer_fast.config.messages import meant, shortened, typed
+from safer_fast.config.resolution import Resolution
 from safer_fast.config.schema import SAVINGS, Config
 
 
@@ -176,6 +177,7 @@ def _check_together(config: Config) -> None:
             f"--resume: expected --output with the folder of the run, got {config.resume} alone"
         )
     selection, attack = config.selection, config.attack
+    Resolution.of(config)
     if selection.warmup_epochs >= config.epochs and selection.warmup_epochs > 0:
         raise ValueError(
             f"--selection.warmup_epochs: expected less than --epochs {config.epochs}, "

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from safer_fast.runtime.micro_batch import fill_
 
@@ -61,6 +62,19 @@ class Batch:
     def pinned(self) -> Batch:
         """The same batch in pinned memory, from which a GPU copies without waiting."""
         return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
+
+
+def resized(batch: Batch, size: int | None) -> Batch:
+    """Resize a batch to square images of this edge, bilinear and antialiased, as float32 pixels.
+
+    None: the batch as it is.
+    """
+    if size is None:
+        return batch
+    pixels = functional.interpolate(
+        as_pixels(batch.images), size=(size, size), mode="bilinear", antialias=True
+    )
+    return replace(batch, images=pixels.clamp_(0, 1))
 
 
 def as_pixels(images: Tensor) -> Tensor:

@@ -64,11 +64,14 @@ def from_patches(patches: Tensor, patch_size: int, channels: int, size: int) -> 
     return x.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, size, size)
 
 
-def embed_patches(embedding: Any, patches: Tensor) -> Tensor:
-    """Compute timm's PatchEmbed from the patches [B, N, C p p] of images, as a matrix product."""
+def embed_patches(embedding: Any, patches: Tensor, is_flat: bool = False) -> Tensor:
+    """Compute timm's PatchEmbed from the patches [B, N, C p p] of images, as a matrix product.
+
+    is_flat: return [B, N, D], also where the embedding itself returns a grid of its full size.
+    """
     projection = embedding.proj
     x = functional.linear(patches, projection.weight.flatten(1), projection.bias)  # [B, N, D]
-    if not embedding.flatten:
+    if not (is_flat or embedding.flatten):
         rows, columns = embedding.grid_size
         x = x.view(x.shape[0], rows, columns, -1)
     features: Tensor = embedding.norm(x)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from copy import deepcopy
+from math import isqrt
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from safer_fast.models.exact_savings import embed_patches
+from safer_fast.models.exact_savings import embed_patches, takes_patches
 
 STEM = -1
 """Index that stands for everything below the first block, where layers are numbered by block."""
@@ -71,6 +74,17 @@ class Uncut:
         """Block of a layer or parameter; STEM below the blocks, their number above them."""
         return STEM
 
+    def take_sizes(self, sizes: Sequence[int]) -> None:
+        """Take images of these smaller edges too; ValueError where the network cannot."""
+        if sizes:
+            self._refuse_sizes("is built for one size")
+
+    def _refuse_sizes(self, reason: str) -> NoReturn:
+        raise ValueError(
+            "--data.resolution_schedule: expected a ViT, DeiT or EVA, whose positions can be "
+            f"resampled, got {type(self.network).__name__}, which {reason}"
+        )
+
 
 class VitParts(Uncut):
     """ViT and DeiT: patch embedding, tokens and positions; `blocks`; norm and head."""
@@ -79,12 +93,64 @@ class VitParts(Uncut):
         super().__init__(network)
         self.blocks = list(network.blocks)
         self.num_tokens_read = _num_tokens_read(network)
+        self.resampling: dict[int, Tensor] = {}
+        """Matrices [n, N] from the positions of all N patches to those of n, by n."""
 
     def stem(self, x: Tensor) -> Tensor:
         network = self.network
-        x = network.patch_drop(network._pos_embed(self.embed(x)))
+        x = network.patch_drop(self.with_positions(x))
         features: Tensor = network.norm_pre(x)
         return features
+
+    def with_positions(self, x: Tensor, **replaced: Any) -> Any:
+        """Return what timm's `_pos_embed` makes of the patches of images of any size taken.
+
+        replaced: values that stand in for attributes of the network meanwhile.
+        """
+        network = self.network
+        matrix = self.resampling.get(self._num_patches(x)) if self.resampling else None
+        if matrix is None:
+            x = self.embed(x)
+        else:
+            replaced |= {"pos_embed": self._resampled(matrix), "dynamic_img_size": False}
+            x = self._embed_smaller(x)
+        if not replaced:
+            return network._pos_embed(x)
+        return type(network)._pos_embed(_InPlaceOf(network, replaced), x)
+
+    def take_sizes(self, sizes: Sequence[int]) -> None:
+        embedding = self.network.patch_embed
+        for size in sizes:
+            if not takes_patches(embedding, size):
+                patches = f"patches of {getattr(embedding, 'patch_size', ['?'])[0]} pixels"
+                self._refuse_sizes(f"has {patches}, which do not divide {size}")
+            edge = size // embedding.patch_size[0]
+            matrix = resampling_matrix(embedding.grid_size, edge)
+            self.resampling[edge * edge] = matrix.to(embedding.proj.weight.device)
+
+    def _num_patches(self, x: Tensor) -> int:
+        if x.ndim == 3:
+            return x.shape[1]
+        edge = self.network.patch_embed.patch_size[0]
+        return int((x.shape[2] // edge) * (x.shape[3] // edge))
+
+    def _embed_smaller(self, x: Tensor) -> Tensor:
+        """Patch embedding of images that timm's would refuse for their size."""
+        embedding = self.network.patch_embed
+        if x.ndim == 3:
+            return embed_patches(embedding, x, is_flat=True)
+        features: Tensor = embedding.norm(embedding.proj(x).flatten(2).transpose(1, 2))
+        return features
+
+    def _resampled(self, matrix: Tensor) -> Tensor | None:
+        """Position embeddings [1, p + n, D] of p tokens, which stay, and of n patches."""
+        network = self.network
+        if network.pos_embed is None:
+            return None
+        num_tokens = 0 if network.no_embed_class else network.num_prefix_tokens
+        with torch.autocast(matrix.device.type, enabled=False):
+            tokens, patches = network.pos_embed.split((num_tokens, matrix.shape[1]), dim=1)
+            return torch.cat((tokens, matrix @ patches), dim=1)
 
     def block(self, index: int, x: Tensor) -> Tensor:
         features: Tensor = self.blocks[index](x)
@@ -110,6 +176,7 @@ class EvaParts(VitParts):
     def __init__(self, network: Any) -> None:
         super().__init__(network)
         self._ropes: dict[tuple[object, ...], Tensor] = {}
+        self._smaller_ropes: dict[int, Any] = {}
 
     @classmethod
     def suits(cls, network: Any) -> bool:
@@ -117,29 +184,39 @@ class EvaParts(VitParts):
         return network.patch_drop is None
 
     def stem(self, x: Tensor) -> Tensor:
-        network = self.network
-        rope, network.rope = network.rope, None  # what timm would compute here, `block` computes
-        try:
-            x, _ = network._pos_embed(self.embed(x))
-        finally:
-            network.rope = rope
-        features: Tensor = network.norm_pre(x)
+        # what timm would compute of the rope here, `block` computes
+        x, _ = self.with_positions(x, rope=None)
+        features: Tensor = self.network.norm_pre(x)
         return features
 
     def block(self, index: int, x: Tensor) -> Tensor:
-        rope = self._rope()
+        rope = self._rope(x.shape[1] - self.network.num_prefix_tokens)
         if rope is not None and self.network.rope_mixed:
             rope = rope[index]
         features: Tensor = self.blocks[index](x, rope=rope)
         return features
 
-    def _rope(self) -> Any:
-        network, rope = self.network, self.network.rope
+    def take_sizes(self, sizes: Sequence[int]) -> None:
+        rope = self.network.rope
+        is_random = getattr(rope, "aug_active", False)
+        if sizes and rope is not None and (is_random or next(rope.parameters(), None) is not None):
+            self._refuse_sizes("has rotary positions that are learned or random")
+        super().take_sizes(sizes)
+        for num_patches in self.resampling if rope is not None else ():
+            smaller = deepcopy(rope)
+            if hasattr(smaller, "update_feat_shape"):
+                smaller.update_feat_shape([isqrt(num_patches)] * 2)
+            self._smaller_ropes[num_patches] = smaller
+
+    def _rope(self, num_patches: int) -> Any:
+        network = self.network
+        rope = self._smaller_ropes.get(num_patches, network.rope)
         if rope is None:
             return None
         if hasattr(rope, "feat_shape") and not network.dynamic_img_size:
             return rope.get_embed()
-        grid = tuple(network.patch_embed.grid_size)
+        is_smaller = num_patches in self._smaller_ropes
+        grid = (isqrt(num_patches),) * 2 if is_smaller else tuple(network.patch_embed.grid_size)
         is_random = rope.training and getattr(rope, "aug_active", False)
         is_learned = next(rope.parameters(), None) is not None
         if is_random or is_learned or torch.compiler.is_compiling():
@@ -157,6 +234,9 @@ class ConvitParts(VitParts):
     """ConViT, whose class token joins after the gated blocks."""
 
     compiles_stem = False
+
+    def take_sizes(self, sizes: Sequence[int]) -> None:
+        Uncut.take_sizes(self, sizes)
 
     def stem(self, x: Tensor) -> Tensor:
         network = self.network
@@ -225,6 +305,29 @@ FAMILIES: dict[str, type[Uncut]] = {
     "timm.models.swin_transformer.SwinTransformer": SwinParts,
 }
 """Families by the full name of the class of their networks, which may have subclasses."""
+
+
+class _InPlaceOf:
+    """A network with other values of some attributes."""
+
+    def __init__(self, network: Any, replaced: dict[str, Any]) -> None:
+        self._network, self._replaced = network, replaced
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._replaced:
+            return self._replaced[name]
+        return getattr(self._network, name)
+
+
+def resampling_matrix(grid: Sequence[int], edge: int) -> Tensor:
+    """Compute the matrix [edge edge, N] that resamples N values on a grid as timm resamples them.
+
+    It is bicubic and antialiased. As a matrix product its gradient has the same bits each time.
+    """
+    count = grid[0] * grid[1]
+    basis = torch.eye(count).view(1, count, *grid)
+    smaller = functional.interpolate(basis, size=(edge, edge), mode="bicubic", antialias=True)
+    return smaller.view(count, edge * edge).t().contiguous()
 
 
 def _num_tokens_read(network: Any) -> int:

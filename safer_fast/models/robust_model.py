@@ -128,6 +128,10 @@ class RobustModel(nn.Module):
                 notes.append("class-token last block: off (the head reads more than class tokens)")
         return notes
 
+    def take_sizes(self, sizes: Sequence[int]) -> None:
+        """Take images of these smaller edges too, once on the device; see `Uncut.take_sizes`."""
+        self._blocks.take_sizes(sizes)
+
     def arrange(self, images: Tensor) -> Tensor:
         """Arrange images as a step keeps them: as patches [B, N, C p p], or unchanged."""
         return images if self.patch_size is None else to_patches(images, self.patch_size)

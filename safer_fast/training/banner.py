@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from safer_fast import __version__
+from safer_fast.config.resolution import Resolution
 from safer_fast.config.schema import AttackConfig, Config
 from safer_fast.data import Data, describe_subset
 from safer_fast.training.engine import Engine
@@ -34,6 +35,8 @@ def describe_run(config: Config, engine: Engine, data: Data) -> dict[str, Any]:
     validation = {}
     if limit is not None and limit < of_images:
         validation["validation"] = describe_subset(limit, of_images)
+    if resolution := str(Resolution.of(config)):
+        validation["resolution"] = f"{resolution}, in training"
     num_images = f"{data.train.num_images} training{_extra(data)}"
     return {
         "safer_fast": __version__,

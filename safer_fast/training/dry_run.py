@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from dataclasses import replace
 from itertools import count, islice, pairwise
 from tempfile import TemporaryDirectory
 
@@ -17,11 +17,12 @@ from safer_fast.attacks.named import ThreatModel
 from safer_fast.attacks.radii import radii_at
 from safer_fast.config.attack_names import num_attack_steps
 from safer_fast.config.checks import check_new
+from safer_fast.config.resolution import Resolution
 from safer_fast.config.schema import Config
 from safer_fast.data import Batch, Loader, prefetch_to_device
 from safer_fast.evaluation.accuracy import evaluate
-from safer_fast.models.families import STEM
 from safer_fast.models.flops import costs, ideal_flops, matmul_rate
+from safer_fast.runs.cost import RunCost, StageCost, table
 from safer_fast.runs.resume import Found
 from safer_fast.runtime.ranks import Ranks
 from safer_fast.runtime.signals import ending_at_once
@@ -43,69 +44,6 @@ NUM_PROBED_ON_CPU = 8
 """Images of each rank that score layers on a CPU, where scoring may take longer than the steps."""
 LONG_STEP_S = 10.0
 """Seconds that an evaluation may take; it gets fewer images than a batch if steps take longer."""
-NUM_SHOWN = 4
-
-
-@dataclass(frozen=True)
-class StageCost:
-    """Cost of a stage: its layers, median step, operations per image of each phase, peak memory.
-
-    num_taken: steps that were timed. attack: of theirs, as in PGD-10. full_step_s: step with
-    `attack.max_steps` where audits choose, None with a fixed number.
-    """
-
-    name: str
-    layers: list[str]
-    cut: int
-    num_steps: int
-    step_s: float
-    num_taken: int
-    batch_size: int
-    operations: dict[str, float]
-    peak_memory_mib: float
-    attack: str = ""
-    full_step_s: float | None = None
-
-    @property
-    def duration_s(self) -> float:
-        """Seconds of all steps of the stage."""
-        return self.num_steps * self.step_s
-
-    @property
-    def images_per_second(self) -> float:
-        """Images that all ranks train on per second."""
-        return self.batch_size / self.step_s
-
-    def mfu(self, rate: float) -> float:
-        """Model FLOP utilisation: the method's operations per second, over `rate`."""
-        return sum(self.operations.values()) * self.images_per_second / rate
-
-
-@dataclass(frozen=True)
-class RunCost:
-    """Cost of a run: its stages, seconds of all evaluations, and the rate of a matrix product.
-
-    matmul_rate: operations per second.
-    """
-
-    stages: list[StageCost]
-    evaluation_s: float
-    matmul_rate: float
-
-    @property
-    def num_steps(self) -> int:
-        """Steps of all stages."""
-        return sum(stage.num_steps for stage in self.stages)
-
-    @property
-    def training_s(self) -> float:
-        """Seconds of all steps."""
-        return sum(stage.duration_s for stage in self.stages)
-
-    @property
-    def duration_s(self) -> float:
-        """Seconds of all steps and evaluations."""
-        return self.training_s + self.evaluation_s
 
 
 def dry_run(config: Config, ranks: Ranks | None = None, notes: Iterable[str] = ()) -> RunCost:
@@ -124,29 +62,14 @@ def dry_run(config: Config, ranks: Ranks | None = None, notes: Iterable[str] = (
         ending_at_once("stopped; nothing was written"),
     ):
         trainer.stops.awaited = "at the end of a step within checkpoint.grace_s="
-        planned = trainer.plan.stages
-        stages = [_cost_of(trainer, stage, MOST_S / len(planned)) for stage in planned]
+        planned = _parts_of(trainer)
+        stages = [_cost_of(trainer, *part, MOST_S / len(planned)) for part in planned]
         trainer.log.say("evaluation: of one batch")
         rate = matmul_rate(trainer.runtime.device, trainer.runtime.compute_dtype)
         rate *= trainer.ranks.num_ranks
         cost = RunCost(stages, _evaluation_seconds(trainer, stages[-1]), rate)
         trainer.log.say(table(cost))
     return cost
-
-
-def table(cost: RunCost) -> str:
-    """Format the cost as lines of text."""
-    lines = [line for stage in cost.stages for line in _lines_of(stage, cost.matmul_rate)]
-    end = datetime.now() + timedelta(seconds=cost.duration_s)
-    return "\n".join(
-        [
-            *lines,
-            "the whole run",
-            f"  training    {cost.num_steps} steps, {_clock(cost.training_s)}",
-            f"  evaluation  {_clock(cost.evaluation_s)}",
-            f"  in all      {_clock(cost.duration_s)}; begun now, it ends {end:%Y-%m-%d %H:%M}",
-        ]
-    )
 
 
 def passes_of_evaluation(trainer: Trainer) -> int:
@@ -191,29 +114,54 @@ def _as_tried(config: Config, folder: str, ranks: Ranks) -> Config:
     return replace(config, output=f"{folder}/run", resume="never", selection=selection)
 
 
-def _cost_of(trainer: Trainer, stage: Stage, most_s: float) -> StageCost:
+def _parts_of(trainer: Trainer) -> list[tuple[Stage, int | None, int]]:
+    """Each stage with each of its sizes of images, and the number of epochs of both together."""
+    resolution, epochs = Resolution.of(trainer.config), range(1, trainer.config.epochs + 1)
+    parts = Counter((trainer.plan.stage_of(epoch), resolution.at(epoch)) for epoch in epochs)
+    return [(stage, size, num_epochs) for (stage, size), num_epochs in parts.items()]
+
+
+def _cost_of(
+    trainer: Trainer, stage: Stage, size: int | None, num_epochs: int, most_s: float
+) -> StageCost:
+    """Time steps of a stage with images of a size; None: as they are loaded."""
+    learner, name = trainer.learner, stage.name
     if trainer.runtime.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(trainer.runtime.device)
-    trainer.log.say(f"{stage.name}: up to {NUM_STEPS} steps, {most_s:.0f} s of them at most")
+    if Resolution.of(trainer.config).parts:
+        name = f"{name} at {size or trainer.data.image_size} pixels"
+    trainer.log.say(f"{name}: up to {NUM_STEPS} steps, {most_s:.0f} s of them at most")
     trainer.choose(stage.first_epoch)
+    learner.resolution = Resolution.always(size)
     times, chosen = _step_times(trainer, stage, most_s), trainer.engine.audit.steps
-    attack_steps, operations, full_step_s = trainer.step.attack.steps, _operations(trainer), None
+    attack_steps, operations = trainer.step.attack.steps, _operations(trainer, size)
+    peak_memory_mib, full_step_s, large_step_s = trainer.runtime.peak_memory_mib(), None, None
+    if size is not None:
+        learner.resolution = Resolution()
+        large_step_s = _median(_step_times(trainer, stage, most_s / 2))
+        learner.resolution = Resolution.always(size)
     if chosen is not None and attack_steps:
         chosen.sound_alarm()
         full_step_s = statistics.median(_step_times(trainer, stage, most_s / 4, NUM_FULL_STEPS))
     return StageCost(
-        name=stage.name,
+        name=name,
         layers=trainer.step.selection.names,
         cut=trainer.step.cut,
-        num_steps=stage.num_epochs * len(trainer.data.train),
-        step_s=statistics.median(times[min(NUM_WARM_UP, len(times) - 1) :]),
+        num_steps=num_epochs * len(trainer.data.train),
+        step_s=_median(times),
         num_taken=len(times),
         batch_size=-(-trainer.data.train.images_per_epoch // len(trainer.data.train)),
         operations=operations,
-        peak_memory_mib=trainer.runtime.peak_memory_mib(),
+        peak_memory_mib=peak_memory_mib if size else trainer.runtime.peak_memory_mib(),
         attack=trainer.config.attack.named(attack_steps),
         full_step_s=full_step_s,
+        large_step_s=large_step_s,
     )
+
+
+def _median(times: Sequence[float]) -> float:
+    """The median of steps, without the first ones."""
+    return statistics.median(times[min(NUM_WARM_UP, len(times) - 1) :])
 
 
 def _step_times(
@@ -263,11 +211,11 @@ def _endless(trainer: Trainer, first_epoch: int) -> Iterator[Batch]:
         yield from prefetch_to_device(trainer.data.train.epoch(epoch), trainer.runtime.device)
 
 
-def _operations(trainer: Trainer) -> dict[str, float]:
+def _operations(trainer: Trainer, image_size: int | None) -> dict[str, float]:
     """Operations per image of each phase; losses that also read clean images need two passes."""
     step, data, model = trainer.step, trainer.data, trainer.model
-    size = (1, data.num_channels, data.image_size, data.image_size)
-    image = torch.zeros(size, device=trainer.runtime.device)
+    edge = image_size or data.image_size
+    image = torch.zeros(1, data.num_channels, edge, edge, device=trainer.runtime.device)
     num_steps, passes = step.attack.steps, 2 if step.sam.rho > 0 else 1
     # hooks on layers may not be called by compiled code
     with model.without_savings(), torch.compiler.set_stance("force_eager"):
@@ -320,31 +268,3 @@ def _passes(attacks: list[str]) -> int:
     """Forward passes that an image takes under these attacks, see `passes_of_evaluation`."""
     names = dict.fromkeys(["clean", *attacks])
     return sum(1 + 2 * num_attack_steps(name) for name in names)
-
-
-def _lines_of(stage: StageCost, rate: float) -> list[str]:
-    names = ", ".join(stage.layers[:NUM_SHOWN])
-    num_more = len(stage.layers) - NUM_SHOWN
-    phases = ", ".join(f"{name} {value / 1e9:.3g}" for name, value in stage.operations.items())
-    suffix = "everything" if stage.cut == STEM else f"from block {stage.cut}"
-    full_s, at_most = stage.full_step_s, []
-    if full_s is not None:
-        whole = _clock(stage.num_steps * full_s)
-        at_most = [f"  at most     {full_s * 1e3:.1f} ms with attack.max_steps, {whole} in all"]
-    return [
-        stage.name,
-        f"  layers      {names}" + (f" and {num_more} more" if num_more > 0 else ""),
-        f"  suffix      {suffix}",
-        f"  step        {stage.step_s * 1e3:.1f} ms, {stage.images_per_second:.1f} images/s, "
-        f"after {stage.num_taken} steps, {stage.attack}",
-        *at_most,
-        f"  operations  {phases} GFLOP per image",
-        f"  MFU         {stage.mfu(rate):.1%} of the {rate / 1e12:.3g} TFLOP/s of a matrix product",
-        f"  memory      {stage.peak_memory_mib:.0f} MiB at its peak",
-        f"  training    {stage.num_steps} steps, {_clock(stage.duration_s)}",
-    ]
-
-
-def _clock(seconds: float) -> str:
-    """Format seconds as hours, minutes and seconds."""
-    return str(timedelta(seconds=round(seconds)))

@@ -22,6 +22,7 @@ from safer_fast.attacks.float8 import (
 )
 from safer_fast.attacks.float8_timing import Float8Layers, choose_measured
 from safer_fast.attacks.replayed import ReplayedAttack
+from safer_fast.config.resolution import Resolution
 from safer_fast.config.schema import Config, ModelConfig, Names
 from safer_fast.data import Data
 from safer_fast.models.arenas import TrainedWeights
@@ -81,12 +82,12 @@ class Engine:
         )
         self.new_layers: list[str] = self._resumed_numerics.get("new_layers", self.model.new_layers)
         """Layers whose first weights are random, trained with the selected ones: see `with_new`."""
-        notes = [*self.model.notes, *self._note_new()]
+        notes = [*self.model.notes, *self._note_new(), *off]
         if config.selection.lora_rank:
             notes.append("patch-order, class-token: off (selection.lora_rank)")
             image = torch.zeros(1, data.num_channels, data.image_size, data.image_size)
             check_called(self.model, list(self.model.layers), image.to(runtime.device))
-        notes += off
+        self.model.take_sizes(Resolution.of(config).smaller)
         self.attention = self._pin_attention(data.image_size)
         work = estimate_run(self.model, config, data.image_size, data.train.images_per_epoch)
         self.runtime = decide_auto(runtime, config.runtime, work)
@@ -265,9 +266,8 @@ class Engine:
         if not chosen.lora_rank:
             return self.arenas.select(names)
         layers = {name: self.model.layers[name] for name in names}
-        masters = self.arenas if chosen.adapter == "dora" else None
-        about = chosen.lora_rank, dtype, seed, masters
-        self.adapters = Adapters(self.model.network, layers, *about)
+        own = chosen.lora_rank, dtype, seed, self.arenas if chosen.adapter == "dora" else None
+        self.adapters = Adapters(self.model.network, layers, *own)
         self.replays.forget()  # recordings call the layers without factors
         return self.adapters.selection()
 

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from safer_fast.attacks.pgd import placed_start
+from safer_fast.config.resolution import Resolution
 from safer_fast.config.schema import Config
 from safer_fast.data import Batch, Data, Mixing
+from safer_fast.data.batch import resized
 from safer_fast.models.batch_norm import buffers_state, load_buffers_state
 from safer_fast.runs.progress import RunProgress
+from safer_fast.runtime.cuda_graphs import PartBuffers
 from safer_fast.runtime.seeds import derive_seed
 from safer_fast.training.engine import Engine
 from safer_fast.training.objectives import Targets
@@ -33,8 +36,10 @@ class Learner:
         self.config, self.engine, self.arenas = config, engine, engine.arenas
         self.average: AveragedWeights | None = None
         self.epsilon, self.step_size = torch.zeros(2, device=engine.runtime.device)
+        self.resolution = Resolution.of(config)
         self._mixing = Mixing(config.data, data.num_classes, config.seed)
         self._step: Step | None = None
+        self._size: int | None = None
 
     @property
     def step(self) -> Step:
@@ -66,7 +71,8 @@ class Learner:
         """
         seed, ranks, audit = self.config.seed, self.engine.ranks, self.engine.audit
         loss = self.step.objective.attack_loss
-        batch = self._mixing(batch, epoch, index)
+        self._change_size(epoch, index)
+        batch = self._mixing(resized(batch, self._size), epoch, index)
         labels = self.engine.tower.labels(batch.images, batch.labels)
         done = epoch - 1 + index / num_batches
         audit.choose_steps(num_steps, batch.images, labels, done, loss)
@@ -86,6 +92,17 @@ class Learner:
         if self.average is not None:
             self.average.update()
         return settings.learning_rate
+
+    def _change_size(self, epoch: int, index: int) -> None:
+        """Train on images of the epoch's size; what is kept for another size is freed."""
+        size = self.resolution.at(epoch)
+        if size != self._size:
+            self._size = size
+            self.engine.replays.forget()
+            self.step.attack.release()
+            self.step.features = PartBuffers()
+        if index == 0 and self.resolution.begins_at(epoch):
+            self.engine.audit.begin_phase()
 
     def check_health(self, epoch: int, last_checkpoint: Path | None) -> None:
         """Raise FloatingPointError after too many skipped steps in a row, or where ranks differ."""

@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from safer_fast.config.checks import check_ball
+from safer_fast.config.resolution import Resolution
 from safer_fast.config.schema import Config
 from safer_fast.data import Data, load_data
 from safer_fast.evaluation.towers import check_needs_no_classes
@@ -80,6 +81,7 @@ def set_up(config: Config, ranks: Ranks, found: Found) -> PreparedRun:
         needs_labels=needs_labels(config.objective),
     )
     ranks.check_same(data.fingerprint, "--data.path", "images, labels and classes")
+    Resolution.of(config).check_full(data.image_size)
     shape = data.num_channels, data.image_size, data.image_size
     check_ball(config.attack.norm, config.attack.epsilon, config.attack.step_size, shape=shape)
     data.bad.report = tqdm.write  # from here on ranks read different images

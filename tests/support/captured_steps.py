@@ -62,6 +62,7 @@ SETTINGS: dict[str, list[str]] = {
     "asam": ["--sam.adaptive=true"],
     "layer-wise sam": ["--sam.layerwise=true"],
     "micro-batches": ["--runtime.attack_micro_batch=4", "--runtime.train_micro_batch=2"],
+    "growing images": ["--data.resolution_schedule=16@0.5,32", "--epochs=2"],
     "drop path": ["--model.drop_path_rate=0.3"],
     "low-rank factors": ["--selection.lora_rank=4"],
     "factors and magnitudes": ["--selection.lora_rank=4", "--selection.adapter=dora"],
@@ -116,14 +117,17 @@ def run_case(gpu: FakeGpu, name: str, images: str) -> dict[str, Any]:
         learner.train_layers(names or list(engine.model.layers), stage)
     learner.start_average()
     [batch, *_] = data.train.epoch(1, 0)
-    steps = []
-    for index in range(NUM_STEPS):
-        start = gpu.counts()
-        learner.take_step(stage, 1, index, NUM_STEPS, batch, index + 1)
-        steps.append({key: value - start[key] for key, value in gpu.counts().items()})
+    steps, num_recorded = [], []
+    for epoch in (1, 2) if learner.resolution.parts else (1,):
+        for index in range(NUM_STEPS):
+            start = gpu.counts()
+            learner.take_step(stage, epoch, index, NUM_STEPS, batch, index + 1)
+            steps.append({key: value - start[key] for key, value in gpu.counts().items()})
+        num_recorded.append(len(engine.replays.recorded))
     return {
         "case": name,
         "recorded": sorted({str(key[0]) for key in engine.replays.recorded}),
+        "num_recorded": num_recorded,
         "refused": lines,
         "precision": engine.precision,
         "violations": gpu.counts()["violations"] - before,

@@ -68,6 +68,12 @@ def test_all_phases_are_captured_and_a_replayed_step_neither_waits_nor_allocates
     assert last["launches"] < 100
 
 
+def test_for_each_size_of_images_phases_are_captured_once_and_those_of_the_last_size_freed(
+    results: Results,
+) -> None:
+    assert results["growing images"]["num_recorded"] == [1 + len(RECORDED)] * 2
+
+
 @pytest.mark.parametrize(("case", "num_images"), list(zip(MEMORY, (256, 512, 1024), strict=True)))
 def test_parts_of_a_batch_are_as_large_as_memory_allows_also_beside_captured_graphs(
     case: str, num_images: int, results: Results

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from safer_fast import evaluate_run
 from safer_fast.config.command_line import parse_config
@@ -253,6 +254,30 @@ def test_a_run_killed_at_chosen_moments_ends_like_one_never_stopped(
         ending = train(EACH_STEP, moment)
         assert (ending.status, ending.errors) == (-signal.SIGKILL, ""), (moment, ending.output)
     ends_alike(EACH_STEP)
+
+
+def test_a_run_of_growing_images_killed_at_each_size_ends_like_one_never_stopped(
+    train: Train, ends_alike: Train, twins: Twins
+) -> None:
+    flags = ("--data.resolution_schedule=8@0.6,12",)  # the first three of five epochs
+    for moment in (
+        Moment(f"{STEP}.update", call=2),
+        Moment(f"{STEP}.update", call=9, is_after=True),
+        Moment(f"{TRAINER}.begin_epoch", call=2),  # of the first epoch of larger images
+        Moment(f"{STEP}.ascend", is_after=True),
+        Moment(f"{STEP}.update", call=2, is_after=True),
+    ):
+        ending = train(EACH_STEP, moment, flags=flags)
+        assert (ending.status, ending.errors) == (-signal.SIGKILL, ""), (moment, ending.output)
+    ends_alike(EACH_STEP, flags=flags)
+    grown, alike = twins.state("device", *flags), twins.state("device")
+    assert grown.differences(alike)
+    folders = [twins.folder("device", *ways) for ways in ((), flags)]
+    shapes = [
+        {name: value.shape for name, value in load_file(folder / "model.safetensors").items()}
+        for folder in folders
+    ]
+    assert shapes[0] == shapes[1]
 
 
 def test_a_run_killed_at_random_times_ends_like_one_never_stopped(

@@ -1,6 +1,7 @@
 """A dry run prints the cost of the run, and leaves no files."""
 
 import os
+import re
 import subprocess
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +15,7 @@ from safer_fast.attacks.replayed import ReplayedAttack
 from safer_fast.config.command_line import parse_config
 from safer_fast.evaluation.batch import BatchEvaluator
 from safer_fast.models.flops import MATMUL_SIZE, costs, ideal_flops
+from safer_fast.runs.cost import table
 from safer_fast.runs.gallery import make_gallery
 from safer_fast.training import dry_run as module
 from safer_fast.training.dry_run import (
@@ -23,7 +25,6 @@ from safer_fast.training.dry_run import (
     NUM_WARM_UP,
     dry_run,
     passes_of_evaluation,
-    table,
 )
 from safer_fast.training.learner import Learner
 from safer_fast.training.selecting import choose_by_probe
@@ -201,10 +202,38 @@ def test_the_command_prints_both_stages_and_writes_nothing(server: Server, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_each_size_of_images_is_timed_and_the_gain_printed(server: Server, tmp_path: Path) -> None:
+    flags = ["--epochs=10", "--selection.warmup_epochs=4", "--data.resolution_schedule=4@0.6,8"]
+    result = command(server, tmp_path, *SMALL, "--model.patch_size=2", *flags, "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert "resolution: 4 pixels from epoch 1 on, 8 pixels from epoch 7 on, in training" in (
+        result.stdout
+    )
+    table = result.stdout.split("evaluation: of")[1].split("the whole run")[0]
+    _, *parts = re.split(r"^(?=warm-up at|safer at)", table, flags=re.MULTILINE)
+    heads = ["warm-up at 4 pixels", "safer at 4 pixels", "safer at 8 pixels"]
+    assert [part.splitlines()[0] for part in parts] == heads
+
+    def figures(words: str) -> list[float]:
+        return [float(number) for part in parts for number in re.findall(words, part)]
+
+    assert len(figures(r"gain        ([\d.]+) times the [\d.]+ images/s .* of the full size")) == 2
+    operations = figures(r"attack ([\d.e-]+)")
+    assert operations[0] == operations[1] < operations[2]
+    num_steps = figures(r"training    (\d+) steps")
+    assert [number / STEPS_PER_EPOCH for number in num_steps] == [4, 2, 4]
+
+
 def test_a_mistake_is_one_line_all_the_same(server: Server, tmp_path: Path) -> None:
     for flags, message in (
         (["--attack.epsilon=8"], "--attack.epsilon: expected"),
         (["--data.max_images=0"], "--data.max_images: expected at least 1, got 0"),
+        (
+            ["--data.resolution_schedule=4@0.5,8", "--data.image_size=16"],
+            "--data.resolution_schedule: expected 16",
+        ),
+        (["--data.resolution_schedule=4@0.5,16"], "--data.resolution_schedule: expected 8"),
+        (["--data.resolution_schedule=3@0.5,8"], "--data.resolution_schedule: expected a ViT"),
     ):
         result = command(server, tmp_path, "--dry-run", *flags)
         assert result.returncode == 2

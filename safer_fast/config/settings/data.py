@@ -40,6 +40,9 @@ class DataConfig:
     the only one that metadata or name calls labels."""
     image_size: int | None = ranged(None, at_least(2, ranges.EDGE))
     """Edge in pixels that images are resized to; default: their own, the same for all."""
+    resolution_schedule: str | None = None
+    """Smaller images in the first part of training: 112@0.8,224 trains on 112 pixels for 80 % of
+    all epochs, then on 224, the full size. Default: the full size throughout."""
     augmentation: Literal["auto", "none", "shift", "crop", "random-resized-crop"] = "auto"
     """auto: none up to 16 pixels, crop (pad 4, crop, flip) up to 64, random-resized-crop (and
     flip) above."""
