@@ -50,6 +50,11 @@ SETTINGS: dict[str, list[str]] = {
     "muon, low-rank factors": ["--optim.name=muon", "--selection.lora_rank=4"],
     "trades": ["--objective.name=trades"],
     "fare": ["--objective.name=fare"],
+    "fare, fp8 attack": [
+        "--objective.name=fare",
+        "--attack.precision=fp8",
+        "--attack.fp8_from=1",
+    ],
     "mart, l2": ["--objective.name=mart", "--attack.norm=l2", "--attack.epsilon=0.5"],
     "apgd": ["--attack.name=apgd"],
     "apgd, trades": ["--attack.name=apgd", "--objective.name=trades"],

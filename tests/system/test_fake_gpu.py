@@ -53,7 +53,7 @@ def test_all_phases_are_captured_and_a_replayed_step_neither_waits_nor_allocates
     case: str, results: Results
 ) -> None:
     result = results[case]
-    teacher = ["teacher"] if case == "fare" else []
+    teacher = ["teacher"] if case.startswith("fare") else []
     assert result["recorded"] == sorted({"attack", *RECORDED, *teacher})
     assert result["refused"] == []
     assert result["violations"] == 0, result["last_violation"]
@@ -85,9 +85,9 @@ def test_parts_of_a_batch_are_as_large_as_memory_allows_also_beside_captured_gra
 
 
 def test_on_a_gpu_the_attack_is_in_bf16_unless_the_run_is_not(results: Results) -> None:
-    others = {"fp32": "amp", "fp8 attack": "fp8", "compiled, fp8": "fp8"}
     for case in CASES:
-        assert results[case]["precision"] == others.get(case, "bf16"), case
+        expected = "amp" if case == "fp32" else "fp8" if "fp8" in case else "bf16"
+        assert results[case]["precision"] == expected, case
 
 
 @pytest.fixture(scope="module")

@@ -253,6 +253,29 @@ def test_images_without_labels_are_enough_for_fare(
     assert not (tmp_path / "refused").exists()
 
 
+def test_the_attack_of_fare_in_fp8_is_audited_and_resumed(
+    server: Server, flags: list[str], tmp_path: Path
+) -> None:
+    cheap = [*flags, "--amp=bf16", "--attack.precision=fp8", "--attack.fp8_from=0"]
+    cheap += ["--selection.criterion=all", "--attack.audit_images=16"]
+    strict = server.train(tmp_path / "strict", [*cheap, "--attack.audit_ratio=1"])
+    assert (strict.status, strict.errors) == (0, ""), strict.output
+    assert "attack in FP8 (8 matrices)" in strict.output
+    assert "attack.precision: amp from step 0 on (after the attack in fp8" in strict.output
+    always = [*cheap, "--attack.audit_ratio=0", "--checkpoint.every_steps=1", "--resume=auto"]
+    whole = server.train(tmp_path / "whole", always)
+    assert (whole.status, whole.errors) == (0, ""), whole.output
+    assert "attack.precision: amp" not in whole.output
+    step = Moment("safer_fast.training.step.Step.__call__", call=4)
+    assert server.train(tmp_path / "run", always, step).status == -9
+    assert server.train(tmp_path / "run", always).status == 0
+    assert State.of(tmp_path / "run").differences(State.of(tmp_path / "whole")) == []
+    weights, others = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("whole", "strict")
+    )
+    assert any(not torch.equal(weights[name], value) for name, value in others.items())
+
+
 def test_two_ranks_train_what_one_trains(flags: list[str], fare: Path, tmp_path: Path) -> None:
     team = training(2, [*flags, f"--output={tmp_path / 'run'}"])
     assert_status(0, team.endings())
