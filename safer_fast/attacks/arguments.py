@@ -18,7 +18,7 @@ def check_settings(
     images: Tensor, *, norm: str, epsilon: float | Tensor, step_size: float | Tensor, steps: int
 ) -> None:
     """Raise ValueError for arguments that are wrong whatever values the tensors hold."""
-    if images.ndim != 4 or not images.is_floating_point():
+    if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
         raise ValueError(f"images: expected float [B, C, H, W], got {_described(images)}")
     if norm not in ("linf", "l2"):
         got = shortened(repr(norm)) + meant(norm, ("linf", "l2"))
@@ -65,6 +65,8 @@ def checked_loss(
 
 
 def _check_devices(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"labels: expected int64 [{len(images)}], got {_described(labels)}")
     is_classes = labels.ndim == 1 and labels.dtype == torch.int64
     is_probabilities = labels.ndim == 2 and labels.is_floating_point()
     if not (is_classes or is_probabilities) or len(labels) != len(images):
@@ -102,5 +104,7 @@ def _check_values(images: Tensor, labels: Tensor, start: Tensor | None) -> int:
     return int(high) if labels.ndim == 1 else -1
 
 
-def _described(values: Tensor) -> str:
+def _described(values: object) -> str:
+    if not isinstance(values, Tensor):
+        return type(values).__name__
     return f"{str(values.dtype).removeprefix('torch.')} {list(values.shape)} on {values.device}"

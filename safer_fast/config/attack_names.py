@@ -121,6 +121,10 @@ def has_restarts(name: str) -> bool:
 def _meant(name: str, others: Sequence[str]) -> str:
     """The words `, did you mean ...?` for an unknown attack, with its number of steps if it has."""
     own = [other for other, facts in ATTACKS.items() if not facts.is_library]
+    beginning, _, steps = re.sub("_", "-", name).partition("-")
+    if beginning in own and ATTACKS[beginning].takes_steps:
+        is_number = re.fullmatch(r"[1-9][0-9]{0,8}", steps)
+        return f", did you mean {beginning}-{steps if is_number else 20}?"
     if found := re.fullmatch(r"(.*?)[-_]?([1-9][0-9]{0,8})", name):
         known = [other for other in own if ATTACKS[other].takes_steps]
         hint = f", did you mean {found[1]}?" if found[1] in known else meant(found[1], known)

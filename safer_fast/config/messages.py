@@ -216,9 +216,12 @@ def of_kind(kind: Any) -> str:
 def _expected(text: str) -> str:
     if "fraction such as" in text:
         return _WORDS["Radius"]
+    if f"Expected {_WORDS['Names']}" in text:
+        return _WORDS["Names"]
     text = re.sub(r"Given value type: <class '[^']+'>", "", text)
     kinds = [kind for kind in re.findall(r"<class '([^']+)'>", text) if kind != "NoneType"]
-    expected = list(dict.fromkeys(_WORDS.get(kind, kind) for kind in kinds))
+    types = [kind.rpartition(".")[2] for kind in kinds]
+    expected = list(dict.fromkeys(_WORDS.get(kind, kind) for kind in types))
     if choices := _choices(text):
         names = ", ".join(choices)
         expected.insert(0, names if expected else f"one of {names}")

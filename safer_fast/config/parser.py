@@ -151,4 +151,6 @@ def _parse_radius(value: Any) -> Radius:
 
 def _parse_names(value: Any) -> Names:
     items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, list | tuple | set):
+        raise ValueError(f"Expected {of_kind(Names)}. Got value: {value}")
     return Names(str(item).strip() for item in items if str(item).strip())

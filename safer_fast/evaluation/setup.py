@@ -86,7 +86,10 @@ def _load_source(config: EvaluateConfig, folder: str, ranks: Ranks) -> LoadedRun
             is_frozen=True,
         )
     except ValueError as error:
-        raise ValueError(f"--source: {str(error).removeprefix('RUN: ')}") from None
+        text = str(error)
+        if text.startswith("--weights: "):
+            raise ValueError(f"--source-{text.removeprefix('--')}") from None
+        raise ValueError(f"--source: {text.removeprefix('RUN: ')}") from None
 
 
 def _threat(config: EvaluateConfig, model: LoadedRun) -> ThreatModel:

@@ -127,7 +127,7 @@ def score_layers(
     if any(criteria.CRITERIA[name].needs_images for name in asked):
         inputs.probes = [
             (images, attack(model, images, labels) if attack and len(labels) else images, labels)
-            for images, labels in batches
+            for images, labels in map(_pair, batches)
         ]
         num_images = sum(len(labels) for _, _, labels in inputs.probes)
         inputs.total = int(inputs.ranks.sum_(torch.tensor(num_images)).item())
@@ -141,6 +141,13 @@ def score_layers(
     return scores
 
 
+def _pair(batch: object) -> tuple[Tensor, Tensor]:
+    """Images and labels of a batch; raise ValueError for one that is no pair."""
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[0], batch[1]
+    raise ValueError(f"batches: expected pairs of images and labels, got {type(batch).__name__}")
+
+
 @door()
 def select_layers(scores: Mapping[str, float], *, fraction: float) -> list[str]:
     """The names with the highest scores: `fraction` of them, rounded half up, at least one.
@@ -151,6 +158,8 @@ def select_layers(scores: Mapping[str, float], *, fraction: float) -> list[str]:
     Equal scores are ordered by name. Raise ValueError for a fraction outside (0, 1], no scores, or
     a score that is NaN.
     """
+    if not isinstance(scores, Mapping):
+        raise ValueError(f"scores: expected scores of layers by name, got {type(scores).__name__}")
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction: expected above 0 and at most 1, got {fraction}")
     if not scores:

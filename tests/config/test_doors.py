@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from safer_fast import (
     AttackConfig,
@@ -15,6 +16,9 @@ from safer_fast import (
     build_model,
     evaluate_run,
     load_model,
+    pgd,
+    rank_layers,
+    select_layers,
     train_model,
 )
 from safer_fast.config.command_line import parse_config, scaled_by_epochs
@@ -145,6 +149,7 @@ WRONG: list[tuple[Callable[..., Any], Any, str]] = [
     (load_model, 3, "run: expected the path of a run folder, got 3"),
     (load_model, "nowhere", "run: expected a run folder, got nowhere, which does not exist"),
     (train_model, "digits", "config: expected Config, got 'digits'"),
+    (select_layers, [0.1, 0.2], "scores: expected scores of layers by name, got list"),
     (select, "runs/x", "config: expected settings, got 'runs/x'"),
     (export, "runs/x", "config: expected settings, got 'runs/x'"),
 ]
@@ -155,9 +160,34 @@ def test_a_first_argument_of_another_kind_is_refused(
     function: Callable[..., Any], value: Any, message: str
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message) + "$"):
-        function(value)
+        function(value, **({"fraction": 0.5} if function is select_layers else {}))
     with pytest.raises(ValueError, match=r"^config: expected ModelConfig, got 'vit'$"):
         build_model("vit", num_classes=2, image_size=8)  # type: ignore[arg-type]
+
+
+def test_pieces_of_a_loop_refuse_what_is_no_tensor() -> None:
+    model, images = torch.nn.Flatten(), torch.zeros(2, 1, 2, 2)
+    ball: dict[str, Any] = {"epsilon": 0.1, "step_size": 0.1, "steps": 1}
+    with pytest.raises(ValueError, match=r"^images: expected float \[B, C, H, W\], got ndarray$"):
+        pgd(model, images.numpy(), torch.tensor([0, 1]), **ball)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^labels: expected int64 \[2\], got list$"):
+        pgd(model, images, [0, 1], **ball)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^batches: expected pairs .*, got Tensor$"):
+        rank_layers(torch.nn.Linear(2, 2), images)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": 3}, "selection.layers: expected names, separated by commas, got 3"),
+        ({"candidates": {"a": 1}}, "selection.candidates: expected names, separated by commas"),
+    ],
+)
+def test_names_are_texts_or_lists(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        train_model(Config(selection=settings))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^attacks: expected names, separated by commas, got 3$"):
+        evaluate_run("run", attacks=3)
 
 
 def test_a_run_in_place_of_its_settings_gets_its_file(

@@ -44,6 +44,7 @@ WORDS: list[tuple[str, list[str], str]] = [
     ("train", ["--runtime.exact_savings=prefxi"], "got 'prefxi', did you mean prefix?"),
     ("train", ["--data.path", "digts"], "(No such file or directory), did you mean digits?"),
     ("evaluate", ["RUN", "--attacks", "pgd20"], "got 'pgd20', did you mean pgd-20?"),
+    ("evaluate", ["RUN", "--attacks", "pgd"], "got 'pgd', did you mean pgd-20?"),
     ("evaluate", ["RUN", "--attacks", "auto-attack"], "did you mean autoattack?"),
     ("evaluate", ["RUN", "--attacks", "cw_50"], "got 'cw_50', did you mean cw-50?"),
     ("evaluate", ["RUN", "--norm", "linff"], "got linff, did you mean linf?"),

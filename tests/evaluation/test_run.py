@@ -855,10 +855,16 @@ def test_files_that_are_none_are_neither_read_nor_written(tmp_path: Path, stored
     [
         (
             {"attacks": Names(["pgd"])},
-            r"attacks: expected clean, fgsm, pgd-K .*autoattack, got 'pgd'",
+            r"attacks: expected clean, fgsm, pgd-K .*autoattack, got 'pgd', did you mean pgd-20\?",
         ),
-        ({"attacks": Names(["cw-0"])}, r"attacks: expected clean, fgsm.*, got 'cw-0'"),
-        ({"attacks": Names(["pgd-²"])}, r"attacks: expected clean, fgsm.*, got 'pgd-²'"),
+        (
+            {"attacks": Names(["cw-0"])},
+            r"attacks: expected clean, fgsm.*, got 'cw-0', did you mean cw-20\?",
+        ),
+        (
+            {"attacks": Names(["pgd-²"])},
+            r"attacks: expected clean, fgsm.*, got 'pgd-²', did you mean pgd-20\?",
+        ),
         (
             {"source_weights": "best"},
             r"source_weights: expected source beside it, got only best",
