@@ -67,7 +67,7 @@ OWN_SPLITS = ("test", "validation")
 def distinct_names(paths: Sequence[str]) -> list[str]:
     """A name for each path: its last part without the ending, with more of the path where others
     would have the same, or that of a run's own split."""
-    parts = [Path(path).with_suffix("").parts for path in paths]
+    parts = [_parts(path) for path in paths]
     counts = [1] * len(parts)
     while True:
         names = ["/".join(one[-count:]) for one, count in zip(parts, counts, strict=True)]
@@ -106,7 +106,12 @@ def named_apart(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _with_folder(path: str) -> str:
-    return "/".join(Path(path).with_suffix("").parts[-2:])
+    return "/".join(_parts(path)[-2:])
+
+
+def _parts(path: str) -> tuple[str, ...]:
+    """Parts of a path without its ending; of one without a name, such as `.`, itself."""
+    return Path(path).with_suffix("").parts if Path(path).name else (path,)
 
 
 def _renamed(event: Mapping[str, Any], names: Mapping[tuple[str, str], str]) -> str:
