@@ -114,9 +114,13 @@ def test_a_loss_that_reads_clean_images_needs_them_in_every_phase(tmp_path: Path
     config = parse_config([*flags, "--output", str(tmp_path / "run")])
     with Trainer(config) as trainer, trainer.model.without_savings():
         parts = costs(trainer.model, torch.zeros(1, 1, 8, 8)).values()
-    assert trades.operations["attack"] == plain.operations["attack"] + sum(p.forward for p in parts)
+    forward = sum(part.forward for part in parts)
+    assert trades.operations["attack"] == plain.operations["attack"] + forward
     assert trades.operations["prefix"] == 2 * plain.operations["prefix"] > 0
     assert trades.operations["sam"] == 2 * plain.operations["sam"]
+    (apgd,) = dry_run(parse_config([*flags, "--attack.name=apgd"])).stages
+    assert apgd.operations == plain.operations | {"attack": plain.operations["attack"] + forward}
+    assert apgd.attack == plain.attack.replace("PGD", "APGD")
 
 
 @pytest.mark.slow
