@@ -190,8 +190,8 @@ def test_a_sum_over_images_is_refused_in_one_line() -> None:
             "got 0.2",
         ),
         (
-            ["--attack.loss=margins"],
-            "--attack.loss: expected one of objective, cross-entropy, margin, dlr, got margins",
+            ["--attack.loss=other"],
+            "--attack.loss: expected one of objective, cross-entropy, margin, dlr, got other",
         ),
     ],
 )
