@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +279,23 @@ def test_a_run_of_growing_images_killed_at_each_size_ends_like_one_never_stopped
         for folder in folders
     ]
     assert shapes[0] == shapes[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("peft") is None, reason="no peft here")
+def test_a_run_of_factors_and_magnitudes_killed_in_safer_ends_like_one_never_stopped(
+    train: Train, ends_alike: Train
+) -> None:
+    adapter = ("--selection.lora_rank=2", "--selection.adapter=dora")
+    flags = (*adapter, "--optim.ema_decay=null", "--amp=bf16")
+    for moment in (
+        Moment(f"{SELECTOR}.select", is_after=True),
+        Moment(f"{STEP}.ascend", call=2, is_after=True),
+        Moment(f"{STEP}.update", call=5),  # after the next selection, with new factors
+    ):
+        ending = train(EACH_STEP, moment, flags=flags)
+        assert (ending.status, ending.errors) == (-signal.SIGKILL, ""), (moment, ending.output)
+    ends_alike(EACH_STEP, flags=flags)
 
 
 def test_a_run_killed_at_random_times_ends_like_one_never_stopped(
