@@ -92,7 +92,7 @@ def named_apart(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """
     places: dict[str, dict[str | None, None]] = {}
     for event in events:
-        places.setdefault(str(event.get("split")), {})[event.get("path")] = None
+        places.setdefault(str(event.get("split")), {})[_path_of(event)] = None
     renamed: dict[tuple[str, str], str] = {}
     for split, found in places.items():
         paths = [path for path in found if path is not None]
@@ -100,9 +100,15 @@ def named_apart(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             names = distinct_names(paths) if len(paths) > 1 else [_with_folder(paths[0])]
             renamed |= {(split, path): n for path, n in zip(paths, names, strict=True)}
     return [
-        {**event, "split": _renamed(event, renamed)} if event.get("path") else dict(event)
+        {**event, "split": _renamed(event, renamed)} if _path_of(event) else dict(event)
         for event in events
     ]
+
+
+def _path_of(event: Mapping[str, Any]) -> str | None:
+    """The path that an event names; None for none, and for a damaged one."""
+    path = event.get("path")
+    return path if isinstance(path, str) and path else None
 
 
 def _with_folder(path: str) -> str:

@@ -223,6 +223,8 @@ def test_data_of_earlier_versions_which_name_no_path_keep_their_names() -> None:
 
     alone = [split("1", "/a/1.npz"), split("test")]
     assert named_apart(alone) == alone
+    damaged = [{"split": "1", "path": path} for path in ([1], 3, "", None)]
+    assert named_apart(damaged) == damaged
     events = [split("1"), split("1", "/a/1.npz"), split("1, fog 3", "/a/1.npz"), split("digits")]
     assert [event["split"] for event in named_apart(events)] == ["1", "a/1", "1, fog 3", "digits"]
 
