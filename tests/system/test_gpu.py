@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
+WITH_PEFT = pytest.mark.skipif(find_spec("peft") is None, reason="no peft here")
 LAYERS = ["blocks.2.mlp.fc1", "blocks.3.attn.qkv"]
 MODES = ("eager", "compiled", "captured", "compiled and captured")
 SAVINGS = ("patch-order", "class-token", "prefix", "stored-bf16")
@@ -304,12 +306,27 @@ def test_a_captured_evaluation_gives_the_figures_of_an_eager_one(tmp_path: Path)
     assert evaluate_run(config) == captured
 
 
-def test_low_rank_factors_are_trained_from_recordings(tmp_path: Path) -> None:
-    pytest.importorskip("peft", exc_type=ImportError)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(["--selection.lora_rank=4"], id="factors", marks=WITH_PEFT),
+        pytest.param(
+            ["--selection.lora_rank=4", "--selection.adapter=dora"],
+            id="factors and magnitudes",
+            marks=WITH_PEFT,
+        ),
+        pytest.param(["--attack.name=apgd", "--attack.steps=3"], id="Auto-PGD"),
+        pytest.param(["--attack.loss=margin"], id="margin"),
+        pytest.param(["--data.resolution_schedule=4@0.5,8"], id="growing images"),
+    ],
+)
+def test_runs_from_recordings_train_the_weights_of_eager_ones(
+    flags: list[str], tmp_path: Path
+) -> None:
     results = []
     for mode in ("on", "off"):
         folder = tmp_path / mode
-        flags = ["--selection.lora_rank=4", f"--runtime.cuda_graph={mode}", f"--output={folder}"]
-        train_model(parse_config([*SMALL, "--amp=bf16", "--epochs=6", *flags]))
+        own = [*flags, f"--runtime.cuda_graph={mode}", f"--output={folder}"]
+        train_model(parse_config([*SMALL, "--amp=bf16", "--epochs=6", *own]))
         results.append(load_file(folder / "model.safetensors"))
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
