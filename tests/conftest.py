@@ -55,6 +55,12 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(num_cores, 4) + 1
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse names of tests with an address, which each process would collect by another name."""
+    if wrong := [item.nodeid for item in items if " at 0x" in item.nodeid]:
+        raise pytest.UsageError(f"expected ids without addresses, got {wrong[0]}")
+
+
 def pytest_collection_finish() -> None:
     """Never look for garbage in what was imported: it takes longer than many a test."""
     gc.collect()

@@ -155,7 +155,9 @@ WRONG: list[tuple[Callable[..., Any], Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("function", "value", "message"), WRONG, ids=lambda v: str(v)[:30])
+@pytest.mark.parametrize(
+    ("function", "value", "message"), WRONG, ids=lambda v: getattr(v, "__name__", str(v)[:30])
+)
 def test_a_first_argument_of_another_kind_is_refused(
     function: Callable[..., Any], value: Any, message: str
 ) -> None:
