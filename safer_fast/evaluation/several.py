@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from safer_fast.config.attack_names import ThreatModel, fits_norm
 from safer_fast.config.commands import EvaluateConfig
 from safer_fast.config.evaluation_tables import CORRUPTIONS, SEVERITIES, parse_threat_models
-from safer_fast.config.messages import printable
+from safer_fast.config.messages import printable, shortened
 from safer_fast.config.schema import Names, Radius
 from safer_fast.data.bad_images import BadImages
 from safer_fast.data.corrupted import Corruption, check_library
@@ -73,6 +73,8 @@ def evaluate_several(
 
 def _data_sets(config: EvaluateConfig, others: Mapping[str, GivenData]) -> list[DataSet]:
     """The data of a run's evaluation first, then all others, each with a name of its own."""
+    for given in others:
+        _check_name(given)
     own = [] if config.path in (None, WORD) else [config.path]
     paths = [path for path in dict.fromkeys(config.other_data) if path not in own]
     named = [*map(DataSet, [*own, *paths], distinct_names([*own, *paths]))]
@@ -83,6 +85,13 @@ def _data_sets(config: EvaluateConfig, others: Mapping[str, GivenData]) -> list[
         is_path = isinstance(data, str | Path)
         named.append(DataSet(str(data), name) if is_path else DataSet(None, name, data))
     return named if own else [DataSet(config.path), *named]
+
+
+def _check_name(name: Any) -> None:
+    """Raise ValueError unless the name can stand in a table and in metrics.jsonl."""
+    if not isinstance(name, str) or not name.strip() or printable(name) != name:
+        got = shortened(repr(name))
+        raise ValueError(f"--other-data: expected names that are texts of one line, got {got}")
 
 
 def _check_beforehand(sets: Sequence[DataSet], corruptions: Sequence[str]) -> None:

@@ -89,7 +89,12 @@ def named_apart(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Evaluations of a run, whose data are named with as much of their path as tells them apart.
 
     Events of the run's own data, and of earlier versions, name no path: their data keep the name.
+    A damaged name, which is no text, counts as none.
     """
+    events = [
+        event if isinstance(event.get("split"), str | None) else {**event, "split": None}
+        for event in events
+    ]
     places: dict[str, dict[str | None, None]] = {}
     for event in events:
         places.setdefault(str(event.get("split")), {})[_path_of(event)] = None

@@ -15,6 +15,7 @@ from PIL import Image
 
 from safer_fast import EvaluateConfig, evaluate_run
 from safer_fast import evaluate as command
+from safer_fast import report
 from safer_fast.config.commands import ExportConfig
 from safer_fast.data.corrupted import Corruption, corrupt
 from safer_fast.evaluation.several import table
@@ -29,6 +30,7 @@ from tests.support.ranks import Team, assert_status
 ATTACKS = "clean,pgd-2,apgd-ce"
 BALLS = "linf:0.05,l2:1/2,l1:2"
 NUM_IMAGES = 20
+TWO = np.zeros((2, 8, 8), np.uint8), [0, 1]
 
 
 @pytest.fixture
@@ -253,14 +255,32 @@ def test_other_data_may_be_held_by_python(
         ({"noise": np.zeros((2, 8, 8))}, "expected images and labels as two arrays"),
         ({"test": (np.zeros((2, 8, 8)), [0, 1])}, "expected names of their own, got 'test'"),
         ({"noise": "none.npz"}, r"expected a \.parquet"),
+        ({2024: TWO}, "expected names that are texts of one line, got 2024"),
+        ({"v2": TWO, "": TWO}, "expected names that are texts of one line, got ''"),
+        ({" ": TWO}, "expected names that are texts of one line, got ' '"),
+        ({"a,b\n|c": TWO}, r"expected names that are texts of one line, got 'a,b\\n\|c'"),
         (3, "expected paths, or data sets"),
     ],
-    ids=["list", "array", "test", "path", "number"],
+    ids=["list", "array", "test", "path", "name", "no-name", "space", "two-lines", "number"],
 )
 def test_what_is_no_other_data_gets_one_line(data: Any, message: str, folder: Path) -> None:
+    before = (folder / "metrics.jsonl").read_bytes()
     with pytest.raises(ValueError, match=rf"^other_data: {message}") as caught:
         evaluate_run(folder, attacks="clean", other_data=data)
     assert "\n" not in str(caught.value)
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_report_and_card_survive_data_whose_name_is_no_text(folder: Path) -> None:
+    evaluate_run(folder, attacks="clean", num_images=2)
+    with (folder / "metrics.jsonl").open("r+") as file:
+        event = json.loads(file.readlines()[-1])
+        for name in (2024, ["test"], {"a": 1}, True):  # an earlier version wrote any name
+            file.write(json.dumps(event | {"split": name, "accuracy": 0.125}) + "\n")
+    report.main([str(folder)])
+    assert "12.5" in (folder / "report.html").read_text()
+    card = measured_accuracies(ExportConfig(str(folder)), "linf")
+    assert {row["split"] for row in card} == {"test"}
 
 
 def test_names_are_as_short_as_they_can_be() -> None:

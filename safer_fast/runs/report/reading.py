@@ -46,7 +46,7 @@ _NUMBERS = (
     "num_not_finite",
     "num_zero_gradients",
 )
-_TEXTS = ("split", "path", "attack", "weights", "norm", "source")
+_TEXTS = ("path", "attack", "weights", "norm", "source")
 _LONGEST_LIST = 100_000  # values of an event: classes, steps of an attack
 _LARGEST = 1e100  # what is larger has no square
 
