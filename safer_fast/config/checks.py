@@ -130,9 +130,9 @@ def check_new(config: Config) -> None:
 
 def check_evaluation(config: EvaluateConfig, is_given: bool = False) -> None:
     """Raise ValueError for settings that fit no run; is_given: data is given in Python."""
-    if not config.attacks:
+    if config.attacks is not None and not config.attacks:
         raise ValueError("--attacks: expected at least one attack, got none")
-    for name in config.attacks:
+    for name in config.attacks or ():
         check_attack_name(name, "--attacks", LIBRARY_ATTACKS)
     check_ranges(config)
     if config.source is None and config.source_weights != "last":

@@ -29,9 +29,10 @@ class EvaluateConfig:
 
     run: str
     """Run folder."""
-    attacks: Names = field(default_factory=lambda: Names(["clean", "fgsm", "pgd-20"]))
+    attacks: Names | None = None
     """Attacks, comma-separated: clean, fgsm, pgd-K, cw, cw-K, apgd-ce, apgd-dlr, square,
-    autoattack; docs/evaluation.md."""
+    autoattack; docs/evaluation.md; default: clean,fgsm,pgd-20, in l1 clean,apgd-ce, of a tower
+    without text embeddings clean and the pgd-K of its validation."""
     norm: Literal["linf", "l2", "l1"] | None = None
     """Norm of the ball; l1: for attacks of AutoAttack alone; default: the run's."""
     epsilon: Radius | None = ranged(None, ranges.EPSILON)
@@ -75,6 +76,12 @@ class EvaluateConfig:
     classes (docs/towers.md), or none for the embedding distance; default: the run's."""
     fresh: bool = False
     """Measure again what has already been measured."""
+
+
+def attacks_of(config: EvaluateConfig) -> Names:
+    """The attacks of an evaluation, when those that were not named have been chosen."""
+    assert config.attacks is not None
+    return config.attacks
 
 
 @hinting

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from safer_fast.config.attack_names import LIBRARY_ATTACKS, ThreatModel, fits_norm
 from safer_fast.config.checks import check_ball, check_file
-from safer_fast.config.commands import EvaluateConfig
+from safer_fast.config.commands import EvaluateConfig, attacks_of
 from safer_fast.config.messages import meant, shortened
 
 CORRUPTIONS = (
@@ -43,11 +43,11 @@ def check_tables(config: EvaluateConfig) -> None:
     if threats and (config.norm or config.epsilon) is not None:
         raise ValueError("--threat-models: expected no --norm or --epsilon beside it, got both")
     norms = [threat.norm for threat in threats] or [config.norm or "linf"]
-    for norm in norms:
-        if not any(fits_norm(name, norm) for name in config.attacks):
+    for norm in norms if config.attacks is not None else ():
+        if not any(fits_norm(name, norm) for name in attacks_of(config)):
             raise ValueError(
                 f"--attacks: expected an attack for {norm}, {', '.join(LIBRARY_ATTACKS)}, "
-                f"got {','.join(config.attacks)}"
+                f"got {','.join(attacks_of(config))}"
             )
     known = ("all", *CORRUPTIONS)
     for name in config.corruptions:

@@ -19,6 +19,7 @@ from safer_fast.data.formats.given import giving
 from safer_fast.evaluation.accuracy import Accuracy
 from safer_fast.evaluation.run import evaluate_folder
 from safer_fast.evaluation.several import evaluate_several
+from safer_fast.evaluation.towers import choose_attacks
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def evaluate_run(
     config = converted(config)
     check_evaluation(config, data is not None)
     check_tables(config)
+    config = choose_attacks(config)
     with giving(data, config.path) as path:
         config.path = path
         if others and isinstance(others, Mapping):

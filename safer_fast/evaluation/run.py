@@ -17,7 +17,7 @@ from safer_fast.attacks.masking import has_gradients, starts_at_random, with_ver
 from safer_fast.attacks.pgd import Norm
 from safer_fast.attacks.replayed import ReplayedAttack
 from safer_fast.config.attack_names import LIBRARY_ATTACKS, num_attack_steps
-from safer_fast.config.commands import EvaluateConfig
+from safer_fast.config.commands import EvaluateConfig, attacks_of
 from safer_fast.data import Batch, as_pixels, describe_subset
 from safer_fast.data.corrupted import Corruption
 from safer_fast.data.formats.given import WORD
@@ -78,7 +78,7 @@ def evaluate_folder(
                 log.say(f"{done}; the same command resumes it")
                 raise
         rows = evaluator.rows(ranks)
-        rows = [row for row in rows if row["attack"] in config.attacks]
+        rows = [row for row in rows if row["attack"] in attacks_of(config)]
         rows = with_verdicts(rows) if setup.judge is None else as_distances(rows)
         if corruption is not None:
             own = {"corruption": corruption.name, "severity": corruption.severity}
@@ -283,7 +283,7 @@ def _num_operations(config: EvaluateConfig, attacked: LoadedRun, num_images: int
         forward = sum(cost.forward for cost in costs(model, image).values())
     passes = sum(
         2 * num_attack_steps(name) * num_restarts(name, config)
-        for name in config.attacks
+        for name in attacks_of(config)
         if name not in LIBRARY_ATTACKS
     )
     return num_images * passes * forward

@@ -10,7 +10,7 @@ from safer_fast.attacks.autoattack import check_suits
 from safer_fast.attacks.named import ThreatModel
 from safer_fast.config.attack_names import LIBRARY_ATTACKS, fits_norm, has_restarts
 from safer_fast.config.checks import check_ball
-from safer_fast.config.commands import EvaluateConfig
+from safer_fast.config.commands import EvaluateConfig, attacks_of
 from safer_fast.data import Loader, load_evaluation_data, load_own_split
 from safer_fast.data.corrupted import Corruption
 from safer_fast.data.formats import MOST_UNNAMED_CLASSES
@@ -60,7 +60,7 @@ def set_up_evaluation(
         source = with_text(config, source)
     judge = find_judge(config, model)
     threat = _threat(config, model)
-    for name in config.attacks:
+    for name in attacks_of(config):
         if not fits_norm(name, threat.norm):
             raise ValueError(
                 f"--attacks: expected attacks for {threat.norm}, {', '.join(LIBRARY_ATTACKS)}, "
@@ -174,7 +174,7 @@ def _stores(
     of_source = None if source is None else _facts_of(source)
     attacked = {**of_model, **asdict(threat), "source": of_source}
     stores = {}
-    for name in dict.fromkeys(["clean", *config.attacks]):
+    for name in dict.fromkeys(["clean", *attacks_of(config)]):
         facts: dict[str, Any] = {**(of_model if name == "clean" else attacked), "attack": name}
         facts["restarts"] = num_restarts(name, config)
         if name not in ("clean", "fgsm"):

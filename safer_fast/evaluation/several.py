@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from safer_fast.config.attack_names import ThreatModel, fits_norm
-from safer_fast.config.commands import EvaluateConfig
+from safer_fast.config.commands import EvaluateConfig, attacks_of
 from safer_fast.config.evaluation_tables import CORRUPTIONS, SEVERITIES, parse_threat_models
 from safer_fast.config.messages import printable, shortened
 from safer_fast.config.schema import Names, Radius
@@ -153,8 +153,9 @@ def _balls(config: EvaluateConfig) -> list[EvaluateConfig]:
 
 
 def _in_ball(config: EvaluateConfig, threat: ThreatModel) -> EvaluateConfig:
-    attacks = [name for name in config.attacks if fits_norm(name, threat.norm)]
-    if (left_out := [name for name in config.attacks if name not in attacks]) and _is_first():
+    wanted = attacks_of(config)
+    attacks = [name for name in wanted if fits_norm(name, threat.norm)]
+    if (left_out := [name for name in wanted if name not in attacks]) and _is_first():
         print(f"note: {threat}: {', '.join(left_out)} left out, made for linf and l2")
     part = replace(_alone(config), attacks=Names(attacks))
     return replace(part, norm=threat.norm, epsilon=Radius(threat.epsilon))

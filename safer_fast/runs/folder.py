@@ -131,7 +131,7 @@ def clear_run_folder(folder: Path) -> None:
             shutil.rmtree(path) if is_folder else path.unlink()
 
 
-def _config_of(folder: Path) -> Config:
+def read_settings(folder: Path) -> Config:
     """The settings of a run; raise ValueError naming the file, as no flag is at fault."""
     file = RunFolder(folder).config
     try:
@@ -224,7 +224,7 @@ def load_run(
     for file in (files.config, files.model_config, weights_file):
         if not file.is_file():
             raise ValueError(_without_model(files, file))
-    config = _config_of(folder)
+    config = read_settings(folder)
     config.runtime.device = device  # type: ignore[assignment]
     config.data.backend = "auto"  # what this machine has
     if amp != "run":

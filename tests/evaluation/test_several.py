@@ -90,6 +90,12 @@ def test_a_table_holds_the_figures_of_evaluations_alone(
     assert robust["accuracy"] <= clean["accuracy"]
 
 
+def test_attacks_that_nobody_named_are_made_for_the_norm(folder: Path) -> None:
+    settings = {"norm": "l1", "epsilon": 2, "num_images": 4, "device": "cpu"}
+    found = evaluate_run(folder, **settings)
+    assert [accuracy.attack for accuracy in found] == ["clean", "apgd-ce"]
+
+
 def evaluate_in_rank(words: list[str]) -> None:
     command.main(words)
 
@@ -311,6 +317,7 @@ MISTAKES = {
         "--threat-models: expected no --norm or --epsilon",
     ),
     "nothing for l1": ("--attacks=pgd-2 --threat-models=l1:2", "--attacks: expected an attack for"),
+    "no attack": ("--attacks=", "--attacks: expected at least one attack, got none"),
     "pgd in l1": (
         "--norm=l1 --epsilon=1 --attacks=clean,pgd-2",
         "--attacks: expected attacks for l1",

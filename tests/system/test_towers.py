@@ -110,16 +110,36 @@ def test_the_original_stays_as_it_was(fare: Path) -> None:
 
 def test_the_command_measures_the_distances_of_the_run(measured: Path) -> None:
     last = [row for row in rows_of(measured) if row["weights"] == "last"]
-    found = evaluate_run(measured, attacks="clean,pgd-2", device="cpu")
+    found = evaluate_run(measured, device="cpu")
+    assert [accuracy.attack for accuracy in found] == ["clean", "pgd-2"]
     for accuracy, row in zip(found, last, strict=True):
         assert accuracy.accuracy != accuracy.accuracy, "not a number"
         assert accuracy.embedding_distance == pytest.approx(row["embedding_distance"], abs=2e-6)
 
 
+def test_attacks_of_a_tower_need_no_wish_and_a_wish_is_kept(
+    measured: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate([str(measured), "--num-images=4", "--device=cpu"])
+    assert [line.split()[2] for line in capsys.readouterr().out.splitlines()[-2:]] == [
+        "clean",
+        "pgd-2",
+    ]
+    mistakes = {
+        "--attacks=clean,fgsm,pgd-20": "--attacks: expected clean or pgd-K for a tower without",
+        "--norm=l1": "--norm: expected linf or l2 for pgd-2 of a tower without text embeddings, ",
+    }
+    for word, expected in mistakes.items():
+        with pytest.raises(ValueError, match=f"^{expected}[^\n]+$"):
+            evaluate([str(measured), word, "--epsilon=0.1", "--device=cpu"])
+
+
 def test_a_text_head_gives_zero_shot_accuracy(measured: Path, tmp_path: Path) -> None:
     file = save_texts(tmp_path / "texts.safetensors")
-    settings = {"attacks": "clean,pgd-2", "device": "cpu", "text_embeddings": str(file)}
-    clean, robust = evaluate_run(measured, **settings)
+    settings = {"device": "cpu", "text_embeddings": str(file)}
+    clean, robust = evaluate_run(measured, attacks="clean,pgd-2", **settings)
+    usual = evaluate_run(measured, num_images=4, **settings)
+    assert [accuracy.attack for accuracy in usual] == ["clean", "fgsm", "pgd-20"]
     loaded = load_run(measured, device="cpu")
     test = load_data(loaded.config.data, batch_size=64, seed=0).test
     assert test is not None
