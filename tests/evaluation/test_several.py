@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from safer_fast import EvaluateConfig, evaluate_run
+from safer_fast import EvaluateConfig, evaluate_run, report
 from safer_fast import evaluate as command
-from safer_fast import report
 from safer_fast.config.commands import ExportConfig
 from safer_fast.data.corrupted import Corruption, corrupt
 from safer_fast.evaluation.several import table
