@@ -151,6 +151,9 @@ class ExportConfig:
     """License of the weights for the model card; other: none is named."""
     name: str | None = None
     """Name in the model card; default: that of the run folder."""
+    claim_data: str | None = None
+    """Data that the claim of robustbench is of: a name or path that was evaluated under
+    clean,autoattack; default: the run's own test split."""
 
 
 @dataclass

@@ -192,6 +192,17 @@ print(claim["n_examples"], accuracy(model, attacked) <= float(claim["clean_acc"]
 """
 
 
+def measure(run: Path, *flags: str) -> None:
+    """Evaluate on clean images; write a row of AutoAttack, which takes minutes, for each split."""
+    metrics = run / "metrics.jsonl"
+    before = metrics.read_text().splitlines()
+    evaluate([str(run), "--attacks=clean", "--device=cpu", *flags])
+    attacked = {"attack": "autoattack", "norm": "linf", "epsilon": 0.1, "accuracy": 0.0}
+    rows = [json.loads(line) | attacked for line in metrics.read_text().splitlines()[len(before) :]]
+    with metrics.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
 @pytest.mark.slow
 def test_the_submission_stands_alone_as_robustbench_measures_it(
     small_run: Path, tmp_path: Path
@@ -200,12 +211,8 @@ def test_the_submission_stands_alone_as_robustbench_measures_it(
     digits = np.load(TEST_IMAGES)
     few = {name: digits[name][:6] for name in digits.files}
     np.savez(tmp_path / "few.npz", **few)
-    evaluate([str(run), f"--data.path={tmp_path / 'few.npz'}", "--attacks=clean"])
-    metrics = run / "metrics.jsonl"
-    clean = json.loads(metrics.read_text().splitlines()[-1])
-    robust = clean | {"attack": "autoattack", "norm": "linf", "epsilon": 0.1, "accuracy": 0.0}
-    metrics.write_text(metrics.read_text() + json.dumps(robust) + "\n")  # it takes minutes
-    folder = export(ExportConfig(str(run), format="robustbench"))
+    measure(run, f"--data.path={tmp_path / 'few.npz'}")
+    folder = export(ExportConfig(str(run), format="robustbench", claim_data="few"))
     out = in_a_process_of_its_own(ROBUSTBENCH, folder, tmp_path / "few.npz")
     assert out.splitlines()[-1] == "6 True"
 
@@ -219,7 +226,6 @@ def test_a_submission_claims_what_autoattack_left(
     expected = "no claim.json: the last weights were not evaluated under clean,autoattack"
     assert expected in capsys.readouterr().out
     about = {"event": "evaluation", "weights": "last", "num_images": 100, "of_images": 797}
-    about["path"] = "/home/somebody/test.npz"
     pairs = (("validation", 0.1, 0.9), ("test", 0.05, 0.8), ("test", 0.1, 0.7), ("test", 0.1, 0.4))
     rows = []
     for split, epsilon, accuracy in pairs:
@@ -227,6 +233,7 @@ def test_a_submission_claims_what_autoattack_left(
         attacked = {"attack": "autoattack", "epsilon": epsilon, "accuracy": accuracy}
         rows.append(attacked | {"norm": "linf", "split": split} | about)
     rows.append({**rows[-1], "accuracy": 0.1, "source": "another run"})
+    rows += [row | {"path": "/home/somebody/x.npz", "split": "x"} for row in rows[-3:-1]]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     folder = write(run, "robustbench", output=str(tmp_path / "out"), license="mit")
     claim = json.loads((folder / "claim.json").read_text())
@@ -251,6 +258,8 @@ def test_a_submission_claims_what_autoattack_left(
         ("autoattack", 0.4),
     ]
     texts = [path.read_text() for path in folder.iterdir() if path.suffix != ".pt"]
+    named = write(run, "robustbench", output=str(tmp_path / "named"), claim_data="x")
+    texts += [path.read_text() for path in named.iterdir() if path.suffix != ".pt"]
     assert not any("somebody" in text for text in texts)
     issue = (folder / "submission.md").read_text()
     for line in (
@@ -264,6 +273,71 @@ def test_a_submission_claims_what_autoattack_left(
     assert "from robust_model import load" in card
     assert "| test | autoattack | 0.1 | 0.4000 |" in card
     assert 'timm.create_model("local-dir' not in card
+
+
+def test_a_claim_is_of_the_test_split_or_of_data_that_are_named(
+    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(small_run, tmp_path / "run"))
+    digits = np.load(TEST_IMAGES)
+    for name, number in (("noise", 30), ("cifar10-full-test", 40)):
+        np.savez(
+            tmp_path / name, images=255 - digits["images"][:number], labels=np.arange(number) % 10
+        )
+    noise, cifar10 = (tmp_path / f"{name}.npz" for name in ("noise", "cifar10-full-test"))
+    words = [str(run), "--format=robustbench", "--output"]
+
+    def claim_of(*flags: str) -> tuple[str, int]:
+        output = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
+        main([*words, str(output), *flags])
+        claim = json.loads((output / "claim.json").read_text())
+        return claim["dataset"], claim["n_examples"]
+
+    measure(run, f"--path={noise}")
+    main([*words, str(tmp_path / "none")])
+    assert not (tmp_path / "none" / "claim.json").exists()
+    assert "on the run's test split, but on other data, which --claim-data names: noise\n" in (
+        capsys.readouterr().out
+    )
+    measure(run, "--num-images=20", f"--other-data={noise},{cifar10}")
+    assert claim_of() == ("digits", 20)
+    assert "claim.json is of the run's own test split, 20 of 80 images\n" in capsys.readouterr().out
+    assert claim_of("--claim-data=cifar10-full-test") == ("cifar10", 20)
+    said = f"claim.json is of cifar10-full-test ({cifar10}), 20 of 40 images\n"
+    assert said in capsys.readouterr().out
+    assert claim_of(f"--claim-data={noise}") == ("noise", 30)
+    with pytest.raises(
+        ValueError, match=r"^--claim-data: expected .*: cifar10-full-test, noise, t"
+    ):
+        claim_of("--claim-data=nois")
+    with pytest.raises(ValueError, match=r"^--claim-data: expected --format robustbench"):
+        claim_of("--claim-data=noise", "--format=hub")
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_training_images_are_no_claim(
+    is_kept: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    digits = np.load(TEST_IMAGES)
+    for name in ("pics-train", "copy", "pics-test"):
+        np.savez(tmp_path / name, **{part: digits[part] for part in digits.files})
+    paths = {name: str(tmp_path / f"{name}.npz") for name in ("pics-train", "copy", "pics-test")}
+    flags = [f"--data.path={paths['pics-train']}", f"--data.test_path={paths['pics-test']}"]
+    run = make_run(tmp_path / "run", [*flags, "--model.patch_size=4"])
+    (run / "metrics.jsonl").touch()
+    measure(run)
+    measure(run, f"--path={paths['pics-train']}", f"--other-data={paths['copy']}")
+    if is_kept:
+        folder = write(run, "robustbench")
+        assert not (folder / "claim.json").exists()
+        assert "no claim.json: the test split holds training images" in capsys.readouterr().out
+    else:
+        for path in paths.values():
+            Path(path).unlink()
+    for name in ["pics-train", "copy"] if is_kept else ["pics-train"]:
+        with pytest.raises(ValueError, match=rf"^claim_data: .*training images: {name} \("):
+            write(run, "robustbench", output=str(tmp_path / "out"), claim_data=name)
+    assert not (tmp_path / "out").exists()
 
 
 def test_radii_are_written_as_the_leaderboards_do() -> None:

@@ -59,6 +59,10 @@ def export(config: ExportConfig) -> Path:
     if config.format not in EXPORTERS:
         got = shortened(repr(config.format)) + meant(config.format, EXPORTERS)
         raise ValueError(f"--format: expected one of {', '.join(EXPORTERS)}, got {got}")
+    if config.claim_data is not None and config.format != "robustbench":
+        raise ValueError(
+            f"--claim-data: expected --format robustbench, which claims, got {config.format}"
+        )
     folder = Path(config.output or RunFolder(Path(config.run)).export(config.format))
     check_output(folder)
     place = next(path for path in folder.absolute().parents if path.exists())

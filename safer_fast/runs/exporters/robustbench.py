@@ -11,15 +11,9 @@ import torch
 
 from safer_fast.config.commands import ExportConfig
 from safer_fast.models.robust_model import RobustModel
+from safer_fast.runs.exporters.claimed_data import dataset_of
 from safer_fast.runs.exporters.model_card import card_of, model_card
-from safer_fast.runs.exporters.submission import (
-    CLAIM,
-    ISSUE,
-    NORMS,
-    dataset_of,
-    radius,
-    write_submission,
-)
+from safer_fast.runs.exporters.submission import NORMS, radius, write_submission
 from safer_fast.runs.exporters.timm import described_model
 
 if TYPE_CHECKING:
@@ -118,12 +112,7 @@ def write_robustbench(config: ExportConfig, loaded: LoadedRun, folder: Path) -> 
         f"load it: from {Path(CODE).stem} import load, with FOLDER on Python's path; images in "
         "[0, 1], see its docstring"
     )
-    if write_submission(config, loaded, folder):
-        return f"{advice}\nsubmit it: {ISSUE} has the fields of RobustBench's issue New Model(s)"
-    return (
-        f"{advice}\nno {CLAIM}: the {config.weights} weights were not evaluated under "
-        "clean,autoattack"
-    )
+    return f"{advice}\n{write_submission(config, loaded, folder)}"
 
 
 def _usage(loaded: LoadedRun) -> str:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safer_fast.config.commands import ExportConfig
 from safer_fast.config.messages import printable
+from safer_fast.runs.exporters.claimed_data import (
+    dataset_of,
+    describe_claimed,
+    name_claimed,
+    of_claimed_data,
+    was_trained_on,
+)
 from safer_fast.runs.exporters.facts import evaluations
 
 if TYPE_CHECKING:
@@ -16,23 +23,21 @@ if TYPE_CHECKING:
 
 CLAIM, ISSUE, LOG = "claim.json", "submission.md", "autoattack.jsonl"
 NORMS = {"linf": "Linf", "l2": "L2"}
-DATASETS = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
-"""Data sets of the leaderboards, and their numbers of classes."""
 
 
-def write_submission(config: ExportConfig, loaded: LoadedRun, folder: Path) -> bool:
-    """Write claim.json, submission.md and autoattack.jsonl; return false where nothing is claimed.
+def write_submission(config: ExportConfig, loaded: LoadedRun, folder: Path) -> str:
+    """Write claim.json, submission.md and autoattack.jsonl, if there is a claim; return a line.
 
-    A claim needs an evaluation of these weights under AutoAttack in Linf or L2: one of the run's
-    own radius and of other data than validation first, then that of the most images, the last of
-    several.
+    A claim needs an evaluation of these weights under AutoAttack in Linf or L2, of the run's test
+    split or of the data that `--claim-data` names: one of the run's own radius first, then that of
+    the most images, the last of several. Raises ValueError for named data that nothing can claim.
     """
     norm, epsilon = loaded.config.attack.norm, float(loaded.config.attack.epsilon)
     events = [event for event in evaluations(config) if not event.get("corruption")]
 
-    def rank(event: Mapping[str, Any]) -> tuple[bool, bool, int]:
+    def rank(event: Mapping[str, Any]) -> tuple[bool, int]:
         own = _norm(event, norm) == norm and abs(event["epsilon"] - epsilon) < 1e-9
-        return own, event["split"] != "validation", event["num_images"]
+        return own, event["num_images"]
 
     candidates = [
         event
@@ -41,9 +46,18 @@ def write_submission(config: ExportConfig, loaded: LoadedRun, folder: Path) -> b
         and _norm(event, norm) in NORMS
         and _clean(events, event) is not None
     ]
-    if not candidates:
-        return False
-    robust = max(reversed(candidates), key=rank)
+    claimed = of_claimed_data(candidates, config.claim_data)
+    if not claimed:
+        return f"no {CLAIM}: the {config.weights} weights were not evaluated {_needs(candidates)}"
+    robust = max(reversed(claimed), key=rank)
+    if was_trained_on(loaded, robust):
+        place = name_claimed(robust)
+        if config.claim_data is None:
+            return f"no {CLAIM}: the {place} holds training images"
+        raise ValueError(
+            "--claim-data: expected images that the run was not trained on, got training images: "
+            f"{place}"
+        )
     clean = _clean(events, robust)
     assert clean is not None
     claim = _claim(loaded, clean, robust)
@@ -53,16 +67,21 @@ def write_submission(config: ExportConfig, loaded: LoadedRun, folder: Path) -> b
     public = [{k: v for k, v in event.items() if k != "path"} for event in (clean, robust)]
     lines = [json.dumps(event) + "\n" for event in public]
     (folder / LOG).write_text("".join(lines), encoding="utf-8")
-    return True
+    return (
+        f"{CLAIM} is of {describe_claimed(robust)}\n"
+        f"submit it: {ISSUE} has the fields of RobustBench's issue New Model(s)"
+    )
 
 
-def dataset_of(loaded: LoadedRun) -> str:
-    """The name that the leaderboards have for the data; of other data the name of their file."""
-    stem = Path(loaded.config.data.path or "digits").stem
-    word = "".join(c for c in stem.lower() if c.isalnum())
-    num_classes = len(loaded.class_names)
-    known = (name for name, count in DATASETS.items() if count == num_classes and name in word)
-    return next(known, printable(stem))
+def _needs(candidates: Sequence[Mapping[str, Any]]) -> str:
+    """The words for the evaluation that a claim needs, and for others that a flag can claim."""
+    others = dict.fromkeys(printable(str(event["split"])) for event in candidates)
+    if not others:
+        return "under clean,autoattack"
+    return (
+        "under clean,autoattack on the run's test split, but on other data, which --claim-data "
+        f"names: {', '.join(others)}"
+    )
 
 
 def radius(epsilon: float) -> str:
@@ -100,7 +119,7 @@ def _claim(
         "authors": "",
         "additional_data": has_more,
         "number_forward_passes": 1,
-        "dataset": dataset_of(loaded),
+        "dataset": dataset_of(loaded, robust),
         "venue": "",
         "architecture": model.name,
         "eps": radius(robust["epsilon"]),
