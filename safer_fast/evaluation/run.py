@@ -59,10 +59,6 @@ def evaluate_folder(
         stops = measuring.enter_context(Stops(Ranks(), GRACE_S, "between two passes within s="))
         if split is not None:
             setup = replace(setup, split=split)
-        if is_part and setup.judge is not None:
-            raise ValueError(
-                "--text-embeddings: expected a file for a table of accuracies, got none"
-            )
         log = open_log(folder, ranks)
         num_images = setup.loader.num_images
         if config.num_images is not None and config.num_images < num_images:

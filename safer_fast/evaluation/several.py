@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from safer_fast.data.corrupted import Corruption, check_library
 from safer_fast.data.formats import open_splits
 from safer_fast.data.formats.given import WORD, GivenData, giving
 from safer_fast.evaluation.run import evaluate_folder
+from safer_fast.evaluation.towers import gives_distances
 from safer_fast.runs.accuracies import OWN_SPLITS, distinct_names
 from safer_fast.runtime.files import write_whole
 from safer_fast.runtime.terminal import aligned
@@ -50,7 +52,7 @@ def evaluate_several(
     others: data sets or paths by name, beside `config.other_data`.
     """
     sets = _data_sets(config, others or {})
-    _check_beforehand(sets[1:], config.corruptions)
+    _check_beforehand(sets[1:], config.corruptions, needs_labels=not gives_distances(config))
     rows: list[Row] = []
     for place, one in enumerate(sets):
         flag = "--other-data" if place else "data.path"
@@ -94,11 +96,14 @@ def _check_name(name: Any) -> None:
         raise ValueError(f"--other-data: expected names that are texts of one line, got {got}")
 
 
-def _check_beforehand(sets: Sequence[DataSet], corruptions: Sequence[str]) -> None:
+def _check_beforehand(
+    sets: Sequence[DataSet], corruptions: Sequence[str], *, needs_labels: bool
+) -> None:
     """Raise ValueError for data and packages that are missing, before anything is attacked."""
     for one in sets:
         with _named("--other-data"), giving(one.given, one.path) as path:
-            open_splits(path, "data.path", BadImages("skip", lambda _: None))
+            bad = BadImages("skip", lambda _: None)
+            open_splits(path, "data.path", bad, needs_labels=needs_labels)
     if corruptions:
         check_library()
 
@@ -118,30 +123,32 @@ def _named(flag: str) -> Iterator[None]:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """A line for each data set and a column for each attack and ball, in per cent.
 
-    Corruptions have a line each, the mean over their severities, and one for the mean of all.
+    Corruptions have a line each, the mean over their severities, and one for the mean of all. Of a
+    tower without text embeddings the figures are embedding distances.
     """
     plain = [row for row in rows if not row.get("corruption")]
     columns = list(dict.fromkeys(_column(row) for row in plain))
-    lines = [["accuracy in %", *columns]]
+    has_distances = any(row["accuracy"] is None for row in rows)
+    lines = [["embedding distance" if has_distances else "accuracy in %", *columns]]
     for split in dict.fromkeys(row["split"] for row in plain):
         found = {_column(row): row for row in plain if row["split"] == split}
-        lines.append([printable(split), *(_per_cent(found.get(column)) for column in columns)])
+        lines.append([printable(split), *(_figure(found.get(column)) for column in columns)])
     means = corruption_means(rows)
-    empty = [""] * (len(columns) - 1)
-    lines += [[name, f"{100 * mean:.2f}", *empty] for name, mean in means.items()]
     if len(means) > 1:
-        mean = fmean(means.values())
-        lines.append([f"mean of {len(means)} corruptions", f"{100 * mean:.2f}", *empty])
+        means[f"mean of {len(means)} corruptions"] = fmean(means.values())
+    empty = [""] * (len(columns) - 1)
+    for name, mean in means.items():
+        lines.append([name, f"{mean:.4g}" if has_distances else f"{100 * mean:.2f}", *empty])
     return aligned(lines, num_left=1)
 
 
 def corruption_means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Mean clean accuracy of each corruption over its severities, by name."""
+    """Mean clean accuracy, or distance, of each corruption over its severities, by name."""
     found: dict[str, list[float]] = {}
     for row in rows:
         if row.get("corruption"):
-            found.setdefault(row["corruption"], []).append(row["accuracy"])
-    return {name: fmean(accuracies) for name, accuracies in found.items()}
+            found.setdefault(row["corruption"], []).append(_value(row))
+    return {name: fmean(values) for name, values in found.items()}
 
 
 def _balls(config: EvaluateConfig) -> list[EvaluateConfig]:
@@ -182,7 +189,15 @@ def _column(row: Mapping[str, Any]) -> str:
     return f"{row['attack']} {ThreatModel(row['norm'], row['epsilon'])}"
 
 
-def _per_cent(row: Mapping[str, Any] | None) -> str:
+def _value(row: Mapping[str, Any]) -> float:
+    """The accuracy, or the embedding distance of a row without one."""
+    value = row["accuracy"] if row["accuracy"] is not None else row["embedding_distance"]
+    return math.nan if value is None else float(value)
+
+
+def _figure(row: Mapping[str, Any] | None) -> str:
     if row is None:
         return "-"
+    if row["accuracy"] is None:
+        return f"{_value(row):.4g}"
     return f"{'<=' if row.get('upper_bound') else ''}{100 * row['accuracy']:.2f}"

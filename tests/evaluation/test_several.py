@@ -95,6 +95,24 @@ def test_attacks_that_nobody_named_are_made_for_the_norm(folder: Path) -> None:
     assert [accuracy.attack for accuracy in found] == ["clean", "apgd-ce"]
 
 
+def test_a_table_of_distances_has_means_of_corruptions_too() -> None:
+    facts = {"split": "test", "norm": None, "epsilon": 0.0, "attack": "clean", "accuracy": None}
+    rows: list[dict[str, Any]] = [{**facts, "embedding_distance": 0.25}]
+    rows += [
+        {**facts, "corruption": name, "severity": severity, "embedding_distance": value}
+        for name, value in (("fog", 1.0), ("snow", 3.0))
+        for severity in (1, 2)
+    ]
+    lines = [line.split() for line in table(rows).splitlines()]
+    assert lines[0] == ["embedding", "distance", "clean"]
+    assert lines[1:] == [
+        ["test", "0.25"],
+        ["fog", "1"],
+        ["snow", "3"],
+        ["mean", "of", "2", "corruptions", "2"],
+    ]
+
+
 def evaluate_in_rank(words: list[str]) -> None:
     command.main(words)
 

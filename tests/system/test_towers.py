@@ -134,6 +134,41 @@ def test_attacks_of_a_tower_need_no_wish_and_a_wish_is_kept(
             evaluate([str(measured), word, "--epsilon=0.1", "--device=cpu"])
 
 
+def test_a_table_of_other_images_holds_the_distances_of_evaluations_alone(
+    measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2, 6, 8, 8), dtype=np.uint8)
+    (tmp_path / "flat").mkdir()
+    for number, image in enumerate(images[0]):
+        Image.fromarray(image).save(tmp_path / "flat" / f"{number}.png")
+    np.savez(tmp_path / "alone.npz", images=images[1])
+    paths = [tmp_path / "flat", tmp_path / "alone.npz"]
+    alone = {
+        (found.split, found.attack): found.embedding_distance
+        for path in paths
+        for found in evaluate_run(measured, path=str(path), device="cpu", fresh=True)
+    }
+    file, others = tmp_path / "figures.json", ",".join(map(str, paths))
+    capsys.readouterr()
+    words = [f"--other-data={others}", f"--json={file}", "--threat-models=linf:0.1,l2:0.5"]
+    evaluate([str(measured), *words, "--device=cpu"])
+    table = capsys.readouterr().out.splitlines()[-4:]
+    rows = {(row["split"], row["attack"], row["norm"]): row for row in json.loads(file.read_text())}
+    assert len(rows) == 3 * 3
+    assert all(row["accuracy"] is None for row in rows.values())
+    for (split, attack), distance in alone.items():
+        row = rows[split, attack, None if attack == "clean" else "linf"]
+        assert row["embedding_distance"] == distance > 0
+    assert table[0].split("  ")[0] == "embedding distance"
+    for line, split in zip(table[1:], ("test", "flat", "alone"), strict=True):
+        keys = [(split, "clean", None), (split, "pgd-2", "linf"), (split, "pgd-2", "l2")]
+        assert line.split() == [split, *(f"{rows[key]['embedding_distance']:.4g}" for key in keys)]
+    given = evaluate_run(measured, other_data={"v2": images[0]}, device="cpu")
+    assert [found.split for found in given] == ["test", "test", "v2", "v2"]
+    for found in given[2:]:
+        assert found.embedding_distance == alone["flat", found.attack]
+
+
 def test_a_text_head_gives_zero_shot_accuracy(measured: Path, tmp_path: Path) -> None:
     file = save_texts(tmp_path / "texts.safetensors")
     settings = {"device": "cpu", "text_embeddings": str(file)}
