@@ -29,18 +29,23 @@ class Resolution:
         text = config.data.resolution_schedule
         if text is None:
             return cls()
-        words = [word.strip().partition("@") for word in text.split(",")]
-        try:
-            sizes = [int(size) for size, _, _ in words]
-            shares = [float(share) for _, _, share in words[:-1]]
-        except ValueError:
-            raise _mistake(text) from None
-        is_rising = all(map(_is_less, [0.0, *shares], [*shares, 1.0]))
-        is_growing = all(map(_is_less, [0, *sizes], [*sizes, ranges.EDGE + 1]))
-        if words[-1][1] or not is_rising or not is_growing:
-            raise _mistake(text)
-        lasts = [int(share * config.epochs + 1e-9) for share in (*shares, 1.0)]
-        resolution = cls(tuple(zip(sizes, lasts, strict=True)))
+        words = [word.strip() for word in text.split(",")]
+        parts = [word.partition("@") for word in words]
+        if parts[-1][1]:
+            raise _mistake(text, words[-1])
+        sizes, shares = [0], [0.0]
+        for word, (size, _, share) in zip(words, parts, strict=True):
+            is_last = word is words[-1]
+            try:
+                sizes.append(int(size))
+                shares.append(1.0 if is_last else float(share))
+            except ValueError:
+                raise _mistake(text, word) from None
+            is_growing = sizes[-2] < sizes[-1] <= ranges.EDGE and shares[-2] < shares[-1]
+            if not is_growing or (shares[-1] >= 1 and not is_last):
+                raise _mistake(text, word)
+        lasts = [int(share * config.epochs + 1e-9) for share in shares[1:]]
+        resolution = cls(tuple(zip(sizes[1:], lasts, strict=True)))
         if config.data.image_size is not None:
             resolution.check_full(config.data.image_size)
         return resolution
@@ -63,14 +68,25 @@ class Resolution:
         """All sizes but the full one."""
         return [size for size, _ in self.parts[:-1]]
 
-    def __str__(self) -> str:
+    @property
+    def unused(self) -> list[int]:
+        """Sizes whose share of the epochs is less than one."""
+        return [size for size, first, last in self._spans() if first > last]
+
+    def _spans(self) -> list[tuple[int, int, int]]:
+        """Sizes with their first and last epoch."""
         firsts = [1, *(last + 1 for _, last in self.parts)]
-        used = [
-            f"{size} pixels from epoch {first} on"
-            for (size, last), first in zip(self.parts, firsts, strict=False)
-            if first <= last
+        return [
+            (size, first, last) for (size, last), first in zip(self.parts, firsts, strict=False)
         ]
-        return ", ".join(used)
+
+    def __str__(self) -> str:
+        used = (
+            f"{size} pixels from epoch {first}"
+            for size, first, last in self._spans()
+            if first <= last
+        )
+        return ", ".join(f"{words} on" for words in used)
 
     def at(self, epoch: int) -> int | None:
         """The edge of images in an epoch, from 1; None: as they are loaded."""
@@ -81,12 +97,9 @@ class Resolution:
         return epoch > 1 and self.at(epoch) != self.at(epoch - 1)
 
 
-def _is_less(first: float, second: float) -> bool:
-    return first < second
-
-
-def _mistake(text: str) -> ValueError:
+def _mistake(text: str, word: str = "") -> ValueError:
+    wrong = f"{word!r} in " if word else ""
     return ValueError(
         f"{FLAG}: expected growing sizes, each but the last with the share of epochs at which it "
-        f"ends, such as 112@0.8,224, got {shortened(repr(text))}"
+        f"ends, such as 112@0.8,224, got {shortened(wrong + repr(text))}"
     )

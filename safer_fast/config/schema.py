@@ -42,7 +42,7 @@ __all__ = [
 
 
 @hinting
-@dataclass
+@dataclass(kw_only=True)
 class Config:
     """All settings of a run, in groups.
 
@@ -94,11 +94,13 @@ class Config:
         """Read a recipe by name, or a YAML file such as a run.yaml, and change some settings.
 
         changes: settings by name; a dictionary for a group changes what it names and leaves the
-        rest. Raises ValueError, one line, for unknown names and unfit values.
+        rest. Raises TypeError for a name that is no setting, ValueError, one line, for unknown
+        recipes, names within groups and unfit values.
         """
         from safer_fast.config.conversion import converted_to
         from safer_fast.config.recipe_files import find_settings, read_settings
 
+        cls(**changes)  # names are checked there
         settings = read_settings(find_settings(str(name), "recipe"), "recipe")
         for key, value in changes.items():
             group = settings.get(key)

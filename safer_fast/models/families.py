@@ -123,7 +123,8 @@ class VitParts(Uncut):
         for size in sizes:
             if not takes_patches(embedding, size):
                 patches = f"patches of {getattr(embedding, 'patch_size', ['?'])[0]} pixels"
-                self._refuse_sizes(f"has {patches}, which do not divide {size}")
+                words = f"sizes that the network's {patches} divide, got {size}"
+                raise ValueError(f"--data.resolution_schedule: expected {words}")
             edge = size // embedding.patch_size[0]
             matrix = resampling_matrix(embedding.grid_size, edge)
             self.resampling[edge * edge] = matrix.to(embedding.proj.weight.device)

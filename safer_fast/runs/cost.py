@@ -16,8 +16,8 @@ class StageCost:
     """Cost of a stage: its layers, median step, operations per image of each phase, peak memory.
 
     num_taken: steps that were timed. attack: of theirs, as in PGD-10. full_step_s: step with
-    `attack.max_steps` where audits choose, None with a fixed number. large_step_s: step with images
-    of the full size, None where they are.
+    `attack.max_steps` where audits choose, None with a fixed number. large_step_s, large_attack: of
+    a step with images of the full size; None where they are of that size.
     """
 
     name: str
@@ -32,11 +32,17 @@ class StageCost:
     attack: str = ""
     full_step_s: float | None = None
     large_step_s: float | None = None
+    large_attack: str = ""
 
     @property
     def duration_s(self) -> float:
         """Seconds of all steps of the stage."""
         return self.num_steps * self.step_s
+
+    @property
+    def large_duration_s(self) -> float:
+        """Seconds of all steps of the stage with images of the full size."""
+        return self.num_steps * (self.large_step_s or self.step_s)
 
     @property
     def images_per_second(self) -> float:
@@ -79,11 +85,18 @@ def table(cost: RunCost) -> str:
     """Format the cost as lines of text."""
     lines = [line for stage in cost.stages for line in _lines_of(stage, cost.matmul_rate)]
     end = datetime.now() + timedelta(seconds=cost.duration_s)
+    large_s, gain = sum(stage.large_duration_s for stage in cost.stages), []
+    if any(stage.large_step_s is not None for stage in cost.stages):
+        times = f"{large_s / cost.training_s:.2f} times"
+        gain = [
+            f"  gain        {times} the {_clock(large_s)} of images of the full size throughout"
+        ]
     return "\n".join(
         [
             *lines,
             "the whole run",
             f"  training    {cost.num_steps} steps, {_clock(cost.training_s)}",
+            *gain,
             f"  evaluation  {_clock(cost.evaluation_s)}",
             f"  in all      {_clock(cost.duration_s)}; begun now, it ends {end:%Y-%m-%d %H:%M}",
         ]
@@ -97,11 +110,13 @@ def _lines_of(stage: StageCost, rate: float) -> list[str]:
     suffix = "everything" if stage.cut == STEM else f"from block {stage.cut}"
     full_s, at_most = stage.full_step_s, []
     if full_s is not None:
+        full_s = max(full_s, stage.step_s)  # few steps were timed
         whole = _clock(stage.num_steps * full_s)
         at_most = [f"  at most     {full_s * 1e3:.1f} ms with attack.max_steps, {whole} in all"]
     large_s, at_full_size = stage.large_step_s, []
     if large_s is not None:
-        others = f"{stage.batch_size / large_s:.1f} images/s ({large_s * 1e3:.1f} ms)"
+        rate_of_large = f"{stage.batch_size / large_s:.1f} images/s"
+        others = f"{rate_of_large} ({large_s * 1e3:.1f} ms, {stage.large_attack})"
         gain = f"{large_s / stage.step_s:.2f} times the {others} of images of the full size"
         at_full_size = [f"  gain        {gain}"]
     return [

@@ -35,8 +35,12 @@ def describe_run(config: Config, engine: Engine, data: Data) -> dict[str, Any]:
     validation = {}
     if limit is not None and limit < of_images:
         validation["validation"] = describe_subset(limit, of_images)
-    if resolution := str(Resolution.of(config)):
+    resolution = Resolution.of(config)
+    if resolution.parts:
         validation["resolution"] = f"{resolution}, in training"
+    for size in resolution.unused:
+        share = f"{size} pixels have a share of less than one of {config.epochs} epochs"
+        notes.append(f"data.resolution_schedule: {share}, and none is trained on them")
     num_images = f"{data.train.num_images} training{_extra(data)}"
     return {
         "safer_fast": __version__,

@@ -136,9 +136,11 @@ def _cost_of(
     times, chosen = _step_times(trainer, stage, most_s), trainer.engine.audit.steps
     attack_steps, operations = trainer.step.attack.steps, _operations(trainer, size)
     peak_memory_mib, full_step_s, large_step_s = trainer.runtime.peak_memory_mib(), None, None
+    name_attack, large_attack = trainer.config.attack.named, ""
     if size is not None:
         learner.resolution = Resolution()
         large_step_s = _median(_step_times(trainer, stage, most_s / 2))
+        large_attack = name_attack(trainer.step.attack.steps)
         learner.resolution = Resolution.always(size)
     if chosen is not None and attack_steps:
         chosen.sound_alarm()
@@ -153,9 +155,10 @@ def _cost_of(
         batch_size=-(-trainer.data.train.images_per_epoch // len(trainer.data.train)),
         operations=operations,
         peak_memory_mib=peak_memory_mib if size else trainer.runtime.peak_memory_mib(),
-        attack=trainer.config.attack.named(attack_steps),
+        attack=name_attack(attack_steps),
         full_step_s=full_step_s,
         large_step_s=large_step_s,
+        large_attack=large_attack,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from safer_fast.attacks.pgd import cross_entropy
 from safer_fast.config.schema import Config
 from safer_fast.data import Data, Loader
+from safer_fast.models.families import STEM
 from safer_fast.runs.loggers.run_log import RunLog
 from safer_fast.runs.progress import ProgressChanges
 from safer_fast.runtime.seeds import derive_seed
@@ -56,7 +57,8 @@ class LayerSelector:
         more = ", ..." if len(choice.selected) > NUM_SHOWN else ""
         shown = ", ".join(choice.selected[:NUM_SHOWN]) + more
         cut = learner.step.cut
-        self.log.say(f"selected by {choice.criterion}: {shown} (suffix from block {cut})")
+        suffix = "no frozen prefix" if cut == STEM else f"suffix from block {cut}"
+        self.log.say(f"selected by {choice.criterion}: {shown} ({suffix})")
 
     def changes(self, stage: Stage, moved: list[str]) -> ProgressChanges:
         """Changes of progress by a selection; `moved`: parameters that were trained before."""

@@ -98,3 +98,10 @@ def test_a_configuration_shows_its_changes_and_can_be_made_again_of_them() -> No
     assert config.to_dict()["attack"]["norm"] == "linf"
     wrong = Config(optim="muon", attack={"epsilom": 1})  # type: ignore[arg-type]
     assert repr(wrong) == "Config(attack={'epsilom': 1}, optim='muon')"
+
+
+def test_a_recipe_is_changed_by_known_names_alone_and_settings_have_names() -> None:
+    with pytest.raises(TypeError, match=r"unknown setting 'epochz', did you mean 'epochs'\?$"):
+        Config.from_recipe("cifar10-safer", epochz=3)
+    with pytest.raises(TypeError, match="positional"):
+        Config("bf16", 3)  # type: ignore[misc]

@@ -1,5 +1,7 @@
 """A schedule of image sizes is read, and refused in one line."""
 
+import re
+
 import pytest
 
 from safer_fast.config.command_line import parse_config
@@ -42,6 +44,25 @@ def test_a_schedule_is_said_in_words() -> None:
     words = "112 pixels from epoch 1 on, 224 pixels from epoch 9 on"
     assert str(read("112@0.8,224")) == words
     assert str(read("112@0.8,224", epochs=1)) == "224 pixels from epoch 1 on"
+
+
+def test_a_size_whose_share_is_less_than_an_epoch_is_known() -> None:
+    assert read("96@0.1,112@0.8,224", epochs=5).unused == [96]
+    assert read("112@0.8,224", epochs=5).unused == []
+
+
+@pytest.mark.parametrize(
+    ("schedule", "wrong"),
+    [
+        ("112@80%,224", "112@80%"),
+        ("112@0.5,224@1", "224@1"),
+        ("96@0.6,128@0.3,224", "128@0.3"),
+        ("112@1.5,224", "112@1.5"),
+    ],
+)
+def test_the_word_that_is_wrong_is_named(schedule: str, wrong: str) -> None:
+    with pytest.raises(ValueError, match=rf", got '{re.escape(wrong)}' in '"):
+        read(schedule)
 
 
 @pytest.mark.parametrize(

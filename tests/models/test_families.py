@@ -88,7 +88,9 @@ def test_a_network_for_one_size_is_refused(name: str) -> None:
 
 
 def test_patches_must_divide_each_size() -> None:
-    with pytest.raises(ValueError, match=r"patches of 8 pixels, which do not divide 20"):
+    with pytest.raises(
+        ValueError, match=r"expected sizes that the network's patches of 8 pixels divide, got 20"
+    ):
         build().take_sizes([16, 20])
 
 

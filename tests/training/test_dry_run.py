@@ -221,7 +221,12 @@ def test_each_size_of_images_is_timed_and_the_gain_printed(server: Server, tmp_p
     def figures(words: str) -> list[float]:
         return [float(number) for part in parts for number in re.findall(words, part)]
 
-    assert len(figures(r"gain        ([\d.]+) times the [\d.]+ images/s .* of the full size")) == 2
+    gain = r"gain        ([\d.]+) times the [\d.]+ images/s \(.* ms, PGD-3\) of images of the full"
+    assert len(figures(gain)) == 2, table
+    whole = result.stdout.split("the whole run")[1]
+    assert re.search(
+        r"gain        [\d.]+ times the 0:.* of images of the full size throughout", whole
+    )
     operations = figures(r"attack ([\d.e-]+)")
     assert operations[0] == operations[1] < operations[2]
     num_steps = figures(r"training    (\d+) steps")
@@ -237,7 +242,7 @@ def test_a_mistake_is_one_line_all_the_same(server: Server, tmp_path: Path) -> N
             "--data.resolution_schedule: expected 16",
         ),
         (["--data.resolution_schedule=4@0.5,16"], "--data.resolution_schedule: expected 8"),
-        (["--data.resolution_schedule=3@0.5,8"], "--data.resolution_schedule: expected a ViT"),
+        (["--data.resolution_schedule=3@0.5,8"], "--data.resolution_schedule: expected sizes"),
     ):
         result = command(server, tmp_path, "--dry-run", *flags)
         assert result.returncode == 2
