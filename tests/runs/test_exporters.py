@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import numpy as np
@@ -105,7 +107,7 @@ def make_run(folder: Path, flags: list[str]) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    folder.mkdir()
+    folder.mkdir(parents=True)
     save_config(config, folder)
     export_model(model, model.network.state_dict(), folder, config=config, data=data)
     best = {name: value + 0.01 for name, value in model.network.state_dict().items()}
@@ -303,15 +305,41 @@ def test_a_claim_is_of_the_test_split_or_of_data_that_are_named(
     assert claim_of() == ("digits", 20)
     assert "claim.json is of the run's own test split, 20 of 80 images\n" in capsys.readouterr().out
     assert claim_of("--claim-data=cifar10-full-test") == ("cifar10", 20)
-    said = f"claim.json is of cifar10-full-test ({cifar10}), 20 of 40 images\n"
+    said = f"claim.json is of cifar10-full-test ({cifar10}), 20 of 40 images\nsubmit it"
     assert said in capsys.readouterr().out
     assert claim_of(f"--claim-data={noise}") == ("noise", 30)
+    said = "30 images\nnote: RobustBench has no leaderboard of noise, only of cifar10, cifar100, im"
+    assert said in capsys.readouterr().out
     with pytest.raises(
         ValueError, match=r"^--claim-data: expected .*: cifar10-full-test, noise, t"
     ):
         claim_of("--claim-data=nois")
     with pytest.raises(ValueError, match=r"^--claim-data: expected --format robustbench"):
         claim_of("--claim-data=noise", "--format=hub")
+
+
+@pytest.mark.slow
+def test_a_card_names_benchmark_for_data_that_robustbench_has_alone(tmp_path: Path) -> None:
+    digits = np.load(TEST_IMAGES)
+    example = re.compile("```python\n(.*?)\n```", re.DOTALL)
+    for name, data in (("cifar10-train", "cifar10"), ("pics-train", "pics-train")):
+        np.savez(tmp_path / name, **{part: digits[part] for part in digits.files})
+        flags = [f"--data.path={tmp_path / name}.npz", "--model.patch_size=4"]
+        run = make_run(tmp_path / data / "run", [*flags, "--attack.epsilon=8/255"])
+        folder = write(run, "robustbench")
+        card, code = ((folder / file).read_text() for file in ("README.md", "robust_model.py"))
+        assert ModelCard(card).data.to_dict()["datasets"] == [data]
+        assert "run.yaml" not in card
+        (lines,) = example.findall(card)
+        call = 'benchmark(load(), dataset="cifar10", threat_model="Linf", eps=8/255)'
+        assert [call in text for text in (lines, code)] == [data == "cifar10"] * 2
+        assert ["benchmark" in text for text in (card, code)] == [data == "cifar10"] * 2
+        assert indent(lines, "    ") in code
+        compile(code, "robust_model.py", "exec")
+        if data != "cifar10":
+            add = f"sys.path.insert(0, {str(folder)!r})\n"
+            said = in_a_process_of_its_own(f"{add}{lines}\nprint(tuple(logits.shape))")
+            assert said == "(8, 10)"
 
 
 @pytest.mark.parametrize("is_kept", [True, False])

@@ -13,6 +13,7 @@ from safer_fast import __version__
 from safer_fast.config.commands import ExportConfig
 from safer_fast.config.messages import printable
 from safer_fast.runs.accuracies import interval
+from safer_fast.runs.exporters.claimed_data import dataset_of
 from safer_fast.runs.exporters.facts import measured_accuracies
 from safer_fast.runs.exporters.timm import write_timm
 from safer_fast.runs.layout import RunFolder
@@ -66,8 +67,8 @@ def model_card(card: ModelCard, usage: str | None = None) -> str:
         "## How to load it",
         usage or _usage(card),
         "## How it was trained",
-        f"With safer_fast {__version__}, from this configuration (`run.yaml`; `python -m "
-        "safer_fast.train --config run.yaml` repeats it):",
+        f"With safer_fast {__version__}, from this configuration, of whose paths the last "
+        "name is left:",
         f"```yaml\n{_fenced(card.recipe)}\n```",
         "## License",
         _license(card.license),
@@ -173,13 +174,12 @@ def write_hub(config: ExportConfig, loaded: LoadedRun, folder: Path) -> str:
 def card_of(config: ExportConfig, loaded: LoadedRun) -> ModelCard:
     """The card of a run."""
     settings, model = loaded.config, loaded.model
-    data = Path(settings.data.path).stem if settings.data.path else "digits"
     lines = RunFolder(Path(config.run)).config.read_text(encoding="utf-8").splitlines()
     return ModelCard(
         name=config.name or Path(config.run).resolve().name,
         architecture=settings.model.name,
         license=config.license,
-        data=data,
+        data=dataset_of(loaded),
         norm=settings.attack.norm,
         epsilon=float(settings.attack.epsilon),
         weights=config.weights,

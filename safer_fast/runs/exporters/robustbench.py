@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from pprint import pformat
+from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from safer_fast.config.commands import ExportConfig
 from safer_fast.models.robust_model import RobustModel
-from safer_fast.runs.exporters.claimed_data import dataset_of
+from safer_fast.runs.exporters.claimed_data import DATASETS, dataset_of
 from safer_fast.runs.exporters.model_card import card_of, model_card
 from safer_fast.runs.exporters.submission import NORMS, radius, write_submission
 from safer_fast.runs.exporters.timm import described_model
@@ -29,11 +30,13 @@ def save_robustbench(
     folder: Path,
     image_size: int,
     short_side: int,
+    example: str,
 ) -> None:
     """Write the state dict with timm's names, and a module whose `load()` returns the model.
 
     arguments: of timm.create_model; plain values, which the code holds as literals. image_size,
-    short_side: pixels that images were evaluated at, and were resized to before that.
+    short_side: pixels that images were evaluated at, and were resized to before that. example:
+    lines of Python that use the model.
     """
     weights = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
     torch.save(weights, folder / ROBUSTBENCH_WEIGHTS)
@@ -45,16 +48,14 @@ def save_robustbench(
         weights=ROBUSTBENCH_WEIGHTS,
         image_size=image_size,
         short_side=short_side,
+        example=indent(example, "    "),
     )
     (folder / CODE).write_text(code, encoding="utf-8")
 
 
 _MODULE = '''"""A robust classifier of pixels in [0, 1], for RobustBench and AutoAttack.
 
-    from robustbench import benchmark
-    from robust_model import load
-
-    benchmark(load(), dataset="cifar10", threat_model="Linf", eps=8 / 255)
+{example}
 
 Images of another size are resized (bilinear) until their short side has {short_side} pixels, and
 the centre of {image_size}x{image_size} is kept.
@@ -104,7 +105,12 @@ def write_robustbench(config: ExportConfig, loaded: LoadedRun, folder: Path) -> 
     described = described_model(config, loaded)
     sizes = loaded.image_size, loaded.short_side
     save_robustbench(
-        loaded.model, described["architecture"], described["model_args"], folder, *sizes
+        loaded.model,
+        described["architecture"],
+        described["model_args"],
+        folder,
+        *sizes,
+        _example(loaded),
     )
     card = model_card(card_of(config, loaded), _usage(loaded))
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -115,24 +121,32 @@ def write_robustbench(config: ExportConfig, loaded: LoadedRun, folder: Path) -> 
     return f"{advice}\n{write_submission(config, loaded, folder)}"
 
 
+def _example(loaded: LoadedRun) -> str:
+    """Lines of Python: `benchmark` on data of its own, for models of other data their logits."""
+    attack, size, data = loaded.config.attack, loaded.image_size, dataset_of(loaded)
+    load = f"from {Path(CODE).stem} import load"
+    if data not in DATASETS or attack.norm not in NORMS:
+        shape = f"8, {loaded.num_channels}, {size}, {size}"
+        lines = ["import torch", load, ""]
+        lines += [f"images = torch.rand({shape})  # pixels in [0, 1]", "logits = load()(images)"]
+        return "\n".join(lines)
+    ball = f'threat_model="{NORMS[attack.norm]}", eps={radius(float(attack.epsilon))}'
+    call = f'benchmark(load(), dataset="{data}", {ball})'
+    return "\n".join(["from robustbench import benchmark", load, "", call])
+
+
 def _usage(loaded: LoadedRun) -> str:
     """The section of the card on loading the model, and on measuring it as RobustBench does."""
-    attack, size = loaded.config.attack, loaded.image_size
-    call = (
-        f'benchmark(load(), dataset="{dataset_of(loaded)}", threat_model="{NORMS[attack.norm]}", '
-        f"eps={radius(float(attack.epsilon))})"
-    )
+    size = loaded.image_size
+    by = ": `preprocessing` of `benchmark`" if dataset_of(loaded) in DATASETS else ""
     lines = [
         "```python",
-        "from robustbench import benchmark",
-        f"from {Path(CODE).stem} import load",
-        "",
-        call,
+        _example(loaded),
         "```",
         "",
         f"`load()` reads `{ROBUSTBENCH_WEIGHTS}` beside it, with torch and timm alone. It takes",
         "pixels in [0, 1]; normalisation is a part. Images of another size are resized (bilinear)",
         f"until their short side has {loaded.short_side} pixels, and the centre of",
-        f"{size}x{size} is kept: `preprocessing` of `benchmark`.",
+        f"{size}x{size} is kept{by}.",
     ]
     return "\n".join(lines)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from safer_fast.config.commands import ExportConfig
 from safer_fast.config.messages import printable
 from safer_fast.runs.exporters.claimed_data import (
+    DATASETS,
     dataset_of,
     describe_claimed,
     name_claimed,
@@ -67,8 +68,12 @@ def write_submission(config: ExportConfig, loaded: LoadedRun, folder: Path) -> s
     public = [{k: v for k, v in event.items() if k != "path"} for event in (clean, robust)]
     lines = [json.dumps(event) + "\n" for event in public]
     (folder / LOG).write_text("".join(lines), encoding="utf-8")
+    note = ""
+    if claim["dataset"] not in DATASETS:
+        known = ", ".join(DATASETS)
+        note = f"note: RobustBench has no leaderboard of {claim['dataset']}, only of {known}\n"
     return (
-        f"{CLAIM} is of {describe_claimed(robust)}\n"
+        f"{CLAIM} is of {describe_claimed(robust)}\n{note}"
         f"submit it: {ISSUE} has the fields of RobustBench's issue New Model(s)"
     )
 
