@@ -25,8 +25,9 @@ def open_log(folder: Path, ranks: Ranks) -> RunLog:
 
 
 def log_rows(rows: Sequence[dict[str, Any]], folder: Path, epoch: int, log: RunLog) -> None:
-    """Append the rows to metrics.jsonl that are not there yet.
+    """Append the rows to metrics.jsonl that are not there yet, at the end of training.
 
+    epoch: of the weights where the file does not tell when training ended.
     Evaluations that run at once take turns. Earlier versions did not say of how many images theirs
     were, nor how many were not finite.
     """
@@ -47,7 +48,18 @@ def _append(
     rows: Sequence[dict[str, Any]], logged: Sequence[Mapping[str, Any]], epoch: int, log: RunLog
 ) -> None:
     known = [{"of_images": e.get("num_images"), "num_not_finite": 0, **e} for e in logged]
+    epoch, step = _end_of_training(logged) or (epoch, 0)
     for row in rows:
         facts = {key: value for key, value in row.items() if key != "seconds"}
         if not any(event.items() >= facts.items() for event in known):
-            log.write("evaluation", epoch=epoch, step=0, **row)
+            log.write("evaluation", epoch=epoch, step=step, **row)
+
+
+def _end_of_training(logged: Sequence[Mapping[str, Any]]) -> tuple[int, int] | None:
+    """Epoch and step at which the run wrote its weights, as its own final figures have them."""
+    for kind in ("end", "epoch"):
+        for event in reversed(logged):
+            place = event.get("epoch"), event.get("step")
+            if event.get("event") == kind and all(type(n) is int and n >= 0 for n in place):
+                return place
+    return None

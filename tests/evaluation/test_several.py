@@ -294,6 +294,21 @@ def test_what_is_no_other_data_gets_one_line(data: Any, message: str, folder: Pa
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
+def test_figures_of_a_command_name_the_step_of_those_of_training(folder: Path) -> None:
+    file = folder / "metrics.jsonl"
+    for weights in ("last", "best"):
+        command.main(
+            [str(folder), "--attacks=clean,fgsm", f"--weights={weights}", "--num-images=9"]
+        )
+    events = [json.loads(line) for line in file.read_text().splitlines()]
+    measured = [event for event in events if event["event"] == "evaluation"]
+    places = {(e["weights"], e["epoch"], e["step"]) for e in measured if e["weights"] != "start"}
+    end = next(event for event in events if event["event"] == "end")
+    assert end["step"] > 0
+    assert places == {(weights, end["epoch"], end["step"]) for weights in ("last", "best")}
+    assert {event["num_images"] for event in measured} == {80, 9}
+
+
 def test_report_and_card_survive_data_whose_name_is_no_text(folder: Path) -> None:
     evaluate_run(folder, attacks="clean", num_images=2)
     with (folder / "metrics.jsonl").open("r+") as file:
