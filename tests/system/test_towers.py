@@ -190,10 +190,52 @@ def test_a_text_head_gives_zero_shot_accuracy(measured: Path, tmp_path: Path) ->
     assert clean.embedding_distance is None
 
 
-def test_the_report_tells_distances_in_place_of_accuracies(measured: Path) -> None:
+def sections_of(page: str) -> dict[str, str]:
+    """Texts of the tables below headings of a report, without marks."""
+    parts = re.split(r"<h2>(.*?)</h2>", page)[1:]
+    texts = (
+        " ".join(re.sub(r"<[^>]+>", " ", part.partition("<details>")[0]).split())
+        for part in parts[1::2]
+    )
+    return dict(zip(parts[::2], texts, strict=True))
+
+
+def test_the_report_tells_distances_in_place_of_accuracies(measured: Path, tmp_path: Path) -> None:
     page = write_report([measured]).read_text()
+    distances = {
+        (row["weights"], row["attack"]): f"{row['embedding_distance']:.3g}"
+        for row in rows_of(measured)
+    }
+    before, after = (distances[weights, "pgd-2"] for weights in ("start", "best"))
+    verdict = f"clean ones is {before} at the start, {after} in the end, under PGD-2, "
     assert "mean squared distance of embeddings of attacked images" in page
-    assert "no accuracy under attack has been measured" not in page
+    assert verdict in page
+    sections = sections_of(page)
+    assert "Accuracy" not in sections
+    for weights in ("start", "best", "last"):
+        row = f"{weights} test split {distances[weights, 'clean']} {distances[weights, 'pgd-2']}"
+        assert row in sections["Embedding distance"]
+    assert "best: those of the smallest embedding distance under attack on the validation" in page
+    for wrong in ("95 %", "best robust accuracy", "no accuracy under attack"):
+        assert wrong not in page
+    epochs = [e for e in read_metrics(measured / "metrics.jsonl") if e["event"] == "epoch"]
+    smallest = min(e["embedding_distance"] for e in epochs if "embedding_distance" in e)
+    assert f"best embedding distance {smallest:.3g} validation" in sections["At a glance"]
+    assert "under attack clean" in sections["Training"], "the legend of the curves"
+
+    # other balls, and accuracies by texts, stand beside them and change none
+    texts = str(save_texts(tmp_path / "texts.npz"))
+    settings = {"attacks": "clean,pgd-2", "num_images": 20, "device": "cpu"}
+    evaluate_run(measured, norm="l2", epsilon=0.5, **settings)
+    clean, _ = evaluate_run(measured, text_embeddings=texts, **settings)
+    page = write_report([measured]).read_text()
+    assert verdict in page
+    sections = sections_of(page)
+    assert f"{100 * clean.accuracy:.1f} %" in sections["Accuracy"]
+    assert f"last test split {distances['last', 'clean']} " in sections["Embedding distance"]
+    other = shutil.copytree(measured, tmp_path / "other")
+    compared = write_report([measured, other], tmp_path / "both.html").read_text()
+    assert "Embedding distances, here of measured and other, compare only with those" in compared
 
 
 def test_plain_timm_loads_the_tower(fare: Path) -> None:

@@ -24,7 +24,7 @@ _HEADLINE = {"clean": "clean", "pgd": "PGD", "autoattack": "AutoAttack"}
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An accuracy; equality compares everything it depends on."""
+    """An accuracy, or an embedding distance as `loss`; equality compares all that it depends on."""
 
     weights: str
     split: str
@@ -36,6 +36,7 @@ class Evaluation:
     seed: int | None
     num_images: int
     of_images: int
+    is_distance: bool
     accuracy: float | None = field(compare=False)
     loss: float | None = field(compare=False)
     num_not_finite: int = field(compare=False)
@@ -57,22 +58,45 @@ class Evaluation:
 
 
 def weights_and_splits(run: ReportedRun) -> list[tuple[str, str]]:
-    """Weights and splits that accuracies were measured of, start first."""
-    return sorted({(one.weights, one.split) for one in _evaluations(run)}, key=_place_order)
+    """Weights and splits that were evaluated, start first."""
+    return _places(_evaluations(run))
 
 
-def strongest(run: ReportedRun, kind: str, weights: str, split: str) -> Evaluation | None:
+def strongest(
+    run: ReportedRun, kind: str, weights: str, split: str, *, of_distances: bool = False
+) -> Evaluation | None:
     """The hardest test by a kind of attack: on the model itself, in training's ball, most steps."""
-    return _strongest(run, _evaluations(run), kind, weights, split)
+    found = [one for one in _evaluations(run) if one.is_distance is of_distances]
+    return _strongest(run, found, kind, weights, split)
 
 
-def headline(runs: Sequence[ReportedRun]) -> Table:
+def has_distances(run: ReportedRun) -> bool:
+    """True for a run of which embedding distances were measured."""
+    return any(one.is_distance for one in _evaluations(run))
+
+
+def meaning_of_weights(runs: Sequence[ReportedRun]) -> str:
+    """A sentence on the weights that rows are named by."""
+    chosen = {
+        "smallest embedding distance under attack"
+        if any(value is not None for value in run.series("embedding_distance"))
+        else "best robust accuracy"
+        for run in runs
+    }
+    return (
+        "start: the weights that SAFER began with; best: those of the "
+        f"{' or '.join(sorted(chosen))} on the validation split; last: those after the last epoch."
+    )
+
+
+def headline(runs: Sequence[ReportedRun], *, of_distances: bool = False) -> Table:
     """A row for each run, weights and split: clean, under the strongest PGD, and AutoAttack.
 
     Rows of one split stand together, and name it in a column where there are several.
+    of_distances: embedding distances in place of accuracies.
     """
-    found = [_evaluations(run) for run in runs]
-    places = [(i, *place) for i, run in enumerate(runs) for place in weights_and_splits(run)]
+    found = [[one for one in _evaluations(r) if one.is_distance is of_distances] for r in runs]
+    places = [(i, *place) for i, ones in enumerate(found) for place in _places(ones)]
     has_splits = len({split for _, _, split in places}) > 1
     places.sort(key=lambda place: place[2] if has_splits else "")
     columns = [
@@ -156,6 +180,7 @@ def _columns_of_weights(run: ReportedRun) -> list[tuple[str, dict[Evaluation, Ev
 def _evaluation(event: Mapping[str, Any], run: ReportedRun) -> Evaluation:
     """The accuracy in an event; where it names no norm, with the norm of the run."""
     attack = str(event.get("attack"))
+    is_distance = event.get("accuracy") is None and event.get("embedding_distance") is not None
     own = run.setting("attack.norm")
     norm = event.get("norm") or (own if isinstance(own, str) else "")
     return Evaluation(
@@ -169,8 +194,9 @@ def _evaluation(event: Mapping[str, Any], run: ReportedRun) -> Evaluation:
         seed=None if attack == "clean" or event.get("seed") is None else int(event["seed"]),
         num_images=int(event.get("num_images") or 0),
         of_images=int(event.get("of_images") or event.get("num_images") or 0),
+        is_distance=is_distance,
         accuracy=event.get("accuracy"),
-        loss=event.get("loss"),
+        loss=event["embedding_distance"] if is_distance else event.get("loss"),
         num_not_finite=int(event.get("num_not_finite") or 0),
         num_zero_gradients=int(event.get("num_zero_gradients") or 0),
         start_accuracy=event.get("start_accuracy"),
@@ -191,7 +217,7 @@ def _strongest(
         one
         for one in evaluations
         if (one.weights, one.split, one.kind, one.source) == (weights, split, kind, "")
-        and one.accuracy is not None
+        and (one.is_distance or one.accuracy is not None)
     ]
     return max(reversed(fitting), key=strength, default=None)
 
@@ -245,8 +271,9 @@ def facts_of(one: Evaluation) -> dict[str, str]:
 
 def _accuracy(one: Evaluation | None, facts: Sequence[str] = (), *, has_loss: bool = False) -> Cell:
     """The share with its interval, and these facts in small print."""
-    if one is not None and one.accuracy is None and one.loss is not None:
-        return Cell(f"{one.loss:.3g}", "squared distance of embeddings to the original's")
+    if one is not None and one.is_distance:
+        about = ["squared distance of embeddings to the original's"] * has_loss
+        return Cell(f"{one.loss:.3g}", ", ".join([*about, *facts]))
     if one is None or one.accuracy is None:
         return Cell(NOTHING)
     notes = []
@@ -286,6 +313,10 @@ def _class_names(run: ReportedRun) -> list[str]:
     about = run.model.get("safer_fast")
     names = about.get("class_names") if isinstance(about, dict) else None
     return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def _places(evaluations: Sequence[Evaluation]) -> list[tuple[str, str]]:
+    return sorted({(one.weights, one.split) for one in evaluations}, key=_place_order)
 
 
 def _place_order(place: tuple[str, str]) -> tuple[int, str, str]:

@@ -12,6 +12,7 @@ from safer_fast.runs.layout import RunFolder
 from safer_fast.runs.report import evaluations, health, tables, training, verdict
 from safer_fast.runs.report.gallery import galleries
 from safer_fast.runs.report.reading import ReportedRun, read_runs
+from safer_fast.runs.report.tables import Table
 from safer_fast.runs.report.training import Figure
 from safer_fast.runtime.files import write_whole
 
@@ -43,7 +44,7 @@ def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
         title=verdict.title(read),
         verdict=verdict.verdict(read),
         alarms=[*training.alarms(read), *evaluations.alarms(read)],
-        headline=evaluations.headline(read),
+        results=_results(read),
         evaluations=evaluations.all_evaluations(read),
         per_class=evaluations.per_class(read),
         caution=tables.caution(read),
@@ -67,6 +68,20 @@ def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
     else:
         output.write_text(page.lstrip(), encoding="utf-8")
     return output
+
+
+def _results(runs: Sequence[ReportedRun]) -> list[tuple[str, Table, str]]:
+    """Title, table and note of accuracies and of embedding distances, as far as there are any."""
+    weights = evaluations.meaning_of_weights(runs)
+    distances = (
+        "Mean squared distances of embeddings to those of the clean images by the original "
+        f"network. {weights}"
+    )
+    tables = [
+        ("Accuracy", evaluations.headline(runs), f"With 95 % intervals. {weights}"),
+        ("Embedding distance", evaluations.headline(runs, of_distances=True), distances),
+    ]
+    return [one for one in tables if one[1].rows]
 
 
 def _map_figures(runs: Sequence[ReportedRun]) -> list[Figure]:

@@ -18,6 +18,7 @@ from safer_fast.runs.loggers.metrics_file import read_metrics
 _EVENT_KEYS = ("event", "epoch", "step", "time_s")
 _NUMBERS = (
     "embedding_distance",
+    "clean_embedding_distance",
     "time_s",
     "train_loss",
     "train_robust_accuracy",

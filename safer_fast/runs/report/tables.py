@@ -139,6 +139,7 @@ def _overview(run: ReportedRun) -> dict[str, Cell]:
     memory = _measured(run, "peak_memory_mib").values()
     skipped = _measured(run, "skipped_steps").values()
     best, last = _best_and_last(run)
+    nearest, last_distance = _best_and_last_distance(run)
     return {
         "model": Cell(shown(run.setting("model.name"))),
         "attack in training": Cell(_attack(run)),
@@ -148,6 +149,8 @@ def _overview(run: ReportedRun) -> dict[str, Cell]:
         "best robust accuracy": best,
         "last robust accuracy": last,
         "robust gap": _gap(run),
+        "best embedding distance": nearest,
+        "last embedding distance": last_distance,
         "speed": _speed(run),
         "peak memory": Cell(f"{max(memory):,.0f} MiB" if memory else NOTHING),
         "skipped steps": Cell(f"{sum(skipped):.0f}"),
@@ -166,6 +169,18 @@ def _best_and_last(run: ReportedRun) -> tuple[Cell, Cell]:
         Cell(percent(robust[best]), f"{validation_attack(run)}, epoch {best}"),
         Cell(percent(robust[last]), f"{validation_attack(run)}, epoch {last}, {note}"),
     )
+
+
+def _best_and_last_distance(run: ReportedRun) -> tuple[Cell, Cell]:
+    """Smallest and last embedding distance under attack on the validation split in training."""
+    found = _measured(run, "embedding_distance")
+    if not found:
+        return Cell(NOTHING), Cell(NOTHING)
+    epochs = min(found, key=lambda epoch: found[epoch]), max(found)
+    best, last = (
+        Cell(f"{found[epoch]:.3g}", f"{validation_attack(run)}, epoch {epoch}") for epoch in epochs
+    )
+    return best, last
 
 
 def validation_attack(run: ReportedRun) -> str:

@@ -40,6 +40,7 @@ def training_figures(runs: Sequence[ReportedRun]) -> list[Figure]:
     drawn = [
         _robust_figure(runs),
         _clean_figure(runs),
+        _distance_figure(runs),
         _loss_figure(runs),
         curve_figure(
             runs,
@@ -133,6 +134,29 @@ def _clean_figure(runs: Sequence[ReportedRun]) -> Figure | None:
         caption = "Accuracy without an attack; in training at the random start of the attack."
     drawing = draw_curves(curves, identity="clean", title=title, is_share=True)
     return Figure(title, [drawing], caption, _both_splits(runs) if has_training else [])
+
+
+def _distance_figure(runs: Sequence[ReportedRun]) -> Figure | None:
+    """Distances of a tower without text embeddings, of attacked and of clean images."""
+    curves = []
+    for index, run in enumerate(runs):
+        epochs = run.series("epoch")
+        curves.append(Curve(epochs, run.series("embedding_distance"), index))
+        clean = run.series("clean_embedding_distance")
+        curves.append(Curve(epochs, clean, index, is_dashed=True))
+    if not any(curve.points() for curve in curves):
+        return None
+    title = "Embedding distance, validation"
+    marks = _selection_marks(runs)
+    lines = ", dotted lines are selections of layers" if marks else ""
+    caption = (
+        "Mean squared distance to the original's embeddings; the smallest under attack is "
+        f"best{lines}."
+    )
+    colour = 0 if len(runs) == 1 else None
+    legend = [LegendEntry("under attack", colour), LegendEntry("clean", colour, is_dashed=True)]
+    drawing = draw_curves(curves, identity="distance", title=title, marks=marks)
+    return Figure(title, [drawing], caption, legend)
 
 
 def _loss_figure(runs: Sequence[ReportedRun]) -> Figure | None:

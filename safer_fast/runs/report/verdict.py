@@ -13,6 +13,7 @@ from safer_fast.runs.report.evaluations import (
     Evaluation,
     attack_name,
     facts_of,
+    has_distances,
     strongest,
     weights_and_splits,
 )
@@ -88,18 +89,19 @@ def difference(start: Evaluation, end: Evaluation) -> tuple[float, float, float]
 
 def _distances(run: ReportedRun, split: str) -> str:
     """A sentence on the embedding distances of a tower without classes, empty for others."""
-    rows = [row for row in run.evaluations if row.get("embedding_distance") is not None]
-    attacked = [row for row in rows if row.get("split") == split and row.get("attack") != "clean"]
-    if not attacked:
+    found = [strongest(run, "pgd", w, split, of_distances=True) for w in ("best", "last", "start")]
+    start = found[-1]
+    end = next((one for one in found if one is not None), None)
+    if end is None:
         return ""
-    by_weights = {row.get("weights"): row for row in attacked}
-    end = by_weights.get("best") or by_weights.get("last") or attacked[-1]
-    start = by_weights.get("start")
-    before = "" if start is None else f" {start['embedding_distance']:.3g} at the start,"
+    is_comparable = start is not None and replace(start, weights=end.weights) == end != start
+    before = f" {start.loss:.3g} at the start," if start is not None and is_comparable else ""
+    when = "at the start" if end is start else "in the end"
+    facts = ", ".join(facts_of(replace(end, seed=None)).values())
     return (
         "The mean squared distance of embeddings of attacked images to the original's of clean "
-        f"ones is{before} {end['embedding_distance']:.3g} in the end ({end.get('weights')} "
-        f"weights, {int(end.get('num_images') or 0):,} {split} images, {end.get('attack')})."
+        f"ones is{before} {end.loss:.3g} {when}, under {attack_name(end)}, {facts} of the {split} "
+        f"split, {end.weights} weights."
     )
 
 
@@ -146,6 +148,11 @@ def _of_several(runs: Sequence[ReportedRun]) -> str:
         places = weights_and_splits(run)
         ends = [(w, "test") for w in ("best", "last") if (w, "test") in places]
         if not ends or (robust := _robust(run, *ends[0])) is None:
+            if names := [run.name for run in runs if has_distances(run)]:
+                return (
+                    f"Embedding distances, here of {' and '.join(names)}, compare only with those "
+                    "of runs that began with the same weights."
+                )
             return f"{run.name} has no accuracy under attack on its test split yet."
         found.append((run, robust))
     first = found[0][1]
