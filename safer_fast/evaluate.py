@@ -13,7 +13,7 @@ from safer_fast.config.parser import new_parser, parse
 from safer_fast.runtime.command import import_all, run
 
 
-@speaking_flags()
+@speaking_flags(DATA_FIELDS)
 def main(arguments: Sequence[str]) -> None:
     """Run `python -m safer_fast.evaluate RUN [flags]`: print tables, append to metrics.jsonl."""
     parser = new_parser("evaluate", "Measure clean and robust accuracy of a run.")

@@ -577,7 +577,7 @@ def test_ranks_with_other_data_measure_nothing(folder: Path, tmp_path: Path) -> 
     endings = Team(2, command_beside_own_data, str(tmp_path), str(folder)).endings()
     assert_status(2, endings)
     (said,) = [line for ending in endings for line in ending.output.splitlines() if line]
-    assert said.startswith("error: --data.path: expected the same images and labels on all ranks")
+    assert said.startswith("error: --path: expected the same images and labels on all ranks")
     assert not (folder / "evaluation").exists()
 
 
