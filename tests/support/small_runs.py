@@ -20,6 +20,7 @@ SMALL = [
     "--attack.steps=2",
     "--data.max_images=192",
     f"--data.test_path={TEST_IMAGES}",
+    "--evaluation.every_epochs=1",
     "--evaluation.steps=2",
     "--evaluation.max_images=64",
     "--evaluation.sentinel_images=32",
