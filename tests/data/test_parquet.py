@@ -83,7 +83,7 @@ def test_a_run_takes_the_columns_it_is_told_and_evaluates_those_of_other_data(
     capsys.readouterr()
     with pytest.raises(ValueError, match=r"expected one column of .*\(photos, kinds\), got fine"):
         evaluate.main([str(run), *flags, str(other)])
-    with pytest.raises(ValueError, match=r"data\.label_column: expected --data\.path beside it"):
+    with pytest.raises(ValueError, match=r"--label-column: expected --path beside it"):
         evaluate.main([str(run), "--data.label_column=kinds"])
 
 
