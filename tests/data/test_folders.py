@@ -296,6 +296,6 @@ def test_a_cluttered_folder_is_trained_and_one_class_of_it_evaluated(
     with pytest.raises(SystemExit) as ending:
         run(evaluate.main)
     assert ending.value.code == 2
-    assert "data.path: expected the class names of the training data, got wolf in place of cat" in (
+    assert "--path: expected the class names of the training data, got wolf in place of cat" in (
         capsys.readouterr().err
     )
