@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 train: install
 	$(BIN)/python -m safer_fast.train --amp bf16 $(FLAGS)
 
-# lint, types, and the tests of the parts: six minutes on two cores
+# lint, types, and the tests of the parts: three minutes on two cores
 check: lint types
 	$(PYTEST) -m "not slow" --ignore tests/system --ignore tests/bench $(FLAGS)
 
