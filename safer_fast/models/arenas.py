@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,7 @@ class TrainedWeights:
     `groups` has the ranges of each layer, one for each parameter; parameters of no layer are groups
     of their own. `ranges` are the same weights with neighbours merged, for the fewest launches.
     `flat` [n + 1] holds all gradients and `extra`, so that ranks sum both in one all-reduce.
+    `unread` are the parameters that the last differentiated loss did not depend on.
     """
 
     names: list[str]
@@ -63,11 +64,27 @@ class TrainedWeights:
     ranges: list[Range]
     groups: dict[str, list[Range]]
     flat: Tensor
+    unread: list[nn.Parameter] = field(default_factory=list)
 
     @property
     def extra(self) -> Tensor:
         """One number, 0-d, that is summed over ranks with the gradients."""
         return self.flat[-1]
+
+    def gradients_of(self, loss: Tensor) -> list[Tensor]:
+        """Differentiate a loss: a gradient for each of `parameters`, zeros for the unread.
+
+        Raises ValueError if the loss depends on none of them.
+        """
+        if not loss.requires_grad:
+            raise ValueError(
+                f"{', '.join(self.names[:3])}: expected a layer that the network's forward pass "
+                "reads, got one that it never does: no training would change its output"
+            )
+        found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        pairs = list(zip(self.parameters, found, strict=True))
+        self.unread = [parameter for parameter, gradient in pairs if gradient is None]
+        return [torch.zeros_like(p) if gradient is None else gradient for p, gradient in pairs]
 
     def store_gradients(self, gradients: Sequence[Tensor], adds: bool = False) -> None:
         """Store gradients, one for each of `parameters`, in the ranges; with `adds` add them."""

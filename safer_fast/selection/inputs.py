@@ -94,6 +94,6 @@ def store_mean_gradients(
             if not len(labels):
                 continue
             mean = loss(model(images), labels) / total
-            gradients = torch.autograd.grad(mean, chosen.parameters)
+            gradients = chosen.gradients_of(mean)
             for view, gradient in zip(chosen.gradient_views, gradients, strict=True):
                 view.add_(gradient)

@@ -40,6 +40,7 @@ class Learner:
         self._mixing = Mixing(config.data, data.num_classes, config.seed)
         self._step: Step | None = None
         self._size: int | None = None
+        self._known_unread: set[str] = set()
 
     @property
     def step(self) -> Step:
@@ -116,6 +117,13 @@ class Learner:
             )
         if self.engine.ranks.num_ranks > 1:
             self.engine.ranks.check_same_bits(self.engine.weights(), f"at epoch {epoch}")
+
+    def new_unread(self) -> list[str]:
+        """Names of trained parameters that the network does not read, each returned once."""
+        found = self.engine.model.names_of(self.step.selection.unread)
+        new = [name for name in found if name not in self._known_unread]
+        self._known_unread.update(new)
+        return new
 
     def evaluated_weights(self) -> Tensor:
         """The weights that are evaluated, flat as the masters: the average if there is one."""

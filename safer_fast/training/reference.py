@@ -94,13 +94,13 @@ class ReferenceStep:
         parameters = [self.model.network.get_parameter(name) for name in self.names]
 
         loss = self.loss(adversarial, images, labels)
-        gradients = torch.autograd.grad(loss, parameters)
+        gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
         worst = loss
         if self.rho > 0:
             backup = [parameter.detach().clone() for parameter in parameters]
             self._perturb(parameters, gradients)
             worst = self.loss(adversarial, images, labels)
-            gradients = torch.autograd.grad(worst, parameters)
+            gradients = torch.autograd.grad(worst, parameters, materialize_grads=True)
             with torch.no_grad():
                 for parameter, old in zip(parameters, backup, strict=True):
                     parameter.copy_(old)

@@ -80,14 +80,14 @@ class SharpnessAware:
         """
         if self._selection is not None:
             raise RuntimeError("ascend was called twice: descend, or restore, comes first")
-        gradients = torch.autograd.grad(loss, self.parameters)
-        self._selection = module_selection({"selected": self.parameters})
-        self._selection.store_gradients(gradients)
+        selection = module_selection({"selected": self.parameters})
+        selection.store_gradients(selection.gradients_of(loss))
+        self._selection = selection
         ascend_([self._selection.ranges], self.rho, adaptive=self.adaptive)
 
     def descend(self, loss: Tensor) -> None:
         """Differentiate `loss` at w + e, restore w exactly, and take an optimizer step."""
-        gradients = torch.autograd.grad(loss, self.parameters)
+        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         self.restore()
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient

@@ -119,7 +119,7 @@ class Step:
             for part, part_targets in zip(features, targets, strict=True):
                 logits = self.model.suffix(part, self.cut)
                 loss = self.objective.loss(logits, part_targets)
-                gradients = torch.autograd.grad(loss, self.selection.parameters)
+                gradients = self.selection.gradients_of(loss)
                 self.selection.store_gradients(gradients, adds=bool(results))
                 results.append((loss.detach(), self.objective.num_right(logits, part_targets)))
         losses, hits = zip(*results, strict=True)

@@ -183,6 +183,8 @@ class Trainer:
         """Log the steps since the last line; return the epoch's totals."""
         sums = self.training_log.write(self.step, epoch, num_steps, learning_rate, is_last)
         self.learner.check_health(epoch, self.saver.store.last)
+        if unread := self.learner.new_unread():
+            self.log.say(f"not trained, the network never reads them: {', '.join(unread)}")
         summed = {name: self.progress.totals.get(name, 0.0) + v for name, v in sums.items()}
         last = {"learning_rate": learning_rate, "attack_steps": self.step.attack.steps}
         return summed | last

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from safer_fast.models.arenas import ALIGNMENT, ParameterArenas
+from safer_fast.models.arenas import ALIGNMENT, ParameterArenas, requiring_gradients
 from tests.support.networks import FAMILIES, PlainNetwork, build
 
 
@@ -94,6 +94,20 @@ def test_an_average_can_be_read_by_the_network_and_left_again() -> None:
     arenas.load_compute()
     for n, parameter in model.network.named_parameters():
         assert torch.equal(parameter, before[n].to(parameter.dtype))
+
+
+def test_a_loss_that_depends_on_some_weights_only_has_zero_gradients_for_the_others() -> None:
+    arenas = ParameterArenas(PlainNetwork(), {"stem": ("stem.weight", "stem.bias")}, torch.float32)
+    selection = arenas.select(["stem"])
+    weight, bias = selection.parameters
+    with requiring_gradients(selection.parameters):
+        gradients = selection.gradients_of(weight.square().sum())
+    assert torch.equal(gradients[0], 2 * weight)
+    assert torch.equal(gradients[1], torch.zeros_like(bias))
+    assert len(selection.unread) == 1
+    assert selection.unread[0] is bias
+    with pytest.raises(ValueError, match="stem: expected a layer that the network's forward pass"):
+        selection.gradients_of(weight.square().sum())  # nothing requires gradients any more
 
 
 def test_half_precision_masters_are_refused() -> None:

@@ -151,3 +151,14 @@ def test_a_run_is_resumed_evaluated_selected_from_reported_and_exported(
     torch.testing.assert_close(
         logits_of_onnx(run / "export-onnx", images), expected, atol=1e-4, rtol=1e-4
     )
+
+
+def test_parameters_that_the_network_never_reads_are_named_once(
+    data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # all blocks of ConViT are local here, and none of them reads the class token
+    arguments = "--model.arguments={depth: 2, embed_dim: 16, num_heads: 2}"
+    train.main([*flags_of("convit_tiny", tmp_path / "run"), arguments, *data])
+    said = [line for line in capsys.readouterr().out.splitlines() if "never reads" in line]
+    assert said == ["not trained, the network never reads them: cls_token"]
+    assert (tmp_path / "run" / "model.safetensors").is_file()
