@@ -27,6 +27,12 @@ class DoraLayer(nn.Module):
         self.factors, self._name, self._master = factors, name, master
         self.magnitude = nn.Parameter(row_norms(master))
 
+    @property
+    def weight(self) -> nn.Parameter:
+        """Weight of the layer inside, under the name that it has in layers without factors."""
+        weight: nn.Parameter = self.factors.base_layer.weight
+        return weight
+
     def forward(self, x: Tensor) -> Tensor:
         own = self.factors.base_layer
         with torch.autocast(self._master.device.type, enabled=False):

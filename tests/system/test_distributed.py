@@ -49,6 +49,7 @@ from tests.support.ranks import (
 MEASURED = ("time_s", "images_per_second", "data_wait_fraction", "peak_memory_mib", "stage_ms")
 MEASURED += ("audit_fraction",)
 SGD = ["--optim.name=sgd", "--optim.learning_rate=0.05", "--optim.clip_norm=1"]
+DORA = ["--selection.adapter=dora", "--selection.lora_rank=2"]
 # Flags, and how far a weight may be from that of one rank after 16 steps of two or three. Measured:
 # 1e-8 with SGD, 5e-6 to 3e-5 with AdamW, which divides by the size of a gradient and so magnifies
 # the rounding of a small one. Counting images of smaller parts too much gives 2e-3 and 1e-2. Muon's
@@ -59,6 +60,7 @@ RUNS: dict[str, tuple[list[str], float]] = {
     "sgd, l2": ([*SGD, "--attack.norm=l2", "--attack.epsilon=0.5"], 1e-6),
     "trades": (["--objective.name=trades"], 1e-4),
     "apgd": (["--attack.name=apgd", "--attack.steps=3"], 1e-4),
+    "dora, growing images": ([*SGD, *DORA, "--data.resolution_schedule=4@0.5,8"], 1e-6),
     "muon": (["--optim.name=muon"], 1e-3),
 }
 WITH_BATCH_NORMS = [

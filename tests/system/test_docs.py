@@ -110,6 +110,10 @@ OF_SCRIPTS = [command for command in COMMANDS if re.match(r"python \w+\.py", com
 OF_MAKE = [command for command in COMMANDS if command.startswith("make ")]
 OF_PIP = [command for command in COMMANDS if command.startswith("pip install ")]
 
+OF_PRETRAINED = {"finetune", "finetune-dora", "imagenet-apgd", "imagenet-growing"}
+FOR_LARGER_IMAGES = OF_PRETRAINED | {"imagenette"}
+"""Recipes that start from weights of timm's hub, and those of larger images than the others."""
+
 
 @pytest.fixture(scope="module")
 def place(once: Any, small_run: Path) -> Path:
@@ -183,13 +187,15 @@ def little(module: str, words: list[str]) -> list[str]:
     size: list[str] = []
     if "--config" in words:
         size = LARGE if "imagenet-vit-large" in words else LITTLE_VIT
-        if "finetune" in words or "imagenette" in words:
+        if FOR_LARGER_IMAGES & set(words):
             size = [*LITTLE_VIT, "--model.patch_size=16", "--data.image_size=32"]
+        if "imagenet-growing" in words:
+            size.append("--data.resolution_schedule=16@0.5,32")
         if "clip-fare" in words or "clip-tecoa" in words:
             size = ["--model.name=vit_base_patch16_clip_224", "--model.checkpoint=clip.safetensors"]
             size += ["--model.pretrained=false", "--model.patch_size=16", "--data.image_size=32"]
             size += [f"--model.arguments={json.dumps(SIZES)}"]
-        if "finetune" in words and "--model.pretrained" not in words:
+        if OF_PRETRAINED & set(words) and "--model.pretrained" not in words:
             size.append("--model.pretrained=false")
     if "--model.pretrained" in words:  # there is no network to fetch weights from
         place = words.index("--model.pretrained")

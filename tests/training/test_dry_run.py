@@ -60,6 +60,9 @@ def smaller_matrix_product(monkeypatch: pytest.MonkeyPatch) -> None:
         [*ONE_STAGE, "--objective.name=trades", "--amp=bf16"],
         [*FLAGS, "--epochs=2", "--selection.warmup_epochs=0", *NO_CUT],
         [*ONE_STAGE, "--batch-size=150"],
+        [*ONE_STAGE, "--selection.lora_rank=2", "--selection.adapter=lora"],
+        [*ONE_STAGE, "--selection.lora_rank=2", "--selection.adapter=dora"],
+        [*ONE_STAGE, "--attack.name=apgd"],
     ],
     ids=lambda flags: " ".join(flags[len(FLAGS) :])[:60],
 )
