@@ -9,10 +9,12 @@ from safer_fast.config.schema import AttackConfig
 def radii_at(
     config: AttackConfig, epochs_done: float, steps: int | None = None
 ) -> tuple[float, float]:
-    """Epsilon and step size after `epochs_done` epochs, a fraction within one.
+    """Epsilon and step size after `epochs_done` epochs, a fraction within one; 0 without an attack.
 
     steps: iterations of the attack, whose default step size depends on them; default: the most.
     """
+    if config.is_none:
+        return 0.0, 0.0
     share = 1.0
     if config.epsilon_warmup_epochs or config.clean_epochs:
         since = epochs_done - config.clean_epochs

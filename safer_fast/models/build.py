@@ -23,6 +23,7 @@ from safer_fast.models.arenas import ParameterArenas
 from safer_fast.models.arguments import check_arguments, nearest_network
 from safer_fast.models.families import split_into_blocks
 from safer_fast.models.initial_weights import Weights, load_source
+from safer_fast.models.pixels import check_taken
 from safer_fast.models.robust_model import RobustModel, find_layers
 from safer_fast.models.same_function import compare_described
 from safer_fast.models.towers import embedding_rows
@@ -122,6 +123,8 @@ def build_model(
     network: Any = _create(config, num_classes, num_channels, image_size, arguments)
     _check_transformer(config.name, network)
     check_patches(network, image_size, may_leave_rows=True)
+    if "img_size" not in network.model_args:
+        check_taken(config.name, network, num_channels, image_size)
     own, notes = (network.pretrained_cfg["mean"], network.pretrained_cfg["std"]), []
     new_layers = _new_heads(network) if config.pretrained else []
     if config.checkpoint is not None:

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from safer_fast.config.schema import Config
 from safer_fast.models.families import STEM
+from safer_fast.models.layer_outputs import uncalled_layers, watching_layers
 from safer_fast.models.robust_model import RobustModel
 
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
@@ -94,23 +95,16 @@ def costs(model: RobustModel, images: Tensor) -> dict[int, Cost]:
 
 def layer_costs(model: RobustModel, images: Tensor) -> dict[str, float]:
     """Forward operations of each layer: 2 x weights x positions."""
-    found: dict[str, float] = {}
+    network, found = model.network, dict.fromkeys(model.layers, 0.0)
 
-    def record(name: str) -> Callable[[nn.Module, object, Tensor], None]:
-        def hook(module: nn.Module, _: object, output: Tensor) -> None:
-            weight = module.get_parameter("weight")
-            found[name] = 2.0 * weight.numel() * output.numel() / weight.shape[0]
+    def record(name: str, output: Tensor) -> None:
+        weight = network.get_submodule(name).get_parameter("weight")
+        found[name] = 2.0 * weight.numel() * output.numel() / weight.shape[0]
 
-        return hook
-
-    handles = [
-        model.network.get_submodule(name).register_forward_hook(record(name))
-        for name in model.layers
-    ]
     with torch.no_grad():
-        model(images)
-    for handle in handles:
-        handle.remove()
+        uncalled = uncalled_layers(network, model.layers, lambda: model(images[:1]))
+        with watching_layers(network, model.layers, record, uncalled):
+            model(images)
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from safer_fast.models.arenas import ParameterArenas, TrainedWeights
-from safer_fast.models.dora import DoraLayer, magnified
+from safer_fast.models.layer_outputs import uncalled_layers
 from safer_fast.models.robust_model import RobustModel
 
 INSTALL = "pip install peft"
@@ -141,6 +142,61 @@ class Adapters:
         return products
 
 
+class DoraLayer(nn.Module):
+    """A layer that computes with m (W + B A) / ||W + B A|| in place of its weight W, row by row.
+
+    The magnitudes m, one for each output, start as the norms of W's rows: the layer's function is
+    unchanged. The weight is computed in float32 and then rounded as the layer's own weight is, so
+    that training sees the very weight that is merged in the end.
+
+    Args:
+        factors: PEFT's module around the layer (linear or a 2-d convolution), which holds A and B.
+        name: of PEFT's adapter.
+        master: W in float32, in its shape; it is read anew in each call.
+    """
+
+    def __init__(self, factors: Any, name: str, master: Tensor) -> None:
+        super().__init__()
+        self.factors, self._name, self._master = factors, name, master
+        self.magnitude = nn.Parameter(row_norms(master))
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """Weight of the layer inside, under the name that it has in layers without factors."""
+        weight: nn.Parameter = self.factors.base_layer.weight
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self.factors.base_layer
+        with torch.autocast(self._master.device.type, enabled=False):
+            product = self.factors.get_delta_weight(self._name)
+            weight = magnified(self._master, product, self.magnitude).to(own.weight.dtype)
+        if isinstance(own, nn.Linear):
+            return functional.linear(x, weight, own.bias)
+        output: Tensor = own._conv_forward(x, weight, own.bias)
+        return output
+
+
+def magnified(weight: Tensor, product: Tensor, magnitude: Tensor) -> Tensor:
+    """Compute m (W + B A) / ||W + B A||, row by row (the paper's equation 5).
+
+    Norms are constants in the gradient (section 4.3 of the paper). Rows of zeros in W have no
+    direction to keep, and become those of W + B A.
+    """
+    moved = weight + product
+    with torch.no_grad():
+        norms = row_norms(moved).clamp(min=torch.finfo(moved.dtype).tiny)
+        is_zero = row_norms(weight) == 0
+    scale = torch.where(is_zero, 1.0, magnitude / norms)
+    return moved * scale.view(-1, *[1] * (weight.ndim - 1))
+
+
+def row_norms(weight: Tensor) -> Tensor:
+    """Compute the norm of the weights of each output: [K, ...] -> [K]."""
+    norms: Tensor = torch.linalg.vector_norm(weight.flatten(1), dim=1)
+    return norms
+
+
 def check_adapters() -> None:
     """Raise ValueError if PEFT is not installed."""
     if find_spec("peft") is None:
@@ -152,20 +208,7 @@ def check_adapters() -> None:
 @torch.no_grad()
 def check_called(model: RobustModel, layers: Sequence[str], image: Tensor) -> None:
     """Raise ValueError for layers whose weights the network reads without calling the modules."""
-    called: set[str] = set()
-
-    def note(name: str) -> Callable[..., None]:
-        return lambda *_: called.add(name)
-
-    handles = [
-        model.network.get_submodule(name).register_forward_hook(note(name)) for name in layers
-    ]
-    try:
-        model(image)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if missed := [name for name in layers if name not in called]:
+    if missed := uncalled_layers(model.network, layers, lambda: model(image)):
         raise ValueError(
             f"--selection.lora_rank: expected layers that are called as modules, got {missed[0]}, "
             "which this network reads another way"

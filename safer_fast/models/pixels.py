@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FARTHEST = 1
 """Distance from [0, 1] that a value may have: searches step outside before they are clipped."""
@@ -55,4 +55,22 @@ def check_size(images: Tensor, size: int, error: Exception) -> None:
         raise ValueError(
             f"images: expected {size}x{size} pixels, which the network was made for, got "
             f"{height}x{width}"
+        ) from error
+
+
+@torch.no_grad()
+def check_taken(name: str, network: nn.Module, num_channels: int, size: int) -> None:
+    """Raise ValueError if a network, put into eval mode, fails on an image of this edge in pixels.
+
+    It is for architectures without an argument for the size of images, which timm does not check.
+    """
+    device = next(network.parameters()).device
+    try:
+        network.eval()(torch.zeros(1, num_channels, size, size, device=device))
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"--data.image_size: expected a size that {name} takes, got {size}: {reason}"
         ) from error

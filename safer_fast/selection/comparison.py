@@ -60,7 +60,8 @@ def compare_criteria(config: SelectConfig, chosen: str, criteria: Sequence[str])
     shape = loaded.num_channels, loaded.image_size, loaded.image_size
     check_ball(threat.norm, epsilon, shape=shape, flags=("--epsilon", ""))
     steps = threat.most_steps if config.steps is None else config.steps
-    names = _defined(dict.fromkeys([chosen, *criteria]), chosen, steps)
+    steps = steps if epsilon else 0
+    names = _defined(dict.fromkeys([chosen, *criteria]), chosen, steps, epsilon)
     measures = {name: _measure(name, config) for name in names}
     batches = _batches(config, loaded)
     scores = score_layers(
@@ -119,13 +120,14 @@ def _batches(config: SelectConfig, loaded: LoadedRun) -> list[tuple[torch.Tensor
     return [(as_pixels(batch.images), batch.labels) for batch in drawn]
 
 
-def _defined(names: Iterable[str], chosen: str, steps: int) -> list[str]:
-    """The criteria that mean something with so many steps of the attack."""
+def _defined(names: Iterable[str], chosen: str, steps: int, epsilon: float) -> list[str]:
+    """The criteria that mean something with so many steps of the attack, and such a radius."""
     from safer_fast.selection.criteria import CRITERIA
 
     needing = {name for name, row in CRITERIA.items() if row.needs_attack and not steps}
     if chosen in needing:
-        raise ValueError(f"--steps: expected at least 1 for {chosen}, got 0")
+        wanted = "--steps: expected at least 1" if epsilon else "--epsilon: expected above 0"
+        raise ValueError(f"{wanted} for {chosen}, got 0")
     return [name for name in names if name not in needing]
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from safer_fast.config.messages import meant, shortened
+from safer_fast.config.settings.attack import AttackConfig
 from safer_fast.selection.criticality import criticality_scores
 from safer_fast.selection.inputs import Batches, ScoredBy, ScoringInputs, WeightRadius
 from safer_fast.selection.sharpness import gradient_norm_scores, sharpness_scores
@@ -79,6 +80,15 @@ def check_criterion(
     if name not in known:
         got = shortened(repr(name)) + meant(name, known)
         raise ValueError(f"{flag}: expected one of {', '.join(known)}, got {got}")
+
+
+def check_attacked(name: str, attack: AttackConfig) -> None:
+    """Raise ValueError if a criterion means nothing without an attack, and there is none."""
+    if name in CRITERIA and CRITERIA[name].needs_attack and attack.is_none:
+        raise ValueError(
+            "--selection.criterion: expected one that means something without an attack, "
+            f"got {name} in clean training"
+        )
 
 
 def _random_scores(inputs: ScoringInputs, measures: Sequence[ScoredBy]) -> dict[ScoredBy, Scores]:

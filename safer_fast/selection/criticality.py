@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from safer_fast.models.layer_outputs import uncalled_layers, watching_layers
 from safer_fast.models.robust_model import RobustModel, find_layers
 from safer_fast.runtime.ranks import Ranks
 from safer_fast.selection.inputs import ScoredBy, ScoringInputs
-
-Keep = Callable[[str, Tensor], None]
 
 
 def criticality_scores(
@@ -58,74 +55,22 @@ def _feature_changes(model: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]) -
     """||F(x + d) - F(x)|| / dim summed over images, of the image and of all layers as they run."""
     changes: dict[str, Tensor] = {}
     zero = torch.zeros((), dtype=torch.float64, device=pairs[0][0].device)
-    called: dict[str, Tensor] = {}
-    with _every_layer(model, called.__setitem__):
-        model(pairs[0][0][:1])
-    past = set(find_layers(_network_of(model))) - called.keys()
-    for clean, attacked in pairs:
-        before: dict[str, Tensor] = {"": clean}
-        with _every_layer(model, before.__setitem__, past):
-            model(clean)
+    network = model.network if isinstance(model, RobustModel) else model
+    names = list(find_layers(network))
+    with model.without_savings() if isinstance(model, RobustModel) else nullcontext():
+        uncalled = uncalled_layers(network, names, lambda: model(pairs[0][0][:1]))
+        for clean, attacked in pairs:
+            before: dict[str, Tensor] = {"": clean}
+            with watching_layers(network, names, before.__setitem__, uncalled):
+                model(clean)
 
-        def compare(name: str, output: Tensor, before: dict[str, Tensor] = before) -> None:
-            exact = torch.promote_types(output.dtype, torch.float32)
-            change = (output.to(exact) - before.pop(name).to(exact)).flatten(1)
-            norms = torch.linalg.vector_norm(change, dim=1, dtype=torch.float64)
-            changes[name] = changes.get(name, zero) + norms.sum() / change.shape[1]
+            def compare(name: str, output: Tensor, before: dict[str, Tensor] = before) -> None:
+                exact = torch.promote_types(output.dtype, torch.float32)
+                change = (output.to(exact) - before.pop(name).to(exact)).flatten(1)
+                norms = torch.linalg.vector_norm(change, dim=1, dtype=torch.float64)
+                changes[name] = changes.get(name, zero) + norms.sum() / change.shape[1]
 
-        compare("", attacked)
-        with _every_layer(model, compare, past):
-            model(attacked)
+            compare("", attacked)
+            with watching_layers(network, names, compare, uncalled):
+                model(attacked)
     return changes
-
-
-@contextmanager
-def _every_layer(model: nn.Module, keep: Keep, past: Collection[str] = ()) -> Iterator[None]:
-    """Call `keep` with the name and the output of every layer as the model runs.
-
-    past: linear layers that are not called: the network multiplies by their weights itself, as
-    EVA-02's attention does.
-    """
-    network = _network_of(model)
-    weights = {id(network.get_submodule(name).weight): name for name in past}
-    products = _Products(weights, keep) if past else nullcontext()
-
-    def hook(name: str) -> Callable[[nn.Module, object, Tensor], None]:
-        return lambda _module, _inputs, output: keep(name, output)
-
-    handles = [
-        network.get_submodule(name).register_forward_hook(hook(name))
-        for name in find_layers(network)
-    ]
-    try:
-        with model.without_savings() if isinstance(model, RobustModel) else nullcontext(), products:
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _Products(TorchFunctionMode):
-    """Calls `keep` for each linear map by one of these weights; names: of layers, by id(weight)."""
-
-    def __init__(self, names: Mapping[int, str], keep: Keep) -> None:
-        super().__init__()
-        self.names, self.keep = names, keep
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: object,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if func is nn.functional.linear:
-            weight = args[1] if len(args) > 1 else (kwargs or {})["weight"]
-            if name := self.names.get(id(weight)):
-                self.keep(name, output)
-        return output
-
-
-def _network_of(model: nn.Module) -> nn.Module:
-    return model.network if isinstance(model, RobustModel) else model

@@ -58,7 +58,7 @@ class Probe:
     def attack(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """The images of the last batch after the training attack at its full strength."""
         config = self.config.attack
-        if config.most_steps == 0:
+        if config.is_none:
             return images
         epsilon, step_size = radii_at(config, self.config.epochs)
         return pgd(

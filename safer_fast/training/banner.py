@@ -70,7 +70,7 @@ def _extra(data: Data) -> str:
 
 def _attack(config: AttackConfig) -> str:
     """Describe the training attack: its ball, and its iterations."""
-    if not config.most_steps or not config.epsilon:
+    if config.is_none:
         return "none, clean training"
     ball = f"{config.norm}, epsilon {float(config.epsilon):.4g}"
     if config.loss != "objective":

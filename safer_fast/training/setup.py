@@ -33,7 +33,7 @@ from safer_fast.runs.resume import (
 from safer_fast.runtime.device import prepare_runtime
 from safer_fast.runtime.ranks import Ranks
 from safer_fast.selection.candidates import candidates, match_layers
-from safer_fast.selection.criteria import check_criterion
+from safer_fast.selection.criteria import check_attacked, check_criterion
 from safer_fast.training.banner import banner, describe_run
 from safer_fast.training.engine import Engine
 from safer_fast.training.objectives import check_objective, needs_labels
@@ -64,6 +64,8 @@ def set_up(config: Config, ranks: Ranks, found: Found) -> PreparedRun:
     if config.selection.lora_rank:
         check_adapters()
     check_criterion(config.selection.criterion)
+    if config.selection.layers is None:
+        check_attacked(config.selection.criterion, config.attack)
     check_objective(config)
     ranks.check_same(settings_digest(config), "--config", "settings")
     checkpoint = found.checkpoint

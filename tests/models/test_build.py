@@ -241,3 +241,13 @@ def test_a_prepared_model_is_on_its_device_in_arenas_and_computes_the_same(
         exact = build_model(config, compute_dtype=torch.float32, **sizes)(images)
     plain, own = ((logits - exact).norm() for logits in results)
     assert own <= 2 * plain
+
+
+def test_images_too_small_for_a_network_of_any_size_are_refused() -> None:
+    sizes = {"depths": [1, 1, 1, 1], "embed_dims": [8, 16, 16, 16], "num_heads": [1, 2, 2, 2]}
+    config = ModelConfig(name="pvt_v2_b0", arguments=sizes)
+    message = r"^--data\.image_size: expected a size that pvt_v2_b0 takes, got 16: .*Kernel size"
+    with pytest.raises(ValueError, match=message):
+        build_model(config, num_classes=3, image_size=16)
+    model = build_model(config, num_classes=3, image_size=32)
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 3)

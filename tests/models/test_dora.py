@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from safer_fast.models.arenas import ParameterArenas
-from safer_fast.models.dora import magnified, row_norms
-from safer_fast.models.lora import Adapters
+from safer_fast.models.lora import Adapters, magnified, row_norms
 from tests.support.networks import build, images_and_labels
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="no peft here")

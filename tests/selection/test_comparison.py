@@ -12,7 +12,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from safer_fast import train_model
+from safer_fast import report, train, train_model
 from safer_fast.attacks.pgd import default_step_size, pgd
 from safer_fast.config.command_line import parse_config
 from safer_fast.config.commands import SelectConfig
@@ -20,6 +20,8 @@ from safer_fast.config.schema import Names
 from safer_fast.data import as_pixels, load_data
 from safer_fast.models.arenas import ParameterArenas
 from safer_fast.runs.folder import load_run
+from safer_fast.runs.layout import METRICS
+from safer_fast.runs.loggers.metrics_file import read_metrics
 from safer_fast.select import main, select
 from safer_fast.selection.comparison import rank_correlation
 from safer_fast.selection.criteria import compared_criteria
@@ -289,3 +291,25 @@ def test_without_an_attack_no_layer_is_critical(trained: Path, tmp_path: Path) -
     assert content["attack"] == "none"
     with pytest.raises(ValueError, match=r"^steps: expected at least 1 for criticality, got 0"):
         chosen(trained, tmp_path / "selection.json", steps=0, criterion="criticality")
+
+
+@pytest.mark.parametrize("flag", ["--attack.epsilon=0", "--attack.steps=0"])
+def test_a_run_without_an_attack_is_selected_from_and_reported(flag: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train.main([*SMALL, flag, "--output", str(run)])
+    radii = [event["epsilon"] for event in read_metrics(run / METRICS) if "epsilon" in event]
+    assert set(radii) == {0.0}
+    main([str(run), "--num-images=48"])
+    content = json.loads((run / "selection.json").read_text())
+    assert list(content["criteria"]) == compared_criteria()[:3]
+    assert (content["attack"], content["steps"]) == ("none", 0)
+    report.main([str(run)])
+    assert "none, clean training" in (run / "report.html").read_text()
+
+
+@pytest.mark.parametrize("flag", ["--attack.epsilon=0", "--attack.steps=0"])
+def test_criticality_is_refused_where_there_is_no_attack(flag: str, tmp_path: Path) -> None:
+    words = [*SMALL, flag, "--selection.criterion=criticality", "--output", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match="got criticality in clean training"):
+        train.main(words)
+    assert not (tmp_path / "run").exists()

@@ -42,6 +42,10 @@ TWO_STAGES = [*SMALL, "--epochs=2", "--selection.warmup_epochs=1"]
 NO_CUT = ["--model.name=xcit_nano_12_p8_224", "--model.patch_size=8", "--data.image_size=16"]
 NO_CUT += ["--model.arguments={depth: 1, cls_attn_layers: 1}"]
 
+# its attention multiplies by the weights of qkv itself
+UNCALLED = ["--model.name=beit_base_patch16_224", "--model.patch_size=4", *NETWORK]
+UNCALLED += ["--selection.layers=blocks.0.attn.qkv"]
+
 
 @pytest.fixture(autouse=True)
 def smaller_matrix_product(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,6 +67,7 @@ def smaller_matrix_product(monkeypatch: pytest.MonkeyPatch) -> None:
         [*ONE_STAGE, "--selection.lora_rank=2", "--selection.adapter=lora"],
         [*ONE_STAGE, "--selection.lora_rank=2", "--selection.adapter=dora"],
         [*ONE_STAGE, "--attack.name=apgd"],
+        [*FLAGS, "--epochs=2", "--selection.warmup_epochs=0", *UNCALLED],
     ],
     ids=lambda flags: " ".join(flags[len(FLAGS) :])[:60],
 )

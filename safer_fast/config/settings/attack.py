@@ -58,6 +58,11 @@ class AttackConfig:
         """Iterations of the attack at its full strength."""
         return self.max_steps if self.steps == "auto" else self.steps
 
+    @property
+    def is_none(self) -> bool:
+        """True in clean training: there are no iterations, or the radius is 0."""
+        return not self.most_steps or not self.epsilon
+
     def named(self, steps: int) -> str:
         """Name the attack of so many iterations, as in APGD-2."""
         return f"{self.name.upper()}-{steps}"

@@ -230,7 +230,7 @@ def _attack(run: ReportedRun) -> str:
     steps = run.setting("attack.steps")
     if epsilon is None or steps is None:
         return NOTHING
-    if steps == 0:
+    if steps == 0 or epsilon == 0:
         return "none, clean training"
     kind = shown(run.setting("attack.name") or "pgd").upper()
     name = "FGSM-RS" if steps == 1 and kind == "PGD" else f"{kind}-{steps}"
