@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,8 @@ from safer_fast.config.messages import meant, shortened
 class ThreatModel:
     """The ball around each image that attacks stay in.
 
-    norm: linf, l2 or, for attacks of AutoAttack, l1. epsilon: radius, for pixels in [0, 1].
+    norm: linf, l2 or, for attacks of AutoAttack, l1. epsilon: radius, for pixels in [0, 1]. Raises
+    ValueError for another norm, and a radius below 0.
 
     >>> ThreatModel("linf", 8 / 255).norm
     'linf'
@@ -23,6 +25,13 @@ class ThreatModel:
 
     norm: Literal["linf", "l2", "l1"]
     epsilon: float
+
+    def __post_init__(self) -> None:
+        if self.norm not in (norms := ("linf", "l2", "l1")):
+            got = f"{shortened(repr(self.norm))}{meant(self.norm, norms)}"
+            raise ValueError(f"norm: expected linf, l2 or l1, got {got}")
+        if not 0 <= self.epsilon < math.inf:
+            raise ValueError(f"epsilon: expected a radius of at least 0, got {self.epsilon!r}")
 
     def __str__(self) -> str:
         radius = f"{self.epsilon:.4g}"

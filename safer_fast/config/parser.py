@@ -72,7 +72,7 @@ def parse(parser: ArgumentParser, arguments: Sequence[str], kind: Callable[..., 
             flag = typed(named.partition("=")[0][2:]) if named else "RUN"
             raise ValueError(f"{flag}: expected numbers of fewer digits, got {shortened(word)}")
     _check_groups(arguments, _settings_of(parser))
-    return parsed(parser, kind, lambda: parser.parse_args(list(arguments)))
+    return parsed(parser, kind, lambda: parser.parse_args(list(arguments)), arguments)
 
 
 def _without_flag(word: str, known: Sequence[str]) -> str:
@@ -98,13 +98,23 @@ def _check_groups(arguments: Sequence[str], known: Sequence[str]) -> None:
             raise ValueError(no_group(flag[2:], shortened(repr(value)), known))
 
 
-def parsed(parser: ArgumentParser, kind: Callable[..., T], read: Callable[[], Any]) -> T:
-    """Convert the values that `read` returns to `kind`; raises ValueError with one line."""
+def parsed(
+    parser: ArgumentParser,
+    kind: Callable[..., T],
+    read: Callable[[], Any],
+    arguments: Sequence[str] = (),
+) -> T:
+    """Convert the values that `read` returns to `kind`; raises ValueError with one line.
+
+    arguments: those that are read, if they are a command line.
+    """
     try:
         values = parser.instantiate(read())
     except ArgumentError as error:
         if found := re.match(r"unrecognized arguments: ([^-\s]\S*)", str(error)):
-            raise ValueError(_without_flag(found[1], _settings_of(parser))) from None
+            after = _flag_of_names(parser, arguments, found[1])
+            hint = f"; names after {after} are separated by commas" if after else ""
+            raise ValueError(_without_flag(found[1], _settings_of(parser)) + hint) from None
         raise ValueError(explained(str(error), _settings_of(parser))) from None
     except OverflowError:
         raise ValueError("expected numbers below 1e308, got a larger one") from None
@@ -132,6 +142,16 @@ def _check_values(config: Any, group: str = "") -> None:
                     f"{flag}: expected a name or path without control characters, at most "
                     f"{LONGEST_WORD} letters between slashes, got {shortened(repr(text))}"
                 )
+
+
+def _flag_of_names(parser: ArgumentParser, arguments: Sequence[str], word: str) -> str | None:
+    """The flag of a list of names that a word follows, after a space in place of a comma."""
+    before = list(arguments)[: list(arguments).index(word)] if word in arguments else []
+    flag = next((each for each in reversed(before) if each.startswith("--")), "")
+    flag = flag.partition("=")[0]
+    action = parser._option_string_actions.get(flag)
+    kind = getattr(action, "_typehint", None)
+    return typed(flag[2:]) if kind is not None and Names in (kind, *get_args(kind)) else None
 
 
 def _settings_of(parser: ArgumentParser) -> list[str]:

@@ -70,6 +70,8 @@ def notes_on_classes(source: Source, rows: Indices, names: list[str]) -> list[st
 
 
 def _first_difference(expected: list[str], got: list[str]) -> str:
+    if got[: len(expected)] == expected:
+        return f"{got[len(expected)]} as well"
     pairs = zip_longest(expected, got, fillvalue="nothing")
     wanted, name = next(pair for pair in pairs if pair[0] != pair[1])
     return f"{name} in place of {wanted}"

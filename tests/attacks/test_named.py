@@ -127,3 +127,17 @@ def test_names_that_are_taken_or_unclear_are_not_registered(name: str) -> None:
     with pytest.raises(ValueError, match=r"^steps: expected at least 1, got 0$"):
         register_attack("low", smallest, steps=0)
     assert before == named.LOSSES
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (("linff", 0.1), r"^norm: expected linf, l2 or l1, got 'linff', did you mean linf\?$"),
+        (("l2", -1), r"^epsilon: expected a radius of at least 0, got -1$"),
+        (("l2", float("nan")), r"^epsilon: expected a radius of at least 0, got nan$"),
+    ],
+    ids=str,
+)
+def test_balls_that_are_none_are_refused(values: tuple[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        named.ThreatModel(*values)  # type: ignore[arg-type]

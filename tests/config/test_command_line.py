@@ -94,6 +94,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["--threads", "8"], "unknown flag --threads, did you mean --runtime.num_threads?"),
     (["--dry-runn"], "unknown flag --dry-runn, did you mean --dry-run?"),
     (["digits", "--epochs=3"], "flags with their values, got digits, did you mean --config digits"),
+    (["--evaluation.attacks", "clean", "pgd-3"], "--evaluation.attacks are separated by commas"),
     (["/", "--epochs=3"], "flags with their values, got /, did you mean --data.path /?"),
     (["--model.arguments", "{depth:", "4}"], "--model.arguments: expected names with values"),
     (["--model", "x"], "--model: expected names with values such as {name: value}, got 'x'"),

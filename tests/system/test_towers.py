@@ -24,6 +24,7 @@ from safer_fast.config.schema import ObjectiveConfig
 from safer_fast.data import as_pixels, load_data
 from safer_fast.evaluate import main as evaluate
 from safer_fast.models.text_head import read_text_head
+from safer_fast.report import main as report
 from safer_fast.runs.exporters import export
 from safer_fast.runs.exporters.open_clip import open_clip_names
 from safer_fast.runs.folder import load_run
@@ -297,6 +298,12 @@ def test_tecoa_trains_zero_shot_logits(kind: str, tmp_path: Path) -> None:
     assert [accuracy.accuracy for accuracy in found] == [row["accuracy"] for row in last]
     with pytest.raises(ValueError, match="no weights of the original network"):
         evaluate([str(run), "--text-embeddings=none", "--device=cpu"])
+    others = [save_texts(tmp_path / f"others-{number}.npz", kind) for number in range(2)]
+    for other in others:
+        evaluate([str(run), "--attacks=clean", f"--text-embeddings={other}", "--device=cpu"])
+    report([str(run)])
+    page = (run / "report.html").read_text()
+    assert all(f"texts of {other}" in page for other in others)
 
 
 def test_a_killed_run_resumes_with_the_same_bits(

@@ -37,6 +37,7 @@ class Evaluation:
     num_images: int
     of_images: int
     is_distance: bool
+    text_embeddings: str
     accuracy: float | None = field(compare=False)
     loss: float | None = field(compare=False)
     num_not_finite: int = field(compare=False)
@@ -195,6 +196,7 @@ def _evaluation(event: Mapping[str, Any], run: ReportedRun) -> Evaluation:
         num_images=int(event.get("num_images") or 0),
         of_images=int(event.get("of_images") or event.get("num_images") or 0),
         is_distance=is_distance,
+        text_embeddings=str(event.get("text_embeddings") or ""),
         accuracy=event.get("accuracy"),
         loss=event["embedding_distance"] if is_distance else event.get("loss"),
         num_not_finite=int(event.get("num_not_finite") or 0),
@@ -263,6 +265,8 @@ def facts_of(one: Evaluation) -> dict[str, str]:
         facts["seed"] = f"seed {one.seed}"
     if one.source:
         facts["source"] = f"images made for {one.source}"
+    if one.text_embeddings:
+        facts["texts"] = f"texts of {one.text_embeddings}"
     if one.num_images > 0:
         of_images = f" of {one.of_images:,}" if one.num_images < one.of_images else ""
         facts["images"] = f"{one.num_images:,}{of_images} images"
@@ -331,5 +335,5 @@ def _weights_order(weights: str) -> int:
 def _order(one: Evaluation) -> tuple[Any, ...]:
     strength = _KINDS.index(one.kind) if one.kind in _KINDS else len(_KINDS)
     place = (_weights_order(one.weights), one.weights, one.split, one.epsilon > 0, strength)
-    ball = (one.num_steps, one.attack, one.norm, one.epsilon, one.source)
+    ball = (one.num_steps, one.attack, one.norm, one.epsilon, one.source, one.text_embeddings)
     return (*place, *ball, one.restarts, -1 if one.seed is None else one.seed, one.num_images)
