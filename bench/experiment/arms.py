@@ -75,6 +75,25 @@ OPTIMIZER_ARMS: dict[str, Settings] = {
 }
 """Arms with another optimizer than AdamW: Muon with AdamW's rate, SGD with that of the recipes."""
 
+_QUARTER: Settings = {**_BLOCKS, "selection.fraction": 0.25}
+VARIANT_ARMS: dict[str, Settings] = {
+    "PGD-AT, APGD-2": {
+        **ARMS["PGD-AT"],
+        "attack.name": "apgd",
+        "attack.steps": 2,
+        "attack.step_size": None,
+    },
+    "PGD-AT, growing images": {**ARMS["PGD-AT"], "data.resolution_schedule": "16@0.5,32"},
+    "SAFER, blocks, fraction 25 %, LoRA": {**_QUARTER, "selection.lora_rank": 8},
+    "SAFER, blocks, fraction 25 %, DoRA": {
+        **_QUARTER,
+        "selection.lora_rank": 8,
+        "selection.adapter": "dora",
+    },
+}
+"""Arms with two iterations of Auto-PGD, with half of the epochs at 16 pixels, and with factors of
+rank 8 beside the selected layers in place of the layers themselves."""
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -146,7 +165,7 @@ class Scale:
         }
         if self.every_epochs != 5:
             more["SAFER, selected every 5"] = {**_SAFER, "selection.every_epochs": 5}
-        return ARMS | upper | SENSITIVITY | more | OPTIMIZER_ARMS | STEPS_ARMS
+        return ARMS | upper | SENSITIVITY | more | OPTIMIZER_ARMS | VARIANT_ARMS | STEPS_ARMS
 
     def _shared(self, model: str) -> dict[str, object]:
         steps = self.attack_steps

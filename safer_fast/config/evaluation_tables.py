@@ -40,8 +40,10 @@ def is_table(config: EvaluateConfig) -> bool:
 def check_tables(config: EvaluateConfig) -> None:
     """Raise ValueError for tables of several balls, data sets or corruptions that cannot be."""
     threats = parse_threat_models(config.threat_models)
-    if threats and (config.norm or config.epsilon) is not None:
-        raise ValueError("--threat-models: expected no --norm or --epsilon beside it, got both")
+    given = {"--norm": config.norm, "--epsilon": config.epsilon}
+    if threats and (beside := [flag for flag, value in given.items() if value is not None]):
+        got = " and ".join(beside)
+        raise ValueError(f"--threat-models: expected no --norm or --epsilon beside it, got {got}")
     norms = [threat.norm for threat in threats] or [config.norm or "linf"]
     for norm in norms if config.attacks is not None else ():
         if not any(fits_norm(name, norm) for name in attacks_of(config)):

@@ -26,6 +26,7 @@ from bench.experiment.arms import (
     SCALES,
     STEPS_ARMS,
     UPPER,
+    VARIANT_ARMS,
     Scale,
 )
 from bench.experiment.jobs import Jobs
@@ -102,7 +103,9 @@ def test_every_arm_is_a_run_that_the_command_line_takes(tmp_path: Path) -> None:
                 config = parse_config(jobs._flags(Task("arm", model, PEAK, arm)))
                 assert config.model.checkpoint.endswith("best.safetensors")  # type: ignore[union-attr]
                 assert config.attack.clean_epochs == config.attack.epsilon_warmup_epochs == 0
-                if arm not in STEPS_ARMS:
+                if config.attack.name == "apgd":
+                    assert config.attack.steps == 2
+                elif arm not in STEPS_ARMS:
                     assert config.attack.steps == start.attack.steps
                 else:
                     assert config.attack.steps == ("auto" if arm.endswith("auto") else 10)
@@ -111,7 +114,7 @@ def test_every_arm_is_a_run_that_the_command_line_takes(tmp_path: Path) -> None:
 
 
 def test_arms_differ_in_what_their_names_say() -> None:
-    arms = [*ARMS, *OPTIMIZER_ARMS]
+    arms = [*ARMS, *OPTIMIZER_ARMS, *VARIANT_ARMS, "SAFER, blocks, fraction 25 %"]
     settings = {arm: SCALES["full"].arm_settings("deit_tiny_patch16_224", arm) for arm in arms}
 
     def changed(arm: str, base: str) -> set[str]:
@@ -124,6 +127,12 @@ def test_arms_differ_in_what_their_names_say() -> None:
     assert changed("SAFER, SGD", "SAFER") == {
         f"optim.{of}" for of in ("name", "learning_rate", "weight_decay")
     }
+    apgd = {f"attack.{of}" for of in ("name", "steps", "step_size")}
+    assert changed("PGD-AT, APGD-2", BASELINE) == apgd
+    assert changed("PGD-AT, growing images", BASELINE) == {"data.resolution_schedule"}
+    quarter = "SAFER, blocks, fraction 25 %"
+    assert changed(f"{quarter}, LoRA", quarter) == {"selection.lora_rank"}
+    assert changed(f"{quarter}, DoRA", f"{quarter}, LoRA") == {"selection.adapter"}
     assert changed("SAM on all", BASELINE) == {"sam.rho"}
     assert changed("random, SAM", "SAFER") == {"selection.criterion"}
     assert changed("least sharp, SAM", "SAFER") == {"selection.criterion"}
