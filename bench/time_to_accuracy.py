@@ -7,9 +7,9 @@
 All train the SAFER stage from the best weights of RUN, on the same batches, at the same learning
 rates, with AdamW and SAM of the same radius. Rounds of steps alternate between them, so that a busy
 machine slows every one alike; the first round of each, in which it compiles and warms up, is left
-out of its seconds, selection and audits are not. Peers are torchattacks' PGD and
-pytorch-optimizer's SAM: as shipped over all weights, tuned over the layers that ours selects, see
-`bench.peers`. In the end each is attacked by attacks that none of them trained against.
+out of its seconds; its audits, and the selection of layers, are not. Peers are torchattacks' PGD
+and pytorch-optimizer's SAM: as shipped over all weights, tuned over the layers that ours selects,
+see `bench.peers`. In the end each is attacked by attacks that none of them trained against.
 """
 
 from __future__ import annotations
@@ -79,6 +79,10 @@ class Ours:
         self.trainer.learner.take_step(*place, batch, num_steps)
         self.iterations += self.trainer.step.attack.steps
 
+    def audit_seconds(self) -> float:
+        """Time that audits have taken since the last call."""
+        return self.trainer.engine.audit.take_seconds()
+
     def weights(self) -> Tensor:
         """All weights, flat as the masters."""
         return self.trainer.arenas.master
@@ -133,6 +137,10 @@ class Peer:
             loss.backward()
             take(zero_grad=True)
         self.iterations += STEPS
+
+    def audit_seconds(self) -> float:
+        """None: it audits nothing."""
+        return 0.0
 
     def weights(self) -> Tensor:
         """All weights, flat as the masters; what was frozen is what it was."""
@@ -216,7 +224,8 @@ def measure(arguments: argparse.Namespace, flags: Sequence[str]) -> list[Row]:
 def race(host: Trainer, contestants: Mapping[str, Ours | Peer]) -> dict[str, float]:
     """Train all on the batches of `host`, in turn; return the seconds of each.
 
-    The first round of each counts as long as its later ones are on average.
+    The first round of each counts as long as its later ones are on average, and as long as its
+    audits took besides: the search that a phase begins with is in it.
     """
     device, data = host.runtime.device, host.data.train
     spent: dict[str, list[float]] = {name: [] for name in contestants}
@@ -237,6 +246,8 @@ def race(host: Trainer, contestants: Mapping[str, Ours | Peer]) -> dict[str, flo
             with contestant.surroundings():
                 run = partial(_take_round, contestant, places[first : first + ROUND], held, first)
                 spent[name].append(timed(run, device)[0] / 1e3)
+            if not first:
+                begun[name] += contestant.audit_seconds()
     return {
         name: begun[name] + sum(times[1:]) * len(places) / (len(places) - ROUND)
         for name, times in spent.items()
