@@ -51,9 +51,14 @@ FLAGS = [
 
 
 @pytest.fixture(scope="module")
-def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Flags of a small FARE run of a CLIP tower on the digits."""
-    tower = save_tower(tmp_path_factory.mktemp("clip"), "clip")
+def flags(once: Once) -> list[str]:
+    """Flags of a small FARE run of a CLIP tower on the digits, the same in all processes."""
+
+    def save(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "flags.json").write_text(json.dumps(save_tower(folder, "clip")))
+
+    tower = json.loads((once("clip", save) / "flags.json").read_text())
     return [*small_runs.SMALL, *FLAGS, *tower, "--objective.name=fare"]
 
 
