@@ -6,10 +6,11 @@
 
 All train the SAFER stage from the best weights of RUN, on the same batches, at the same learning
 rates, with AdamW and SAM of the same radius. Rounds of steps alternate between them, so that a busy
-machine slows every one alike; the first round of each, in which it compiles and warms up, is left
-out of its seconds; its audits, and the selection of layers, are not. Peers are torchattacks' PGD
-and pytorch-optimizer's SAM: as shipped over all weights, tuned over the layers that ours selects,
-see `bench.peers`. In the end each is attacked by attacks that none of them trained against.
+machine slows every one alike. Seconds are those of training, selection and audits: compilation and
+warming up, so a first selection and the first round but for its audits, are left out, and so is
+evaluation. Peers are torchattacks' PGD and pytorch-optimizer's SAM: as shipped over all weights,
+tuned over the layers that ours selects, see `bench.peers`. In the end each is attacked by attacks
+that none of them trained against.
 """
 
 from __future__ import annotations
@@ -70,8 +71,12 @@ class Ours:
         return nullcontext()
 
     def begin(self) -> None:
-        """Select layers."""
+        """Enter the SAFER stage: evaluate the start, select layers, compile what that needs."""
         self.trainer.begin_epoch(1)
+
+    def select(self) -> None:
+        """Select layers, now that all is compiled."""
+        self.trainer.choose(1)
 
     def step(self, epoch: int, index: int, batch: Batch, num_steps: int) -> None:
         """Learn from a batch."""
@@ -122,6 +127,9 @@ class Peer:
             lr=optim.learning_rate,
             weight_decay=optim.weight_decay,
         )
+
+    def select(self) -> None:
+        """Nothing: it trains all weights, or what ours has selected, at no cost to itself."""
 
     def step(self, epoch: int, index: int, batch: Batch, num_steps: int) -> None:
         """Learn from a batch at the learning rate that ours has."""
@@ -224,15 +232,17 @@ def measure(arguments: argparse.Namespace, flags: Sequence[str]) -> list[Row]:
 def race(host: Trainer, contestants: Mapping[str, Ours | Peer]) -> dict[str, float]:
     """Train all on the batches of `host`, in turn; return the seconds of each.
 
-    The first round of each counts as long as its later ones are on average, and as long as its
-    audits took besides: the search that a phase begins with is in it.
+    Seconds are those of training: of selecting layers, once all is warm, and of all rounds. The
+    first round of each counts as long as its later ones are on average, and as long as its audits
+    took besides: the search that a phase begins with is in it.
     """
     device, data = host.runtime.device, host.data.train
     spent: dict[str, list[float]] = {name: [] for name in contestants}
     begun: dict[str, float] = {}
     for name, contestant in contestants.items():
         with contestant.surroundings():
-            begun[name] = timed(contestant.begin, device)[0] / 1e3
+            contestant.begin()
+            begun[name] = timed(contestant.select, device)[0] / 1e3
     places = [(epoch, index) for epoch in range(1, host.config.epochs + 1) for index in _all(data)]
     batches = (
         batch
