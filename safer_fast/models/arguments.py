@@ -33,6 +33,13 @@ def check_arguments(config: ModelConfig, module: str, message: str) -> None:
     ) from None
 
 
+def unknown_network(name: str, known: Iterable[str]) -> ValueError:
+    """The error for a name that timm does not have, with the nearest of those it has."""
+    close = nearest_network(name, known)
+    hint = f", did you mean {close}?" if close else ""
+    return ValueError(f"model.name: expected a model of timm, got {name!r}{hint}")
+
+
 def nearest_network(name: str, known: Iterable[str]) -> str | None:
     """The network that a name probably means, of which it may be the beginning; None: no idea."""
     typed = name.partition(".")[0].lower().replace("-", "_")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from safer_fast.config.messages import shortened
 from safer_fast.config.schema import ModelConfig
 from safer_fast.models.arenas import ParameterArenas
-from safer_fast.models.arguments import check_arguments, nearest_network
+from safer_fast.models.arguments import check_arguments, unknown_network
 from safer_fast.models.families import split_into_blocks
 from safer_fast.models.initial_weights import Weights, load_source
 from safer_fast.models.pixels import check_taken
@@ -107,13 +107,14 @@ def build_model(
     """
     if not isinstance(config, ModelConfig):
         raise ValueError(f"config: expected ModelConfig, got {shortened(repr(config))}")
-    _check_name(config.name)
+    if not timm.is_model(config.name):
+        raise unknown_network(config.name, timm.list_models())
     if others := NO_ARGUMENTS & config.arguments.keys():
         raise ValueError(
             f"model.arguments: expected arguments of the network, got {min(others)}; weights are "
             "named by --model.checkpoint"
         )
-    arguments = {"drop_path_rate": config.drop_path_rate, **config.arguments}
+    arguments = dict(config.arguments)
     if config.patch_size is not None:
         arguments["patch_size"] = config.patch_size
     if num_classes is None:
@@ -229,13 +230,6 @@ def check_patches(network: Any, image_size: int, may_leave_rows: bool = False) -
         )
 
 
-def _check_name(name: str) -> None:
-    if not timm.is_model(name):
-        close = nearest_network(name, timm.list_models())
-        hint = f", did you mean {close}?" if close else ""
-        raise ValueError(f"model.name: expected a model of timm, got {name!r}{hint}")
-
-
 def _create(
     config: ModelConfig,
     num_classes: int,
@@ -256,13 +250,18 @@ def _create(
         network.model_args = given | arguments  # type: ignore[assignment]
         return network
 
+    # some architectures take images of any size, or no rate for dropping paths
+    optional = {"img_size": image_size, "drop_path_rate": config.drop_path_rate}
+    if config.drop_path_rate or "drop_path_rate" in arguments:
+        arguments = {"drop_path_rate": optional.pop("drop_path_rate"), **arguments}
     try:
-        try:
-            return create(img_size=image_size)
-        except TypeError as error:
-            if "'img_size'" not in str(error):
-                raise
-            return create()  # an architecture for images of any size
+        while True:
+            try:
+                return create(**optional)
+            except TypeError as error:
+                if not (unknown := [name for name in optional if f"'{name}'" in str(error)]):
+                    raise
+                del optional[unknown[0]]
     except (TypeError, AssertionError, ValueError, ZeroDivisionError, LookupError) as error:
         _check_transformer(config.name, _outline(config.name))
         check_arguments(config, timm.model_entrypoint(config.name).__module__, str(error))

@@ -27,6 +27,13 @@ OTHERS: dict[str, dict[str, object]] = {
     UNCUTTABLE: {"depth": 1, "cls_attn_layers": 1, "embed_dim": 32, "num_heads": 2},
     # takes images of any size, and no argument that names one
     "pvt_v2_b0": {"depths": [1, 1, 1, 1], "embed_dims": [8, 16, 16, 16], "num_heads": [1, 2, 2, 2]},
+    # takes no rate of dropping paths either
+    "efficientvit_b0": {
+        "widths": [8, 8, 16, 16, 16],
+        "depths": [1, 1, 1, 1, 1],
+        "head_dim": 8,
+        "head_widths": [16, 16],
+    },
 }
 NETWORKS = FAMILIES | OTHERS
 # before, timm tries to unpickle a .safetensors file, or fails on a folder with two of them
