@@ -4,9 +4,9 @@
 
 A table lies between `<!-- table: peers cpu -->` and `<!-- /table -->`: the first word selects what
 was measured (peers, attack, ops, attention, data, accuracy, float8, traffic, roofline,
-time_to_accuracy, warm_start; experiment, sensitivity, selections, earlier, steps), the second where
-(cpu, gpu). Of several measurements of the same case the newest counts. `--check` writes nothing and
-fails if a table is out of date.
+time_to_accuracy, warm_start; experiment, sensitivity, selections, earlier, steps, search,
+compared), the second where (cpu, gpu). Of several measurements of the same case the newest counts.
+`--check` writes nothing and fails if a table is out of date.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.accuracy import accuracy_tables
+from bench.experiment.compared_table import compared_tables, search_tables
 from bench.experiment.steps_table import steps_tables
 from bench.experiment.table import (
     earlier_tables,
@@ -44,7 +45,7 @@ SAME = (
     *("part", "layer", "backward", "steps", "gpu"),
     *(name for name in IDENTITY if name != "case"),
 )
-OF_EXPERIMENT = ("sensitivity", "selections", "earlier", "steps")
+OF_EXPERIMENT = ("sensitivity", "selections", "earlier", "steps", "search", "compared")
 OURS = ("native", "triton", "fallback")
 
 
@@ -210,6 +211,8 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "selections": selection_tables,
     "earlier": earlier_tables,
     "steps": steps_tables,
+    "search": search_tables,
+    "compared": compared_tables,
     "time_to_accuracy": time_tables,
     "warm_start": warm_start_table,
 }

@@ -1,16 +1,17 @@
 """The CIFAR-10 experiment: does SAFER make vision transformers more robust? One command, one table.
 
     python -m bench.experiment --train cifar10-train.parquet --test cifar10-test.parquet
-        [--scale full|reduced] [--budget-minutes M] [--jobs N] [--seeds N] [--models NAMES]
-        [--starts peak,late] [--arms "SAFER;PGD-AT"] [--kinds select,arm,autoattack]
-        [--folder DIR] [--output FILE.jsonl] [--list]
+        [--scale full|reduced|small|medium] [--budget-minutes M] [--jobs N] [--seeds N]
+        [--models NAMES] [--starts peak,late] [--arms "SAFER;PGD-AT"]
+        [--kinds search,select,arm,autoattack] [--folder DIR] [--output FILE.jsonl] [--list]
 
 One adversarial training is shared by all: its weights at the epoch of best validation robust
 accuracy are the `peak` start, its last weights, `patience` epochs later, the `late` one. Each arm
 trains from a start for the same number of epochs under the same attack; arms of one seed see the
 same batches and the same random starts of the attack. Best epochs are chosen on validation images
-cut from the training rows; test images are for final figures alone. What is done is not done again,
-and what was stopped is resumed: give the budget there is, and call again.
+cut from the training rows; test images are for final figures alone. At scale `medium` a search on
+validation images alone goes before a comparison that was fixed in advance. What is done is not done
+again, and what was stopped is resumed: give the budget there is, and call again.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from bench.experiment.arms import SCALES, Scale
+from bench.experiment.compared_table import compared_tables, search_tables
 from bench.experiment.jobs import Jobs
 from bench.experiment.pool import Pool
 from bench.experiment.table import experiment_tables
-from bench.experiment.tasks import STARTS, Results, Task, Wanted, read_rows, tasks_of
+from bench.experiment.tasks import RESULTS, STARTS, Results, Task, Wanted, read_rows, tasks_of
 
-KINDS = ("select", "arm", "autoattack")
-RESULTS = Path(__file__).parent / "results" / "cifar10.jsonl"
+KINDS = ("search", "select", "arm", "autoattack")
 
 
 def main() -> None:
@@ -57,7 +58,8 @@ def main() -> None:
     failures = Pool(jobs, arguments.jobs, deadline).run(tasks)
     rows = [row for row in read_rows(arguments.output) if row["case"] == scale.name]
     if rows:
-        print("\n" + experiment_tables(rows))
+        tables = [search_tables, compared_tables] if scale.compared else [experiment_tables]
+        print("\n" + "\n".join(table(rows) for table in tables))
     if failures:
         sys.exit(f"{failures} tasks failed; their logs lie in {folder}")
 

@@ -22,6 +22,7 @@ ARMS: dict[str, Settings] = {
     "random, SAM": {**_SAFER, "selection.criterion": "random"},
     "SAM on all": {**_ALL, "sam.rho": 0.05},
     "PGD-AT, low rate": {**_ALL, "sam.rho": 0},
+    "PGD-AT, EMA": {**_ALL, "sam.rho": 0, "optim.ema_decay": 0.998},
     "sharpest, no SAM": {**_SAFER, "sam.rho": 0},
     "SAFER, relative radius": {**_SAFER, "selection.radius": "relative"},
     "SAFER, blocks, fraction 25 %": {**_BLOCKS, "selection.fraction": 0.25},
@@ -45,8 +46,10 @@ STEPS_ARMS: dict[str, Settings] = {
     for what, steps in (("PGD-10", STEPS), ("auto", "auto"))
 }
 """Arms against PGD-10 and against as many iterations as `attack.steps auto` finds enough."""
-LOW_RATE = 0.1
-"""The low rate as a share of that of the other arms."""
+RATES = {"low rate": 0.1, "a third of the rate": 1 / 3, "three times the rate": 3.0}
+"""Learning rates as factors of that of the other arms, by how an arm's name ends."""
+FIRST_HALF = "blocks.0.*,blocks.1.*"
+"""Layers of the first half of four blocks."""
 
 _CHANGES: dict[str, Settings] = {
     "rho 0.02": {"sam.rho": 0.02},
@@ -94,6 +97,36 @@ VARIANT_ARMS: dict[str, Settings] = {
 """Arms with two iterations of Auto-PGD, with half of the epochs at 16 pixels, and with factors of
 rank 8 beside the selected layers in place of the layers themselves."""
 
+QUARTER = "SAFER, blocks, fraction 25 %"
+"""What the search begins with: the best arm of the reduced experiment."""
+_SEARCHES: dict[str, Settings] = {
+    "rho 0.2": {"sam.rho": 0.2},
+    "fraction 50 %": {"selection.fraction": 0.5},
+    "half of the first half": {"selection.candidates": FIRST_HALF, "selection.fraction": 0.5},
+    "all of the first half": {"selection.candidates": FIRST_HALF, "selection.fraction": 1.0},
+    "selected every epoch": {"selection.every_epochs": 1},
+    "EMA": {"optim.ema_decay": 0.998},
+    "Muon": _OPTIMIZERS["Muon"],
+    "SGD": _OPTIMIZERS["SGD"],
+    "a third of the rate": {},
+    "three times the rate": {},
+}
+SEARCH_ARMS: dict[str, Settings] = {
+    f"search, {what}": {**_QUARTER, **settings} for what, settings in _SEARCHES.items()
+}
+"""A quarter of the blocks' layers with one thing changed, to choose from on validation images."""
+SEARCHED = (BASELINE, QUARTER, *SEARCH_ARMS)
+COMPARED = (
+    BASELINE,
+    "SAFER",
+    QUARTER,
+    "PGD-AT, low rate",
+    "PGD-AT, EMA",
+    "AWP",
+    "criticality, SAM",
+)
+"""Arms of the comparison at scale `medium`, beside the one that the search chooses."""
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -102,6 +135,9 @@ class Scale:
     models: settings by model name. common: of every run. start: of the shared start alone, which
     ends `patience` epochs after its best or after `start_epochs`. attack_steps with PGD's step size
     of 2/255 where they are 10, else the default of `attack.step_size`. Numbers of images: 0 is all.
+    searched: arms that are trained first, for validation images alone. compared: arms of a
+    comparison that was fixed before, with AutoAttack of all seeds at the best and the last epoch;
+    where there are any, there are no others.
     """
 
     name: str
@@ -115,7 +151,7 @@ class Scale:
     start_epochs: int
     arm_epochs: int
     every_epochs: int
-    attack_steps: int
+    attack_steps: int | str
     batch_size: int
     learning_rate: float
     clean_epochs: int
@@ -125,6 +161,8 @@ class Scale:
     augmentation: str = "crop"
     patience: int = 20
     common: Settings = field(default_factory=dict)
+    searched: tuple[str, ...] = ()
+    compared: tuple[str, ...] = ()
 
     def start_settings(self, model: str) -> dict[str, object]:
         """Adversarial training of everything at a constant rate, with a ramp of epsilon."""
@@ -140,7 +178,8 @@ class Scale:
 
     def arm_settings(self, model: str, arm: str) -> dict[str, object]:
         """An arm from a start: the rate falls to 0 along a cosine, the same for all arms."""
-        rate = self.learning_rate * (LOW_RATE if arm.endswith("low rate") else 1)
+        factors = [factor for name, factor in RATES.items() if arm.endswith(name)]
+        rate = self.learning_rate * (factors[0] if factors else 1)
         shared = self._shared(model) | {
             "epochs": self.arm_epochs,
             "selection.fraction": 0.05,
@@ -165,7 +204,11 @@ class Scale:
         }
         if self.every_epochs != 5:
             more["SAFER, selected every 5"] = {**_SAFER, "selection.every_epochs": 5}
-        return ARMS | upper | SENSITIVITY | more | OPTIMIZER_ARMS | VARIANT_ARMS | STEPS_ARMS
+        found = ARMS | upper | SENSITIVITY | more | OPTIMIZER_ARMS | VARIANT_ARMS | STEPS_ARMS
+        if self.compared:
+            found |= SEARCH_ARMS
+            found = {name: found[name] for name in dict.fromkeys((*self.compared, *self.searched))}
+        return found
 
     def _shared(self, model: str) -> dict[str, object]:
         steps = self.attack_steps
@@ -256,3 +299,23 @@ SCALES["small"] = replace(
     patience=12,
 )
 """So small that a CPU attacks all seeds of a few arms with AutoAttack within hours."""
+SCALES["medium"] = replace(
+    SCALES["small"],
+    name="medium",
+    train_images=0,
+    validation_images=2000,
+    test_images=4000,
+    gap_images=2000,
+    start_epochs=40,
+    patience=10,
+    arm_epochs=5,
+    every_epochs=0,
+    attack_steps="auto",
+    batch_size=128,
+    ramp_epochs=3,
+    augmentation="crop",
+    searched=SEARCHED,
+    compared=COMPARED,
+)
+"""All of CIFAR-10 for a CPU with two cores and ten hours, in a network small enough for AutoAttack
+of every arm and seed."""

@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from bench.experiment.arms import ARMS, MAIN, SCALES
 from bench.experiment.table import Group, groups_of
-from bench.experiment.tasks import read_rows
+from bench.experiment.tasks import RESULTS, read_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-RESULTS = Path(__file__).parent / "results" / "cifar10.jsonl"
 # Okabe and Ito's colours, told apart by colour-blind readers
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c8d")
 START_COLOUR = "#444444"
@@ -37,9 +36,11 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=RESULTS, help="where the rows are")
     arguments = parser.parse_args()
     rows = [row for row in read_rows(arguments.rows) if row["case"] == arguments.scale]
-    if not rows:
-        parser.error(f"--scale: expected rows of {arguments.scale} in {arguments.rows}, got none")
-    draw(groups_of(rows), arguments.file)
+    groups = [group for group in groups_of(rows) if set(group.arms()) & set(ARMS)]
+    if not groups:
+        expected = f"rows of arms of {arguments.scale} in {arguments.rows}"
+        parser.error(f"--scale: expected {expected}, got none that are drawn")
+    draw(groups, arguments.file)
 
 
 def draw(groups: Sequence[Group], file: Path) -> None:

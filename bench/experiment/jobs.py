@@ -47,7 +47,7 @@ class Jobs:
         if task.kind == "start":
             return True
         start_is_there = self.is_done(Task("start", task.model))
-        if task.kind == "arm":
+        if task.kind in ("arm", "search"):
             return start_is_there and (task.start == PEAK or self._has_late_start(task.model))
         needed = _run_of(task)
         return start_is_there and self.is_done(needed) and self._weights_are_there(task)
@@ -88,11 +88,17 @@ class Jobs:
             weights = [STARTS[task.start]] if task.arm == "start" else ["best"]
             test = (str(self.data["test"]), scale.autoattack_images)
             measures = [Measure(each, "test", ["autoattack"], *test) for each in weights]
+            if scale.compared and task.arm != "start":
+                measures = [Measure(each, "test", ["autoattack"], *test) for each in FILES]
             if task.arm in STEPS_ARMS:  # another attack than those of training decides, at the end
                 strong = Measure("last", "test", ["pgd-50"], *test, restarts=10)
                 measures = [strong, Measure("last", "test", ["autoattack"], *test)]
             return Job(run, measures=measures, **shared)
         final = ["clean", "pgd-20"]
+        if task.kind == "search":  # no test image is looked at
+            held = str(self.data["validation"]), 0
+            measures = [Measure(w, "validation", final, *held) for w in FILES]
+            return Job(run, self._flags(task), measures, **shared)
         measures = [Measure(w, "test", final, str(self.data["test"]), images) for w in FILES]
         gap_of = FILES if task.kind == "start" else ["last"]
         measures += [
@@ -167,6 +173,8 @@ def _run_of(task: Task) -> Task:
     """The task whose run this one is about."""
     if task.kind == "select" or task.arm == "start":
         return Task("start", task.model)
+    if task.kind == "search":
+        return task
     return Task("arm", task.model, task.start, task.arm, task.seed)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.experiment.arms import ARMS, BASELINE, STEPS_ARMS
+from bench.experiment.arms import ARMS, BASELINE, SCALES, STEPS_ARMS
 from bench.experiment.tasks import ID_FIELDS, PEAK, STARTS
 
 Row = dict[str, Any]
@@ -54,7 +54,7 @@ class Group:
 
 def all_groups_of(rows: Iterable[Row]) -> list[Group]:
     """Rows by experiment, model, kind of start and training of the start, the newest first."""
-    rows = sorted(rows, key=lambda row: row["date"])
+    rows = sorted((r for r in rows if r["task"] != "search"), key=lambda row: row["date"])
     names = ("case", "model", "start", "start_id")
     trained = [row for row in rows if row["task"] == "arm"]
     groups = []
@@ -81,7 +81,7 @@ def groups_of(rows: Iterable[Row]) -> list[Group]:
 def experiment_tables(rows: Iterable[Row]) -> str:
     """Tables of accuracies and differences to PGD-AT for each experiment, model and start."""
     groups = [group for group in groups_of(rows) if set(group.arms()) & set(ARMS)]
-    return "\n".join(_both(group, [*ARMS]) for group in groups)
+    return "\n".join(_both(group, [*ARMS]) for group in groups if not _is_fixed(group))
 
 
 def earlier_tables(rows: Iterable[Row]) -> str:
@@ -107,7 +107,7 @@ def sensitivity_tables(rows: Iterable[Row]) -> str:
     for group in groups_of(rows):
         others = {*ARMS, *STEPS_ARMS, "start"}
         names = [name for name in group.arms() if name not in others]
-        if names:
+        if names and not _is_fixed(group):
             parts.append(_both(group, [BASELINE, "SAFER", *names]))
     return "\n".join(parts) or "Not measured yet.\n"
 
@@ -142,6 +142,12 @@ def selection_tables(rows: Iterable[Row]) -> str:
             heads = ["arm", "seed", "epoch: layers (lowest block that is trained)"]
             parts.append(caption(words) + markdown(heads, lines))
     return "\n".join(parts) or "Not measured yet.\n"
+
+
+def _is_fixed(group: Group) -> bool:
+    """True for the rows of a comparison that was fixed in advance: it has a table of its own."""
+    scale = SCALES.get(group.case)
+    return scale is not None and bool(scale.compared)
 
 
 def _both(group: Group, names: Sequence[str]) -> str:

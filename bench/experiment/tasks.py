@@ -11,11 +11,15 @@ from typing import Any, Literal, get_args
 
 from bench.experiment.arms import ARMS, MAIN, STEPS_ARMS, UPPER, Scale
 
-Kind = Literal["start", "arm", "autoattack", "select"]
+Kind = Literal["start", "search", "arm", "autoattack", "select"]
 Row = dict[str, Any]
 PEAK, LATE = "peak", "late"
 STARTS = {PEAK: "best", LATE: "last"}
 """Which weights of the start's run are meant: those of its best epoch, and those of its last."""
+RESULTS = Path(__file__).parents[1] / "results" / "cifar10.jsonl"
+"""File that rows are appended to unless another is named."""
+SEARCH_SEED = 9
+"""Seed of arms that are compared on validation images alone; no other arm has it."""
 FILES = {"best": "best.safetensors", "last": "model.safetensors"}
 ID_FIELDS = {PEAK: "start_id", LATE: "late_id"}
 """Fields of a start's own rows that name its weights; other rows have the name of theirs as
@@ -50,7 +54,7 @@ class Task:
             return f"{self.model}: shared start"
         if self.kind == "select":
             return f"{self.model}: layers by each criterion at the {self.start} start"
-        what = "AutoAttack on " if self.kind == "autoattack" else ""
+        what = {"autoattack": "AutoAttack on ", "search": "search: "}.get(self.kind, "")
         return f"{self.model}: {what}{self.arm} from the {self.start} start, seed {self.seed}"
 
 
@@ -73,7 +77,7 @@ def tasks_of(scale: Scale, wanted: Wanted) -> list[Task]:
     found: dict[Task, None] = {}
     for model in wanted.models:
         for task in _by_importance(scale, model, wanted.num_seeds):
-            is_arm = task.kind in ("arm", "autoattack")
+            is_arm = task.kind in ("search", "arm", "autoattack")
             is_wanted = wanted.arms is None or not is_arm or task.arm in wanted.arms
             is_wanted &= task.start in wanted.starts and task.kind in wanted.kinds
             if task.kind == "start" or is_wanted:
@@ -94,6 +98,14 @@ def _by_importance(scale: Scale, model: str, num_seeds: int) -> Iterator[Task]:
             yield Task("autoattack", model, start, task.arm, task.seed)
 
     yield Task("start", model)
+    if scale.compared:
+        yield from (Task("search", model, PEAK, name, SEARCH_SEED) for name in scale.searched)
+        for start in STARTS:
+            yield from arms(scale.compared, start, range(num_seeds))
+            yield from autoattack(["start"], start, first)
+            yield from autoattack(scale.compared, start, range(num_seeds))
+            yield Task("select", model, start)
+        return
     yield Task("select", model, PEAK)
     yield from arms(MAIN, PEAK, range(num_seeds))
     yield from autoattack([*MAIN[:2], "start"], PEAK, first)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,21 +14,32 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from safetensors.torch import load_file, save_file
 from scipy.stats import ttest_rel
 
 from bench.experiment import __main__ as experiment
 from bench.experiment import figure as experiment_figure
 from bench.experiment import jobs as experiment_jobs
+from bench.experiment import worker
 from bench.experiment.arms import (
     ARMS,
     BASELINE,
+    COMPARED,
     MAIN,
     OPTIMIZER_ARMS,
+    QUARTER,
     SCALES,
     STEPS_ARMS,
     UPPER,
     VARIANT_ARMS,
     Scale,
+)
+from bench.experiment.compared_table import (
+    Found,
+    chosen,
+    compared_tables,
+    holm,
+    search_tables,
 )
 from bench.experiment.jobs import Jobs
 from bench.experiment.pool import Pool
@@ -39,12 +51,25 @@ from bench.experiment.table import (
     selection_tables,
     sensitivity_tables,
 )
-from bench.experiment.tasks import LATE, PEAK, Results, Task, Wanted, read_rows, tasks_of
+from bench.experiment.tasks import (
+    FILES,
+    LATE,
+    PEAK,
+    RESULTS,
+    Results,
+    Task,
+    Wanted,
+    read_rows,
+    tasks_of,
+)
 from bench.experiment.worker import Job, Measure
+from safer_fast import evaluate_run
 from safer_fast.attacks.radii import radii_at
 from safer_fast.config.command_line import parse_config
+from safer_fast.config.commands import EvaluateConfig
 from tests.support.kills import Server
 from tests.support.pictures import encode, photo
+from tests.support.small_runs import TEST_IMAGES
 
 MODEL = "vit_tiny_patch16_224"
 TINY = replace(
@@ -161,6 +186,92 @@ def test_the_main_arms_have_all_seeds_before_others_have_one() -> None:
     assert judged >= {(s, arm, n) for s in (PEAK, LATE) for arm in STEPS_ARMS for n in range(3)}
     models = [task.model for task in tasks]
     assert models == sorted(models)  # DeiT before ViT, without a mixture
+
+
+def test_a_search_comes_before_what_was_fixed_and_sees_no_test_image(tmp_path: Path) -> None:
+    scale = SCALES["medium"]
+    tasks = tasks_of(scale, Wanted([MODEL], num_seeds=3))
+    assert len(set(tasks)) == len(tasks)
+    kinds = [task.kind for task in tasks]
+    num_searched = len(scale.searched)
+    assert kinds[: num_searched + 1] == ["start", *["search"] * num_searched]
+    assert "search" not in kinds[num_searched + 1 :]
+    assert not {t.seed for t in tasks if t.kind == "search"} & set(range(3))
+    compared = {(t.start, t.arm, t.seed) for t in tasks if t.kind == "arm"}
+    everything = {(s, arm, n) for s in (PEAK, LATE) for arm in COMPARED for n in range(3)}
+    assert compared == everything
+    judged = {(t.start, t.arm, t.seed) for t in tasks if t.kind == "autoattack"}
+    assert judged - {(s, "start", 0) for s in (PEAK, LATE)} == everything
+    jobs = jobs_in(tmp_path, scale)
+    searched = jobs.job(tasks[1])
+    assert {(m.split, m.weights) for m in searched.measures} == {
+        ("validation", "best"),
+        ("validation", "last"),
+    }
+    attacked = jobs.job(Task("autoattack", MODEL, PEAK, BASELINE, 2))
+    weights = [(measure.weights, measure.attacks) for measure in attacked.measures]
+    assert weights == [("best", ["autoattack"]), ("last", ["autoattack"])]
+
+
+def test_rates_of_arms_are_what_their_names_say() -> None:
+    scale = SCALES["medium"]
+    rates = {arm: scale.arm_settings(MODEL, arm)["optim.learning_rate"] for arm in scale.arms()}
+    own = rates[BASELINE]
+    named = {
+        "PGD-AT, low rate": 0.1,
+        "search, a third of the rate": 1 / 3,
+        "search, three times the rate": 3,
+    }
+    for arm, factor in named.items():
+        assert rates[arm] == pytest.approx(factor * own)  # type: ignore[operator]
+    assert {arm for arm, rate in rates.items() if rate != own} == {*named, "search, SGD"}
+
+
+def test_the_same_weights_are_attacked_once(
+    small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(small_run, tmp_path / "run")
+    measures = [Measure(w, "test", ["clean"], str(TEST_IMAGES), 8) for w in FILES]
+    called: list[str] = []
+
+    def evaluate(config: EvaluateConfig) -> Any:
+        called.append(config.weights)
+        return evaluate_run(config)
+
+    monkeypatch.setattr(worker, "evaluate_run", evaluate)
+    shutil.copy(run / FILES["last"], run / FILES["best"])
+    rows = worker.rows_of(Job(str(run), measures=measures))
+    assert called == ["best"]
+    assert [row["weights"] for row in rows] == ["best", "last"]
+    assert rows[0]["accuracy"] == rows[1]["accuracy"]
+    called.clear()
+    weights = load_file(run / FILES["best"])
+    save_file({name: 2 * own for name, own in weights.items()}, run / FILES["best"])
+    rows = worker.rows_of(Job(str(run), measures=measures))
+    assert called == ["best", "last"]
+
+
+def test_rows_lie_where_tables_and_pictures_read_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert RESULTS in {*(Path(__file__).parents[2] / "bench" / "results").glob("*.jsonl")}
+    file = tmp_path / "figure.svg"
+    monkeypatch.setattr(sys, "argv", ["figure", "--scale", "reduced", str(file)])
+    experiment_figure.main()
+    assert "PGD-AT" in file.read_text()
+
+
+def test_a_picture_of_nothing_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows_of("SAFER, auto", 0, 0.3)))
+    words = ["figure", "--scale", "reduced", "--rows", str(file), str(tmp_path / "figure.svg")]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as error:
+        experiment_figure.main()
+    assert error.value.code == 2
+    assert "--scale: expected rows of arms of reduced" in capsys.readouterr().err
 
 
 def test_a_part_of_the_experiment_is_that_part() -> None:
@@ -289,7 +400,10 @@ def test_validation_images_are_no_training_images(
         ("--arms=SAFER;nothing", "--arms: expected some of start; PGD-AT"),
         ("--models=resnet", "--models: expected some of vit_tiny"),
         ("--starts=early", "--starts: expected some of peak; late, got 'early'"),
-        ("--kinds=attack", "--kinds: expected some of select; arm; autoattack, got 'attack'"),
+        (
+            "--kinds=attack",
+            "--kinds: expected some of search; select; arm; autoattack, got 'attack'",
+        ),
         ("--seeds=0", "--seeds: expected at least 1, got 0"),
         ("--train=nowhere", "expected a file, got nowhere"),
     ],
@@ -400,6 +514,41 @@ def rows_of(arm: str, seed: int, accuracy: float, **changes: Any) -> list[dict[s
         for attack in ("clean", "pgd-20")
     ]
     return [shared | row for row in [training, *accuracies]]
+
+
+def test_holms_correction_steps_down() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_the_search_keeps_clean_accuracy_where_it_can() -> None:
+    base, near, far = Found(BASELINE, 0.5, 0.3), Found("a", 0.496, 0.31), Found("b", 0.48, 0.32)
+    assert chosen([base, near, far]) == "a"
+    assert chosen([base, Found("c", 0.51, 0.305), near]) == "a"
+    assert chosen([base, far, Found("d", 0.47, 0.31)]) == "b"  # none keeps it: the highest sum
+    assert chosen([near, far]) is None
+    assert chosen([base]) is None
+
+
+def test_what_was_fixed_in_advance_has_tables_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SCALES, "reduced", replace(TINY, compared=(BASELINE, "SAFER")))
+    rows = a_table()
+    assert "PGD-AT" not in experiment_tables(rows)
+    assert "rho 0.2" not in sensitivity_tables(rows)
+    text = compared_tables(rows)
+    assert "| SAFER | 3 | 34.3 ± 1.5 | 34.3 ± 1.5 | - | 34.3 ± 1.5 | 34.3 ± 1.5 | - |" in text
+    p = 2 * ttest_rel([0.33, 0.34, 0.36], [0.30, 0.32, 0.31]).pvalue  # of two comparisons
+    assert f"| SAFER | +3.3 ± 1.5 (p {p:.2g}) | +3.3 ± 1.5 (p {p:.2g}) | - |" in text
+    held = {"task": "search", "seed": 9}
+    searched = [
+        row | held | ({"split": "validation"} if row["figure"] == "accuracy" else {})
+        for arm, accuracy in ((BASELINE, 0.3), (QUARTER, 0.31))
+        for row in rows_of(arm, 9, accuracy)
+        if row.get("split") in (None, "test")
+    ]
+    assert compared_tables(rows + searched) == text
+    assert f"| **{QUARTER}** | 31.0 | 31.0 |" in search_tables(rows + searched)
 
 
 def a_table() -> list[dict[str, Any]]:
