@@ -77,10 +77,11 @@ def in_python(message: str, renamed: Mapping[str, str] | None = None) -> str:
         name = found[1].replace("-", "_")
         return name if name in SETTINGS or name in _ARGUMENTS else found[0]
 
+    message, *command = re.split(r"(?=python -m safer_fast)", message, maxsplit=1)
     text = _FLAG.sub(as_name, message)
     text = re.sub(r"^RUN(?=: )", "run", text)
     text = re.sub(r"(?<=, got )null$", "None", text)
-    return _renamed(text, renamed or {})
+    return "".join([_renamed(text, renamed or {}), *command])
 
 
 def _renamed(text: str, names: Mapping[str, str]) -> str:

@@ -166,6 +166,31 @@ def load_data(
     )
 
 
+def open_evaluation_data(
+    path: str,
+    config: DataConfig,
+    bad: BadImages,
+    skipped: SkippedFiles,
+    *,
+    num_classes: int,
+    num_channels: int,
+    class_names: list[str] | None = None,
+    needs_labels: bool = True,
+) -> Source:
+    """Open the images that `load_evaluation_data` loads, with all of its checks."""
+    found = open_splits(path, "data.path", bad, skipped, columns_of(config), needs_labels)
+    source = found.get("test") or found.get("validation") or found.get("all")
+    if source is None:
+        raise ValueError(
+            f"data.path: expected test or validation data, got only {', '.join(found)} in {path}"
+        )
+    if class_names is not None:
+        relabel(source, class_names)
+    check_classes(source, class_names, num_classes)
+    check_channels(source, num_channels)
+    return source
+
+
 def load_evaluation_data(
     path: str,
     config: DataConfig,
@@ -192,16 +217,16 @@ def load_evaluation_data(
     have.
     """
     bad, skipped = BadImages(config.bad_images), SkippedFiles()
-    found = open_splits(path, "data.path", bad, skipped, columns_of(config), needs_labels)
-    source = found.get("test") or found.get("validation") or found.get("all")
-    if source is None:
-        raise ValueError(
-            f"data.path: expected test or validation data, got only {', '.join(found)} in {path}"
-        )
-    if class_names is not None:
-        relabel(source, class_names)
-    check_classes(source, class_names, num_classes)
-    check_channels(source, num_channels)
+    source = open_evaluation_data(
+        path,
+        config,
+        bad,
+        skipped,
+        num_classes=num_classes,
+        num_channels=num_channels,
+        class_names=class_names,
+        needs_labels=needs_labels,
+    )
     for line in skipped.lines() if rank == 0 else []:
         bad.report(f"note:       {line}")
     rows = source, np.arange(len(source))

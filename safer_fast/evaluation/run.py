@@ -18,13 +18,19 @@ from safer_fast.attacks.pgd import Norm
 from safer_fast.attacks.replayed import ReplayedAttack
 from safer_fast.config.attack_names import LIBRARY_ATTACKS, num_attack_steps
 from safer_fast.config.commands import EvaluateConfig, attacks_of
+from safer_fast.config.messages import printable
 from safer_fast.data import Batch, as_pixels, describe_subset
 from safer_fast.data.corrupted import Corruption
 from safer_fast.data.formats.given import WORD
 from safer_fast.evaluation.batch import BatchEvaluator, BatchOutcome, multiple_of
 from safer_fast.evaluation.log import log_rows, open_log, whole_path
 from safer_fast.evaluation.progress import ProgressDisplay
-from safer_fast.evaluation.setup import EvaluationSetup, num_restarts, set_up_evaluation
+from safer_fast.evaluation.setup import (
+    EvaluationSetup,
+    num_restarts,
+    open_data,
+    set_up_evaluation,
+)
 from safer_fast.evaluation.store import SCALE, Outcome, names_of, to_millionths
 from safer_fast.evaluation.towers import as_distances
 from safer_fast.models.flops import costs
@@ -32,6 +38,12 @@ from safer_fast.models.robust_model import compile_blocks
 from safer_fast.runs.accuracies import accuracy_table, class_table, notes
 from safer_fast.runs.folder import LoadedRun
 from safer_fast.runs.loggers.run_log import RunLog
+from safer_fast.runs.trained_on import (
+    TRAINED_ON,
+    holds_training_images,
+    is_training_path,
+    may_be_training_path,
+)
 from safer_fast.runtime.device import decide_auto
 from safer_fast.runtime.files import check_writable
 from safer_fast.runtime.micro_batch import MicroBatch
@@ -60,6 +72,12 @@ def evaluate_folder(
         if split is not None:
             setup = replace(setup, split=split)
         log = open_log(folder, ranks)
+        if config.path is not None and ranks.share(_is_of_training(config, setup, ranks)):
+            log.say(
+                f"note: {printable(setup.split)} holds images that the run was trained on; "
+                "accuracies on them say nothing about others"
+            )
+            setup = replace(setup, split=setup.split + TRAINED_ON)
         num_images = setup.loader.num_images
         if config.num_images is not None and config.num_images < num_images:
             log.say(f"{setup.split}: {describe_subset(config.num_images, num_images)}")
@@ -88,6 +106,18 @@ def evaluate_folder(
             log.say(class_table(rows, setup.model.class_names))
         stops.check()  # more evaluations may follow
     return rows
+
+
+def _is_of_training(config: EvaluateConfig, setup: EvaluationSetup, ranks: Ranks) -> bool | None:
+    """True for data that the run was trained on; rank 0 looks."""
+    if not ranks.is_first or config.path is None:
+        return None
+    if is_training_path(setup.model, config.path):
+        return True
+    # large data are not searched for a copy elsewhere
+    if not may_be_training_path(setup.model, config.path):
+        return False
+    return holds_training_images(setup.model, open_data(config, setup.model, config.path))
 
 
 class Evaluator:

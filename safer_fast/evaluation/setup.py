@@ -11,9 +11,12 @@ from safer_fast.attacks.named import ThreatModel
 from safer_fast.config.attack_names import LIBRARY_ATTACKS, fits_norm, has_restarts
 from safer_fast.config.checks import check_ball
 from safer_fast.config.commands import EvaluateConfig, attacks_of
+from safer_fast.config.schema import DataConfig
 from safer_fast.data import Loader, load_evaluation_data, load_own_split
+from safer_fast.data.bad_images import BadImages
 from safer_fast.data.corrupted import Corruption
-from safer_fast.data.formats import MOST_UNNAMED_CLASSES
+from safer_fast.data.formats import MOST_UNNAMED_CLASSES, SkippedFiles, Source
+from safer_fast.data.load import open_evaluation_data
 from safer_fast.evaluation.store import Store, file_digest
 from safer_fast.evaluation.towers import facts_of_judge, find_judge, with_text
 from safer_fast.models.teacher import Teacher
@@ -59,6 +62,17 @@ def set_up_evaluation(
     if source is not None and source.is_tower:
         source = with_text(config, source)
     judge = find_judge(config, model)
+    threat = checked_threat(config, model)
+    if source is not None:
+        _check_source(source, model)
+    split, loader = _evaluation_data(config, model, ranks, corruption)
+    ranks.check_same(loader.digest, "--data.path", "images and labels")
+    stores = _stores(config, model, source, threat, ranks, judge)
+    return EvaluationSetup(model, source or model, threat, split, loader, stores, judge)
+
+
+def checked_threat(config: EvaluateConfig, model: LoadedRun) -> ThreatModel:
+    """The ball of the settings; raise ValueError for attacks that do not suit it or the model."""
     threat = _threat(config, model)
     for name in attacks_of(config):
         if not fits_norm(name, threat.norm):
@@ -67,12 +81,31 @@ def set_up_evaluation(
                 f"got {name}"
             )
         check_suits(name, threat.norm, len(model.class_names), model.image_size)
-    if source is not None:
-        _check_source(source, model)
-    split, loader = _evaluation_data(config, model, ranks, corruption)
-    ranks.check_same(loader.digest, "--data.path", "images and labels")
-    stores = _stores(config, model, source, threat, ranks, judge)
-    return EvaluationSetup(model, source or model, threat, split, loader, stores, judge)
+    return threat
+
+
+def open_data(config: EvaluateConfig, loaded: LoadedRun, path: str) -> Source:
+    """Open data that are evaluated in place of the run's own; raise ValueError if they do not fit.
+
+    Broken images are passed over here: they are told where they are read.
+    """
+    return open_evaluation_data(
+        path,
+        _data_settings(config, loaded),
+        BadImages("skip", lambda _: None),
+        SkippedFiles(),
+        num_classes=_num_labels(loaded),
+        num_channels=loaded.num_channels,
+        class_names=_names_to_match(loaded),
+        needs_labels=loaded.needs_labels,
+    )
+
+
+def _data_settings(config: EvaluateConfig, loaded: LoadedRun) -> DataConfig:
+    """The run's settings of data, with the columns that are given."""
+    columns = {name: getattr(config, name) for name in ("image_column", "label_column")}
+    given = {name: column for name, column in columns.items() if column is not None}
+    return replace(loaded.config.data, **given)
 
 
 def _load_source(config: EvaluateConfig, folder: str, ranks: Ranks) -> LoadedRun:
@@ -129,11 +162,9 @@ def _evaluation_data(
     parts |= {"device": loaded.model.mean.device, "corruption": corruption}
     parts["needs_labels"] = loaded.needs_labels
     if config.path is not None:
-        columns = {name: getattr(config, name) for name in ("image_column", "label_column")}
-        given = {name: column for name, column in columns.items() if column is not None}
         data = load_evaluation_data(
             config.path,
-            replace(settings.data, **given),
+            _data_settings(config, loaded),
             batch_size=config.batch_size,
             num_classes=_num_labels(loaded),
             num_channels=loaded.num_channels,

@@ -18,13 +18,13 @@ from safer_fast.config.commands import EvaluateConfig, attacks_of
 from safer_fast.config.evaluation_tables import CORRUPTIONS, SEVERITIES, parse_threat_models
 from safer_fast.config.messages import printable, shortened
 from safer_fast.config.schema import Names, Radius
-from safer_fast.data.bad_images import BadImages
 from safer_fast.data.corrupted import Corruption, check_library
-from safer_fast.data.formats import open_splits
 from safer_fast.data.formats.given import WORD, GivenData, giving
 from safer_fast.evaluation.run import evaluate_folder
-from safer_fast.evaluation.towers import gives_distances
+from safer_fast.evaluation.setup import checked_threat, open_data
+from safer_fast.evaluation.towers import with_text
 from safer_fast.runs.accuracies import OWN_SPLITS, distinct_names
+from safer_fast.runs.folder import load_run
 from safer_fast.runtime.files import write_whole
 from safer_fast.runtime.terminal import aligned
 
@@ -52,11 +52,12 @@ def evaluate_several(
     others: data sets or paths by name, beside `config.other_data`.
     """
     sets = _data_sets(config, others or {})
-    _check_beforehand(sets[1:], config.corruptions, needs_labels=not gives_distances(config))
+    balls = _balls(config)
+    _check_beforehand(config, sets, balls)
     rows: list[Row] = []
     for place, one in enumerate(sets):
         flag = "--other-data" if place else "data.path"
-        for part in _balls(config):
+        for part in balls:
             known = {_key(row) for row in rows}
             with _named(flag), giving(one.given, one.path) as path:
                 found = evaluate_folder(replace(part, path=path), is_part=True, split=one.name)
@@ -97,15 +98,18 @@ def _check_name(name: Any) -> None:
 
 
 def _check_beforehand(
-    sets: Sequence[DataSet], corruptions: Sequence[str], *, needs_labels: bool
+    config: EvaluateConfig, sets: Sequence[DataSet], balls: Sequence[EvaluateConfig]
 ) -> None:
-    """Raise ValueError for data and packages that are missing, before anything is attacked."""
-    for one in sets:
-        with _named("--other-data"), giving(one.given, one.path) as path:
-            bad = BadImages("skip", lambda _: None)
-            open_splits(path, "data.path", bad, needs_labels=needs_labels)
-    if corruptions:
+    """Raise ValueError for data, attacks and packages that do not fit, before any attack."""
+    if config.corruptions:
         check_library()
+    loaded = load_run(Path(config.run), config.weights, "cpu", is_frozen=True)
+    loaded = with_text(config, loaded)
+    for part in balls:
+        checked_threat(part, loaded)
+    for one in sets[1:]:
+        with _named("--other-data"), giving(one.given, one.path) as path:
+            open_data(config, loaded, str(path))
 
 
 @contextmanager

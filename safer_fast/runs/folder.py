@@ -31,6 +31,7 @@ from safer_fast.runs.layout import (
     RunFolder,
 )
 from safer_fast.runs.lock import RunLock
+from safer_fast.runs.loggers.mending import has_ended
 from safer_fast.runtime.files import write_whole
 
 if TYPE_CHECKING:
@@ -105,7 +106,8 @@ def check_output(folder: Path) -> None:
             f"{str(folder)!r:.80}"
         )
     if folder.exists() and not (folder.is_dir() and _names(folder) <= {LOCK}):
-        raise ValueError(f"--output: expected a new or empty folder, got {folder}, which is in use")
+        got = "which is not empty" if folder.is_dir() else "a file"
+        raise ValueError(f"--output: expected a new or empty folder, got {folder}, {got}")
 
 
 def clear_run_folder(folder: Path) -> None:
@@ -119,7 +121,7 @@ def clear_run_folder(folder: Path) -> None:
     files = RunFolder(folder)
     best = files.weights("best").name
     own = {CONFIG, f"{CONFIG}.tmp", METRICS, best, f"{best}.tmp", CHECKPOINTS}
-    own |= {files.gallery.name, WANDB, WANDB_ID}
+    own |= {files.gallery.name, files.later_metrics.name, WANDB, WANDB_ID}
     for companion in (TEACHER, TEXT_EMBEDDINGS):
         own |= {companion, f"{companion}.tmp"}
     # the configuration marks the folder as one of ours: it is removed last
@@ -298,14 +300,21 @@ def _without_model(files: RunFolder, missing: Path) -> str:
     folder = printable(str(files.path))
     if not files.path.exists():
         return f"RUN: expected a run folder, got {folder}, which does not exist"
-    if not files.config.is_file() or files.model_config.is_file():
-        return f"RUN: expected a run folder with {missing.name}, got {folder}"
+    without = f"RUN: expected a run folder with {missing.name}, got {folder}"
+    if not files.config.is_file():
+        return without
     found = sorted(files.checkpoints.glob("step-*.safetensors"))
     state = f"whose newest checkpoint is {found[-1].name}" if found else "without a checkpoint yet"
     command = f"--config {shlex.quote(f'{folder}/{CONFIG}')} --output {shlex.quote(folder)}"
+    command = f"python -m safer_fast.train {command} --resume auto"
+    resuming = f"{'resume' if found else 'begin'} it with {command}"
+    if has_ended(files.metrics):
+        return f"{without}: to write it again, {resuming}" if found else without
+    if files.model_config.is_file():
+        return without
     return (
         f"RUN: expected a run that has ended, got {folder}, {state}: unless it still trains, "
-        f"{'resume' if found else 'begin'} it with {command} --resume auto"
+        f"{resuming}"
     )
 
 

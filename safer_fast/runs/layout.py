@@ -52,6 +52,11 @@ class RunFolder:
         return self.path / MODEL_CONFIG
 
     @property
+    def later_metrics(self) -> Path:
+        """Evaluations of a finished run, kept while files that it has lost are written again."""
+        return self.path / "metrics-after-end.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         """The folder of checkpoints to resume from."""
         return self.path / CHECKPOINTS

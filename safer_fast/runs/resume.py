@@ -15,9 +15,9 @@ from safer_fast.config.schema import Config
 from safer_fast.runs.checkpoints.file import Checkpoint, read_checkpoint
 from safer_fast.runs.checkpoints.folder import CheckpointFolder
 from safer_fast.runs.folder import check_output, clear_run_folder, save_settings
-from safer_fast.runs.layout import CHECKPOINTS, CONFIG, METRICS
+from safer_fast.runs.layout import CHECKPOINTS, CONFIG, METRICS, RunFolder
 from safer_fast.runs.lock import RunLock
-from safer_fast.runs.loggers.mending import has_ended, mend_metrics
+from safer_fast.runs.loggers.mending import has_ended, keep_evaluations, mend_metrics
 from safer_fast.runs.progress import RunProgress, check_state
 from safer_fast.runtime.files import check_no_link
 from safer_fast.runtime.ranks import Ranks
@@ -64,7 +64,8 @@ def find_run(
     """Search the folder `--output`; raises ValueError if `--resume` does not allow its contents.
 
     Rank 0 searches, once it has the lock: a run that another process writes is not touched. With
-    `auto` a run without a checkpoint is removed. A finished run must have the same settings.
+    `auto` a run without a checkpoint is removed. A finished run must have the same settings; one
+    that has lost its weights or config.json is one to resume, from its last checkpoint.
     """
     if config.output is None:
         return Found(lock=lock)
@@ -78,6 +79,11 @@ def find_run(
         answer["is_finished"] = config.resume != "never" and _is_finished(folder)
         if answer["is_finished"]:
             check_settings(parse_config(["--config", str(folder / CONFIG)]).to_dict(), config)
+        if answer["is_finished"] and (lost := _lost_results(folder)):
+            report(f"{folder}: {lost} is lost: it is written again from the last checkpoint")
+            keep_evaluations(RunFolder(folder))
+            answer["is_finished"] = False
+        if answer["is_finished"]:
             mend_metrics(folder / METRICS, (folder / METRICS).stat().st_size, report)
         elif found := _newest(folder, config, report):
             size = mend_metrics(folder / METRICS, _metrics_size(found), report)
@@ -192,6 +198,20 @@ def _newest(folder: Path, config: Config, report: Callable[[str], None]) -> Chec
 def _is_finished(folder: Path) -> bool:
     """Return true if the run has written its last line."""
     return (folder / CONFIG).is_file() and has_ended(folder / METRICS)
+
+
+def _lost_results(folder: Path) -> str:
+    """Name a file that a finished run lacks, empty if it has all; raise ValueError without a
+    checkpoint to write it again from."""
+    files = RunFolder(folder)
+    wanted = files.model_config, files.weights("last"), files.weights("best")
+    lost = next((file.name for file in wanted if not file.is_file()), "")
+    if lost and not any((folder / CHECKPOINTS).glob("step-*.safetensors")):
+        raise ValueError(
+            f"--resume: expected {lost} of a finished run, got none in {folder}, and no checkpoint "
+            "to write it again from"
+        )
+    return lost
 
 
 def _fault_of(checkpoint: Checkpoint) -> str | None:

@@ -11,7 +11,9 @@ from safer_fast.config.checks import check_new, checked
 from safer_fast.config.doors import door
 from safer_fast.config.schema import Config
 from safer_fast.data.formats.given import giving
+from safer_fast.runs.layout import RunFolder
 from safer_fast.runs.lock import RunLock
+from safer_fast.runs.loggers.mending import restore_evaluations
 from safer_fast.runs.report.page import write_report
 from safer_fast.runs.resume import find_run
 from safer_fast.runtime.ranks import connected
@@ -82,7 +84,10 @@ def train_model(config: Config, notes: Iterable[str] = (), *, data: Any = None) 
                     trainer.begin_epoch(epoch)
                     figures = trainer.train_epoch(epoch)
                     trainer.end_epoch(epoch, figures)
-                return trainer.finish()
+                folder = trainer.finish()
             except Stopped as stop:
                 trainer.stop(stop.signal.name)
                 raise
+        if ranks.is_first and restore_evaluations(RunFolder(folder)):
+            write_report([folder])
+        return folder

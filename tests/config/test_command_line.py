@@ -245,10 +245,10 @@ def test_a_run_folder_in_use_is_refused_and_kept(
     from safer_fast.train import main
 
     (tmp_path / "mine.txt").write_text("precious")
-    assert "which is in use" in refused(main, ["--output", str(tmp_path)], capsys)
+    assert "which is not empty" in refused(main, ["--output", str(tmp_path)], capsys)
     assert (tmp_path / "mine.txt").read_text() == "precious"
     file = str(tmp_path / "mine.txt")
-    assert "which is in use" in refused(main, ["--output", file], capsys)
+    assert f"got {file}, a file" in refused(main, ["--output", file], capsys)
 
 
 @pytest.mark.slow

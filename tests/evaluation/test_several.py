@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from safer_fast import EvaluateConfig, evaluate_run, report
+from safer_fast import EvaluateConfig, evaluate_run, export, report, train
 from safer_fast import evaluate as command
 from safer_fast.config.commands import ExportConfig
 from safer_fast.data.corrupted import Corruption, corrupt
@@ -335,6 +336,52 @@ def test_missing_data_are_named_before_anything_is_measured(folder: Path) -> Non
         evaluate_run(str(folder), attacks="clean", other_data="none.npz", fresh=True)
     assert (folder / "metrics.jsonl").read_bytes() == before
     assert not list((folder / "evaluation").glob("*"))
+
+
+def test_data_that_do_not_fit_are_named_before_anything_is_attacked(
+    folder: Path, tmp_path: Path
+) -> None:
+    classes = tmp_path / "pictures"
+    for name in ("airplane", "ship"):
+        (classes / name).mkdir(parents=True)
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(classes / name / "1.png")
+    message = r"^other_data: expected the class names of the training data, got airplane"
+    with pytest.raises(ValueError, match=message):
+        evaluate_run(str(folder), attacks="clean,pgd-2", other_data=str(classes), fresh=True)
+    assert not list((folder / "evaluation").glob("*"))
+    with pytest.raises(ValueError, match=r"^(threat_models|epsilon): expected"):
+        evaluate_run(str(folder), attacks="clean,pgd-2", threat_models="linf:0.1,l2:900")
+    assert not list((folder / "evaluation").glob("*"))
+
+
+def test_training_images_are_called_that_wherever_their_accuracy_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng, run_ = np.random.default_rng(0), tmp_path / "run"
+    for name, count in (("pics", 24), ("others", 8)):
+        images = rng.integers(0, 256, (count, 8, 8), dtype=np.uint8)
+        np.savez(tmp_path / f"{name}.npz", images=images, labels=np.arange(count) % 4)
+    path = f"--data.path={tmp_path / 'pics.npz'}"
+    train.main([*small_runs.TINY, path, "--output", str(run_)])
+    own, others = tmp_path / "pics.npz", tmp_path / "others.npz"
+    words = ["--attacks=clean,autoattack", "--num-images=4", "--device=cpu"]
+    capsys.readouterr()
+    command.main([str(run_), *words, f"--path={own}", f"--other-data={others}"])
+    printed = capsys.readouterr().out
+    assert "note: pics holds images that the run was trained on" in printed
+    assert "others holds" not in printed
+    assert re.search(r"^pics \(training images\) +\d", printed, re.M)
+    export.main([str(run_), "--format=hub"])
+    card = (run_ / "export-hub" / "README.md").read_text()
+    assert "| pics (training images) | autoattack |" in card
+    assert "| others | autoattack |" in card
+    report.main([str(run_)])
+    assert "pics (training images)" in (run_ / "report.html").read_text()
+    capsys.readouterr()
+    export.main([str(run_), "--format=robustbench"])
+    assert "which --claim-data names: others\n" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="got training images: pics"):
+        export.main([str(run_), "--format=robustbench", f"--claim-data={own}", "--output=x"])
 
 
 MISTAKES = {

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from safer_fast import evaluate, evaluate_run
+from safer_fast.config.commands import EvaluateConfig
 from safer_fast.runs.checkpoints.file import read_checkpoint
 from safer_fast.runs.loggers.metrics_file import read_metrics
 from safer_fast.runtime.tensor_files import write_tensors
@@ -54,8 +56,8 @@ def empty_config(run: Path) -> None:
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "best weights": (lose_best, "is used without best-"),
-    "log": (spoil_log, "1 damaged lines left out; the others are kept"),
-    "no log": (lambda run: (run / "metrics.jsonl").unlink(), "0 found, its end is gone"),
+    "log": (spoil_log, "a damaged line left out; all other lines are kept"),
+    "no log": (lambda run: (run / "metrics.jsonl").unlink(), "its end is gone ("),
     "settings": (empty_config, "run.yaml was damaged ("),
     "no settings": (lambda run: (run / "run.yaml").unlink(), "run.yaml was damaged ("),
 }
@@ -80,6 +82,43 @@ def test_a_run_goes_on_without_what_it_does_not_need(
         assert (run / "run.yaml").read_text().splitlines()[1:] == (
             (killed / "run.yaml").read_text().splitlines()[1:]
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "best.safetensors"])
+def test_a_finished_run_that_has_lost_a_file_writes_it_again(
+    name: str,
+    server: Server,
+    flags: list[str],
+    run: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert server.train(run, flags).status == 0
+    evaluate.main([str(run), "--attacks=clean,pgd-2", "--num-images=4", "--device=cpu"])
+    wanted, events = (run / name).read_bytes(), read_metrics(run / "metrics.jsonl")
+    (run / name).unlink()
+    weights = "best" if name.startswith("best") else "last"
+    with pytest.raises(ValueError, match=r"^run: expected a run folder with .* write it again"):
+        evaluate_run(EvaluateConfig(run=str(run), weights=weights))
+    ending = server.train(run, flags)
+    assert (ending.status, ending.errors) == (0, ""), ending.output
+    assert f"{name} is lost: it is written again from the last checkpoint" in ending.output
+    assert (run / name).read_bytes() == wanted
+
+    def facts(events: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+        names = "event", "epoch", "step", "attack", "weights", "accuracy"
+        return [tuple(e.get(n) for n in names) for e in events if e["event"] != "run"]
+
+    assert facts(read_metrics(run / "metrics.jsonl")) == facts(events)
+    assert not list(run.glob("metrics-after-end*"))
+    (run / name).unlink()
+    before = (run / "metrics.jsonl").read_bytes()
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").mkdir()
+    ending = server.train(run, flags)
+    assert ending.status == 2
+    assert f"--resume: expected {name} of a finished run, got none in " in ending.errors
+    assert (run / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.slow

@@ -34,13 +34,15 @@ def test_a_run_that_was_killed_says_how_far_it_came_and_how_it_ends(
     for ask in (load_model, evaluate_run):
         with pytest.raises(
             ValueError, match=f"^run: expected a run that has ended, got {run}, {state}"
-        ):
+        ) as told:
             ask(run)
     ending = server.command("evaluate", run)
     begun, _, words = ending.errors.rstrip().partition(f"unless it still trains, {word} it with ")
     assert ending.status == 2
     assert begun.startswith(f"error: RUN: expected a run that has ended, got {run}, {state}")
-    again = server.run("-m", "safer_fast.train", *shlex.split(words))
+    assert words.startswith("python -m safer_fast.train --config ")
+    assert words in str(told.value)  # from Python too
+    again = server.run(*shlex.split(words)[1:])
     assert again.returncode == 0, again.stderr
     assert load_model(run).class_names
 

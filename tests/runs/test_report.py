@@ -320,6 +320,34 @@ def test_the_verdict_says_no_more_than_the_images_tell(
     assert words in verdict_of(folder)
 
 
+def test_the_verdict_credits_safer_with_no_weights_of_the_warm_up(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    file = folder / "metrics.jsonl"
+    events = [json.loads(line) for line in file.read_text().splitlines()]
+    for event in events:
+        if event["event"] == "epoch" and event["epoch"] == 12:
+            event["robust_accuracy"] = 0.6  # more than any later one
+    write_events(folder, events)
+    before = "The best weights are those of epoch 12, before SAFER began in epoch 21."
+    text = verdict_of(folder)
+    assert "42.1 % at the start, 44.1 % after it (95 % interval" in text
+    assert text.endswith(f"last weights; clean accuracy +2.0 points. {before}")
+    others = make_run(tmp_path / "other", shift=0.01)
+    assert verdict_of(folder, others).endswith(before.replace("weights", "weights of run"))
+    events = [event for event in events if event.get("weights") != "last"]
+    write_events(folder, events)
+    assert f"there is no start to compare with. {before}" in verdict_of(folder)
+
+
+def test_the_verdicts_gain_is_that_of_the_figures_it_shows(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", epochs=1, is_finished=False)
+    images = {"num_images": 797}
+    add_events(folder, _evaluation(1, "start", "pgd-20", 76 / 797) | images)
+    add_events(folder, _evaluation(1, "last", "pgd-20", 57 / 797) | images)
+    text = verdict_of(folder).replace("\N{MINUS SIGN}", "-")
+    assert "9.5 % at the start, 7.2 % after it (-2.3 points" in text
+
+
 @pytest.mark.slow
 def test_the_verdict_on_several_runs_names_the_most_robust(tmp_path: Path) -> None:
     one, other = (make_run(tmp_path / n, shift=s) for n, s in (("weak", 0.0), ("strong", 0.02)))

@@ -607,7 +607,9 @@ def test_folders_that_are_no_run_are_left_alone(how: str, train: Train, tmp_path
     folder.mkdir()
     (folder / "thesis.txt").write_text("mine")
     ending = train(flags=(f"--resume={how}",))
-    expected = f"error: --output: expected a new or empty folder, got {folder}, which is in use\n"
+    expected = (
+        f"error: --output: expected a new or empty folder, got {folder}, which is not empty\n"
+    )
     if how == "must":
         expected = f"error: --resume: expected a run with checkpoints for must, got {folder}\n"
     assert ending == (2, "", expected)
@@ -617,7 +619,7 @@ def test_folders_that_are_no_run_are_left_alone(how: str, train: Train, tmp_path
 def test_a_used_folder_is_refused_by_those_who_do_not_resume(train: Train, run: Path) -> None:
     before = contents(run)
     ending = train(flags=("--resume=never",))
-    expected = f"error: --output: expected a new or empty folder, got {run}, which is in use\n"
+    expected = f"error: --output: expected a new or empty folder, got {run}, which is not empty\n"
     assert ending == (2, "", expected)
     assert contents(run) == before
 

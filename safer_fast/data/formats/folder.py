@@ -88,7 +88,10 @@ def _find_images(folder: str, flag: str, skipped: SkippedFiles) -> list[str]:
         waiting += sorted(folders)
         found += [(parent, name) for name in files]
     if not found:
-        raise ValueError(f"{flag}: expected images in every class folder, got none in {folder}")
+        raise ValueError(
+            f"{flag}: expected images in every class folder, got none in {folder}; remove the "
+            "folder if it is no class"
+        )
     for deeper in sorted({parent for parent, _ in found} - {folder}):
         skipped.count_deeper(deeper)
     return [os.path.join(parent, name) for parent, name in sorted(found)]

@@ -15,9 +15,9 @@ from safer_fast.runs.exporters.claimed_data import (
     describe_claimed,
     name_claimed,
     of_claimed_data,
-    was_trained_on,
 )
 from safer_fast.runs.exporters.facts import evaluations
+from safer_fast.runs.trained_on import TRAINED_ON, was_trained_on
 
 if TYPE_CHECKING:
     from safer_fast.runs.folder import LoadedRun
@@ -80,7 +80,8 @@ def write_submission(config: ExportConfig, loaded: LoadedRun, folder: Path) -> s
 
 def _needs(candidates: Sequence[Mapping[str, Any]]) -> str:
     """The words for the evaluation that a claim needs, and for others that a flag can claim."""
-    others = dict.fromkeys(printable(str(event["split"])) for event in candidates)
+    names = [str(event["split"]) for event in candidates]
+    others = dict.fromkeys(printable(name) for name in names if not name.endswith(TRAINED_ON))
     if not others:
         return "under clean,autoattack"
     return (

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from safer_fast.runs.layout import RunFolder
 from safer_fast.runs.loggers.metrics_file import MOST_LINE, parse_event
 from safer_fast.runtime.files import open_plain, write_whole
 
@@ -26,8 +27,10 @@ def mend_metrics(path: Path, size: int, report: Callable[[str], None]) -> int:
     if whole == kept and len(kept) == size:
         return size
     num_lost = len(lines) - 1 - whole.count(b"\n")
-    lost = f"{num_lost} damaged lines left out" if num_lost > 0 else "its end is gone"
-    report(f"{path}: {size} bytes expected, {num_bytes} found, {lost}; the others are kept")
+    count = "a damaged line" if num_lost == 1 else f"{num_lost} damaged lines"
+    lost = f"{count} left out" if num_lost > 0 else "its end is gone"
+    sizes = "" if num_bytes == size else f" ({size} bytes expected, {num_bytes} found)"
+    report(f"{path}: {lost}{sizes}; all other lines are kept")
     write_whole(path, whole)
     return len(whole)
 
@@ -40,3 +43,27 @@ def has_ended(path: Path) -> bool:
         lines = iter(partial(file.readline, MOST_LINE + 1), b"")
         events = (parse_event(line.removesuffix(b"\n")) for line in lines)
         return any(event is not None and event.get("event") == "end" for event in events)
+
+
+def keep_evaluations(files: RunFolder) -> None:
+    """Copy the lines of metrics.jsonl from after the run's end, which resuming cuts off."""
+    found: list[bytes] = []
+    for line in files.metrics.read_bytes().split(b"\n"):
+        event = parse_event(line)
+        if event is not None and event.get("event") == "end":
+            found = []
+        elif event is not None:
+            found.append(line + b"\n")
+    if found:
+        write_whole(files.later_metrics, b"".join(found))
+
+
+def restore_evaluations(files: RunFolder) -> bool:
+    """Append what `keep_evaluations` kept to metrics.jsonl; False where there is nothing."""
+    if not files.later_metrics.is_file():
+        return False
+    with open_plain(files.metrics, os.O_WRONLY) as file:
+        file.seek(0, os.SEEK_END)
+        file.write(files.later_metrics.read_bytes())
+    files.later_metrics.unlink()
+    return True

@@ -184,7 +184,10 @@ def _events(path: Path, file: IO[bytes]) -> list[dict[str, Any]]:
             events.append(event)
         elif line.endswith(b"\n") or len(line) > MOST_LINE:
             shown = _shown(line.removesuffix(b"\n"))
-            raise ValueError(f"{path}, line {number}: expected a JSON object, got {shown}")
+            raise ValueError(
+                f"{path}, line {number}: expected a JSON object, got {shown}; remove the line, or "
+                "resume the run, which does"
+            )
     return events
 
 

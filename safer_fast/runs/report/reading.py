@@ -80,6 +80,23 @@ class ReportedRun:
         value = self.setting(name)
         return None if value is None or not _is_number(value) else float(value)
 
+    def best_epoch(self) -> float:
+        """Epoch whose weights are the best by validation images; infinity: none was evaluated."""
+
+        def merit(event: Mapping[str, Any]) -> tuple[float, float, int]:
+            robust, clean = event.get("robust_accuracy"), event.get("clean_accuracy")
+            if robust is None:
+                robust = -event["embedding_distance"]
+            return robust, -math.inf if clean is None else clean, event["epoch"]
+
+        keys = "robust_accuracy", "embedding_distance"
+        events = [e for e in self.epochs if any(e.get(key) is not None for key in keys)]
+        return float(max(events, key=merit)["epoch"]) if events else math.inf
+
+    def first_safer_epoch(self) -> int:
+        """Epoch before which layers were selected for the first time; 0: none yet."""
+        return min((event["epoch"] for event in self.selections), default=0)
+
     def first_epoch_at_full_epsilon(self) -> float:
         """First epoch at full epsilon, where training and validation compare; infinity: none."""
         reached = {event["epoch"]: event.get("epsilon") or 0.0 for event in self.epochs}

@@ -162,7 +162,7 @@ def _best_and_last(run: ReportedRun) -> tuple[Cell, Cell]:
     robust = _measured(run, "robust_accuracy")
     if not robust:
         return Cell(NOTHING), Cell(NOTHING)
-    best, last = max(robust, key=lambda epoch: robust[epoch]), max(robust)
+    best, last = int(run.best_epoch()), max(robust)
     lost = 100 * (robust[best] - robust[last])
     note = f"{lost:.1f} points below the best" if lost >= 0.05 else "as good as the best"
     return (

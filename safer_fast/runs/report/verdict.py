@@ -87,21 +87,48 @@ def difference(start: Evaluation, end: Evaluation) -> tuple[float, float, float]
     return gain, gain - below, gain + above
 
 
+def _gain(start: Evaluation, end: Evaluation) -> float:
+    """Gain in accuracy, of both as they are shown."""
+    return round((end.accuracy or 0.0), 3) - round((start.accuracy or 0.0), 3)
+
+
 def _distances(run: ReportedRun, split: str) -> str:
     """A sentence on the embedding distances of a tower without classes, empty for others."""
-    found = [strongest(run, "pgd", w, split, of_distances=True) for w in ("best", "last", "start")]
+    weights = (*_ends(run), "start")
+    found = [strongest(run, "pgd", w, split, of_distances=True) for w in weights]
     start = found[-1]
     end = next((one for one in found if one is not None), None)
     if end is None:
         return ""
     is_comparable = start is not None and replace(start, weights=end.weights) == end != start
+    is_comparable &= not _is_from_before(run, end.weights)
     before = f" {start.loss:.3g} at the start," if start is not None and is_comparable else ""
     when = "at the start" if end is start else "in the end"
     facts = ", ".join(facts_of(replace(end, seed=None)).values())
     return (
         "The mean squared distance of embeddings of attacked images to the original's of clean "
         f"ones is{before} {end.loss:.3g} {when}, under {attack_name(end)}, {facts} of the {split} "
-        f"split, {end.weights} weights."
+        f"split, {end.weights} weights.{_before_safer(run)}"
+    )
+
+
+def _ends(run: ReportedRun) -> tuple[str, str]:
+    """Weights to compare with the start: the best, unless they are from before SAFER."""
+    return ("last", "best") if _is_from_before(run, "best") else ("best", "last")
+
+
+def _is_from_before(run: ReportedRun, weights: str) -> bool:
+    """True for the best weights where they are those of an epoch before SAFER began."""
+    return weights == "best" and run.best_epoch() < run.first_safer_epoch()
+
+
+def _before_safer(run: ReportedRun, of_run: str = "") -> str:
+    """A sentence on best weights that SAFER never touched, empty where it did."""
+    if not _is_from_before(run, "best"):
+        return ""
+    return (
+        f" The best weights{of_run} are those of epoch {run.best_epoch():.0f}, before SAFER began "
+        f"in epoch {run.first_safer_epoch()}."
     )
 
 
@@ -109,7 +136,7 @@ def _of_one(run: ReportedRun) -> str:
     begun = "" if run.is_finished else "So far: "
     places = weights_and_splits(run)
     split = "test" if "test" in {split for _, split in places} else next((s for _, s in places), "")
-    end = next((w for w in ("best", "last") if (w, split) in places), None)
+    end = next((w for w in _ends(run) if (w, split) in places), None)
     if distances := _distances(run, split):
         return begun + distances
     if end is None or (robust := _robust(run, end, split)) is None:
@@ -117,17 +144,18 @@ def _of_one(run: ReportedRun) -> str:
     clean, first_clean = (strongest(run, "clean", w, split) for w in (end, "start"))
     start = strongest(run, robust.kind, "start", split)
     where = _where(robust, end, split)
-    if start is None or replace(start, weights=end) != robust:
+    before = _before_safer(run)
+    if start is None or replace(start, weights=end) != robust or _is_from_before(run, end):
         also = f" and {percent(clean.accuracy)} without" if clean and clean.accuracy else ""
         return (
             f"{begun}{method_name(run)} reached {_share(robust)} {where}{also}; "
-            "there is no start to compare with."
+            f"there is no start to compare with.{before}"
         )
-    gain, low, high = difference(start, robust)
+    _, low, high = difference(start, robust)
+    gain = _gain(start, robust)
     also = ""
     if clean and first_clean and replace(first_clean, weights=end) == clean:
-        gained = (clean.accuracy or 0.0) - (first_clean.accuracy or 0.0)
-        also = f"; clean accuracy {_points(gained)} points"
+        also = f"; clean accuracy {_points(_gain(first_clean, clean))} points"
     interval_ = f"95 % interval {_points(low)} to {_points(high)}, one run"
     reached = f"{_bound(robust)}{percent(robust.accuracy or 0.0)}"
     change = f"{percent(start.accuracy or 0.0)} at the start, {reached} after it"
@@ -139,7 +167,7 @@ def _of_one(run: ReportedRun) -> str:
     else:
         verb = "gained" if gain > 0 else "lost"
         what = f"{verb} {abs(100 * gain):.1f} points of robust accuracy: {change} ({interval_})"
-    return f"{begun}{method_name(run)} {what}, {where}{also}."
+    return f"{begun}{method_name(run)} {what}, {where}{also}.{before}"
 
 
 def _of_several(runs: Sequence[ReportedRun]) -> str:
@@ -159,12 +187,14 @@ def _of_several(runs: Sequence[ReportedRun]) -> str:
     if any(replace(one, weights=first.weights) != first for _, one in found):
         return "The runs were measured under different attacks: their figures do not compare."
     (best, top), (second, other), *_ = sorted(found, key=lambda pair: -(pair[1].accuracy or 0))
-    gain, low, high = difference(other, top)
-    lead = f"{_points(gain)} points over {second.name}"
+    _, low, high = difference(other, top)
+    lead = f"{_points(_gain(other, top))} points over {second.name}"
     sure = f"95 % interval {_points(low)} to {_points(high)}, one run each"
     chance = ", which can be chance" if low <= 0 <= high else ""
     where = _where(top, top.weights, "test")
-    return f"{best.name} is the most robust with {_share(top)} {where}: {lead} ({sure}){chance}."
+    before = "".join(_before_safer(run, f" of {run.name}") for run, _ in found)
+    ahead = f"{lead} ({sure}){chance}"
+    return f"{best.name} is the most robust with {_share(top)} {where}: {ahead}.{before}"
 
 
 def _robust(run: ReportedRun, weights: str, split: str) -> Evaluation | None:
