@@ -35,6 +35,9 @@ def describe_run(config: Config, engine: Engine, data: Data) -> dict[str, Any]:
     validation = {}
     if limit is not None and limit < of_images:
         validation["validation"] = describe_subset(limit, of_images)
+    limit, of_images = config.evaluation.final_images, (data.test or data.validation).num_images
+    if limit is not None and limit < of_images:
+        validation["final"] = f"figures of {describe_subset(limit, of_images)}"
     resolution = Resolution.of(config)
     if resolution.parts:
         validation["resolution"] = f"{resolution}, in training"

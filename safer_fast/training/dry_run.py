@@ -86,7 +86,8 @@ def passes_of_evaluation(trainer: Trainer) -> int:
     num_watched = min(config.evaluation.sentinel_images, data.train.num_images)
     watched = 2 * (config.attack.most_steps + STRONG_STEPS + 1) if config.attack.most_steps else 0
     num_times = sum(radii_at(config.attack, epoch)[0] > 0 for epoch in evaluated)
-    num_final = _num_evaluated(data.test or data.validation, num_ranks)
+    final_split = data.test or data.validation
+    num_final = _num_evaluated(final_split, num_ranks, config.evaluation.final_images)
     final = num_final * _passes(config.evaluation.attacks)
     # final figures are those of the start of SAFER, of the best and of the last weights
     during = len(evaluated) * num_validation * _passes(_attacks_during(config))

@@ -7,7 +7,8 @@ from math import cos, pi
 from typing import NamedTuple
 
 from safer_fast.attacks.radii import radii_at
-from safer_fast.config.schema import Config, OptimConfig, SelectionConfig
+from safer_fast.config.schema import Config, OptimConfig
+from safer_fast.config.unused import unused_settings
 
 
 @dataclass(frozen=True)
@@ -118,11 +119,7 @@ def weaknesses(config: Config) -> list[str]:
                 f"{stage.num_epochs} of stage {stage.name}, whose learning rate reaches "
                 f"{stage.num_epochs / optim.warmup_epochs:.0%} of its peak"
             )
-    selection, usual = config.selection, SelectionConfig()
-    if selection.layers is not None:
-        for name in ("criterion", "fraction", "from_block", "candidates"):
-            if (value := getattr(selection, name)) != getattr(usual, name):
-                lines.append(f"selection.{name}: {value} does nothing, selection.layers decide")
+    lines += unused_settings(config)
     return lines
 
 

@@ -94,13 +94,14 @@ class Validator:
         """Evaluate weights under the final attacks, on the test split if there is one.
 
         weights: their name in the rows that are returned, one for each attack. The figures are what
-        `python -m safer_fast.evaluate RUN` measures with its default seed.
+        `python -m safer_fast.evaluate RUN` measures with its default seed, on as many images.
         """
         loader = self.data.test or self.data.validation
         split = "test" if self.data.test is not None else "validation"
         attacks = self.config.evaluation.attacks
         label, seed = f"{split}, weights {weights}", EvaluateConfig.seed
-        results = self._accuracies(loader, attacks, source, label, seed=seed)
+        limit = self.config.evaluation.final_images
+        results = self._accuracies(loader, attacks, source, label, limit, seed=seed)
         facts = {"split": split, "weights": weights, "of_images": loader.num_images}
         seeds = [None if result.attack == "clean" else seed for result in results]
         return [

@@ -22,6 +22,9 @@ class EvaluationConfig:
     null: all."""
     attacks: Names = field(default_factory=lambda: Names(["clean", "pgd-20"]))
     """Final figures: clean, fgsm, pgd-K, cw or cw-K, at attack.epsilon."""
+    final_images: int | None = ranged(None, at_least(1, ranges.IMAGES))
+    """Images of the final figures, stratified by class, of the test split or else the validation
+    split; default: all."""
     patience: int | None = ranged(None, at_least(1, ranges.EPOCHS))
     """End the run after this many evaluations at full epsilon without a better robust accuracy, in
     its last stage; default: never."""
