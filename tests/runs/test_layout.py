@@ -22,6 +22,7 @@ def test_the_files_of_a_run_keep_their_names() -> None:
     assert {name: path.relative_to("run").as_posix() for name, path in found.items()} == {
         "config": "run.yaml",
         "metrics": "metrics.jsonl",
+        "later_metrics": "metrics-after-end.jsonl",
         "model_config": "config.json",
         "checkpoints": "checkpoints",
         "teacher": "teacher.safetensors",

@@ -26,7 +26,7 @@ def of_claimed_data(candidates: Sequence[Event], name: str | None) -> list[Event
     if name is None:
         return [event for event in candidates if is_own(event) and event["split"] == "test"]
     path = str(Path(name).expanduser().absolute())
-    found = [e for e in candidates if name == e["split"] or e.get("path") in (name, path)]
+    found = [e for e in candidates if name == _name(e) or e.get("path") in (name, path)]
     if not found:
         names = sorted({str(event["split"]) for event in candidates})
         names = [name for name in names if not name.endswith(TRAINED_ON)]
@@ -51,7 +51,7 @@ def name_claimed(event: Event) -> str:
     if is_own(event):
         return f"{event['split']} split"
     path = f" ({printable(str(event['path']))})" if event.get("path") else ""
-    return printable(str(event["split"])) + path
+    return printable(_name(event)) + path
 
 
 def dataset_of(loaded: LoadedRun, event: Event | None = None) -> str:
@@ -66,3 +66,7 @@ def dataset_of(loaded: LoadedRun, event: Event | None = None) -> str:
     word = "".join(c for c in stem.lower() if c.isalnum())
     known = (name for name, count in DATASETS.items() if count == num_classes and name in word)
     return next(known, printable(stem))
+
+
+def _name(event: Event) -> str:
+    return str(event["split"]).removesuffix(TRAINED_ON)
