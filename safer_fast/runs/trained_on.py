@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from safer_fast.runs.folder import LoadedRun
 
 TRAINED_ON = " (training images)"
-"""How the names of such data end in evaluations."""
+"""Ending of the names of such data in evaluations."""
 
 
 def was_trained_on(loaded: LoadedRun, event: Mapping[str, Any]) -> bool:
