@@ -79,8 +79,7 @@ def find_run(
         answer["is_finished"] = config.resume != "never" and _is_finished(folder)
         if answer["is_finished"]:
             check_settings(parse_config(["--config", str(folder / CONFIG)]).to_dict(), config)
-        if answer["is_finished"] and (lost := _lost_results(folder)):
-            report(f"{folder}: {lost} is lost: it is written again from the last checkpoint")
+        if answer["is_finished"] and _lost_results(folder, report):
             keep_evaluations(RunFolder(folder))
             answer["is_finished"] = False
         if answer["is_finished"]:
@@ -200,18 +199,17 @@ def _is_finished(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and has_ended(folder / METRICS)
 
 
-def _lost_results(folder: Path) -> str:
-    """Name a file that a finished run lacks, empty if it has all; raise ValueError without a
-    checkpoint to write it again from."""
+def _lost_results(folder: Path, report: Callable[[str], None]) -> bool:
+    """Return true for a finished run that lacks a file, and can write it again."""
     files = RunFolder(folder)
     wanted = files.model_config, files.weights("last"), files.weights("best")
-    lost = next((file.name for file in wanted if not file.is_file()), "")
-    if lost and not any((folder / CHECKPOINTS).glob("step-*.safetensors")):
-        raise ValueError(
-            f"--resume: expected {lost} of a finished run, got none in {folder}, and no checkpoint "
-            "to write it again from"
-        )
-    return lost
+    lost = next((file.name for file in wanted if not file.is_file()), None)
+    if lost is None:
+        return False
+    is_there = any(files.checkpoints.glob("step-*.safetensors"))
+    then = "it is written again from the last" if is_there else "and there is no"
+    report(f"{folder}: {lost} is lost, {then} checkpoint")
+    return is_there
 
 
 def _fault_of(checkpoint: Checkpoint) -> str | None:

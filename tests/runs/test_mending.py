@@ -102,7 +102,7 @@ def test_a_finished_run_that_has_lost_a_file_writes_it_again(
         evaluate_run(EvaluateConfig(run=str(run), weights=weights))
     ending = server.train(run, flags)
     assert (ending.status, ending.errors) == (0, ""), ending.output
-    assert f"{name} is lost: it is written again from the last checkpoint" in ending.output
+    assert f"{name} is lost, it is written again from the last checkpoint" in ending.output
     assert (run / name).read_bytes() == wanted
 
     def facts(events: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
@@ -116,8 +116,9 @@ def test_a_finished_run_that_has_lost_a_file_writes_it_again(
     shutil.rmtree(run / "checkpoints")
     (run / "checkpoints").mkdir()
     ending = server.train(run, flags)
-    assert ending.status == 2
-    assert f"--resume: expected {name} of a finished run, got none in " in ending.errors
+    assert (ending.status, ending.errors) == (0, "")
+    assert f"{name} is lost, and there is no checkpoint" in ending.output
+    assert "finished already" in ending.output
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
