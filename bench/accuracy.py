@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bench.measure import origin
+from bench.measure import command, origin
 from safer_fast.config.untrusted import load_yaml
 from safer_fast.runs.layout import METRICS
 from safer_fast.runs.loggers.metrics_file import read_metrics
@@ -28,11 +28,12 @@ Row = dict[str, Any]
 WEIGHTS = ("start", "best", "last")
 
 
+@command
 def main() -> None:
     """Print the rows of the runs and, if asked, append them to a file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="finished run folders")
-    parser.add_argument("--name", default="digits", help="what the table calls these runs")
+    parser.add_argument("--name", help="what the table calls these runs; default: data")
     parser.add_argument("--precisions", action="store_true", help="for the table of FP8")
     parser.add_argument(
         "--output", type=Path, help="append one JSON line per accuracy to this file"
@@ -51,7 +52,7 @@ def main() -> None:
             file.writelines(line + "\n" for line in lines)
 
 
-def rows_of(run: Path, name: str) -> list[Row]:
+def rows_of(run: Path, name: str | None = None) -> list[Row]:
     """A row for each final accuracy that was measured when the run ended.
 
     Raises ValueError for a folder whose run has not ended.
@@ -67,7 +68,7 @@ def rows_of(run: Path, name: str) -> list[Row]:
     facts = {
         "what": "accuracy",
         "implementation": "safer_fast",
-        "case": name,
+        "case": name or Path(settings.get("data", {}).get("path") or "digits").stem,
         "data": about["data"],
         "model": about["model"],
         "dtype": settings["amp"],

@@ -6,8 +6,10 @@ import argparse
 import datetime
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +21,27 @@ from safer_fast.kernels import native_status
 
 Run = Callable[[], object]
 Result = TypeVar("Result")
+
+
+def command(main: Callable[[], None]) -> Callable[[], None]:
+    """Make `main` end with one line and status 2 for input that is missing or does not fit."""
+
+    @wraps(main)
+    def run() -> None:
+        try:
+            main()
+        except OSError as error:
+            named = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            sys.exit(_refused(named))
+        except ValueError as error:
+            sys.exit(_refused(str(error)))
+
+    return run
+
+
+def _refused(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
 
 
 def timed(run: Callable[[], Result], device: torch.device) -> tuple[float, Result]:

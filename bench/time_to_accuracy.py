@@ -32,7 +32,7 @@ from torch.nn import functional
 from torchattacks import PGD
 from tqdm import tqdm
 
-from bench.measure import append, origin, timed
+from bench.measure import append, command, origin, timed
 from bench.others import TORCHS_CHOICE, as_without_us
 from safer_fast.attacks.autoattack import LibraryAttacks
 from safer_fast.attacks.correctness import is_right
@@ -173,6 +173,7 @@ class Peer:
             parameter.requires_grad_(does)
 
 
+@command
 def main() -> None:
     """Train all, print a table and, if asked, append one JSON line per implementation."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -188,10 +189,7 @@ def main() -> None:
     parser.add_argument("--attacks", default="clean,pgd-50,autoattack", help="that judge")
     parser.add_argument("--output", type=Path, help="append one JSON line for each to this file")
     arguments, flags = parser.parse_known_args()
-    try:
-        rows = measure(arguments, flags)
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"error: {error}\n")
+    rows = measure(arguments, flags)
     print(table(rows))
     append(rows, arguments.output)
 

@@ -13,7 +13,11 @@ from safer_fast.config.doors import door, speaking_flags
 from safer_fast.config.parser import new_parser, parse
 from safer_fast.runs.layout import RunFolder
 from safer_fast.runtime.command import import_all, run
-from safer_fast.selection.comparison import compare_criteria, rank_correlations
+from safer_fast.selection.comparison import (
+    compare_criteria,
+    rank_correlations,
+    with_settings_of_run,
+)
 from safer_fast.selection.comparison_output import (
     FORMATS,
     check_settings,
@@ -46,8 +50,9 @@ def select(config: SelectConfig) -> list[str]:
     from safer_fast.runtime.files import save_json
     from safer_fast.selection.scoring import select_layers
 
-    config = converted(config)
+    config = with_settings_of_run(converted(config))
     check_settings(config)
+    assert config.fraction is not None
     chosen = f"sharpness-{config.radius}" if config.criterion == "sharpness" else config.criterion
     measured = compare_criteria(config, chosen, config.criteria)
     selected = {

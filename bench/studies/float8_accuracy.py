@@ -23,7 +23,7 @@ from scipy.stats import binomtest
 from torch import Tensor
 from torch.nn import functional
 
-from bench.measure import append, origin
+from bench.measure import append, command, origin
 from safer_fast.attacks import float8_layers
 from safer_fast.attacks.correctness import is_right
 from safer_fast.attacks.float8 import LowPrecision, fitting
@@ -37,6 +37,7 @@ from safer_fast.runtime.seeds import derive_seed
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
+@command
 def main() -> None:
     """Print a line for each run and, if asked, append it as JSON to a file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])

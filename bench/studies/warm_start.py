@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench.measure import append, origin
+from bench.measure import append, command, origin
 from bench.time_to_accuracy import start_flags
 from safer_fast.attacks.adaptive import STRONG_STEPS
 from safer_fast.attacks.pgd import default_step_size, pgd, random_start
@@ -87,6 +87,7 @@ def _shifted(images: Tensor, shifts: Tensor) -> Tensor:
     return torch.stack(parts)
 
 
+@command
 def main() -> None:
     """Print the mean strength of each way after the first epoch and, if asked, append a row."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])

@@ -101,16 +101,17 @@ class SelectConfig:
     )
     """Criteria to compare it with, comma-separated: sharpness-absolute, sharpness-relative,
     gradient-norm, criticality, or those of your own; fewer take less time."""
-    fraction: float = ranged(0.05, ranges.FRACTION)
-    """Share of the layers that is selected, in (0, 1]; at least one layer."""
-    rho: float = ranged(0.05, above_zero(ranges.FACTOR))
-    """Radius of the perturbation that measures sharpness."""
-    radius: Literal["absolute", "relative"] = "absolute"
-    """absolute: rho; relative: rho times the norm of the layer's weights."""
-    from_block: int = ranged(0, at_least(0, ranges.EDGE))
-    """Only layers of this block and above (and the head) are candidates."""
+    fraction: float | None = ranged(None, ranges.FRACTION)
+    """Share of the layers that is selected, in (0, 1], at least one layer; default: the run's."""
+    rho: float | None = ranged(None, above_zero(ranges.FACTOR))
+    """Radius of the perturbation that measures sharpness; default: the run's."""
+    radius: Literal["absolute", "relative"] | None = None
+    """absolute: rho; relative: rho times the norm of the layer's weights; default: the run's."""
+    from_block: int | None = ranged(None, at_least(0, ranges.EDGE))
+    """Only layers of this block and above (and the head) are candidates; default: the run's."""
     candidates: Names | None = None
-    """Only layers of these names or patterns, such as `blocks.*`, are candidates; default: all."""
+    """Only layers of these names or patterns, such as `blocks.*` or `*`, are candidates; default:
+    the run's."""
     epsilon: Radius | None = ranged(None, ranges.EPSILON)
     """Radius of the attack; default: the run's."""
     steps: int | None = ranged(None, at_least(0, ranges.ITERATIONS))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from safer_fast.config.schema import Config
+from safer_fast.config.settings.data import GIVEN
 
 
 class Rule(NamedTuple):
@@ -105,7 +106,7 @@ RULES = (
     Rule(
         "data",
         ("extra_fraction",),
-        lambda config: config.data.extra_path is None,
+        lambda config: config.data.extra_path is None and config.data.path != GIVEN,
         "there is no data.extra_path",
     ),
     Rule(

@@ -72,7 +72,7 @@ def evaluate_folder(
         if split is not None:
             setup = replace(setup, split=split)
         log = open_log(folder, ranks)
-        if config.path is not None and ranks.share(_is_of_training(config, setup, ranks)):
+        if config.path not in (None, WORD) and ranks.share(_is_of_training(config, setup, ranks)):
             log.say(
                 f"note: {printable(setup.split)} holds images that the run was trained on; "
                 "accuracies on them say nothing about others"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-FARTHEST = 1
-"""Distance from [0, 1] that a value may have: searches step outside before they are clipped."""
+FARTHEST = 0.5
+"""Distance from [0, 1] that a value may have: searches step outside before they are clipped. Images
+normalised to [-1, 1] lie farther out."""
 
 
 def check_images(images: Tensor, mean: Tensor, is_arranged: bool) -> None:

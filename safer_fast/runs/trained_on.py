@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from safer_fast.data.bad_images import BadImages
 from safer_fast.data.formats import SkippedFiles, Source, open_splits
+from safer_fast.data.formats.given import WORD
 from safer_fast.data.formats.splits import split_of
 from safer_fast.data.overlap import notes_on_overlap
 from safer_fast.data.splits import columns_of, open_all
@@ -42,7 +43,10 @@ def is_training_path(loaded: LoadedRun, path: str | None) -> bool:
 
 
 def may_be_training_path(loaded: LoadedRun, path: str) -> bool:
-    """True for a path of the run's own training data, or within it, or around it."""
+    """True for a path of the run's own training data, or within it, or around it.
+
+    False for data that Python holds: they have no path.
+    """
     own = _own_paths(loaded)
     return any(is_within(path, one) or is_within(one, path) for one in own)
 
@@ -68,7 +72,7 @@ def holds_training_images(loaded: LoadedRun, source: Source) -> bool:
 
 def _own_paths(loaded: LoadedRun) -> list[str]:
     data = loaded.config.data
-    return [path for path in (data.path, data.extra_path) if path is not None]
+    return [path for path in (data.path, data.extra_path) if path not in (None, WORD)]
 
 
 def _own_splits(loaded: LoadedRun) -> Any:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safer_fast.config.checks import check_ball
+from safer_fast.config.command_line import parse_config
 from safer_fast.config.commands import SelectConfig
+from safer_fast.config.schema import Config, Names
+from safer_fast.runs.layout import RunFolder
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +33,28 @@ class CriteriaScores:
     facts: dict[str, Any]
 
 
+def with_settings_of_run(config: SelectConfig) -> SelectConfig:
+    """Take from the run what the comparison was not given: fraction, candidates, rho and radius.
+
+    A run that cannot be read leaves the usual values; loading it says what is wrong.
+    """
+    own = Config()
+    with suppress(ValueError, OSError):
+        own = parse_config(["--config", str(RunFolder(Path(config.run)).config)])
+    chosen = own.selection
+    given: dict[str, Any] = {
+        "fraction": chosen.fraction,
+        "rho": chosen.rho or own.sam.rho or Config().sam.rho,
+        "radius": chosen.radius,
+        "from_block": chosen.from_block,
+        "candidates": chosen.candidates,
+    }
+    missing = {name: value for name, value in given.items() if getattr(config, name) is None}
+    config = replace(config, **missing)
+    names = [f"{name}-{config.radius}" if name == "sharpness" else name for name in config.criteria]
+    return replace(config, criteria=Names(list(dict.fromkeys(names))))
+
+
 def compare_criteria(config: SelectConfig, chosen: str, criteria: Sequence[str]) -> CriteriaScores:
     """Score the layers of a run's model by `chosen` and by all other `criteria`.
 
@@ -41,6 +67,8 @@ def compare_criteria(config: SelectConfig, chosen: str, criteria: Sequence[str])
     from safer_fast.selection.candidates import candidates
     from safer_fast.selection.scoring import score_layers
 
+    assert config.rho is not None
+    assert config.from_block is not None
     started = time.monotonic()
     loaded = load_run(
         Path(config.run),
@@ -135,6 +163,7 @@ def _measure(name: str, config: SelectConfig) -> ScoredBy:
     from safer_fast.selection.criteria import SHARPNESS
     from safer_fast.selection.inputs import ScoredBy
 
+    assert config.radius is not None
     return SHARPNESS.get(name) or ScoredBy(name, config.radius)
 
 

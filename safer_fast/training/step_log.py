@@ -34,17 +34,18 @@ class TrainingLog:
     def __init__(self, config: Config, log: RunLog, engine: Engine, data: Data) -> None:
         self.config, self.log, self.engine, self.data = config, log, engine, data
         self.num_steps = config.epochs * len(data.train)
-        self._steps_taken, self._seconds, self.num_images = 0, 0.0, 0
+        self._steps_taken, self._seconds, self.num_images = 0.0, 0.0, 0
 
     def begin_epoch(self) -> None:
         """Start the clock of the epoch, and its count of images."""
         self._waits, self._logged = DataWait(self.engine.runtime.device), time.monotonic()
-        self.num_images = 0
+        self.num_images, self._num_batches = 0, 0
 
     def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Pass batches on; count their images, and time the wait for each."""
         for batch in self._waits.watch(batches):
             self.num_images += batch.num_images
+            self._num_batches += 1
             yield batch
 
     def write(
@@ -62,7 +63,7 @@ class TrainingLog:
         figures |= step.attack.audited | self._attack_figures(step.attack.steps)
         figures["learning_rate"] = learning_rate
         self.log.write("step", epoch=epoch, step=num_steps, **figures)
-        self._steps_taken += int(sums["steps"])
+        self._steps_taken += sums["timed_steps"]
         self._seconds += sums["seconds"]
         left_s = self._seconds / max(self._steps_taken, 1) * (self.num_steps - num_steps)
         accuracy = figures["robust_accuracy"]
@@ -121,6 +122,10 @@ class TrainingLog:
         """Sums of the steps since the last line, with their times; resets them."""
         sums = step.health.sums.take(self.engine.ranks.sum_)
         sums["steps"] = sums["skipped"] + sums["taken"]
+        # a resumed run has sums of steps that another process has taken, and timed
+        share = min(self._num_batches / max(sums["steps"], 1), 1.0)
+        sums |= {f"timed_{name}": share * sums[name] for name in ("steps", "images")}
+        self._num_batches = 0
         now = time.monotonic()
         sums |= {"waited": self._waits.take(), "seconds": now - self._logged}
         sums["audit_seconds"] = self.engine.audit.take_seconds()
@@ -136,7 +141,7 @@ def step_figures(sums: Mapping[str, float], is_sharpness_aware: bool) -> dict[st
         "loss": sums["loss"] / counted,
         "robust_accuracy": sums["correct"] / counted,
         "skipped_steps": int(sums["skipped"]),
-        "images_per_second": sums["images"] / max(sums["seconds"], 1e-9),
+        "images_per_second": sums["timed_images"] / max(sums["seconds"], 1e-9),
         **health_figures(sums, is_sharpness_aware),
         "stage_ms": stage_times(sums),
     }
@@ -148,7 +153,7 @@ def stage_times(sums: Mapping[str, float]) -> dict[str, float]:
     ascent: the first pass, with the prefix, and the perturbation; descent: the second pass, or the
     only one.
     """
-    steps = max(sums["steps"], 1)
+    steps = max(sums.get("timed_steps", sums["steps"]), 1)
     return {name: 1e3 * sums[f"{name}_seconds"] / steps for name in STEP_PARTS}
 
 
@@ -178,7 +183,7 @@ def epoch_figures(
         "train_start_accuracy": None if success is None else 1 - success[0],
         "learning_rate": totals["learning_rate"],
         "epsilon": epsilon,
-        "images_per_second": totals["images"] / elapsed,
+        "images_per_second": totals.get("timed_images", totals["images"]) / elapsed,
         "data_wait_fraction": totals["waited"] / elapsed,
         "audit_fraction": totals.get("audit_seconds", 0.0) / elapsed,
         "peak_memory_mib": peak_memory_mib,
@@ -219,7 +224,8 @@ def epoch_line(
             f"attacked {accuracies['embedding_distance']:.4g}"
         )
     accuracy = figures["train_robust_accuracy"]
-    training = "" if accuracy is None else f"  train robust {accuracy:.3f}"
+    kind = "robust" if figures.get("attack_steps", 1) else "clean"
+    training = "" if accuracy is None else f"  train {kind} {accuracy:.3f}"
     return (
         f"epoch {epoch:>3}/{epochs} {stage:<7}  loss {figures['train_loss']:.4f}"
         f"{training}{validation}  "

@@ -3,13 +3,15 @@
 import json
 import re
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import accuracy, table
+from bench import accuracy, table, time_to_accuracy
+from bench.studies import float8_accuracy, warm_start
 from bench.table import committed_rows, newest, with_tables
 
 ROOT = Path(__file__).parents[2]
@@ -259,3 +261,29 @@ def test_a_run_that_has_not_ended_has_no_accuracies(tmp_path: Path) -> None:
     (run / "metrics.jsonl").write_text("".join(line for line in lines if '"end"' not in line))
     with pytest.raises(ValueError, match="expected a finished run"):
         accuracy.rows_of(run, "some run")
+
+
+def test_rows_of_accuracy_are_named_by_their_data_and_a_wrong_folder_gets_one_line(
+    small_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert {row["case"] for row in accuracy.rows_of(small_run)} == {"digits"}
+    run = shutil.copytree(small_run, tmp_path / "run")
+    settings = (run / "run.yaml").read_text()
+    (run / "run.yaml").write_text(re.sub(r"(?m)^  path: .*$", "  path: data/birds.npz", settings))
+    assert {row["case"] for row in accuracy.rows_of(run)} == {"birds"}
+    for main, words in (
+        (accuracy.main, ["none"]),
+        (float8_accuracy.main, ["none"]),
+        (warm_start.main, ["--start=none", "--train=digits"]),
+        (time_to_accuracy.main, ["--start=none", "--train=digits", "--test=digits"]),
+    ):
+        monkeypatch.setattr(sys, "argv", ["bench", *words])
+        with pytest.raises(SystemExit) as error:
+            main()
+        assert error.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        assert "none" in line

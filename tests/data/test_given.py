@@ -18,6 +18,7 @@ from torchvision.transforms import v2
 from safer_fast import Config, evaluate_run, load_model, train_model
 from safer_fast.config.schema import DataConfig
 from safer_fast.data import load_data
+from safer_fast.data.bad_images import BadImages
 from safer_fast.data.formats import EncodedSource, SkippedFiles, open_splits
 from safer_fast.data.formats.given import DatasetSource, giving
 from tests.support.given import LABELS, NAMES, PIXELS, hugging_face, pictures
@@ -117,6 +118,19 @@ def test_texts_are_classes_in_their_order() -> None:
     source = opened(rows)["all"]
     assert source.class_names == ["a", "b"]
     assert source.labels[:2].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("name", ["fine_label", "Class label", "target_labels"])
+def test_columns_of_labels_are_found_as_in_parquet_files(name: str, tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_dict({"img": pictures(), name: LABELS.tolist(), "number": LABELS})
+    source = opened(rows)["all"]
+    assert source.labels.tolist() == LABELS.tolist()
+    rows.save_to_disk(str(tmp_path / "saved"))
+    saved = open_splits(str(tmp_path / "saved"), "data.path", BadImages("error"))["all"]
+    assert saved.labels.tolist() == LABELS.tolist()
+    twice = rows.add_column("coarse_label", LABELS)
+    with pytest.raises(ValueError, match=r"expected one column label, or data\.label_column, got "):
+        opened(twice)
 
 
 def random_flip(row: int) -> tuple[Any, int]:

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from safer_fast import EvaluateConfig, evaluate_run, export, report, train
+from safer_fast import EvaluateConfig, evaluate_run, export, report, train, train_model
 from safer_fast import evaluate as command
+from safer_fast.config.command_line import parse_config
 from safer_fast.config.commands import ExportConfig
 from safer_fast.data.corrupted import Corruption, corrupt
 from safer_fast.evaluation.several import table
@@ -352,6 +353,23 @@ def test_data_that_do_not_fit_are_named_before_anything_is_attacked(
     with pytest.raises(ValueError, match=r"^(threat_models|epsilon): expected"):
         evaluate_run(str(folder), attacks="clean,pgd-2", threat_models="linf:0.1,l2:900")
     assert not list((folder / "evaluation").glob("*"))
+
+
+def test_data_held_by_python_are_not_called_training_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    own, others = (
+        (rng.integers(0, 256, (16, 8, 8), dtype=np.uint8), np.arange(16) % 4) for _ in range(2)
+    )
+    run_ = tmp_path / "run"
+    extra = "--data.extra_fraction=0.5"
+    config = parse_config([*small_runs.TINY, extra, "--output", str(run_)])
+    train_model(config, data={"train": own, "test": others, "extra": own})
+    assert "does nothing" not in capsys.readouterr().out
+    [row] = evaluate_run(str(run_), attacks="clean", data=others)
+    assert row.split == "given"
+    assert "trained on" not in capsys.readouterr().out
 
 
 def test_training_images_are_called_that_wherever_their_accuracy_is_shown(

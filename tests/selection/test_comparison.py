@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.dom import minidom
@@ -29,6 +30,7 @@ from safer_fast.selection.inputs import ScoredBy
 from safer_fast.selection.scoring import rank_layers, score_layers, select_layers
 from tests.support.kills import Server
 from tests.support.networks import build, images_and_labels
+from tests.support.small_runs import TINY
 
 SMALL = [
     "--epochs=2",
@@ -58,6 +60,24 @@ def chosen(folder: Path, output: Path, **settings: Any) -> dict[str, Any]:
     select(SelectConfig(**vars(config) | settings))
     content: dict[str, Any] = json.loads(output.read_text())
     return content
+
+
+def test_what_is_not_given_is_as_the_run_selected(tmp_path: Path) -> None:
+    own = ["--selection.candidates=blocks.*", "--selection.fraction=0.3"]
+    own += ["--selection.radius=relative", "--selection.rho=0.1", "--data.max_images=24"]
+    output = tmp_path / "selection.json"
+    train_model(parse_config([*TINY, *own, "--output", str(tmp_path / "run")]))
+    config = SelectConfig(run=str(tmp_path / "run"), num_images=8, output=str(output))
+    config = replace(config, criteria=Names(["sharpness", "gradient-norm"]))
+    names = select(config)
+    content = json.loads(output.read_text())
+    scored = content["criteria"]["sharpness-relative"]["scores"]
+    assert set(content["criteria"]) == {"sharpness-relative", "gradient-norm"}
+    assert all(name.startswith("blocks.") for name in scored)
+    assert len(names) == round(0.3 * len(scored)) > 0
+    assert (content["fraction"], content["radius"], content["rho"]) == (0.3, "relative", 0.1)
+    select(replace(config, candidates=Names(["*"]), fraction=0.5))
+    assert "head" in json.loads(output.read_text())["criteria"]["sharpness-relative"]["scores"]
 
 
 def test_several_measures_at_once_are_what_each_is_alone() -> None:

@@ -120,6 +120,10 @@ def test_a_loaded_model_refuses_bytes_as_floats_and_normalised_pixels(run: str) 
         message = rf"images: expected pixels in \[0, 1\], got values from {range_}.* to [\d.]+ \("
         with pytest.raises(ValueError, match=message):
             model(wrong)
+    halved = images * 2 - 1  # mean and deviation of 0.5, as many networks of timm have
+    halved[0, 0, 0, :2] = torch.tensor([-1.0, 1.0])
+    with pytest.raises(ValueError, match=r"got values from -1 to 1 \("):
+        model(halved)
     outside = (images * 1.5 - 0.25).requires_grad_()  # as a search has it before it clips
     torch.autograd.grad(model(outside).sum(), outside)
     batched = torch.func.vmap(lambda image: model(image[None])[0])(images)

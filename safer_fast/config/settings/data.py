@@ -8,6 +8,9 @@ from typing import Literal
 from safer_fast.config import ranges
 from safer_fast.config.ranges import at_least, between, ranged
 
+GIVEN = "given"
+"""`data.path` of a run that is trained on data given in Python."""
+
 
 @dataclass
 class DataConfig:

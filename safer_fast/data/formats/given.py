@@ -17,6 +17,7 @@ from PIL import Image
 from torch.utils.data import IterableDataset
 
 from safer_fast.config.messages import first_line, meant, printable, shortened
+from safer_fast.config.settings.data import GIVEN
 from safer_fast.data.formats.arrays import as_bytes, channels_last, source_of_arrays
 from safer_fast.data.formats.listed import listed_labels, listed_names
 from safer_fast.data.formats.source import Columns, OpenRequest, RowError, Source
@@ -24,7 +25,7 @@ from safer_fast.data.formats.splits import split_of
 from safer_fast.runtime.machine_errors import machine_error
 from safer_fast.runtime.terminal import progress_bar
 
-WORD = "given"
+WORD = GIVEN
 """Value of `data.path` in a run that is trained on data given in Python."""
 SPLITS = ("train", "validation", "test", "extra")
 NUM_CHECKED = 16  # rows whose images are read twice, and whose labels are compared

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safer_fast.config.messages import first_line, meant, printable
+from safer_fast.data.formats.parquet_columns import label_candidates
 from safer_fast.data.formats.source import (
     Columns,
     EncodedSource,
@@ -112,12 +113,13 @@ def source_of_dataset(
         return None
     data = data.with_format(None)
     features = data.features
-    image = _column(columns.image, "image", name, data, ("image", "img"), datasets.Image)
+    images = [item for item in features if isinstance(features[item], datasets.Image)]
+    usual = [item for item in ("image", "img") if item in features][:1]
+    image = _column(columns.image, "image", name, data, "image or img", usual or images)
     label: str | None = None
-    kinds = [type(feature) for feature in features.values()]
-    has_labels = "label" in features or kinds.count(datasets.ClassLabel) == 1
-    if needs_labels or has_labels or columns.label is not None:
-        label = _column(columns.label, "label", name, data, ("label",), datasets.ClassLabel)
+    candidates = label_candidates(features.arrow_schema, image)
+    if needs_labels or len(candidates) == 1 or columns.label is not None:
+        label = _column(columns.label, "label", name, data, "label", candidates)
     if not isinstance(features[image], datasets.Image):
         raise ValueError(
             f"{name}: expected a column of images, got {type(features[image]).__name__} in column "
@@ -177,9 +179,9 @@ def _sources(data: Any, path: str, request: OpenRequest) -> dict[str, Source]:
 
 
 def _column(
-    wanted: str | None, role: str, name: str, data: Any, usual: Sequence[str], kind: type
+    wanted: str | None, role: str, name: str, data: Any, usual: str, found: Sequence[str]
 ) -> str:
-    """The column that the setting names, else the usual one, else the only one of this kind."""
+    """The column that the setting names, else the only one found; usual: its name, for messages."""
     names = list(data.column_names)
     if wanted is not None:
         if wanted not in names:
@@ -188,11 +190,9 @@ def _column(
                 f"got {wanted}{meant(wanted, names)}"
             )
         return wanted
-    found = [item for item in usual if item in names]
-    found = found[:1] or [item for item in names if isinstance(data.features[item], kind)]
     if len(found) != 1:
         raise ValueError(
-            f"{name}: expected one column {' or '.join(usual)}, or data.{role}_column, got "
+            f"{name}: expected one column {usual}, or data.{role}_column, got "
             f"{', '.join(found or names)}"
         )
     return found[0]

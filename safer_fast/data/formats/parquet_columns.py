@@ -48,7 +48,7 @@ def find_columns(
         _image_candidates(schema, features), "image (or img)", "image", schema, file, flag
     )
     label = _named(wanted.label, "label", schema, file)
-    candidates = _label_candidates(schema, features, image)
+    candidates = label_candidates(schema, image)
     if label is None and (needs_labels or len(candidates) == 1):
         label = _one(candidates, LABEL_COLUMN, "label", schema, file, flag)
     if not is_image(kind := schema.field(image).type):
@@ -121,9 +121,9 @@ def _image_candidates(schema: pa.Schema, features: dict[str, dict[str, Any]]) ->
     return declared or [field.name for field in schema if is_image(field.type)]
 
 
-def _label_candidates(
-    schema: pa.Schema, features: dict[str, dict[str, Any]], image: str
-) -> list[str]:
+def label_candidates(schema: pa.Schema, image: str) -> list[str]:
+    """Columns that may be labels: `label`, those of class labels, those whose name and type fit."""
+    features = _features(schema)
     if LABEL_COLUMN in schema.names:
         return [LABEL_COLUMN]
     declared = [
