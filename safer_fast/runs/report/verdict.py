@@ -102,13 +102,17 @@ def _distances(run: ReportedRun, split: str) -> str:
         return ""
     is_comparable = start is not None and replace(start, weights=end.weights) == end != start
     is_comparable &= not _is_from_before(run, end.weights)
-    before = f" {start.loss:.3g} at the start," if start is not None and is_comparable else ""
-    when = "at the start" if end is start else "in the end"
     facts = ", ".join(facts_of(replace(end, seed=None)).values())
+    change = f"is {end.loss:.3g} {'at the start' if end is start else 'in the end'}"
+    if start is not None and is_comparable:
+        assert start.loss is not None
+        assert end.loss is not None
+        gain = "less" if end.loss < start.loss else "more" if end.loss > start.loss else "the same"
+        change = f"is {gain} in the end: {start.loss:.3g} at the start, {end.loss:.3g} after it"
     return (
         "The mean squared distance of embeddings of attacked images to the original's of clean "
-        f"ones is{before} {end.loss:.3g} {when}, under {attack_name(end)}, {facts} of the {split} "
-        f"split, {end.weights} weights.{_before_safer(run)}"
+        f"ones {change}, under {attack_name(end)}, {facts} of the {split} split, {end.weights} "
+        f"weights.{_before_safer(run)}"
     )
 
 
