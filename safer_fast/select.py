@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 from safer_fast.config.command_line import with_underscores
@@ -19,13 +18,13 @@ from safer_fast.selection.comparison import (
     with_settings_of_run,
 )
 from safer_fast.selection.comparison_output import (
-    FORMATS,
     check_settings,
     comparison_conclusion,
     comparison_content,
     correlation_table,
     save_maps,
     score_table,
+    with_plot_file,
 )
 
 
@@ -35,7 +34,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = new_parser("select", "Score the layers of a trained model by every criterion.")
     parser.add_class_arguments(SelectConfig, None, skip={"run"})
     parser.add_argument("run", type=str, metavar="RUN", help="run folder")
-    config = parse(parser, _with_plot_file(with_underscores(arguments)), SelectConfig)
+    config = parse(parser, with_plot_file(with_underscores(arguments)), SelectConfig)
     import_all("safer_fast.runs.folder", "safer_fast.selection.scoring")
     select(config)
 
@@ -71,14 +70,6 @@ def select(config: SelectConfig) -> list[str]:
         save_maps(picture, measured.scores, selected)
         print(f"drawn in {picture}")
     return selected[chosen]
-
-
-def _with_plot_file(words: Sequence[str]) -> list[str]:
-    """The words with `--plot` alone as `--plot=`: a file that it may name has a known ending."""
-    return [
-        "--plot=" if word == "--plot" and not following.endswith(FORMATS) else word
-        for word, following in pairwise([*words, ""])
-    ]
 
 
 if __name__ == "__main__":

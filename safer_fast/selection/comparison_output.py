@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +73,14 @@ def check_settings(config: SelectConfig) -> None:
             f"RUN: expected a run folder, got {config.run}: weights alone do not say which data "
             "the layers are scored on"
         )
+
+
+def with_plot_file(words: Sequence[str]) -> list[str]:
+    """The words with `--plot` alone as `--plot=`: a file that it may name has a known ending."""
+    return [
+        "--plot=" if word == "--plot" and not following.endswith(FORMATS) else word
+        for word, following in pairwise([*words, ""])
+    ]
 
 
 def comparison_content(
