@@ -102,3 +102,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """Public names, imported or not, without what this file needs itself."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
