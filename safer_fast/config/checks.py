@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -15,8 +15,12 @@ from safer_fast.config.attack_names import LIBRARY_ATTACKS, check_attack_name
 from safer_fast.config.commands import EvaluateConfig
 from safer_fast.config.conversion import converted
 from safer_fast.config.messages import meant, shortened, typed
+from safer_fast.config.parser import parse_radius
 from safer_fast.config.resolution import Resolution
 from safer_fast.config.schema import SAVINGS, Config
+from safer_fast.config.settings.types import Radius
+
+T = TypeVar("T")
 
 
 def checked(config: Config) -> Config:
@@ -44,6 +48,21 @@ def check_ranges(config: Any) -> None:
         if expected := limits.expected(value):
             got = f"{value:.10g}" if isinstance(value, float) else shortened(str(value))
             raise ValueError(f"{typed(flag)}: expected {expected}, got {got}")
+
+
+def as_radius(name: str, value: str | T) -> T | Radius:
+    """Convert a text such as 8/255 to its number; any other value is returned as it is.
+
+    Raise ValueError for a text that is neither a number nor a fraction.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_radius(value)
+    except ValueError:
+        got = shortened(repr(value))
+        expected = "a number or a fraction such as 8/255"
+        raise ValueError(f"{name}: expected {expected}, got {got}") from None
 
 
 def check_number(name: str, value: Any, largest: float = math.inf) -> None:

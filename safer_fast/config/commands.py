@@ -10,12 +10,15 @@ from safer_fast.config.hints import hinting
 from safer_fast.config.ranges import above_zero, at_least, ranged
 from safer_fast.config.schema import DataConfig, Names, Radius
 
-DATA_FIELDS = {f"data.{name}": name for name in ("path", "image_column", "label_column")}
-"""Settings of a run's data that evaluations call by names of their own."""
-SELECTION_FIELDS = {
+_MACHINE_FIELDS = {"runtime.device": "device"}
+DATA_FIELDS = _MACHINE_FIELDS | {
+    f"data.{name}": name for name in ("path", "image_column", "label_column")
+}
+"""Settings of a run's data and machine that evaluations call by names of their own."""
+SELECTION_FIELDS = _MACHINE_FIELDS | {
     f"selection.{name}": name for name in ("candidates", "criterion", "from_block", "radius")
 }
-"""Settings of a run's selection that `safer_fast.select` calls by names of its own."""
+"""Settings of a run's selection and machine that `safer_fast.select` calls by names of its own."""
 
 
 @hinting

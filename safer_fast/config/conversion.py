@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser
 from safer_fast.config.hints import hint
 from safer_fast.config.messages import shortened, usual
 from safer_fast.config.parser import new_parser, parsed
+from safer_fast.config.settings.types import device_as_text
 
 T = TypeVar("T")
 
@@ -81,7 +82,8 @@ def _no_group(name: str, group: Any, value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Convert paths to texts, groups to dictionaries, numbers of numpy and torch to Python's."""
+    """Convert paths, devices, groups, and numbers of numpy and torch to what a YAML file holds."""
+    value = device_as_text(value)
     if is_dataclass(value) and not isinstance(value, type):
         value = vars(value)
     if isinstance(value, Mapping):

@@ -15,6 +15,7 @@ from inspect import signature
 from typing import ParamSpec, TypeVar
 
 from safer_fast.config.hints import SETTINGS, check_arguments
+from safer_fast.config.settings.types import device_as_text
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -46,23 +47,28 @@ def speaking_flags(renamed: Mapping[str, str] | None = None) -> Iterator[None]:
 def door(renamed: Mapping[str, str] | None = None) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Make a public function name arguments and settings in its errors, in place of flags.
 
-    An unknown argument is refused with the nearest one. renamed: names of settings that the
-    function knows by others.
+    An unknown argument is refused with the nearest one, and a `torch.device` becomes its name.
+    renamed: names of settings that the function knows by others.
     """
 
     def opened(function: Callable[P, T]) -> Callable[P, T]:
         parameters = signature(function).parameters
         takes_more = any(item.kind is item.VAR_KEYWORD for item in parameters.values())
+        others = dict(renamed or {})
+        if "device" in parameters:
+            others["runtime.device"] = "device"
 
         @wraps(function)
         def called(*values: P.args, **settings: P.kwargs) -> T:
             if not takes_more:
                 check_arguments(f"{function.__name__}()", settings, parameters)
+            if "device" in settings:
+                settings["device"] = device_as_text(settings["device"])
             try:
                 return function(*values, **settings)
             except (ValueError, FloatingPointError) as error:
                 if error.args and isinstance(error.args[0], str) and not _IS_COMMAND.get():
-                    error.args = (in_python(error.args[0], renamed), *error.args[1:])
+                    error.args = (in_python(error.args[0], others), *error.args[1:])
                 raise
 
         return called

@@ -147,8 +147,11 @@ def _in_group_like(group: str, own: str, known: Sequence[str]) -> list[str]:
 def meant(value: object, known: Iterable[str]) -> str:
     """The words `, did you mean ...?` for a value that is none of the known names.
 
-    Empty if none is similar, in any case and with - for _.
+    Empty if none is similar, in any case and with - for _. The number of a GPU is no name.
     """
+    known = list(known)
+    if "cuda" in known and (number := re.fullmatch(r"cuda:(\d+)", str(value))):
+        return f": CUDA_VISIBLE_DEVICES={number[1]} chooses the GPU"
     close = nearest(value, known)
     return f", did you mean {printable(close)}?" if close else ""
 

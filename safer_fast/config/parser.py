@@ -29,7 +29,7 @@ T = TypeVar("T")
 def new_parser(command: str, description: str) -> GroupedParser:
     """Make a parser whose types and help follow the conventions of all commands."""
     register_type(
-        Radius, serializer=float, deserializer=_parse_radius, fail_already_registered=False
+        Radius, serializer=float, deserializer=parse_radius, fail_already_registered=False
     )
     register_type(Names, serializer=list, deserializer=_parse_names, fail_already_registered=False)
     set_parsing_settings(
@@ -159,7 +159,8 @@ def _settings_of(parser: ArgumentParser) -> list[str]:
     return [flag[2:] for flag in flags if flag.startswith("--")]
 
 
-def _parse_radius(value: Any) -> Radius:
+def parse_radius(value: Any) -> Radius:
+    """A number, or the value of a fraction; raise ValueError for another text."""
     try:
         numerator, slash, denominator = str(value).partition("/")
         return Radius(float(numerator) / float(denominator) if slash else float(numerator))

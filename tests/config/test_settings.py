@@ -10,7 +10,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
-from torch import Tensor, nn
+import torch
+from torch import Tensor, device, nn
 
 from safer_fast import (
     evaluate,
@@ -35,6 +36,7 @@ from safer_fast.config.schema import (
     ModelConfig,
     OptimConfig,
     Radius,
+    RuntimeConfig,
 )
 from safer_fast.selection import criteria
 from tests.support.commands import refused
@@ -344,3 +346,21 @@ def test_long_values_are_cut_and_long_names_of_files_are_not() -> None:
     assert len(as_line("y" * 5000)) == 80
     assert len(as_line("z " * 5000)) == 1200
     assert as_line("a\x1b[2Jb") == "a?[2Jb"
+
+
+def test_a_device_of_torch_is_its_name() -> None:
+    for name in ("cpu", "cuda"):
+        groups: list[Any] = [{"device": device(name)}, RuntimeConfig(device=device(name))]  # type: ignore[arg-type]
+        for group in groups:
+            assert checked(Config(runtime=group)).runtime.device == name
+    message = "^runtime.device: expected .*, got cuda:1: CUDA_VISIBLE_DEVICES=1 chooses the GPU$"
+    for given in (device("cuda:1"), "cuda:1"):
+        with pytest.raises(ValueError, match=message):
+            train_model(Config(runtime={"device": given}))  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU")
+def test_commands_name_their_own_flag_for_a_gpu_that_there_is_not(run: Path) -> None:
+    for command in (evaluate.main, select.main):
+        with pytest.raises(ValueError, match=r"^--device: expected cpu or auto on a machine"):
+            command([str(run), "--device=cuda"])
