@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from safer_fast.attacks.arguments import check_function
 from safer_fast.attacks.pgd import (
     AttackLoss,
     cross_entropy,
@@ -65,6 +66,7 @@ def register_attack(name: str, loss: AttackLoss, *, steps: int | None = None) ->
         raise ValueError(f"name: expected lower-case letters as in my-loss, got {shortened(name)}")
     if name in ATTACKS:
         raise ValueError(f"name: expected a new one, got {name!r}, which is an attack already")
+    check_function("loss", loss)
     if steps is not None and steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}")
     ATTACKS[name] = replace(ATTACKS["pgd"], loss=name, steps=steps)

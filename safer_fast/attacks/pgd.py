@@ -11,8 +11,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from safer_fast import kernels
-from safer_fast.attacks.arguments import check_settings, checked_loss
+from safer_fast.attacks.arguments import (
+    as_classes,
+    check_function,
+    check_gradients,
+    check_model,
+    check_settings,
+    checked_loss,
+    naming_dtypes,
+)
 from safer_fast.attacks.gradient_watch import Watch
+from safer_fast.config.checks import as_radius
 
 Norm = Literal["linf", "l2"]
 PLACES_PER_SEED = 32
@@ -27,8 +36,8 @@ def pgd(
     images: Tensor,
     labels: Tensor,
     *,
-    epsilon: float | Tensor,
-    step_size: float | Tensor,
+    epsilon: float | str | Tensor,
+    step_size: float | str | Tensor,
     steps: int,
     norm: Norm = "linf",
     start: Tensor | None = None,
@@ -52,9 +61,9 @@ def pgd(
         model: takes pixels in [0, 1], gives logits [B, K]. It runs in eval mode without weight
             gradients and is left as it was, also after an exception.
         images: float [B, C, H, W], each value in [0, 1]; not changed.
-        labels: int64 [B], or class probabilities [B, K].
-        epsilon, step_size: radii in units of pixels in [0, 1], at least 0; tensors must be 0-d, on
-            the images' device.
+        labels: class numbers [B], or class probabilities [B, K].
+        epsilon, step_size: radii in units of pixels in [0, 1], at least 0, or texts such as
+            "8/255"; tensors must be 0-d, on the images' device.
         steps: number of iterations, at least 0.
         start: full starting point [B, C, H, W]; default: `random_start`.
         objective: sum-reduced loss of (logits, labels) to be raised; default: cross-entropy.
@@ -64,19 +73,28 @@ def pgd(
         watch: flags images without a gradient of use, and those that start right.
 
     Raises:
-        ValueError: images that are no float [B, C, H, W], another norm, steps below 0, radii in
-            255ths; with `check_tensors` values that are no pixels in [0, 1], labels that are no
-            classes, and tensors or a model of other shapes or on another device.
+        ValueError: a model that is no module, images that are no float [B, C, H, W] or of a dtype
+            that the model does not take, another norm, steps below 0, radii in 255ths, a call in
+            `torch.inference_mode`; with `check_tensors` values that are no pixels in [0, 1], labels
+            that are no classes, an objective that is no sum, and tensors or a model of other shapes
+            or on another device.
     """
     loss = cross_entropy if objective is None else objective
-    check_settings(images, norm=norm, epsilon=epsilon, step_size=step_size, steps=steps)
+    check_model(model)
+    check_function("objective", loss)
+    reach: float | Tensor = as_radius("epsilon", epsilon)
+    length: float | Tensor = as_radius("step_size", step_size)
+    check_settings(images, norm=norm, epsilon=reach, step_size=length, steps=steps)
+    if steps:
+        check_gradients("pgd")
+    labels = as_classes(labels)
     if check_tensors:
         loss = checked_loss(model, images, labels, start, loss)
-    radius, step = (_as_scalar(value, images) for value in (epsilon, step_size))
+    radius, step = (_as_scalar(value, images) for value in (reach, length))
     if start is None:
         start = random_start(images, radius, norm, generator)
     adversarial = start.detach().clone()
-    with frozen(model):
+    with frozen(model), naming_dtypes(model, images):
         for _ in range(steps):
             pgd_step_(model, adversarial, images, labels, step, radius, norm, loss, watch)
     is_half = images.dtype in (torch.bfloat16, torch.float16)

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from safer_fast.attacks.arguments import check_gradients, check_sum, naming_dtypes
 from safer_fast.attacks.pgd import AttackLoss, cross_entropy
 from safer_fast.models.arenas import (
     ParameterArenas,
@@ -89,11 +90,14 @@ def store_mean_gradients(
     loss: AttackLoss = cross_entropy,
 ) -> None:
     """Store the gradient of the loss summed over all batches, divided by `total`, in the ranges."""
+    check_gradients("rank_layers")
     with requiring_gradients(chosen.parameters):
         for images, labels in batches:
             if not len(labels):
                 continue
-            mean = loss(model(images), labels) / total
-            gradients = chosen.gradients_of(mean)
+            with naming_dtypes(model, images):
+                value = loss(model(images), labels)
+            check_sum("loss", value)
+            gradients = chosen.gradients_of(value / total)
             for view, gradient in zip(chosen.gradient_views, gradients, strict=True):
                 view.add_(gradient)

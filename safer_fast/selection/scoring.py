@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isnan
-from typing import get_args
+from typing import SupportsFloat, get_args
 
 import torch
 from torch import Tensor, nn
 
+from safer_fast.attacks.arguments import as_classes, check_function, check_model, described
 from safer_fast.attacks.pgd import AttackLoss, cross_entropy, frozen
 from safer_fast.config.checks import check_number
 from safer_fast.config.doors import door
@@ -61,7 +62,8 @@ def rank_layers(
             RobustModel is run from each layer's block upwards only.
         batches: (images float [B, C, H, W], labels int64 [B]) on the model's device.
         rho: radius of the perturbation; times ||w_l|| with `radius="relative"`.
-        attack: makes the adversarial examples; default: the images as they are.
+        attack: makes the adversarial examples, which `criticality` needs; default: the images as
+            they are.
         names: the layers to score; default: every linear layer and 2-d convolution.
         arenas: where the model's parameters lie, if they lie in arenas.
         generator: source of `random`, on the CPU.
@@ -70,8 +72,9 @@ def rank_layers(
         loss: (outputs, labels) -> a sum over images, in place of the cross-entropy.
 
     Raises:
-        ValueError: no batches, unknown names, an unknown criterion or one without scores (`all`),
-            a rho that is no number from 0 to 1,000.
+        ValueError: no batches, no floats in them, no layers, unknown names, an unknown criterion,
+            one without scores (`all`) or one that needs an attack without it, a rho that is no
+            number from 0 to 1,000, a loss that is no sum.
     """
     check_criterion(criterion, "criterion")
     if radius not in get_args(WeightRadius):
@@ -111,17 +114,29 @@ def score_layers(
 
     All of them share the adversarial examples, the gradient and the features below each block.
     """
+    check_model(model)
+    check_function("loss", loss)
     layers = layers_of(model)
+    if not layers:
+        got = f"{type(model).__name__} without any"
+        raise ValueError(f"model: expected linear layers or 2-d convolutions, got {got}")
     names = list(layers) if names is None else list(names)
     if unknown := [name for name in names if name not in layers]:
         got = ", ".join(unknown) + meant(unknown[0], layers)
         raise ValueError(f"names: expected layers of the model, got {got}")
+    if not names:
+        raise ValueError("names: expected at least one layer, got none")
     check_number("rho", rho, FACTOR)
     asked = {measure.criterion for measure in measures}
     for name in sorted(asked):
         check_criterion(name)
     if ALL in asked:
         raise ValueError("criterion: expected one that scores layers, got 'all'")
+    if attack is None and (lacking := [n for n in asked if criteria.CRITERIA[n].needs_attack]):
+        raise ValueError(
+            f"attack: expected a function that attacks images, which {lacking[0]} compares with "
+            "clean ones, got none: give attack="
+        )
     inputs = ScoringInputs(model, names, layers, rho, arenas, generator, ranks or Ranks(), watch)
     inputs.loss = loss
     if any(criteria.CRITERIA[name].needs_images for name in asked):
@@ -142,10 +157,16 @@ def score_layers(
 
 
 def _pair(batch: object) -> tuple[Tensor, Tensor]:
-    """Images and labels of a batch; raise ValueError for one that is no pair."""
-    if isinstance(batch, tuple | list) and len(batch) == 2:
-        return batch[0], batch[1]
-    raise ValueError(f"batches: expected pairs of images and labels, got {type(batch).__name__}")
+    """Images and labels of a batch; raise ValueError for one that is no pair of tensors."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        got = type(batch).__name__
+        raise ValueError(f"batches: expected pairs of images and labels, got {got}")
+    images, labels = batch
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        raise ValueError(f"batches: expected images that are floats, got {described(images)}")
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"batches: expected labels that are tensors, got {described(labels)}")
+    return images, as_classes(labels)
 
 
 @door()
@@ -156,14 +177,22 @@ def select_layers(scores: Mapping[str, float], *, fraction: float) -> list[str]:
     ['b', 'd']
 
     Equal scores are ordered by name. Raise ValueError for a fraction outside (0, 1], no scores, or
-    a score that is NaN.
+    a score that is NaN or no number.
     """
     if not isinstance(scores, Mapping):
         raise ValueError(f"scores: expected scores of layers by name, got {type(scores).__name__}")
+    is_number = isinstance(fraction, SupportsFloat)
+    if not is_number:
+        raise ValueError(f"fraction: expected a number, got {shortened(repr(fraction))}")
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction: expected above 0 and at most 1, got {fraction}")
     if not scores:
         raise ValueError("scores: expected at least one layer, got none")
+    for name, score in scores.items():
+        is_number = isinstance(score, SupportsFloat)
+        if not is_number:
+            got = f"{shortened(repr(score))} for {name}"
+            raise ValueError(f"scores: expected numbers, got {got}")
     if lost := [name for name, score in scores.items() if isnan(score)]:
         shown = ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else "")
         raise ValueError(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
 
+from safer_fast.attacks.arguments import check_differentiable, check_model, described
 from safer_fast.config.checks import check_number
-from safer_fast.config.messages import meant
+from safer_fast.config.messages import meant, shortened
 from safer_fast.config.ranges import FACTOR
 from safer_fast.config.schema import SAMConfig
 from safer_fast.models.arenas import TrainedWeights, module_selection
@@ -48,7 +50,8 @@ class SharpnessAware:
         adaptive: ASAM in place of SAM.
 
     Raises:
-        ValueError: unknown names, names without parameters, parameters that the optimizer lacks.
+        ValueError: unknown names, names without parameters, parameters that the optimizer lacks, an
+            optimizer whose step evaluates the loss itself (LBFGS).
     """
 
     def __init__(
@@ -60,8 +63,10 @@ class SharpnessAware:
         rho: float,
         adaptive: bool = False,
     ) -> None:
+        check_model(model)
         check_number("rho", rho, FACTOR)
-        self.parameters = _parameters_of(model, names)
+        _check_optimizer(optimizer)
+        self.parameters = _parameters_of(model, _checked_names(names))
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         missing = sum(id(parameter) not in held for parameter in self.parameters)
         if missing:
@@ -76,17 +81,25 @@ class SharpnessAware:
     def ascend(self, loss: Tensor) -> None:
         """Differentiate `loss` and move the selected weights to w + e.
 
-        Raises RuntimeError when called twice without `descend` or `restore` in between.
+        Raises RuntimeError when called twice without `descend` or `restore` in between, and
+        ValueError for a loss that is no 0-d tensor with a gradient.
         """
         if self._selection is not None:
             raise RuntimeError("ascend was called twice: descend, or restore, comes first")
+        check_differentiable("loss", loss)
         selection = module_selection({"selected": self.parameters})
         selection.store_gradients(selection.gradients_of(loss))
         self._selection = selection
         ascend_([self._selection.ranges], self.rho, adaptive=self.adaptive)
 
     def descend(self, loss: Tensor) -> None:
-        """Differentiate `loss` at w + e, restore w exactly, and take an optimizer step."""
+        """Differentiate `loss` at w + e, restore w exactly, and take an optimizer step.
+
+        Raises RuntimeError when called without `ascend` before, and ValueError as `ascend` does.
+        """
+        if self._selection is None:
+            raise RuntimeError("descend was called without ascend: ascend comes first")
+        check_differentiable("loss", loss)
         gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         self.restore()
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
@@ -100,6 +113,28 @@ class SharpnessAware:
         if self._selection is not None:
             restore_(self._selection.ranges)
         self._selection = None
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError for what has no groups of parameters, or a step that needs a closure."""
+    if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "step"):
+        got = described(optimizer)
+        raise ValueError(f"optimizer: expected a torch.optim.Optimizer, got {got}")
+    closure = signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        got = type(optimizer).__name__
+        raise ValueError(f"optimizer: expected one whose step needs no closure, got {got}")
+
+
+def _checked_names(names: Sequence[str]) -> list[str]:
+    """The names as a list; raise ValueError for what is no text, such as parameters."""
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        got = shortened(repr(names))
+        raise ValueError(f"names: expected a list of names of layers, got {got}")
+    names = list(names)
+    if other := [type(name).__name__ for name in names if not isinstance(name, str)]:
+        raise ValueError(f"names: expected names of layers, got {other[0]}")
+    return names
 
 
 def _parameters_of(model: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:

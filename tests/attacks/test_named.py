@@ -126,6 +126,8 @@ def test_names_that_are_taken_or_unclear_are_not_registered(name: str) -> None:
         register_attack(name, smallest)
     with pytest.raises(ValueError, match=r"^steps: expected at least 1, got 0$"):
         register_attack("low", smallest, steps=0)
+    with pytest.raises(ValueError, match=r"^loss: expected a function of .*, got 'margin'$"):
+        register_attack("low", "margin")  # type: ignore[arg-type]
     assert before == named.LOSSES
 
 

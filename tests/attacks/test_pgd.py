@@ -1,14 +1,22 @@
 """PGD stays in its ball, raises the loss, agrees with torchattacks, and leaves the model alone."""
 
 import gc
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torchattacks
 from torch import Tensor, nn
 
 from safer_fast import pgd
-from safer_fast.attacks.pgd import Norm, default_step_size, placed_start, random_start
+from safer_fast.attacks.pgd import (
+    Norm,
+    cross_entropies,
+    default_step_size,
+    placed_start,
+    random_start,
+)
 from tests.support.networks import PlainNetwork, build, images_and_labels
 
 
@@ -210,6 +218,17 @@ def test_memory_does_not_grow_over_two_hundred_attacks() -> None:
     assert num_tensors() <= before
 
 
+class Other(nn.Module):
+    """Any function as a model."""
+
+    def __init__(self, function: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, images: Tensor) -> object:
+        return self.function(images)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -217,7 +236,10 @@ def test_memory_does_not_grow_over_two_hundred_attacks() -> None:
         ({"images": torch.zeros(3, 8, 8)}, r"images: expected float \[B, C, H, W\]"),
         ({"norm": "l1"}, "norm: expected linf or l2, got 'l1'"),
         ({"epsilon": -0.1}, r"epsilon: expected at least 0, got -0\.1"),
-        ({"epsilon": "8/255"}, "epsilon: expected a number, got '8/255'"),
+        ({"epsilon": "8/x"}, "epsilon: expected a number or a fraction such as 8/255, got '8/x'"),
+        ({"step_size": "nan"}, "step_size: expected at least 0, got nan"),
+        ({"epsilon": "8"}, r"epsilon: expected 0 to 1, got 8: did you mean 8/255\?"),
+        ({"epsilon": [0.1]}, r"epsilon: expected a number, got \[0.1\]"),
         ({"steps": -1}, "steps: expected a whole number of at least 0, got -1"),
         ({"steps": 1.0}, "steps: expected a whole number of at least 0, got 1.0"),
         ({"epsilon": 8}, r"epsilon: expected 0 to 1, got 8: did you mean 8/255\?"),
@@ -250,14 +272,83 @@ def test_memory_does_not_grow_over_two_hundred_attacks() -> None:
         ({"labels": torch.rand(2, 9)}, r"labels: expected 10 classes .*, got float32 \[2, 9\]"),
         ({"labels": torch.ones(2, 10) * 7}, "labels: expected probabilities, got values from 7"),
         ({"model": PlainNetwork().to("meta")}, "model: expected on cpu like images, got meta"),
+        ({"model": None}, "model: expected a torch.nn.Module, got NoneType"),
+        ({"model": lambda images: images}, "model: expected a torch.nn.Module, got function"),
+        (
+            {"model": Other(lambda images: (images,))},
+            r"model: expected logits \[2, K\], got tuple",
+        ),
+        (
+            {"model": Other(lambda images: images)},
+            r"model: expected logits \[2, K\], got float32 \[2, 3, 32, 32\] on cpu",
+        ),
+        (
+            {"model": Other(lambda images: images.detach().flatten(1))},
+            "model: expected logits with a gradient, got some without",
+        ),
+        ({"labels": torch.tensor([True, False])}, r"labels: expected int64 \[2\] .*, got bool"),
+        ({"objective": "dlr"}, "objective: expected a function of logits and labels, got 'dlr'"),
+        (
+            {"objective": lambda _logits, _labels: 1.0},
+            "objective: expected a loss that is a 0-d tensor, got float",
+        ),
+        (
+            {"objective": cross_entropies},
+            r"objective: expected a loss that is a 0-d tensor, got float32 \[2\] on cpu",
+        ),
+        (
+            {"objective": lambda _logits, _labels: torch.tensor(1.0)},
+            "objective: expected a loss with a gradient, got one without",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused(change: dict[str, object], message: str) -> None:
     images, labels = images_and_labels(2)
     settings: dict[str, object] = {"epsilon": 0.1, "step_size": 0.1, "steps": 1, "images": images}
     settings |= {"model": PlainNetwork(), "labels": labels}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^{message}") as caught:
         pgd(**settings | change)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_images_of_a_dtype_that_the_model_does_not_take_are_refused(dtype: torch.dtype) -> None:
+    images, labels = images_and_labels(2)
+    ball = {"epsilon": 0.1, "step_size": 0.1, "steps": 1}
+    name = str(dtype).removeprefix("torch.")
+    message = f"^images: expected float32 as the model has, got {name}$"
+    for model in (PlainNetwork(), nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))):
+        with pytest.raises(ValueError, match=message):
+            pgd(model, images.to(dtype), labels, **ball)  # type: ignore[arg-type]
+    if dtype != torch.float64:  # a model of the package casts them
+        assert pgd(build(), images.to(dtype), labels, **ball).dtype == dtype  # type: ignore[arg-type]
+
+
+def test_radii_steps_and_labels_may_be_written_as_elsewhere() -> None:
+    model, (images, labels) = build(), images_and_labels()
+    expected = pgd(model, images, labels, epsilon=8 / 255, step_size=2 / 255, steps=2, start=images)
+    for kind in (torch.uint8, torch.int32, torch.int64):
+        attacked = pgd(
+            model,
+            images,
+            labels.to(kind),
+            epsilon="8/255",
+            step_size="2/255",
+            steps=np.int64(2),  # type: ignore[arg-type]
+            start=images,
+        )
+        assert torch.equal(attacked, expected)
+
+
+def test_inference_mode_is_refused_and_no_grad_is_not() -> None:
+    model, (images, labels) = build(), images_and_labels(2)
+    ball = {"epsilon": 0.1, "step_size": 0.1, "steps": 1}
+    message = r"^pgd: expected a call outside of torch\.inference_mode\(\), got one in it: leave it"
+    with torch.inference_mode(), pytest.raises(ValueError, match=message):
+        pgd(model, images, labels, **ball)  # type: ignore[arg-type]
+    with torch.no_grad():
+        attacked = pgd(model, images, labels, **ball)  # type: ignore[arg-type]
+    assert not torch.equal(attacked, images)
 
 
 def test_values_of_tensors_are_left_alone_where_one_says_so() -> None:

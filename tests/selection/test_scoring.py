@@ -1,5 +1,6 @@
 """Scores equal a brute-force oracle, ranking restores every weight, selecting is exact."""
 
+import math
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from typing import Any, cast
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from safer_fast import pgd, rank_layers, select_layers
+from safer_fast.attacks.pgd import cross_entropies
 from safer_fast.config.schema import AttackConfig, Config, Names, Radius, SelectionConfig
 from safer_fast.data.batch import Batch, Loader
 from safer_fast.models.arenas import ParameterArenas
@@ -169,13 +171,22 @@ def test_equal_scores_are_ordered_by_name() -> None:
         ({"a": float("nan"), "b": 1.0}, 0.1, "scores: expected numbers, got NaN for a"),
         ({"a": 1.0}, 0.0, "fraction: expected above 0"),
         ({"a": 1.0}, 1.1, "fraction: expected above 0 and at most 1"),
+        ({"a": 1.0}, "0.5", "fraction: expected a number, got '0.5'"),
+        ({"a": 1.0}, None, "fraction: expected a number, got None"),
+        ({"a": 1.0, "b": "0.5"}, 0.5, "scores: expected numbers, got '0.5' for b"),
+        ({"a": None}, 0.5, "scores: expected numbers, got None for a"),
     ],
 )
 def test_scores_that_rank_nothing_are_refused(
-    scores: Mapping[str, float], fraction: float, message: str
+    scores: Mapping[str, Any], fraction: Any, message: str
 ) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^{message}"):
         select_layers(scores, fraction=fraction)
+
+
+def test_scores_may_be_numbers_of_torch() -> None:
+    scores = cast(Any, {"a": torch.tensor(1.0), "b": torch.tensor(2.0)})
+    assert select_layers(scores, fraction=0.5) == ["b"]
 
 
 def test_wrong_arguments_of_the_ranking_are_refused() -> None:
@@ -188,6 +199,71 @@ def test_wrong_arguments_of_the_ranking_are_refused() -> None:
         rank_layers(build(), [])
     with pytest.raises(ValueError, match="criterion: expected one that scores layers"):
         rank_layers(build(), batches(), criterion="all")
+    with pytest.raises(ValueError, match=r"^names: expected at least one layer, got none$"):
+        rank_layers(build(), batches(), names=[])
+
+
+def test_criticality_without_an_attack_is_refused_before_any_batch_is_read() -> None:
+    def unread() -> Iterator[tuple[Tensor, Tensor]]:
+        raise AssertionError("read")
+        yield
+
+    with pytest.raises(ValueError, match=r"^attack: .* which criticality .*: give attack=$"):
+        rank_layers(build(), unread(), criterion="criticality")
+
+
+def test_criticality_of_an_attack_that_changes_nothing_is_nan() -> None:
+    scores = rank_layers(
+        build(), batches(), criterion="criticality", attack=lambda _m, images, _y: images
+    )
+    assert all(math.isnan(score) for score in scores.values())
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "message"),
+    [
+        (None, images_and_labels(2), r"model: expected a torch\.nn\.Module, got NoneType$"),
+        (nn.ReLU(), images_and_labels(2), "model: expected linear layers or .*, got ReLU without"),
+        (
+            PlainNetwork(),
+            (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1])),
+            r"batches: expected images that are floats, got uint8 \[2, 3, 32, 32\] on cpu$",
+        ),
+        (
+            PlainNetwork(),
+            (torch.rand(2, 3, 32, 32), [0, 1]),
+            "batches: expected labels that are tensors, got list$",
+        ),
+        (
+            PlainNetwork(),
+            (torch.rand(2, 3, 32, 32).double(), torch.tensor([0, 1])),
+            "images: expected float32 as the model has, got float64$",
+        ),
+    ],
+    ids=str,
+)
+def test_models_and_batches_that_cannot_be_scored_are_refused(
+    model: Any, batch: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        rank_layers(model, [batch])
+
+
+def test_losses_that_cannot_be_differentiated_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^loss: expected a loss that is a 0-d tensor, got float"):
+        rank_layers(build(), batches(), loss=cross_entropies)
+    with pytest.raises(ValueError, match=r"^loss: expected a function of .*, got 'margin'$"):
+        rank_layers(build(), batches(), loss="margin")  # type: ignore[arg-type]
+    message = r"^rank_layers: expected a call outside of torch\.inference_mode\(\)"
+    with torch.inference_mode(), pytest.raises(ValueError, match=message):
+        rank_layers(build(), batches())
+
+
+def test_labels_may_be_whole_numbers_of_fewer_bits() -> None:
+    fewer = [(images, labels.to(torch.uint8)) for images, labels in batches()]
+    assert rank_layers(build(), fewer, attack=attack) == rank_layers(
+        build(), batches(), attack=attack
+    )
 
 
 def test_candidates_start_at_a_block_and_always_have_the_head() -> None:

@@ -133,6 +133,35 @@ def test_a_loaded_model_refuses_bytes_as_floats_and_normalised_pixels(run: str) 
     torch.export.export(model, (images,))
 
 
+def test_the_names_of_the_package_are_its_public_ones() -> None:
+    shown = {name for name in dir(safer_fast) if not name.startswith("__")}
+    assert shown == set(safer_fast.__all__)
+
+
+def test_devices_of_torch_are_taken_and_the_number_of_a_gpu_is_explained(run: str) -> None:
+    cpu: Any = torch.device("cpu")
+    assert safer_fast.load_model(run, device=cpu).mean.device == cpu
+    quietly(safer_fast.evaluate_run)(run, attacks="clean", device=cpu)
+    first: Any = torch.device("cuda:0")
+    message = "^device: expected .*, got '?cuda:0'?: CUDA_VISIBLE_DEVICES=0 chooses the GPU$"
+    for call in (safer_fast.load_model, safer_fast.evaluate_run):
+        for given in (first, "cuda:0"):
+            with pytest.raises(ValueError, match=message):
+                call(run, device=given)
+    with pytest.raises(ValueError, match=r"^device: expected .*, got 'meta'$"):
+        safer_fast.load_model(run, device=torch.device("meta"))  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU")
+def test_a_gpu_that_there_is_not_is_named_by_the_argument(run: str) -> None:
+    message = "^device: expected cpu or auto on a machine without a GPU, got cuda$"
+    with pytest.raises(ValueError, match=message):
+        safer_fast.load_model(run, device="cuda")
+    for given in ("cuda", torch.device("cuda")):
+        with pytest.raises(ValueError, match=message):
+            safer_fast.evaluate_run(run, attacks="clean", device=given)
+
+
 def test_unknown_names_are_attribute_errors() -> None:
     with pytest.raises(AttributeError, match="no attribute 'fgsm'"):
         safer_fast.fgsm  # noqa: B018

@@ -1,5 +1,7 @@
 """SAM moves weights as other libraries do, restores them exactly, and wraps any optimizer."""
 
+from typing import Any
+
 import pytest
 import torch
 from pytorch_optimizer import SAM
@@ -122,3 +124,58 @@ def test_wrong_arguments_are_refused(names: list[str], rho: float, message: str)
     optimizer = torch.optim.SGD(model.head.parameters(), lr=0.1)
     with pytest.raises(ValueError, match=message):
         SharpnessAware(model, names, optimizer, rho=rho)
+
+
+def test_arguments_of_another_kind_are_refused() -> None:
+    model: Any = PlainNetwork()
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.1)
+    lbfgs: Any = torch.optim.LBFGS(model.parameters())
+    calls: list[tuple[tuple[Any, Any, Any], str]] = [
+        ((None, ["head"], optimizer), "model: expected a torch.nn.Module, got NoneType"),
+        ((model, model.parameters(), optimizer), "names: expected names of layers, got Parameter"),
+        ((model, "head", optimizer), "names: expected a list of names of layers, got 'head'"),
+        ((model, 3, optimizer), "names: expected a list of names of layers, got 3"),
+        ((model, ["head"], None), "optimizer: expected a torch.optim.Optimizer, got NoneType"),
+        (
+            (model, ["head"], lbfgs),
+            "optimizer: expected one whose step needs no closure, got LBFGS",
+        ),
+    ]
+    for arguments, message in calls:
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            SharpnessAware(*arguments, rho=0.1)
+
+
+def test_losses_that_cannot_be_differentiated_leave_the_weights_alone() -> None:
+    model, (images, labels) = PlainNetwork().eval(), images_and_labels()
+    before = model.head.weight.detach().clone()
+    sam = SharpnessAware(model, ["head"], torch.optim.SGD(model.parameters(), 0.1), rho=0.05)
+
+    def loss(reduction: str = "mean") -> Any:
+        return nn.functional.cross_entropy(model(images), labels, reduction=reduction)
+
+    wrong: list[tuple[Any, str]] = [
+        (1.0, "loss: expected a loss that is a 0-d tensor, got float"),
+        (loss("none"), r"loss: expected a loss that is a 0-d tensor, got float32 \[6\] on cpu"),
+        (loss().detach(), "loss: expected a loss with a gradient, got one without"),
+    ]
+    for value, message in wrong:
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            sam.ascend(value)
+    assert torch.equal(model.head.weight, before)
+    sam.ascend(loss())
+    for value, message in wrong:
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            sam.descend(value)
+    sam.descend(loss())
+    assert not torch.equal(model.head.weight, before)
+
+
+def test_descending_without_ascending_is_an_error() -> None:
+    model, (images, labels) = PlainNetwork().eval(), images_and_labels()
+    before = model.head.weight.detach().clone()
+    sam = SharpnessAware(model, ["head"], torch.optim.SGD(model.parameters(), 0.1), rho=0.05)
+    loss = nn.functional.cross_entropy(model(images), labels)
+    with pytest.raises(RuntimeError, match="descend was called without ascend"):
+        sam.descend(loss)
+    assert torch.equal(model.head.weight, before)
