@@ -40,6 +40,7 @@ def test_rules_are_on_settings_and_the_usual_ones_are_no_news() -> None:
             ],
         ),
         ("--objective.name=trades --objective.beta=2", []),
+        ("--objective.name=fare --objective.temperature=3", []),
         (
             "--data.extra_fraction=0.2",
             ["data.extra_fraction: 0.2 does nothing, there is no data.extra_path"],

@@ -83,15 +83,15 @@ class ReportedRun:
     def best_epoch(self) -> float:
         """Epoch whose weights are the best by validation images; infinity: none was evaluated."""
 
-        def merit(event: Mapping[str, Any]) -> tuple[float, float, int]:
-            robust, clean = event.get("robust_accuracy"), event.get("clean_accuracy")
-            if robust is None:
-                robust = -event["embedding_distance"]
-            return robust, -math.inf if clean is None else clean, event["epoch"]
+        robust = [event for event in self.epochs if event.get("robust_accuracy") is not None]
+        near = [event for event in self.epochs if event.get("embedding_distance") is not None]
 
-        keys = "robust_accuracy", "embedding_distance"
-        events = [e for e in self.epochs if any(e.get(key) is not None for key in keys)]
-        return float(max(events, key=merit)["epoch"]) if events else math.inf
+        def merit(event: Mapping[str, Any]) -> tuple[float, float, int]:
+            gain = event["robust_accuracy"] if robust else -event["embedding_distance"]
+            clean = event.get("clean_accuracy")
+            return gain, -math.inf if clean is None else clean, event["epoch"]
+
+        return float(max(robust or near, key=merit, default={"epoch": math.inf})["epoch"])
 
     def first_safer_epoch(self) -> int:
         """Epoch before which layers were selected for the first time; 0: none yet."""
