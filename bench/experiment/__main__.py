@@ -11,7 +11,9 @@ trains from a start for the same number of epochs under the same attack; arms of
 same batches and the same random starts of the attack. Best epochs are chosen on validation images
 cut from the training rows; test images are for final figures alone. At scale `medium` a search on
 validation images alone goes before a comparison that was fixed in advance. What is done is not done
-again, and what was stopped is resumed: give the budget there is, and call again.
+again, and what was stopped is resumed: give the budget there is, and call again. Where the folder
+of runs was lost, the start is trained again, and those arms that AutoAttack waits for; on the same
+kind of machine their bits are the same, and their rows are not written twice.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ def main() -> None:
         sys.exit(2)
     jobs = Jobs(scale, folder, data, results)
     if arguments.list:
-        print("\n".join(f"{_state(jobs, task):5} {task.title}" for task in tasks))
+        print("\n".join(f"{_state(jobs, task, tasks):5} {task.title}" for task in tasks))
         return
     deadline = time.monotonic() + 60 * arguments.budget_minutes
     failures = Pool(jobs, arguments.jobs, deadline).run(tasks)
@@ -64,8 +66,8 @@ def main() -> None:
         sys.exit(f"{failures} tasks failed; their logs lie in {folder}")
 
 
-def _state(jobs: Jobs, task: Task) -> str:
-    return "done" if jobs.is_done(task) else "-"
+def _state(jobs: Jobs, task: Task, tasks: list[Task]) -> str:
+    return "done" if jobs.is_settled(task, tasks) else "-"
 
 
 def _split(scale: Scale, train: Path, test: Path, folder: Path) -> dict[str, Path]:

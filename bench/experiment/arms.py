@@ -313,6 +313,7 @@ SCALES["medium"] = replace(
     attack_steps="auto",
     batch_size=128,
     ramp_epochs=3,
+    evaluation_batch_size=1000,
     augmentation="crop",
     searched=SEARCHED,
     compared=COMPARED,

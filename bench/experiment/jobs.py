@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,13 @@ class Jobs:
         elif not self.is_done(Task("start", task.model)):
             return False
         return self.collect(task) or self.results.has(self.about(task))
+
+    def is_settled(self, task: Task, tasks: Iterable[Task]) -> bool:
+        """True if the task is done and none of `tasks` waits for weights of it that were lost."""
+        if not self.is_done(task):
+            return False
+        waiting = (t for t in tasks if t.kind == "autoattack" and _run_of(t) == task)
+        return self._weights_are_there(task) or all(map(self.is_done, waiting))
 
     def collect(self, task: Task) -> bool:
         """Add the rows that the task's worker left to the results; True if there were any."""

@@ -43,7 +43,7 @@ class Pool:
     def run(self, tasks: Iterable[Task]) -> int:
         """Do the tasks; return the number that failed. A signal ends the workers first."""
         tasks = list(tasks)
-        left = [task for task in tasks if not self.jobs.is_done(task)]
+        left = [task for task in tasks if not self.jobs.is_settled(task, tasks)]
         print(f"{len(tasks)} tasks, {len(tasks) - len(left)} of them done", flush=True)
         handlers = {number: signal.signal(number, _stop) for number in SIGNALS}
         try:
@@ -69,7 +69,9 @@ class Pool:
                 break
             if task in self._failed or any(worker.task == task for worker in self._workers):
                 continue
-            if self.jobs.is_ready(task):
+            if self.jobs.is_settled(task, left):  # a start was trained anew, to the same bits
+                left.remove(task)
+            elif self.jobs.is_ready(task):
                 self._begin(task)
         return bool(self._workers)
 

@@ -31,6 +31,12 @@ def check_function(name: str, function: object) -> None:
         raise ValueError(f"{name}: expected a function of logits and labels, got {got}")
 
 
+def check_logits(logits: object, num_images: int) -> None:
+    """Raise ValueError for what a model returned if it is no tensor [num_images, K]."""
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != num_images:
+        raise ValueError(f"model: expected logits [{num_images}, K], got {described(logits)}")
+
+
 def check_sum(name: str, loss: Tensor) -> None:
     """Raise ValueError for a loss that is no tensor, or that of each image in place of a sum."""
     if not isinstance(loss, Tensor) or loss.ndim:
@@ -116,8 +122,7 @@ def checked_loss(
     last = _check_values(images, labels, start)
 
     def checked(logits: Tensor, labels: Tensor) -> Tensor:
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(labels):
-            raise ValueError(f"model: expected logits [{len(labels)}, K], got {described(logits)}")
+        check_logits(logits, len(labels))
         num_classes = logits.shape[1]
         if last >= num_classes or (labels.ndim == 2 and labels.shape[1] != num_classes):
             got = last if labels.ndim == 1 else described(labels)

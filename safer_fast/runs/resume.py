@@ -37,7 +37,7 @@ _FREE = {
     "data.prefetch",
     "runtime.max_skipped_steps",
 }
-_FREE_GROUPS, _ROUNDING_GROUP = ("checkpoint.", "log."), "runtime."
+_FREE_GROUPS, _ROUNDING = ("checkpoint.", "log."), ("runtime.", "evaluation.batch_size")
 # Settings of runs that are older than these, where the default is another by now.
 _OLDER = {"attack.precision": "amp"}
 
@@ -251,7 +251,7 @@ def _restore_config(folder: Path, report: Callable[[str], None]) -> None:
 
 def _is_checked(name: str) -> bool:
     """Return true for a setting that changes the results by more than rounding."""
-    return name not in _FREE and not name.startswith((*_FREE_GROUPS, _ROUNDING_GROUP))
+    return name not in _FREE and not name.startswith((*_FREE_GROUPS, *_ROUNDING))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from safer_fast.attacks.arguments import check_gradients, check_sum, naming_dtypes
+from safer_fast.attacks.arguments import check_gradients, check_logits, check_sum, naming_dtypes
 from safer_fast.attacks.pgd import AttackLoss, cross_entropy
 from safer_fast.models.arenas import (
     ParameterArenas,
@@ -96,7 +96,10 @@ def store_mean_gradients(
             if not len(labels):
                 continue
             with naming_dtypes(model, images):
-                value = loss(model(images), labels)
+                outputs = model(images)
+                if loss is cross_entropy:
+                    check_logits(outputs, len(labels))
+                value = loss(outputs, labels)
             check_sum("loss", value)
             gradients = chosen.gradients_of(value / total)
             for view, gradient in zip(chosen.gradient_views, gradients, strict=True):

@@ -75,6 +75,7 @@ def set_up(config: Config, ranks: Ranks, found: Found) -> PreparedRun:
     data = load_data(
         config.data,
         batch_size=config.batch_size,
+        evaluation_batch_size=config.evaluation.batch_size,
         seed=config.seed,
         device=runtime.device,
         rank=ranks.rank,
@@ -142,7 +143,11 @@ def check_fit(config: Config, engine: Engine, data: Data) -> None:
     if selection.layers is not None:
         match_layers(selection.layers, engine.model.layers)
     build_optimizer(config.optim, engine.arenas.select(list(engine.model.layers)[:1]))
-    sizes = {"--batch-size": config.batch_size, "--selection.num_images": selection.num_images}
+    sizes = {
+        "--batch-size": config.batch_size,
+        "--evaluation.batch_size": config.evaluation.batch_size or config.batch_size,
+        "--selection.num_images": selection.num_images,
+    }
     for flag, size in sizes.items():
         if size < num_ranks:
             raise ValueError(

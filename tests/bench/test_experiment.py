@@ -379,6 +379,27 @@ def test_an_experiment_is_stopped_and_goes_on_and_does_nothing_twice(
     assert file.read_bytes() == before
     run_command(monkeypatch, images, *only, "--list")
     assert capsys.readouterr().out.count("done") == 5
+    # the runs are lost, and AutoAttack of the arm is left: both trainings are repeated
+    shutil.rmtree(images[0].parent / "runs")
+    kept = [
+        line
+        for line in before.splitlines(keepends=True)
+        if (json.loads(line)["task"], json.loads(line)["arm"]) != ("autoattack", "SAFER")
+    ]
+    file.write_bytes(b"".join(kept))
+    run_command(monkeypatch, images, *only, "--jobs=2")
+    printed = capsys.readouterr().out
+    titles = [f"{MODEL}: {what}" for what in ("shared start", "AutoAttack on SAFER")]
+    assert all(f" s: {title}" in printed for title in titles)
+    assert printed.count(" s: ") == 3
+    assert "left, which wait" not in printed
+    found_again = [_without_times(row) for row in read_rows(file)]
+    assert sorted(found_again, key=str) == sorted(map(_without_times, rows), key=str)
+
+
+def _without_times(row: dict[str, Any]) -> dict[str, Any]:
+    times = ("date", "seconds", "seconds_per_epoch", "commit")
+    return {name: value for name, value in row.items() if name not in times}
 
 
 def test_validation_images_are_no_training_images(

@@ -742,6 +742,16 @@ def test_the_gap_counts_only_from_full_epsilon_on(tmp_path: Path) -> None:
     assert "training over validation, epoch 8" in gaps
 
 
+def test_clean_epochs_are_named_where_training_is_drawn_as_under_attack(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", epochs=4, is_finished=False)
+    words = "Accuracy under attack, but for training in clean epochs; the shaded gap"
+    assert words not in Page(write_report([run])).text()
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    write_events(run, [e | ({"epsilon": 0.0} if e.get("epoch") == 1 else {}) for e in events])
+    assert words in Page(write_report([run])).text()
+
+
 def test_an_epoch_that_was_trained_again_counts_once(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", epochs=20)
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)

@@ -16,6 +16,9 @@ def test_settings_that_are_newer_than_a_run_had_their_defaults() -> None:
     config.runtime.tf32 = True
     said = "resumed with other rounding: runtime.tf32 False, not True"
     assert check_settings(stored, config) == [said]
+    config.evaluation.batch_size = 256
+    own = "resumed with other rounding: evaluation.batch_size null, not 256"
+    assert check_settings(stored, config) == [said, own]
     config.attack.precision = "bf16"
     with pytest.raises(ValueError, match=r"--resume: .*attack\.precision amp, not bf16"):
         check_settings(stored, config)

@@ -30,6 +30,13 @@ def batches() -> Batches:
     return [images_and_labels(5, seed=1), images_and_labels(3, seed=2)]
 
 
+class InDictionary(PlainNetwork):
+    """A network that returns its logits by name, as those of other libraries do."""
+
+    def forward(self, images: Tensor) -> Any:
+        return {"logits": super().forward(images)}
+
+
 class Loaded:
     """A loader whose probe is `batches`."""
 
@@ -238,6 +245,11 @@ def test_criticality_of_an_attack_that_changes_nothing_is_nan() -> None:
             PlainNetwork(),
             (torch.rand(2, 3, 32, 32).double(), torch.tensor([0, 1])),
             "images: expected float32 as the model has, got float64$",
+        ),
+        (
+            InDictionary(),
+            (torch.rand(2, 3, 32, 32), torch.tensor([0, 1])),
+            r"model: expected logits \[2, K\], got dict$",
         ),
     ],
     ids=str,

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from safer_fast.config.command_line import parse_config
+from safer_fast.evaluation.batch import BatchEvaluator
 from safer_fast.runs.loggers.metrics_file import read_metrics
 from safer_fast.runtime.cuda_graphs import WARM_UP, Replays
 from safer_fast.runtime.device import Runtime
@@ -53,6 +54,29 @@ def test_replayed_evaluations_of_a_run_find_the_same(
         for name in ("loss", "validation_loss"):
             if name in theirs:
                 assert mine[name] == pytest.approx(theirs[name], abs=1e-5)
+
+
+def test_evaluations_take_batches_of_their_own_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    measure = BatchEvaluator.measure
+
+    def spy(self: Any, name: str, images: Any, *rest: Any) -> Any:
+        sizes.append(len(images))
+        return measure(self, name, images, *rest)
+
+    monkeypatch.setattr(BatchEvaluator, "measure", spy)
+    flags = [*SHORT, "--epochs=1", "--evaluation.attacks=clean,pgd-2"]
+    expected = figures(run(tmp_path / "small", *flags, "--evaluation.batch_size=null"))
+    assert set(sizes) == {32, 40}  # validation, and halves of the test split
+    sizes.clear()
+    found = figures(run(tmp_path / "large", *flags, "--evaluation.batch_size=128"))
+    assert set(sizes) == {32, 80}
+    assert len(found) == len(expected)
+    for mine, theirs in zip(found, expected, strict=True):
+        for name in ("accuracy", "clean_accuracy", "robust_accuracy", "loss", "validation_loss"):
+            assert mine.get(name) == pytest.approx(theirs.get(name), abs=2e-3)
 
 
 @pytest.mark.parametrize(("num_fitting", "keeps"), [(16, True), (0, False)])

@@ -25,6 +25,9 @@ class EvaluationConfig:
     final_images: int | None = ranged(None, at_least(1, ranges.IMAGES))
     """Images of the final figures, stratified by class, of the test split or else the validation
     split; default: all."""
+    batch_size: int | None = ranged(None, at_least(1, ranges.IMAGES))
+    """Images of an evaluation at a time, at most, over all ranks; default: batch_size. More keep
+    the machine busier and take more memory; accuracies change by rounding at most."""
     patience: int | None = ranged(None, at_least(1, ranges.EPOCHS))
     """End the run after this many evaluations at full epsilon without a better robust accuracy, in
     its last stage; default: never."""

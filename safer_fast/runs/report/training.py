@@ -110,7 +110,9 @@ def _robust_figure(runs: Sequence[ReportedRun]) -> Figure | None:
     title = "Robust accuracy, training and validation"
     marks = _selection_marks(runs)
     lines = ", dotted lines are selections of layers" if marks else ""
-    caption = f"Accuracy under attack; the shaded gap is robust overfitting{lines}."
+    is_clean = any(epsilon == 0 for run in runs for epsilon in run.series("epsilon"))
+    but = ", but for training in clean epochs" if is_clean else ""
+    caption = f"Accuracy under attack{but}; the shaded gap is robust overfitting{lines}."
     caught = [(run, events) for run in runs if (events := _catastrophes(run))]
     for run, events in caught:
         caption += f" Red: CATASTROPHIC OVERFITTING in {_epochs_in_words(events)}"
