@@ -704,6 +704,7 @@ def test_a_run_that_has_finished_is_left_as_it_is_and_said_to_be_once(
     ("flags", "expected"),
     [
         (["--batch-size=2"], "--batch-size: expected at least one image for each of 3 ranks"),
+        (["--evaluation.batch_size=2"], "--evaluation.batch_size: expected at least one image for"),
         (["--data.max_images=2"], "data.path: expected at least one training image for each of 3"),
         (["--data.path=nothing"], "nothing"),
         (["--model.checkpoint=nothing"], "nothing"),
