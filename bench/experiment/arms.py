@@ -102,6 +102,8 @@ QUARTER = "SAFER, blocks, fraction 25 %"
 _SEARCHES: dict[str, Settings] = {
     "rho 0.2": {"sam.rho": 0.2},
     "fraction 50 %": {"selection.fraction": 0.5},
+    "fraction 100 %": {"selection.fraction": 1.0},
+    "relative radius": {"selection.radius": "relative"},
     "half of the first half": {"selection.candidates": FIRST_HALF, "selection.fraction": 0.5},
     "all of the first half": {"selection.candidates": FIRST_HALF, "selection.fraction": 1.0},
     "selected every epoch": {"selection.every_epochs": 1},
