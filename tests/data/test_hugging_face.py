@@ -9,8 +9,9 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import yaml
 
-from safer_fast import evaluate, train
+from safer_fast import evaluate, export, train
 from safer_fast.data.formats import SkippedFiles, open_splits
 from tests.support.commands import refused
 from tests.support.given import LABELS, NAMES, PIXELS, hugging_face
@@ -89,6 +90,19 @@ def test_datasets_of_the_hub_are_loaded_by_name_or_refused_in_one_line(
     line = refused(train.main, ["--data.path=hf:nobody/none", f"--output={tmp_path / 'r'}"], capsys)
     assert "data.path" in line
     assert "got hf:nobody/none: no network" in line
+
+
+@pytest.mark.slow
+def test_a_card_names_the_dataset_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = datasets.DatasetDict({"train": hugging_face(), "test": hugging_face()})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config: both)
+    run, hub = tmp_path / "run", tmp_path / "hub"
+    train.main([*TINY, "--data.path=hf:owner/digits:small", f"--output={run}"])
+    export.main([str(run), "--format=hub", f"--output={hub}"])
+    front = yaml.safe_load((hub / "README.md").read_text().split("---")[1])
+    assert front["datasets"] == ["owner/digits"]
 
 
 def test_a_damaged_folder_is_one_line(saved: Path, tmp_path: Path) -> None:

@@ -328,7 +328,8 @@ def test_a_card_names_benchmark_for_data_that_robustbench_has_alone(tmp_path: Pa
         run = make_run(tmp_path / data / "run", [*flags, "--attack.epsilon=8/255"])
         folder = write(run, "robustbench")
         card, code = ((folder / file).read_text() for file in ("README.md", "robust_model.py"))
-        assert ModelCard(card).data.to_dict()["datasets"] == [data]
+        on_hub = ["uoft-cs/cifar10"] if data == "cifar10" else None
+        assert ModelCard(card).data.to_dict().get("datasets") == on_hub
         assert "run.yaml" not in card
         (lines,) = example.findall(card)
         call = 'benchmark(load(), dataset="cifar10", threat_model="Linf", eps=8/255)'
@@ -420,7 +421,7 @@ def test_a_card_says_what_was_measured_and_claims_no_license(
     front = card.data.to_dict()
     assert front["license"] == "other"
     assert front["library_name"] == "timm"
-    assert front["datasets"] == ["digits"]
+    assert "datasets" not in front  # the Hub would look for a data set of this name
     low, high = interval(0.5, 100)
     assert f"| test | pgd-20 | 0.1 | 0.5000 | {low:.4f} to {high:.4f} | 100 |" in card.text
     assert "0.9000" not in card.text

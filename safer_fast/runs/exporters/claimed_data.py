@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safer_fast.config.messages import meant, printable, shortened
+from safer_fast.data.formats.hugging_face import PREFIX
 from safer_fast.runs.trained_on import TRAINED_ON, is_own
 
 if TYPE_CHECKING:
@@ -15,6 +16,12 @@ if TYPE_CHECKING:
 Event = Mapping[str, Any]
 DATASETS = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
 """Data sets of the leaderboards, and their numbers of classes."""
+HUB_IDS = {
+    "cifar10": "uoft-cs/cifar10",
+    "cifar100": "uoft-cs/cifar100",
+    "imagenet": "ILSVRC/imagenet-1k",
+}
+"""Names that the Hugging Face Hub has for these data sets."""
 
 
 def of_claimed_data(candidates: Sequence[Event], name: str | None) -> list[Event]:
@@ -66,6 +73,14 @@ def dataset_of(loaded: LoadedRun, event: Event | None = None) -> str:
     word = "".join(c for c in stem.lower() if c.isalnum())
     known = (name for name, count in DATASETS.items() if count == num_classes and name in word)
     return next(known, printable(stem))
+
+
+def hub_id_of(loaded: LoadedRun) -> str | None:
+    """The name that the Hugging Face Hub has for the run's data; None: they are not known there."""
+    path = loaded.config.data.path or ""
+    if path.startswith(PREFIX):
+        return path.split(":")[1]
+    return HUB_IDS.get(dataset_of(loaded))
 
 
 def _name(event: Event) -> str:

@@ -13,7 +13,7 @@ from safer_fast import __version__
 from safer_fast.config.commands import ExportConfig
 from safer_fast.config.messages import printable
 from safer_fast.runs.accuracies import interval
-from safer_fast.runs.exporters.claimed_data import dataset_of
+from safer_fast.runs.exporters.claimed_data import dataset_of, hub_id_of
 from safer_fast.runs.exporters.facts import measured_accuracies
 from safer_fast.runs.exporters.timm import write_timm
 from safer_fast.runs.layout import RunFolder
@@ -27,7 +27,10 @@ _NORMS = {"linf": "Linf", "l2": "L2"}
 
 @dataclass(frozen=True)
 class ModelCard:
-    """Content of a card; texts may come from files of others."""
+    """Content of a card; texts may come from files of others.
+
+    hub_data: name of the data on the Hugging Face Hub, if they are there.
+    """
 
     name: str
     architecture: str
@@ -43,6 +46,7 @@ class ModelCard:
     std: Sequence[float]
     accuracies: Sequence[Mapping[str, Any]]
     recipe: str
+    hub_data: str | None = None
 
 
 def model_card(card: ModelCard, usage: str | None = None) -> str:
@@ -57,8 +61,9 @@ def model_card(card: ModelCard, usage: str | None = None) -> str:
         "library_name": "timm",
         "pipeline_tag": "image-classification",
         "tags": ["image-classification", "timm", "adversarial-robustness", "safer_fast"],
-        "datasets": [_slug(card.data)],
     }
+    if card.hub_data:
+        front["datasets"] = [card.hub_data]
     sections = [
         f"# {_plain(card.name)}",
         _summary(card),
@@ -158,10 +163,6 @@ def _fenced(text: str) -> str:
     return "\n".join(line.replace("```", "'''") for line in lines)
 
 
-def _slug(text: str) -> str:
-    return "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "-" for c in text) or "-"
-
-
 def write_hub(config: ExportConfig, loaded: LoadedRun, folder: Path) -> str:
     """Write the folder that timm loads and a README.md for the Hub; an `Exporter`."""
     advice = write_timm(config, loaded, folder)
@@ -190,6 +191,7 @@ def card_of(config: ExportConfig, loaded: LoadedRun) -> ModelCard:
         std=model.std.flatten().tolist(),
         accuracies=measured_accuracies(config, loaded.config.attack.norm),
         recipe="\n".join(_without_folders(line) for line in lines if not line.startswith("#")),
+        hub_data=hub_id_of(loaded),
     )
 
 
