@@ -4,9 +4,9 @@
 
 A table lies between `<!-- table: peers cpu -->` and `<!-- /table -->`: the first word selects what
 was measured (peers, attack, ops, attention, data, accuracy, float8, traffic, roofline,
-time_to_accuracy, warm_start; experiment, sensitivity, selections, earlier, steps, search,
-compared), the second where (cpu, gpu). Of several measurements of the same case the newest counts.
-`--check` writes nothing and fails if a table is out of date.
+time_to_accuracy, warm_start; experiment, sensitivity, selections, choices, earlier, steps,
+search, compared), the second where (cpu, gpu). Of several measurements of the same case the newest
+counts. `--check` writes nothing and fails if a table is out of date.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from bench.accuracy import accuracy_tables
 from bench.experiment.compared_table import compared_tables, search_tables
 from bench.experiment.steps_table import steps_tables
 from bench.experiment.table import (
+    choice_tables,
     earlier_tables,
     experiment_tables,
     selection_tables,
@@ -36,7 +37,7 @@ from bench.time_table import time_tables, warm_start_table
 
 Row = dict[str, Any]
 ROOT = Path(__file__).parent.parent
-PAGES = ("docs/results.md", "docs/experiment.md", "docs/performance.md")
+PAGES = tuple(f"docs/{name}.md" for name in ("results", "experiment", "selections", "performance"))
 MARKED = re.compile(r"(<!-- table: (\w+) (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 SAME = (
     *("what", "case", "layers", "dtype", "deterministic", "compiled", "captured", "num_workers"),
@@ -45,7 +46,15 @@ SAME = (
     *("part", "layer", "backward", "steps", "gpu"),
     *(name for name in IDENTITY if name != "case"),
 )
-OF_EXPERIMENT = ("sensitivity", "selections", "earlier", "steps", "search", "compared")
+OF_EXPERIMENT = (
+    "sensitivity",
+    "selections",
+    "choices",
+    "earlier",
+    "steps",
+    "search",
+    "compared",
+)
 OURS = ("native", "triton", "fallback")
 
 
@@ -209,6 +218,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "experiment": experiment_tables,
     "sensitivity": sensitivity_tables,
     "selections": selection_tables,
+    "choices": choice_tables,
     "earlier": earlier_tables,
     "steps": steps_tables,
     "search": search_tables,

@@ -113,8 +113,7 @@ def sensitivity_tables(rows: Iterable[Row]) -> str:
 
 
 def selection_tables(rows: Iterable[Row]) -> str:
-    """Tables of the layers that each criterion selects of the starts, and arms selected."""
-    rows = list(rows)
+    """Tables of the layers that each criterion selects of the starts."""
     parts = []
     for row in {_figure(row): row for row in rows if row["figure"] == "selection"}.values():
         lines = [
@@ -127,7 +126,17 @@ def selection_tables(rows: Iterable[Row]) -> str:
         )
         heads = ["criterion", "selects", "from the highest score on"]
         parts.append(caption(words) + markdown(heads, lines))
-    for group in groups_of(rows):
+    return "\n".join(parts) or "Not measured yet.\n"
+
+
+def choice_tables(rows: Iterable[Row]) -> str:
+    """Tables of the layers that each arm selected while it trained, by training of a start."""
+    rows = list(rows)
+    searches = [row | {"task": "arm"} for row in rows if row["task"] == "search"]
+    groups = [(group, "") for group in all_groups_of(rows)]
+    groups += [(group, ", search") for group in all_groups_of(searches)]
+    parts = []
+    for group, what in groups:
         lines = []
         for arm in group.arms():
             for seed, training in sorted(group.trainings(arm).items()):
@@ -137,7 +146,7 @@ def selection_tables(rows: Iterable[Row]) -> str:
                 ]
                 if chosen:
                     lines.append([arm, str(seed), "; ".join(chosen)])
-        words = f"{group.case}: {group.model}, what the arms from the {group.start} start chose:"
+        words = f"{group.case}{what}: {group.model}, from the {group.start} start {group.start_id}:"
         if lines:
             heads = ["arm", "seed", "epoch: layers (lowest block that is trained)"]
             parts.append(caption(words) + markdown(heads, lines))

@@ -44,6 +44,7 @@ from bench.experiment.compared_table import (
 from bench.experiment.jobs import Jobs
 from bench.experiment.pool import Pool
 from bench.experiment.table import (
+    choice_tables,
     earlier_tables,
     experiment_tables,
     groups_of,
@@ -675,9 +676,13 @@ def test_the_layers_that_were_chosen_are_in_a_table() -> None:
         "criteria": {"criticality": {"selected": ["head"], "scores": {"head": 2.0, "stem": 1.0}}},
     }
     shared = {key: value for key, value in a_table()[0].items() if key not in ("figure", "task")}
-    text = selection_tables([*a_table(), {**shared, **selection, "arm": "start"}])
-    assert "| criticality | `head` | `head`, `stem` |" in text
-    assert "| SAFER | 0 | 1: `blocks.1.mlp.fc1` (suffix from 1) |" in text
+    rows = [*a_table(), {**shared, **selection, "arm": "start"}]
+    assert "| criticality | `head` | `head`, `stem` |" in selection_tables(rows)
+    line = "| SAFER | 0 | 1: `blocks.1.mlp.fc1` (suffix from 1) |"
+    assert choice_tables(rows).count(line) == 1
+    searched = choice_tables([*rows, *(row | {"task": "search"} for row in a_table())])
+    assert searched.count(line) == 2
+    assert "reduced, search: " in searched
 
 
 @pytest.mark.parametrize("ending", ["svg", "png"])

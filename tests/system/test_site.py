@@ -91,6 +91,13 @@ def test_links_of_the_readme_lead_to_pages(site: Path) -> None:
     assert 'href="docs/' not in index
 
 
+def test_a_page_has_one_place_in_the_navigation(site: Path) -> None:
+    index = (site / "index.html").read_text()
+    pages = re.findall(r'href="([a-z-]+\.html)" class="md-nav__link"', index)
+    assert "results.html" in pages
+    assert len(pages) == len(set(pages))
+
+
 def test_a_broken_link_and_a_page_without_a_place_in_the_navigation_end_the_build(
     tmp_path: Path,
 ) -> None:
