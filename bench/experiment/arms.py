@@ -112,11 +112,19 @@ _SEARCHES: dict[str, Settings] = {
     "SGD": _OPTIMIZERS["SGD"],
     "a third of the rate": {},
     "three times the rate": {},
+    # changes that alone had a higher sum of both accuracies, together
+    "fraction 50 %, Muon": {"selection.fraction": 0.5, **_OPTIMIZERS["Muon"]},
+    "fraction 50 %, a third of the rate": {"selection.fraction": 0.5},
+    "fraction 50 %, Muon, a third of the rate": {
+        "selection.fraction": 0.5,
+        **_OPTIMIZERS["Muon"],
+    },
 }
 SEARCH_ARMS: dict[str, Settings] = {
     f"search, {what}": {**_QUARTER, **settings} for what, settings in _SEARCHES.items()
 }
-"""A quarter of the blocks' layers with one thing changed, to choose from on validation images."""
+"""A quarter of the blocks' layers with one thing changed, or several, to choose from on validation
+images."""
 SEARCHED = (BASELINE, QUARTER, *SEARCH_ARMS)
 COMPARED = (
     BASELINE,

@@ -3,7 +3,8 @@
 Left: robust accuracy on validation images, epoch by epoch, of the shared start and of the main
 arms trained from it; thin lines are on training images. Right: every arm's clean and PGD-20
 accuracy on test images, of its best epoch, with standard deviations over seeds; names stand at the
-side in the order of PGD-20 accuracy.
+side in the order of robust accuracy. A comparison that was fixed in advance shows the last epoch
+and AutoAttack, by which it was decided.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.experiment.arms import ARMS, MAIN, SCALES
+from bench.experiment.compared_table import BASELINES
 from bench.experiment.table import Group, groups_of
 from bench.experiment.tasks import RESULTS, read_rows
 
@@ -51,15 +54,46 @@ def draw(groups: Sequence[Group], file: Path) -> None:
     figure = Figure(figsize=(WIDTH, HEIGHT * len(groups)), layout="constrained", facecolor="white")
     axes = figure.subplots(len(groups), 2, squeeze=False)
     for group, (left, right) in zip(groups, axes, strict=True):
-        _curves(group, left)
-        _accuracies(group, right)
+        shown = _shown(group)
+        _curves(group, shown, left)
+        _accuracies(group, shown, right)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "experiment"}):
         nothing: dict[str, Any] = {"Date": None} if file.suffix == ".svg" else {}
         figure.savefig(file, metadata=nothing)
 
 
-def _curves(group: Group, axes: Axes) -> None:
-    offset = 0
+@dataclass(frozen=True)
+class _Shown:
+    """The arms of a group that have curves and those that have points, and what is at a point.
+
+    Colours are given out in the order of `arms`, which begins with those of `curves`.
+    """
+
+    curves: Sequence[str]
+    arms: Sequence[str]
+    weights: str = "best"
+    attack: str = "pgd-20"
+    attack_title: str = "PGD-20"
+
+    def colours(self) -> dict[str, str]:
+        return dict(zip(self.arms, itertools.cycle(COLOURS), strict=False))
+
+
+def _shown(group: Group) -> _Shown:
+    scale, trained = SCALES.get(group.case), group.arms()
+
+    def those_of(names: Iterable[str]) -> list[str]:
+        return [name for name in dict.fromkeys(names) if name in trained]
+
+    if scale is None or not scale.compared:
+        return _Shown(those_of(MAIN), those_of(ARMS))
+    curves = those_of([*BASELINES, "SAFER", scale.compared[-1]])
+    arms = those_of([*curves, *scale.compared])
+    return _Shown(curves, arms, "last", "autoattack", "AutoAttack")
+
+
+def _curves(group: Group, shown: _Shown, axes: Axes) -> None:
+    offset, colours = 0, shown.colours()
     for training in group.trainings("start").values():
         curves = training["curves"]
         offset = training["best_epoch"] if group.start == "peak" else training["num_epochs"]
@@ -69,7 +103,7 @@ def _curves(group: Group, axes: Axes) -> None:
             epochs = range(1, len(values) + 1)
             axes.plot(epochs, values, color=START_COLOUR, linewidth=width, label=label)
     axes.axvline(offset, color="#bbbbbb", linewidth=0.8, linestyle=":")
-    for arm, colour in zip(MAIN, COLOURS, strict=False):
+    for arm in shown.curves:
         trainings = list(group.trainings(arm).values())
         for name, width in (("robust_accuracy", 1.6), ("train_robust_accuracy", 0.7)):
             columns = zip(*(each["curves"][name] for each in trainings), strict=True)
@@ -77,20 +111,20 @@ def _curves(group: Group, axes: Axes) -> None:
             epochs = range(offset + 1, offset + 1 + len(means))
             label = f"{arm} ({len(trainings)})" if name == "robust_accuracy" else None
             if means:
-                axes.plot(epochs, means, color=colour, linewidth=width, label=label)
+                axes.plot(epochs, means, color=colours[arm], linewidth=width, label=label)
     axes.set_title(f"{group.model}, from the {group.start} start: PGD accuracy, %", fontsize=10)
     axes.set_xlabel("epoch (thick: validation images, thin: training images)", fontsize=9)
     _plain(axes)
     axes.legend(frameon=False, fontsize=8)
 
 
-def _accuracies(group: Group, axes: Axes) -> None:
-    names = [name for name in ("start", *ARMS) if name in group.arms()]
+def _accuracies(group: Group, shown: _Shown, axes: Axes) -> None:
     places: dict[str, tuple[float, float]] = {}
-    arms = [name for name in names if name != "start"]
-    colours = dict(zip(arms, itertools.cycle(COLOURS), strict=False)) | {"start": START_COLOUR}
-    for index, arm in enumerate(names):
-        clean, robust = (group.accuracies(arm, "best", attack) for attack in ("clean", "pgd-20"))
+    colours = shown.colours() | {"start": START_COLOUR}
+    for index, arm in enumerate(("start", *shown.arms)):
+        weights = "best" if arm == "start" else shown.weights
+        clean = group.accuracies(arm, weights, "clean")
+        robust = group.accuracies(arm, weights, shown.attack)
         if not clean or not robust:
             continue
         place = 100 * statistics.mean(clean.values()), 100 * statistics.mean(robust.values())
@@ -118,9 +152,9 @@ def _accuracies(group: Group, axes: Axes) -> None:
                 "linewidth": 0.4,
             },
         )
-    axes.set_title("Test accuracy of the best epoch, %", fontsize=10)
+    axes.set_title(f"Test accuracy of the {shown.weights} epoch, %", fontsize=10)
     axes.set_xlabel("clean", fontsize=9)
-    axes.set_ylabel("PGD-20", fontsize=9)
+    axes.set_ylabel(shown.attack_title, fontsize=9)
     axes.margins(0.05)
     _plain(axes)
 

@@ -221,6 +221,8 @@ def test_rates_of_arms_are_what_their_names_say() -> None:
     named = {
         "PGD-AT, low rate": 0.1,
         "search, a third of the rate": 1 / 3,
+        "search, fraction 50 %, a third of the rate": 1 / 3,
+        "search, fraction 50 %, Muon, a third of the rate": 1 / 3,
         "search, three times the rate": 3,
     }
     for arm, factor in named.items():
@@ -702,6 +704,25 @@ def test_the_figure_shows_every_arm(
         assert "PGD-AT (3)" in text
         experiment_figure.main()
         assert file.read_text() == text
+
+
+def test_the_figure_of_what_was_fixed_in_advance_shows_autoattack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = (BASELINE, "SAFER", "SAFER, rho 0.2")
+    monkeypatch.setitem(SCALES, "reduced", replace(TINY, compared=compared))
+    attacked = [
+        row | {"attack": "autoattack"}
+        for row in a_table()
+        if row.get("attack") == "pgd-20" and row["split"] == "test"
+    ]
+    file = tmp_path / "figure.svg"
+    experiment_figure.draw(groups_of([*a_table(), *attacked]), file)
+    text = file.read_text()
+    assert "AutoAttack" in text
+    assert "PGD-20" not in text
+    assert "SAFER, rho 0.2 (1)" in text
+    assert "last epoch" in text
 
 
 def test_flags_are_written_as_the_command_line_reads_them() -> None:
