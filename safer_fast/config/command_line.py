@@ -146,8 +146,8 @@ def _config_first(words: Sequence[str], described: Mapping[str, Any]) -> list[st
     first += [f"--{flag}={value}" for flag, value in _scaled(name, content, words).items()]
     if "--model.name" in given:  # arguments of the recipe's model do not fit another one
         first += ["--model.arguments", "{}"]
-    if "--model.checkpoint" in given:
-        return first + _as_words(described, network) + words
+    if "--model.checkpoint" in given:  # in place of the weights that a recipe fetches
+        return [*first, "--model.pretrained=false", *_as_words(described, network), *words]
     return _as_words(described, network or model.get("name")) + first + words
 
 

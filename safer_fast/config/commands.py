@@ -35,7 +35,7 @@ class EvaluateConfig:
     attacks: Names | None = None
     """Attacks, comma-separated: clean, fgsm, pgd-K, cw, cw-K, apgd-ce, apgd-dlr, square,
     autoattack; docs/evaluation.md; default: clean,fgsm,pgd-20, in l1 clean,apgd-ce, of a tower
-    without text embeddings clean and the pgd-K of its validation."""
+    without text embeddings clean and the pgd-K of its evaluation.attacks."""
     norm: Literal["linf", "l2", "l1"] | None = None
     """Norm of the ball; l1: for attacks of AutoAttack alone; default: the run's."""
     epsilon: Radius | None = ranged(None, ranges.EPSILON)

@@ -107,9 +107,14 @@ class Config:
             if isinstance(group, Mapping) and isinstance(value, Mapping):
                 value = {**group, **value}
             settings[key] = value
-        network = changes.get("model", {})
-        if "name" in network and "arguments" not in network:  # those of the recipe fit its own
-            settings["model"] = {**settings["model"], "arguments": {}}
+        network = changes.get("model")
+        if isinstance(network, Mapping):
+            given = {"pretrained", "arguments"} & set(network)
+            # arguments of the recipe fit its own network, a checkpoint replaces its weights
+            free = {"name": ("arguments", {}), "checkpoint": ("pretrained", False)}
+            for name, (other, value) in free.items():
+                if network.get(name) is not None and other not in given:
+                    settings["model"] = {**settings["model"], other: value}
         return converted_to(cls, settings)
 
     def _repr_html_(self) -> str:

@@ -35,6 +35,7 @@ from safer_fast.data.images import ImageFormat, find_sizes, short_side
 from safer_fast.data.order import Ordering
 from safer_fast.data.overlap import notes_on_overlap
 from safer_fast.data.splits import (
+    KnownData,
     Splits,
     agree_on_images,
     check_channels,
@@ -151,7 +152,7 @@ def load_data(
         num_channels=image_format.num_channels,
         image_size=image_format.size,
         short_side=_short_side(splits, image_format),
-        validation_rows=rows["validation"][1].tolist() if splits.validation is None else None,
+        validation_rows=splits.cut_off(rows),
         fingerprint=fingerprint(rows, loaders, class_names, image_format),
         num_extra=num_extra,
         has_labels=splits.train.has_labels,
@@ -245,12 +246,14 @@ def load_own_split(
     num_ranks: int = 1,
     corruption: Corruption | None = None,
     needs_labels: bool = True,
+    known: KnownData | None = None,
 ) -> tuple[str, Loader]:
     """Make a loader of the test split of a run's data, else of its validation split; name it.
 
     It yields what the loader of `load_data` does, without loading the training images.
     config, seed: those of the run. corruption: images are corrupted by it. needs_labels: see
-    `load_data`. Raises ValueError as that does.
+    `load_data`. known: facts of the data that the run was trained on. Raises ValueError as
+    `load_data` does, and for data that have changed.
     """
     bad = BadImages(config.bad_images)
     splits = open_all(replace(config, extra_path=None), bad, SkippedFiles(), needs_labels)
@@ -258,6 +261,9 @@ def load_own_split(
     image_format = agree_on_images(splits, config.image_size)
     rows = divide(splits, config, seed)
     name = "test" if "test" in rows else "validation"
+    if known is not None:  # what is cut off does not matter to a test split
+        cut = splits.cut_off(rows) if name == "validation" else known.validation_rows
+        known.check(class_names, image_format.num_channels, image_format.size, cut)
     parts = _Parts(batch_size, device or torch.device("cpu"), rank, num_ranks)
     num_classes = len(class_names)
     return name, _evaluation_loader(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from safer_fast.config.messages import shortened
 from safer_fast.config.schema import DataConfig
 from safer_fast.data.bad_images import BadImages
 from safer_fast.data.formats import Columns, SkippedFiles, Source, names_of, open_splits
@@ -14,6 +16,48 @@ from safer_fast.data.formats.synthetic import SyntheticSource
 from safer_fast.data.images import ImageFormat, find_num_channels, find_sizes
 from safer_fast.data.subset import Indices, draw
 from safer_fast.runtime.seeds import derive_seed
+
+_CHANGED = "data.path: expected the data that the run was trained on"
+
+
+@dataclass(frozen=True)
+class KnownData:
+    """What a trained model knows of its data, to tell whether they are still the same.
+
+    class_names: None where nothing is classified. validation_rows: sorted rows of the training data
+    that were cut off for validation, None for data with a validation split of their own.
+    knows_rows: False for a run of a version that did not write them. num_extra: extra images beside
+    the training images.
+    """
+
+    class_names: list[str] | None
+    num_channels: int
+    image_size: int
+    validation_rows: list[int] | None
+    knows_rows: bool
+    num_extra: int = 0
+
+    def check(
+        self,
+        class_names: list[str],
+        num_channels: int,
+        image_size: int,
+        validation_rows: list[int] | None,
+    ) -> None:
+        """Raise ValueError for other data: they have changed since the model was trained."""
+        facts = {
+            "classes": (self.class_names, class_names),
+            "channels": (self.num_channels, num_channels),
+            "pixels an edge": (self.image_size, image_size),
+        }
+        for what, (before, now) in facts.items():
+            if before is not None and before != now:
+                raise ValueError(f"{_CHANGED}, got other {what}: {_first_other(before, now)}")
+        if self.knows_rows and self.validation_rows != validation_rows:
+            raise ValueError(
+                f"{_CHANGED}, got data of which other images are cut off for validation: images "
+                "came or went, and some of the split would be images that it was trained on"
+            )
 
 
 @dataclass
@@ -27,6 +71,13 @@ class Splits:
         """All sources, training data first."""
         sources = (self.train, self.validation, self.test, self.extra)
         return [source for source in sources if source is not None]
+
+    def cut_off(self, rows: Mapping[str, tuple[Source, Indices]]) -> list[int] | None:
+        """Rows of the training data that are the validation split, None if it has its own.
+
+        rows: of `divide`.
+        """
+        return rows["validation"][1].tolist() if self.validation is None else None
 
 
 def open_all(
@@ -134,3 +185,13 @@ def divide(splits: Splits, config: DataConfig, seed: int) -> dict[str, tuple[Sou
         if source is not None:
             rows[split] = (source, np.arange(len(source)))
     return rows
+
+
+def _first_other(before: object, now: object) -> str:
+    if not isinstance(before, list) or not isinstance(now, list):
+        return f"{now} in place of {before}"
+    if gone := [name for name in before if name not in now]:
+        return f"{shortened(repr(gone[0]))} is gone"
+    if new := [name for name in now if name not in before]:
+        return f"{shortened(repr(new[0]))} is new"
+    return "their order has changed"

@@ -73,13 +73,13 @@ def evaluate_run(
     config = converted(config)
     check_evaluation(config, data is not None)
     check_tables(config)
-    config = choose_attacks(config)
     with giving(data, config.path) as path:
         config.path = path
-        if others and isinstance(others, Mapping):
-            rows = evaluate_several(config, others)
+        named = others if isinstance(others, Mapping) else {}
+        if named or is_table(config):
+            rows = evaluate_several(config, named)
         else:
-            rows = evaluate_several(config) if is_table(config) else evaluate_folder(config)
+            rows = evaluate_folder(choose_attacks(config))
     names = [field.name for field in fields(RunAccuracy)]
     found = [{name: row[name] for name in names if name in row} for row in rows]
     for row in found:

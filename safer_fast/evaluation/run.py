@@ -58,16 +58,18 @@ def evaluate_folder(
     corruption: Corruption | None = None,
     is_part: bool = False,
     split: str | None = None,
+    forgotten: set[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Measure and return a row for each attack; append new ones to metrics.jsonl.
 
     corruption: images are corrupted by it. is_part: print no table by class, for corruptions none.
-    split: name of the data; default: that of the file or the run's split.
+    split: name of the data; default: that of the file or the run's split. forgotten: see
+    `set_up_evaluation`.
     """
     folder = Path(config.run)
     with connected(config.device != "cpu") as ranks, ExitStack() as measuring:
         check_writable(folder, "RUN", "make it writable, or evaluate a copy of it")
-        setup = set_up_evaluation(config, ranks, corruption)
+        setup = set_up_evaluation(config, ranks, corruption, forgotten)
         stops = measuring.enter_context(Stops(Ranks(), GRACE_S, "between two passes within s="))
         if split is not None:
             setup = replace(setup, split=split)
@@ -89,7 +91,8 @@ def evaluate_folder(
                     evaluator.take(batch)
             except Stopped as stop:
                 done = f"{stop.signal.name}: stopped at {progress.share_done:.0%}"
-                log.say(f"{done}; the same command resumes it")
+                how = " without --fresh" if config.fresh else ""
+                log.say(f"{done}; the same command{how} resumes it")
                 raise
         rows = evaluator.rows(ranks)
         rows = [row for row in rows if row["attack"] in attacks_of(config)]

@@ -45,9 +45,15 @@ class EvaluationSetup:
 
 
 def set_up_evaluation(
-    config: EvaluateConfig, ranks: Ranks, corruption: Corruption | None = None
+    config: EvaluateConfig,
+    ranks: Ranks,
+    corruption: Corruption | None = None,
+    forgotten: set[str] | None = None,
 ) -> EvaluationSetup:
-    """Load all inputs; raise ValueError, one line, for those that do not fit together."""
+    """Load all inputs; raise ValueError, one line, for those that do not fit together.
+
+    forgotten: keys of stores that this command has emptied already, for `--fresh`; grows.
+    """
     # the run that is loaded last decides on process-wide settings
     source = None if config.source is None else _load_source(config, config.source, ranks)
     model = load_run(
@@ -68,6 +74,7 @@ def set_up_evaluation(
     split, loader = _evaluation_data(config, model, ranks, corruption)
     ranks.check_same(loader.digest, "--data.path", "images and labels")
     stores = _stores(config, model, source, threat, ranks, judge)
+    _load(stores, config.fresh, set() if forgotten is None else forgotten, ranks)
     return EvaluationSetup(model, source or model, threat, split, loader, stores, judge)
 
 
@@ -173,9 +180,8 @@ def _evaluation_data(
             **parts,
         )
         return Path(config.path).stem + suffix, data
-    name, own = load_own_split(
-        settings.data, batch_size=config.batch_size, seed=settings.seed, **parts
-    )
+    parts |= {"seed": settings.seed, "known": loaded.known_data}
+    name, own = load_own_split(settings.data, batch_size=config.batch_size, **parts)
     return name + suffix, own
 
 
@@ -200,7 +206,7 @@ def _stores(
     ranks: Ranks,
     judge: Teacher | None,
 ) -> dict[str, Store]:
-    """Stored outcomes of each attack by all ranks, of clean images first."""
+    """Places for outcomes of each attack by all ranks, of clean images first."""
     of_model = {"judge": _facts_of(model) | facts_of_judge(model, judge)}
     of_source = None if source is None else _facts_of(source)
     attacked = {**of_model, **asdict(threat), "source": of_source}
@@ -211,12 +217,20 @@ def _stores(
         if name not in ("clean", "fgsm"):
             facts["seed"] = config.seed
         stores[name] = Store(Path(config.run), facts, ranks.rank)
-    for step in ("forget", "load") if config.fresh else ("load",):
-        if step == "load" or ranks.is_first:
-            for store in stores.values():
-                getattr(store, step)()
-        ranks.share(None)
     return stores
+
+
+def _load(stores: dict[str, Store], is_fresh: bool, forgotten: set[str], ranks: Ranks) -> None:
+    """Read what is stored; with `is_fresh` forget it first, once in a command."""
+    if is_fresh:
+        for store in stores.values():
+            if ranks.is_first and store.key not in forgotten:
+                store.forget()
+            forgotten.add(store.key)
+        ranks.share(None)
+    for store in stores.values():
+        store.load()
+    ranks.share(None)
 
 
 def _facts_of(loaded: LoadedRun) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from safer_fast.data.corrupted import Corruption, check_library
 from safer_fast.data.formats.given import WORD, GivenData, giving
 from safer_fast.evaluation.run import evaluate_folder
 from safer_fast.evaluation.setup import checked_threat, open_data
-from safer_fast.evaluation.towers import with_text
+from safer_fast.evaluation.towers import choose_attacks, with_text
 from safer_fast.runs.accuracies import OWN_SPLITS, distinct_names
 from safer_fast.runs.folder import load_run
 from safer_fast.runtime.files import write_whole
@@ -48,25 +48,29 @@ def evaluate_several(
     """Evaluate every data set under every threat model, then the corruptions; print one table.
 
     Each part is stored as if it were evaluated alone, so a stopped evaluation resumes where it was.
-    Attacks that are not made for the norm of a threat model are left out there, with a line.
+    Attacks that were not named are chosen for the norm of each threat model; named ones that are
+    not made for it are left out there, with a line.
     others: data sets or paths by name, beside `config.other_data`.
     """
     sets = _data_sets(config, others or {})
     balls = _balls(config)
     _check_beforehand(config, sets, balls)
     rows: list[Row] = []
+    forgotten: set[str] = set()
     for place, one in enumerate(sets):
         flag = "--other-data" if place else "data.path"
         for part in balls:
             known = {_key(row) for row in rows}
             with _named(flag), giving(one.given, one.path) as path:
-                found = evaluate_folder(replace(part, path=path), is_part=True, split=one.name)
+                part = replace(part, path=path)
+                found = evaluate_folder(part, None, True, split=one.name, forgotten=forgotten)
             rows += [row for row in found if _key(row) not in known]
     names = CORRUPTIONS if "all" in config.corruptions else tuple(config.corruptions)
     clean = replace(_alone(config), attacks=Names(["clean"]))
     for name in dict.fromkeys(names):
         for severity in SEVERITIES:
-            rows += evaluate_folder(clean, Corruption(name, severity), is_part=True)
+            corruption = Corruption(name, severity)
+            rows += evaluate_folder(clean, corruption, is_part=True, forgotten=forgotten)
     if _is_first():
         print(table(rows))
         if config.json is not None:
@@ -159,12 +163,12 @@ def _balls(config: EvaluateConfig) -> list[EvaluateConfig]:
     """An evaluation for each threat model, with the attacks that are made for its norm."""
     threats = parse_threat_models(config.threat_models)
     if not threats:
-        return [_alone(config)]
+        return [choose_attacks(_alone(config))]
     return [_in_ball(config, threat) for threat in threats]
 
 
 def _in_ball(config: EvaluateConfig, threat: ThreatModel) -> EvaluateConfig:
-    wanted = attacks_of(config)
+    wanted = attacks_of(choose_attacks(replace(config, norm=threat.norm)))
     attacks = [name for name in wanted if fits_norm(name, threat.norm)]
     if (left_out := [name for name in wanted if name not in attacks]) and _is_first():
         print(f"note: {threat}: {', '.join(left_out)} left out, made for linf and l2")

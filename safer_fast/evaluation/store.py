@@ -72,12 +72,12 @@ class Store:
 
     def __init__(self, run: Path, facts: Mapping[str, Any], rank: int = 0) -> None:
         self._header = json.dumps({"format": FORMAT, **facts}, sort_keys=True, default=str)
-        key = hashlib.blake2b(self._header.encode(), digest_size=8).hexdigest()
+        self.key = hashlib.blake2b(self._header.encode(), digest_size=8).hexdigest()
         self._folder = RunFolder(run).evaluation
         check_no_link(self._folder)
-        self._own = self._folder / f"{key}-{rank}.jsonl"
-        self._first = self._folder / f"{key}-0.jsonl"  # all ranks take turns at this one
-        self._pattern = f"{key}-*.jsonl"
+        self._own = self._folder / f"{self.key}-{rank}.jsonl"
+        self._first = self._folder / f"{self.key}-0.jsonl"  # all ranks take turns at this one
+        self._pattern = f"{self.key}-*.jsonl"
         self._outcomes: dict[str, Outcome] = {}
         self._places: dict[Path, _Place] = {}
 

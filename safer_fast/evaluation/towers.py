@@ -16,7 +16,8 @@ from safer_fast.config.schema import Names
 from safer_fast.evaluation.store import file_digest
 from safer_fast.models.teacher import Teacher, load_original
 from safer_fast.models.text_head import read_text_head
-from safer_fast.runs.folder import KEY, LoadedRun, load_run, read_settings
+from safer_fast.runs.facts import KEY
+from safer_fast.runs.folder import LoadedRun, load_run, read_settings
 from safer_fast.runs.layout import RunFolder
 from safer_fast.runtime.files import read_json
 

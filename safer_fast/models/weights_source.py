@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,9 @@ def settings_of_checkpoint(config: Config) -> dict[str, Any]:
     assert config.model.checkpoint is not None, "there is a checkpoint"
     if config.resume != "never" and config.output is not None:
         file = Path(config.output) / _RUN_CONFIG
-        content = load_yaml(read_text(file, MOST_YAML)) if file.is_file() else None
+        content = None
+        with suppress(ValueError):  # a damaged file is written again where the run is resumed
+            content = load_yaml(read_text(file, MOST_YAML)) if file.is_file() else None
         model = content.get("model") if isinstance(content, dict) else None
         if isinstance(model, dict) and model.get("checkpoint") == config.model.checkpoint:
             return {name: model[name] for name in ("name", "patch_size", "arguments")}

@@ -19,6 +19,7 @@ from safer_fast import __version__
 from safer_fast.config.command_line import parse_config
 from safer_fast.config.messages import printable
 from safer_fast.config.schema import Config, ModelConfig
+from safer_fast.runs.facts import KEY, checked_facts, known_data
 from safer_fast.runs.layout import (
     CHECKPOINTS,
     CONFIG,
@@ -36,12 +37,10 @@ from safer_fast.runtime.files import write_whole
 
 if TYPE_CHECKING:
     from safer_fast.data import Data
+    from safer_fast.data.splits import KnownData
     from safer_fast.models.arenas import ParameterArenas
     from safer_fast.models.robust_model import RobustModel
     from safer_fast.runtime.device import Runtime
-
-KEY = "safer_fast"
-_MOST_PIXELS = 2**16  # along an edge, more than anybody trains on
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,9 @@ class LoadedRun:
     """A loaded run: its configuration, its model on the device in eval mode, its classes.
 
     short_side: pixels that the short side of an image is resized to before the centre is kept.
-    weights: the file that the weights were loaded from. arenas: of its parameters, if it was loaded
-    frozen. is_tower: its network gives embeddings; the model has a zero-shot head if the run has
-    text embeddings.
+    known_data: facts of the data that it was trained on. weights: the file that the weights were
+    loaded from. arenas: of its parameters, if it was loaded frozen. is_tower: its network gives
+    embeddings; the model has a zero-shot head if the run has text embeddings.
     """
 
     config: Config
@@ -60,6 +59,7 @@ class LoadedRun:
     num_channels: int
     image_size: int
     short_side: int
+    known_data: KnownData
     runtime: Runtime
     weights: Path
     arenas: ParameterArenas | None = None
@@ -191,6 +191,7 @@ def export_model(
         "image_size": data.image_size,
         "short_side": data.short_side,
         "validation_rows": data.validation_rows,
+        "num_extra": data.num_extra,
         **({"tower": True} if is_tower else {}),
         "accuracies": list(accuracies),
     }
@@ -233,7 +234,7 @@ def load_run(
         config.amp = amp
     runtime = prepare_runtime(config.runtime, config.amp, local_rank)
     described = read_json(files.model_config)
-    facts = _checked(described.get(KEY), files.model_config)
+    facts = checked_facts(described.get(KEY), files.model_config)
     is_tower = facts.get("tower") is True
     num_classes: Any = described.get("num_classes") if is_tower else len(facts["class_names"])
     if type(num_classes) is not int or num_classes < 0:
@@ -275,6 +276,7 @@ def load_run(
         facts["num_channels"],
         facts["image_size"],
         facts["short_side"],
+        known_data(facts),
         runtime,
         weights_file,
         arenas,
@@ -316,27 +318,6 @@ def _without_model(files: RunFolder, missing: Path) -> str:
         f"RUN: expected a run that has ended, got {folder}, {state}: unless it still trains, "
         f"{resuming}"
     )
-
-
-def _checked(facts: Any, file: Path) -> dict[str, Any]:
-    """Facts of a run in config.json, checked; raise ValueError naming the file."""
-    from safer_fast.data.images import short_side
-
-    expected = {"class_names": list, "num_channels": int, "image_size": int}
-    for name, kind in expected.items():
-        value = facts.get(name) if isinstance(facts, dict) else None
-        is_sane = type(value) is kind and (bool(value) if kind is list else _is_size(value))
-        if not is_sane:
-            raise ValueError(f"{file}: expected {name} of a run under {KEY}, got {value!r:.40}")
-    # earlier versions did not write it
-    known = facts.get("short_side", short_side(facts["image_size"]))
-    if not _is_size(known) or known < facts["image_size"]:
-        raise ValueError(f"{file}: expected short_side of a run under {KEY}, got {known!r:.40}")
-    return {**facts, "short_side": known}
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 < value <= _MOST_PIXELS
 
 
 def _plain(value: Any) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safer_fast.config.command_line import parse_config
+from safer_fast.config.conversion import converted_to
 from safer_fast.config.schema import Config
 from safer_fast.runs.checkpoints.file import Checkpoint, read_checkpoint
 from safer_fast.runs.checkpoints.folder import CheckpointFolder
@@ -35,6 +36,7 @@ _FREE = {
     "data.backend",
     "data.num_workers",
     "data.prefetch",
+    "runtime.log_every_steps",
     "runtime.max_skipped_steps",
 }
 _FREE_GROUPS, _ROUNDING = ("checkpoint.", "log."), ("runtime.", "evaluation.batch_size")
@@ -92,6 +94,20 @@ def find_run(
         found = found or read_checkpoint(folder / CHECKPOINTS / answer["file"])
         found = _as_found(found, answer["needs"], answer["size"])
     return Found(folder if answer["is_finished"] else None, found, lock)
+
+
+def settings_it_began_with(folder: Path) -> Config:
+    """Settings of a run: of run.yaml or, where that is damaged, of the newest readable checkpoint.
+
+    Raises ValueError, one line, where neither can be read.
+    """
+    try:
+        return parse_config(["--config", str(folder / CONFIG)])
+    except ValueError:
+        newest = _newest_readable(folder)
+        if newest is None:
+            raise
+    return converted_to(Config, newest.state["config"])
 
 
 def settings_digest(config: Config) -> str:
@@ -157,12 +173,8 @@ def facts_of_other_data(folder: Path, config: Config, is_given: bool) -> dict[st
     now = _flat(config.to_dict())
     if not is_given and all(own[name] == now[name] for name in paths):
         return None
-    for path in sorted((folder / CHECKPOINTS).glob("step-*.safetensors"), reverse=True):
-        with suppress(ValueError):
-            checkpoint = read_checkpoint(path)
-            check_state(checkpoint.state)
-            return dict(checkpoint.state["facts"])
-    return None
+    newest = _newest_readable(folder)
+    return dict(newest.state["facts"]) if newest else None
 
 
 def _newest(folder: Path, config: Config, report: Callable[[str], None]) -> Checkpoint | None:
@@ -240,13 +252,18 @@ def _restore_config(folder: Path, report: Callable[[str], None]) -> None:
         return
     except ValueError as error:
         why = error
+    if newest := _newest_readable(folder):
+        save_settings(newest.state["config"], folder)
+        report(f"{CONFIG} was damaged ({why}): restored from {newest.path}")
+
+
+def _newest_readable(folder: Path) -> Checkpoint | None:
     for path in sorted((folder / CHECKPOINTS).glob("step-*.safetensors"), reverse=True):
         with suppress(ValueError):
             checkpoint = read_checkpoint(path)
             check_state(checkpoint.state)
-            save_settings(checkpoint.state["config"], folder)
-            report(f"{CONFIG} was damaged ({why}): restored from {path}")
-            return
+            return checkpoint
+    return None
 
 
 def _is_checked(name: str) -> bool:

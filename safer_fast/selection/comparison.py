@@ -144,6 +144,9 @@ def _batches(config: SelectConfig, loaded: LoadedRun) -> list[tuple[torch.Tensor
         seed=loaded.config.seed,
         device=device,
     )
+    loaded.known_data.check(
+        data.class_names, data.num_channels, data.image_size, data.validation_rows
+    )
     drawn = (batch.to(device) for batch in data.train.probe(config.num_images, config.seed))
     return [(as_pixels(batch.images), batch.labels) for batch in drawn]
 

@@ -7,9 +7,9 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from safer_fast.config.command_line import parse_config
 from safer_fast.config.schema import Config
 from safer_fast.runs.layout import RunFolder
+from safer_fast.runs.resume import settings_it_began_with
 
 LARGEST_PATCH, LEAST_PATCHES = 16, 7
 """Pixels along an edge of a patch, and patches along an edge of an image."""
@@ -53,8 +53,8 @@ def _began_with(config: Config) -> Config | None:
     """Settings of the run that is resumed, None if there is none yet."""
     if config.resume == "never" or config.output is None:
         return None
-    file = RunFolder(Path(config.output)).config
-    return parse_config(["--config", str(file)]) if file.is_file() else None
+    folder = Path(config.output)
+    return settings_it_began_with(folder) if RunFolder(folder).config.is_file() else None
 
 
 def _choose(

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from safer_fast.config.checks import check_new
 from safer_fast.config.command_line import parse_config
 from safer_fast.config.recipe_files import RECIPES
-from safer_fast.config.schema import Config
+from safer_fast.config.schema import Config, ModelConfig
 from safer_fast.runs.folder import save_config
 from tests.support.commands import refused
 from tests.support.kills import Server
@@ -53,6 +54,17 @@ def test_flags_override_the_recipe_wherever_they_stand() -> None:
         assert config.batch_size == 8
         assert config.attack.epsilon == pytest.approx(4 / 255)
         assert config.model.patch_size == 4
+
+
+def test_a_checkpoint_takes_the_place_of_pretrained_weights() -> None:
+    words = ["--config=finetune", "--model.checkpoint=start.safetensors"]
+    config = parse_config(words)
+    assert (config.model.pretrained, config.model.checkpoint) == (False, "start.safetensors")
+    with pytest.raises(ValueError, match=r"^--model\.pretrained: expected false with"):
+        check_new(parse_config([*words, "--model.pretrained=true"]))
+    for model in ({"checkpoint": "start.safetensors"}, ModelConfig(checkpoint="start.safetensors")):
+        check_new(Config.from_recipe("finetune", model=model))
+    assert Config.from_recipe("finetune", model={"checkpoint": None}).model.pretrained
 
 
 def test_another_model_drops_the_arguments_of_the_recipes_model() -> None:

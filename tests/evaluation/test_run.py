@@ -564,8 +564,11 @@ ATTACKS = ["--attacks=clean,pgd-3,cw-2,apgd-ce", "--num-images=60", "--batch-siz
 ATTACKS += ["--restarts=2"]
 
 
-def evaluated(num_ranks: int, folder: Path, *moments: Moment, seconds: float = 120) -> list[Ending]:
-    team = Team(num_ranks, command_in_a_process, str(folder), ATTACKS, *moments)
+def evaluated(
+    num_ranks: int, folder: Path, *moments: Moment, seconds: float = 120, flags: str = ""
+) -> list[Ending]:
+    words = [*ATTACKS, *flags.split()]
+    team = Team(num_ranks, command_in_a_process, str(folder), words, *moments)
     return team.endings(seconds)
 
 
@@ -614,16 +617,19 @@ def kill_nothing() -> None:
     """The moment comes, and that is all."""
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("number", "flags", "how"),
+    [(signal.SIGTERM, "", ""), (signal.SIGINT, "--fresh", " without --fresh")],
+)
 def test_an_evaluation_that_is_asked_to_stop_says_how_to_go_on(
-    folder: Path, number: signal.Signals
+    folder: Path, number: signal.Signals, flags: str, how: str
 ) -> None:
     act = {signal.SIGTERM: terminate, signal.SIGINT: interrupt}[number]
-    (ending,) = evaluated(1, folder, Moment(RIGHT, call=5, act=act))
+    (ending,) = evaluated(1, folder, Moment(RIGHT, call=5, act=act), flags=flags)
     assert ending.status == 128 + number
     line = ending.output.splitlines()[-1]
     assert line.startswith(f"{number.name}: stopped at ")
-    assert line.endswith("the same command resumes it")
+    assert line.endswith(f"the same command{how} resumes it")
     assert "Traceback" not in ending.output
 
 

@@ -19,6 +19,7 @@ from safer_fast import evaluate as command
 from safer_fast.config.command_line import parse_config
 from safer_fast.config.commands import ExportConfig
 from safer_fast.data.corrupted import Corruption, corrupt
+from safer_fast.evaluation.run import Evaluator
 from safer_fast.evaluation.several import table
 from safer_fast.runs.accuracies import distinct_names, named_apart
 from safer_fast.runs.exporters.facts import measured_accuracies
@@ -95,6 +96,31 @@ def test_attacks_that_nobody_named_are_made_for_the_norm(folder: Path) -> None:
     settings = {"norm": "l1", "epsilon": 2, "num_images": 4, "device": "cpu"}
     found = evaluate_run(folder, **settings)
     assert [accuracy.attack for accuracy in found] == ["clean", "apgd-ce"]
+    norms = {"threat_models": ["linf:1/255", "l1:2"], "num_images": 4, "device": "cpu"}
+    found = evaluate_run(folder, **norms)
+    attacks = [(accuracy.attack, accuracy.norm) for accuracy in found]
+    ours = [("clean", None), ("fgsm", "linf"), ("pgd-20", "linf")]
+    assert attacks == [*ours, ("apgd-ce", "l1")]
+
+
+def test_what_a_fresh_table_has_measured_stays(
+    folder: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"attacks": "pgd-1", "other_data": str(other), "num_images": 4, "device": "cpu"}
+    several = {"threat_models": ["linf:1/255", "linf:2/255"]}
+    first = evaluate_run(folder, fresh=True, **settings, **several)
+    measured: list[str] = []
+    measure = Evaluator._measure
+
+    def counting(self: Evaluator, name: str, *rest: Any) -> Any:
+        measured.append(name)
+        return measure(self, name, *rest)
+
+    monkeypatch.setattr(Evaluator, "_measure", counting)
+    assert evaluate_run(folder, **settings, **several) == first
+    assert measured == []
+    assert evaluate_run(folder, fresh=True, **settings, **several) == first
+    assert measured == ["clean", "pgd-1", "pgd-1"] * 2  # clean images once, not for each ball
 
 
 def test_a_table_of_distances_has_means_of_corruptions_too() -> None:

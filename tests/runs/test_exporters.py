@@ -260,6 +260,11 @@ def test_a_submission_claims_what_autoattack_left(
         ("autoattack", 0.4),
     ]
     texts = [path.read_text() for path in folder.iterdir() if path.suffix != ".pt"]
+    facts = json.loads((run / "config.json").read_text())
+    facts["safer_fast"]["num_extra"] = 5
+    (run / "config.json").write_text(json.dumps(facts))
+    more = write(run, "robustbench", output=str(tmp_path / "more"))
+    assert json.loads((more / "claim.json").read_text())["additional_data"] is True
     named = write(run, "robustbench", output=str(tmp_path / "named"), claim_data="x")
     texts += [path.read_text() for path in named.iterdir() if path.suffix != ".pt"]
     assert not any("somebody" in text for text in texts)

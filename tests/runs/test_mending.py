@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from safer_fast import evaluate, evaluate_run
+from safer_fast.config.command_line import OPEN_FLAGS
 from safer_fast.config.commands import EvaluateConfig
 from safer_fast.runs.checkpoints.file import read_checkpoint
 from safer_fast.runs.loggers.metrics_file import read_metrics
@@ -82,6 +83,21 @@ def test_a_run_goes_on_without_what_it_does_not_need(
         assert (run / "run.yaml").read_text().splitlines()[1:] == (
             (killed / "run.yaml").read_text().splitlines()[1:]
         )
+
+
+@pytest.mark.slow
+def test_damaged_settings_do_not_change_those_that_training_chooses(
+    server: Server, flags: list[str], run: Path
+) -> None:
+    # the name of a network implies its patch size
+    chosen = tuple(f"--{flag}=" for flag in OPEN_FLAGS if flag != "model.patch_size")
+    typed = [word for word in flags if not word.startswith(chosen)]
+    assert len(typed) < len(flags)
+    empty_config(run)
+    ending = server.train(run, typed)
+    assert (ending.status, ending.errors) == (0, ""), ending.output
+    assert "as the run began" in ending.output
+    assert "run.yaml was damaged (" in ending.output
 
 
 @pytest.mark.slow

@@ -358,6 +358,12 @@ def test_the_verdict_on_several_runs_names_the_most_robust(tmp_path: Path) -> No
     )
     add_events(other, _evaluation(40, "best", "pgd-50", 0.4))
     assert "do not compare" in verdict_of(one, other)
+    for folder in (one, other):  # data without a test split
+        file = folder / "metrics.jsonl"
+        events = [json.loads(line) for line in file.read_text().splitlines()]
+        events = [event for event in events if event.get("attack") != "pgd-50"]
+        write_events(folder, [e | {"split": "validation"} if "split" in e else e for e in events])
+    assert "10,000 images of the validation split, best weights: +2.0" in verdict_of(one, other)
 
 
 @pytest.mark.slow

@@ -193,9 +193,10 @@ def little(module: str, words: list[str]) -> list[str]:
             size.append("--data.resolution_schedule=16@0.5,32")
         if "clip-fare" in words or "clip-tecoa" in words:
             size = ["--model.name=vit_base_patch16_clip_224", "--model.checkpoint=clip.safetensors"]
-            size += ["--model.pretrained=false", "--model.patch_size=16", "--data.image_size=32"]
+            size += ["--model.patch_size=16", "--data.image_size=32"]
             size += [f"--model.arguments={json.dumps(SIZES)}"]
-        if OF_PRETRAINED & set(words) and "--model.pretrained" not in words:
+        named = {word.partition("=")[0] for word in [*words, *size]}
+        if OF_PRETRAINED & set(words) and not named & {"--model.pretrained", "--model.checkpoint"}:
             size.append("--model.pretrained=false")
     if "--model.pretrained" in words:  # there is no network to fetch weights from
         place = words.index("--model.pretrained")

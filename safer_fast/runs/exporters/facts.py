@@ -72,6 +72,8 @@ def comparison_images(loaded: LoadedRun) -> torch.Tensor:
         config = loaded.config
         own = replace(config.data, extra_path=None)
         data = load_data(own, batch_size=config.batch_size, seed=config.seed)
+        facts = data.class_names, data.num_channels, data.image_size, data.validation_rows
+        loaded.known_data.check(*facts)
         return as_pixels(next(iter(data.train.probe(_NUM_COMPARED, 0))).images)
     except (ValueError, OSError):
         return torch.rand(shape, generator=torch.Generator().manual_seed(0))

@@ -117,7 +117,8 @@ def _claim(
 ) -> dict[str, Any]:
     """A claim with the names of `model_info`; texts that only its authors know are empty."""
     model, data = loaded.config.model, loaded.config.data
-    has_more = data.extra_path is not None or model.pretrained or model.checkpoint is not None
+    has_extra = data.extra_path is not None or bool(loaded.known_data.num_extra)
+    has_more = has_extra or model.pretrained or model.checkpoint is not None
     accuracy = f"{100 * robust['accuracy']:.2f}"
     return {
         "link": "",

@@ -31,7 +31,7 @@ def described_model(config: ExportConfig, loaded: LoadedRun) -> dict[str, Any]:
     """Content of config.json in timm's schema, with the license that `--license` names."""
     from safer_fast import __version__
     from safer_fast.models.build import timm_config
-    from safer_fast.runs.folder import KEY
+    from safer_fast.runs.facts import KEY
 
     sizes = loaded.image_size, loaded.short_side
     content = timm_config(loaded.model, *sizes, loaded.class_names)

@@ -176,16 +176,21 @@ def _of_one(run: ReportedRun) -> str:
 
 def _of_several(runs: Sequence[ReportedRun]) -> str:
     found = []
+    split = "test"
+    # data with no test split of their own are measured on the validation split
+    if not any(split in {own for _, own in weights_and_splits(run)} for run in runs):
+        split = "validation"
     for run in runs:
         places = weights_and_splits(run)
-        ends = [(w, "test") for w in ("best", "last") if (w, "test") in places]
+        ends = [(w, split) for w in ("best", "last") if (w, split) in places]
         if not ends or (robust := _robust(run, *ends[0])) is None:
             if names := [run.name for run in runs if has_distances(run)]:
                 return (
                     f"Embedding distances, here of {' and '.join(names)}, compare only with those "
                     "of runs that began with the same weights."
                 )
-            return f"{run.name} has no accuracy under attack on its test split yet."
+            yet = "" if run.is_finished else " yet"
+            return f"{run.name} has no accuracy under attack on its {split} split{yet}."
         found.append((run, robust))
     first = found[0][1]
     if any(replace(one, weights=first.weights) != first for _, one in found):
@@ -195,7 +200,7 @@ def _of_several(runs: Sequence[ReportedRun]) -> str:
     lead = f"{_points(_gain(other, top))} points over {second.name}"
     sure = f"95 % interval {_points(low)} to {_points(high)}, one run each"
     chance = ", which can be chance" if low <= 0 <= high else ""
-    where = _where(top, top.weights, "test")
+    where = _where(top, top.weights, split)
     before = "".join(_before_safer(run, f" of {run.name}") for run, _ in found)
     ahead = f"{lead} ({sure}){chance}"
     return f"{best.name} is the most robust with {_share(top)} {where}: {ahead}.{before}"
