@@ -235,13 +235,18 @@ def race(host: Trainer, contestants: Mapping[str, Ours | Peer]) -> dict[str, flo
     took besides: the search that a phase begins with is in it.
     """
     device, data = host.runtime.device, host.data.train
+    places = [(epoch, index) for epoch in range(1, host.config.epochs + 1) for index in _all(data)]
+    if len(places) <= ROUND:
+        raise ValueError(
+            f"expected more than {ROUND} steps, of which the first {ROUND} are not timed, got "
+            f"{len(places)}: give more images or epochs"
+        )
     spent: dict[str, list[float]] = {name: [] for name in contestants}
     begun: dict[str, float] = {}
     for name, contestant in contestants.items():
         with contestant.surroundings():
             contestant.begin()
             begun[name] = timed(contestant.select, device)[0] / 1e3
-    places = [(epoch, index) for epoch in range(1, host.config.epochs + 1) for index in _all(data)]
     batches = (
         batch
         for epoch in range(1, host.config.epochs + 1)

@@ -108,6 +108,12 @@ RULES = (
         "optim.schedule is not cosine",
     ),
     Rule(
+        "objective",
+        ("label_smoothing",),
+        lambda config: config.objective.name == "fare",
+        "objective.name fare compares embeddings",
+    ),
+    Rule(
         "data",
         ("extra_fraction",),
         lambda config: config.data.extra_path is None and config.data.path != GIVEN,

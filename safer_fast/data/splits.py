@@ -22,7 +22,7 @@ _CHANGED = "data.path: expected the data that the run was trained on"
 
 @dataclass(frozen=True)
 class KnownData:
-    """What a trained model knows of its data, to tell whether they are still the same.
+    """Facts of the data that a model was trained on, to tell whether they are still the same.
 
     class_names: None where nothing is classified. validation_rows: sorted rows of the training data
     that were cut off for validation, None for data with a validation split of their own.

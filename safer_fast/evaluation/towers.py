@@ -74,9 +74,7 @@ def with_text(config: EvaluateConfig, loaded: LoadedRun) -> LoadedRun:
     names = loaded.class_names
     if config.path is None:
         head = head.for_classes(names, FLAG)
-    else:
-        if head.class_names is not None:  # in the order of folders of classes
-            head = head.for_classes(sorted(head.class_names), FLAG)
+    else:  # data with names of classes are matched by them, others by the order of rows
         names = head.class_names or [str(number) for number in range(head.num_classes)]
     model.text = head.to(model.mean.device)
     return replace(loaded, class_names=list(names))

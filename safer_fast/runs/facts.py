@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from safer_fast.data.splits import KnownData
 
 KEY = "safer_fast"
-"""What they lie under."""
+"""Name in config.json that they lie under."""
 _MOST_PIXELS = 2**16  # along an edge, more than anybody trains on
 
 

@@ -257,9 +257,10 @@ def _evaluation_seconds(trainer: Trainer, stage: StageCost) -> float:
                 attacks_wrong=True,
                 is_compiled=trainer.engine.runtime.is_compiled,
                 teacher=tower.judge and tower.judge.embed,
+                ranks=trainer.ranks,
             )
             elapsed = time.perf_counter() - started
-    num_passes = batch.num_images * _passes(attacks)
+    num_passes = max(1, batch.num_images) * _passes(attacks)
     return elapsed * passes_of_evaluation(trainer) / num_passes
 
 

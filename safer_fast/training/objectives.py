@@ -79,7 +79,7 @@ class Formula:
     which is needed, takes embeddings and these.
 
     >>> import torch.nn.functional as F
-    >>> def focal(logits, labels, clean, config):
+    >>> def focal(logits, clean, labels, config):
     ...     losses = F.cross_entropy(logits, labels, reduction="none")
     ...     return (1 - torch.exp(-losses)) ** 2 * losses
     >>> register_objective("focal", Formula(focal))
@@ -99,7 +99,7 @@ def register_objective(name: str, formula: Formula) -> None:
     """Make `--objective.name NAME` stand for this formula, in this process.
 
     >>> import torch.nn.functional as F
-    >>> def plain(logits, labels, clean, config):
+    >>> def plain(logits, clean, labels, config):
     ...     return F.cross_entropy(logits, labels, reduction="none")
     >>> register_objective("plain", Formula(plain))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +126,13 @@ def check_data_of_finished(folder: Path, config: Config, ranks: Ranks, *, is_giv
     facts = ranks.share(facts_of_other_data(folder, config, is_given) if ranks.is_first else None)
     if facts is not None:
         data = load_data(
-            replace(config.data, backend=facts["backend"]),
+            config.data,
             batch_size=config.batch_size,
             seed=config.seed,
             rank=ranks.rank,
             num_ranks=ranks.num_ranks,
             report=_say_nothing,
+            needs_labels=needs_labels(config.objective),
         )
         check_data(facts, {"data": data.fingerprint, "backend": facts["backend"]})
 

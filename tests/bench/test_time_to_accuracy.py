@@ -49,6 +49,17 @@ def test_all_train_from_the_same_start_and_are_judged_alike(
     assert "| peers tuned, PGD-10 |" in table
 
 
+def test_as_few_steps_as_are_not_timed_are_refused(
+    small_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["bench", "--start", str(small_run), "--train", "digits", "--test", str(TEST_IMAGES)]
+    monkeypatch.setattr(sys, "argv", [*words, "--epochs", "2", *FLAGS])
+    with pytest.raises(SystemExit) as caught:
+        time_to_accuracy.main()
+    assert caught.value.code == 2
+    assert "expected more than 8 steps" in capsys.readouterr().err
+
+
 def test_a_start_that_is_no_run_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

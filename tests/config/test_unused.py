@@ -42,6 +42,13 @@ def test_rules_are_on_settings_and_the_usual_ones_are_no_news() -> None:
         ("--objective.name=trades --objective.beta=2", []),
         ("--objective.name=fare --objective.temperature=3", []),
         (
+            "--objective.name=fare --objective.label_smoothing=0.1",
+            [
+                "objective.label_smoothing: 0.1 does nothing, objective.name fare compares "
+                "embeddings"
+            ],
+        ),
+        (
             "--data.extra_fraction=0.2",
             ["data.extra_fraction: 0.2 does nothing, there is no data.extra_path"],
         ),

@@ -81,6 +81,19 @@ def test_the_example_of_every_public_name_runs(
     assert not failures, output.getvalue()
 
 
+@pytest.mark.usefixtures("tables")
+@pytest.mark.parametrize(("item", "name"), [("Formula", "focal"), ("register_objective", "plain")])
+def test_objectives_of_examples_read_the_labels(item: str, name: str) -> None:
+    world = {each: getattr(safer_fast, each) for each in ("Formula", "register_objective")}
+    text = inspect.getdoc(getattr(safer_fast, item)) or ""
+    example = doctest.DocTestParser().get_doctest(text, world | {"torch": torch}, name, None, 0)
+    doctest.DocTestRunner().run(example, clear_globs=False)
+    config = safer_fast.ObjectiveConfig()
+    logits, labels = torch.tensor([[2.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 1])
+    right, wrong = FORMULAS[name].losses(logits, logits, labels, config).tolist()
+    assert right < 0.2 < 1.5 < wrong
+
+
 def test_groups_may_be_dictionaries_and_recipes_paths(run: str) -> None:
     config = safer_fast.Config(attack={"epsilon": "4/255"})  # type: ignore[arg-type]
     config.attack.steps = 3

@@ -211,6 +211,13 @@ def test_a_dry_run_counts_the_images_of_all_ranks(digits: str) -> None:
         assert float(milliseconds) * float(images_per_second) / 1e3 == pytest.approx(16, rel=0.02)
 
 
+def test_a_dry_run_takes_fewer_validation_images_than_ranks(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (32, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "few.npz", images=images, labels=np.arange(32) % 10)
+    few = [f"--data.path={tmp_path / 'few.npz'}", "--data.validation_fraction=0.03"]
+    assert_status(0, training(2, [*FLAGS, *few, "--dry-run"]).endings())
+
+
 def test_memory_that_ends_on_all_ranks_is_said_once(digits: str, tmp_path: Path) -> None:
     flags = [*FLAGS, digits, f"--output={tmp_path / 'run'}"]
     first, second = training(2, flags, end_memory).endings()

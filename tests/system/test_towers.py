@@ -194,6 +194,14 @@ def test_a_text_head_gives_zero_shot_accuracy(measured: Path, tmp_path: Path) ->
     assert clean.accuracy == num_right / test.num_images
     assert robust.accuracy <= clean.accuracy
     assert clean.embedding_distance is None
+    # classes of data without names are the rows in their order, whatever these are called
+    accuracies = set()
+    for number, names in enumerate((None, list("jihgfedcba"))):
+        texts = save_texts(tmp_path / f"{number}.npz", names=names)
+        other = {"path": str(small_runs.TEST_IMAGES), "text_embeddings": str(texts)}
+        (found,) = evaluate_run(measured, attacks="clean", device="cpu", **other)
+        accuracies.add(found.accuracy)
+    assert len(accuracies) == 1
 
 
 def sections_of(page: str) -> dict[str, str]:
@@ -350,6 +358,11 @@ def test_images_without_labels_are_enough_for_fare(
     ending = server.train(tmp_path / "run", resumable)
     assert (ending.status, ending.errors) == (0, ""), ending.output
     assert re.search(r"data: +set, no labels, 40 training", ending.output)
+    shutil.copytree(tmp_path / "set", tmp_path / "moved")
+    moved = [*flags, f"--data.path={tmp_path / 'moved'}", "--resume=auto"]
+    ending = server.train(tmp_path / "run", [*moved, "--checkpoint.every_steps=1"])
+    assert (ending.status, ending.errors) == (0, ""), ending.output
+    assert "finished already" in ending.output
     weights, others = (load_file(tmp_path / n / "model.safetensors") for n in ("run", "labelled"))
     assert all(torch.equal(weights[name], value) for name, value in others.items())
 
