@@ -126,6 +126,9 @@ SEARCH_ARMS: dict[str, Settings] = {
 """A quarter of the blocks' layers with one thing changed, or several, to choose from on validation
 images."""
 SEARCHED = (BASELINE, QUARTER, *SEARCH_ARMS)
+CHOSEN = "SAFER, blocks, fraction 50 %, Muon"
+CHOSEN_ARMS: dict[str, Settings] = {CHOSEN: SEARCH_ARMS["search, fraction 50 %, Muon"]}
+"""The arm of the search that its rule chose (docs/experiment.md)."""
 COMPARED = (
     BASELINE,
     "SAFER",
@@ -134,8 +137,10 @@ COMPARED = (
     "PGD-AT, EMA",
     "AWP",
     "criticality, SAM",
+    "PGD-AT, Muon",
+    CHOSEN,
 )
-"""Arms of the comparison at scale `medium`, beside the one that the search chooses."""
+"""Arms of the comparison at scale `medium`, the one that the search chose last."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +221,7 @@ class Scale:
             more["SAFER, selected every 5"] = {**_SAFER, "selection.every_epochs": 5}
         found = ARMS | upper | SENSITIVITY | more | OPTIMIZER_ARMS | VARIANT_ARMS | STEPS_ARMS
         if self.compared:
-            found |= SEARCH_ARMS
+            found |= SEARCH_ARMS | CHOSEN_ARMS
             found = {name: found[name] for name in dict.fromkeys((*self.compared, *self.searched))}
         return found
 
