@@ -4,7 +4,7 @@ Left: robust accuracy on validation images, epoch by epoch, of the shared start 
 arms trained from it; thin lines are on training images. Right: every arm's clean and PGD-20
 accuracy on test images, of its best epoch, with standard deviations over seeds; names stand at the
 side in the order of robust accuracy. A comparison that was fixed in advance shows the last epoch
-and AutoAttack, by which it was decided.
+and AutoAttack, which decide it.
 """
 
 from __future__ import annotations
